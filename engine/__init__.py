@@ -1,0 +1,1 @@
+"""Modules -> pictures. Knows neither ComfyUI nor files."""

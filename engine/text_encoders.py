@@ -1,0 +1,130 @@
+"""Prompt -> embeddings, by CLIP-L (pooled vector) and T5 (one vector per token)."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .offload import OffloadedModule, Patcher
+
+CLIP_TOKENS = 77
+T5_TOKENS = 512
+REMEMBERED_PROMPTS = 32  # about 4 MB each with T5-XXL in bfloat16
+CLIP_HEAD_DIM = 64  # of every CLIP text encoder
+
+
+@dataclass(frozen=True)
+class ClipGeometry:
+    """Sizes of a CLIP text encoder. The defaults are CLIP-L's."""
+
+    width: int = 768
+    mlp_width: int = 3072
+    layers: int = 12
+    vocabulary: int = 49408
+    positions: int = 77
+
+
+@dataclass(frozen=True)
+class T5Geometry:
+    """Sizes of a T5 v1.1 encoder. The defaults are T5-XXL's."""
+
+    width: int = 4096
+    mlp_width: int = 10240
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    vocabulary: int = 32128
+    buckets: int = 32  # relative positions
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    tokens: Tensor  # T5 states [1, 512, width]
+    pooled: Tensor  # CLIP vector [1, width]
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """CLIP-L and T5 in one module with children `clip` and `t5`, and their tokenizers."""
+
+    weights: OffloadedModule
+    patcher: Patcher
+    clip_tokenizer: Any
+    t5_tokenizer: Any
+    _remembered: OrderedDict[str, TextEmbedding] = field(default_factory=OrderedDict, repr=False)
+
+    def recall(self, prompt: str) -> TextEmbedding | None:
+        """The embedding of a prompt that was encoded before, or None."""
+        if prompt in self._remembered:
+            self._remembered.move_to_end(prompt)
+        return self._remembered.get(prompt)
+
+    def encode(self, prompt: str) -> TextEmbedding:
+        """Run both encoders; the caller has made room on `patcher.device`. Result on the CPU."""
+        device = self.patcher.device
+        with self.weights.running_on(device) as module:
+            clip_ids = _token_ids(self.clip_tokenizer, prompt, CLIP_TOKENS, device)
+            pooled, _ = module.clip(clip_ids)
+            t5_ids = _token_ids(self.t5_tokenizer, prompt, T5_TOKENS, device)
+            embedding = TextEmbedding(module.t5(t5_ids).cpu(), pooled.cpu())
+        self._remembered[prompt] = embedding
+        if len(self._remembered) > REMEMBERED_PROMPTS:
+            self._remembered.popitem(last=False)
+        return embedding
+
+
+def build_text_encoders(
+    clip_geometry: ClipGeometry, t5_geometry: T5Geometry, dtype: torch.dtype
+) -> OffloadedModule:
+    """Both encoders with uninitialised weights, as one component that streams T5 by layers."""
+    from diffsynth.core.vram.initialization import skip_model_initialization
+
+    with skip_model_initialization():
+        clip = _build_clip(clip_geometry).to(dtype)
+        t5 = _build_t5(t5_geometry).to(dtype)
+    t5.encoder.embed_tokens = t5.shared  # one table under two names
+    both = nn.ModuleDict({"clip": clip, "t5": t5})
+    return OffloadedModule(both, [clip, t5.shared, *t5.encoder.block])
+
+
+def _build_clip(g: ClipGeometry) -> nn.Module:
+    from diffsynth.models.flux_text_encoder_clip import CLIPEncoderLayer, FluxTextEncoderClip
+
+    clip = FluxTextEncoderClip(g.width, g.vocabulary, g.positions, 0, g.mlp_width)
+    # DiffSynth's own layers would have 12 heads at every width.
+    heads = g.width // CLIP_HEAD_DIM
+    clip.encoders.extend(
+        CLIPEncoderLayer(g.width, g.mlp_width, heads, CLIP_HEAD_DIM) for _ in range(g.layers)
+    )
+    return clip
+
+
+def _build_t5(g: T5Geometry) -> nn.Module:
+    from diffsynth.models.flux_text_encoder_t5 import FluxTextEncoderT5
+    from transformers import T5Config, T5EncoderModel
+
+    class SizedT5(FluxTextEncoderT5):
+        def __init__(self) -> None:
+            config = T5Config(
+                vocab_size=g.vocabulary,
+                d_model=g.width,
+                d_kv=g.head_dim,
+                d_ff=g.mlp_width,
+                num_layers=g.layers,
+                num_heads=g.heads,
+                relative_attention_num_buckets=g.buckets,
+                feed_forward_proj="gated-gelu",
+                use_cache=False,
+            )
+            T5EncoderModel.__init__(self, config)  # the parent's builds T5-XXL only
+
+    return SizedT5()
+
+
+def _token_ids(tokenizer: Any, prompt: str, length: int, device: torch.device) -> Tensor:
+    tokens = tokenizer(
+        prompt, return_tensors="pt", padding="max_length", max_length=length, truncation=True
+    )
+    return tokens.input_ids.to(device)

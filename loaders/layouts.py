@@ -1,0 +1,147 @@
+"""Names and shapes of the tensors in the real model files.
+
+They are what the loaders demand of a file and what the demo models are made of. At full size
+their key-and-shape hash is the one by which DiffSynth knows the real files (see the tests).
+"""
+
+from ..engine.flux_dit import HEAD_DIM, TIMESTEP_CHANNELS, FluxGeometry
+from ..engine.text_encoders import ClipGeometry, T5Geometry
+
+Layout = dict[str, tuple[int, ...]]
+
+MLP_RATIO = 4
+
+
+def flux_dit_layout(g: FluxGeometry) -> Layout:
+    """The names of Black Forest Labs, as in flux1-dev.safetensors."""
+    layout: Layout = {}
+    _linear(layout, "img_in", g.in_channels, g.hidden)
+    _linear(layout, "txt_in", g.text_width, g.hidden)
+    embedders = {"time_in": TIMESTEP_CHANNELS, "vector_in": g.pooled_width}
+    if g.guidance:
+        embedders["guidance_in"] = TIMESTEP_CHANNELS
+    for name, width in embedders.items():
+        _linear(layout, f"{name}.in_layer", width, g.hidden)
+        _linear(layout, f"{name}.out_layer", g.hidden, g.hidden)
+    for index in range(g.double_blocks):
+        for stream in ("img", "txt"):
+            prefix = f"double_blocks.{index}.{stream}_"
+            _linear(layout, prefix + "mod.lin", g.hidden, 6 * g.hidden)
+            _linear(layout, prefix + "attn.qkv", g.hidden, 3 * g.hidden)
+            _linear(layout, prefix + "attn.proj", g.hidden, g.hidden)
+            layout[prefix + "attn.norm.query_norm.scale"] = (HEAD_DIM,)
+            layout[prefix + "attn.norm.key_norm.scale"] = (HEAD_DIM,)
+            _linear(layout, prefix + "mlp.0", g.hidden, MLP_RATIO * g.hidden)
+            _linear(layout, prefix + "mlp.2", MLP_RATIO * g.hidden, g.hidden)
+    for index in range(g.single_blocks):
+        prefix = f"single_blocks.{index}."
+        _linear(layout, prefix + "modulation.lin", g.hidden, 3 * g.hidden)
+        _linear(layout, prefix + "linear1", g.hidden, (3 + MLP_RATIO) * g.hidden)
+        _linear(layout, prefix + "linear2", (1 + MLP_RATIO) * g.hidden, g.hidden)
+        layout[prefix + "norm.query_norm.scale"] = (HEAD_DIM,)
+        layout[prefix + "norm.key_norm.scale"] = (HEAD_DIM,)
+    _linear(layout, "final_layer.linear", g.hidden, g.out_channels)
+    _linear(layout, "final_layer.adaLN_modulation.1", g.hidden, 2 * g.hidden)
+    return layout
+
+
+def clip_layout(g: ClipGeometry) -> Layout:
+    """The names of Transformers' CLIPTextModel."""
+    layout: Layout = {
+        "text_model.embeddings.token_embedding.weight": (g.vocabulary, g.width),
+        "text_model.embeddings.position_embedding.weight": (g.positions, g.width),
+    }
+    for index in range(g.layers):
+        prefix = f"text_model.encoder.layers.{index}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            _linear(layout, f"{prefix}self_attn.{name}", g.width, g.width)
+        _norm(layout, prefix + "layer_norm1", g.width)
+        _norm(layout, prefix + "layer_norm2", g.width)
+        _linear(layout, prefix + "mlp.fc1", g.width, g.mlp_width)
+        _linear(layout, prefix + "mlp.fc2", g.mlp_width, g.width)
+    _norm(layout, "text_model.final_layer_norm", g.width)
+    return layout
+
+
+def t5_layout(g: T5Geometry) -> Layout:
+    """The names of Transformers' T5EncoderModel."""
+    inner = g.heads * g.head_dim
+    layout: Layout = {"shared.weight": (g.vocabulary, g.width)}
+    for index in range(g.layers):
+        attention, mlp = (f"encoder.block.{index}.layer.{i}." for i in (0, 1))
+        for name in ("q", "k", "v"):
+            layout[f"{attention}SelfAttention.{name}.weight"] = (inner, g.width)
+        layout[f"{attention}SelfAttention.o.weight"] = (g.width, inner)
+        if index == 0:
+            layout[f"{attention}SelfAttention.relative_attention_bias.weight"] = (
+                g.buckets,
+                g.heads,
+            )
+        layout[f"{attention}layer_norm.weight"] = (g.width,)
+        layout[f"{mlp}DenseReluDense.wi_0.weight"] = (g.mlp_width, g.width)
+        layout[f"{mlp}DenseReluDense.wi_1.weight"] = (g.mlp_width, g.width)
+        layout[f"{mlp}DenseReluDense.wo.weight"] = (g.width, g.mlp_width)
+        layout[f"{mlp}layer_norm.weight"] = (g.width,)
+    layout["encoder.final_layer_norm.weight"] = (g.width,)
+    return layout
+
+
+def vae_layout() -> Layout:
+    """The names of Black Forest Labs, as in ae.safetensors. Flux has one VAE, of one size."""
+    layout: Layout = {}
+    widths = (128, 256, 512, 512)
+    # Two blocks a level going down, three going up, where level 3 comes first.
+    _conv(layout, "encoder.conv_in", 3, widths[0])
+    width = widths[0]
+    for level, out in enumerate(widths):
+        for block in range(2):
+            _resnet(layout, f"encoder.down.{level}.block.{block}", width, out)
+            width = out
+        if level < 3:
+            _conv(layout, f"encoder.down.{level}.downsample.conv", out, out)
+    _middle(layout, "encoder", width)
+    _conv(layout, "encoder.conv_out", width, 2 * 16)
+    _conv(layout, "decoder.conv_in", 16, width)
+    _middle(layout, "decoder", width)
+    for level, out in reversed(list(enumerate(widths))):
+        for block in range(3):
+            _resnet(layout, f"decoder.up.{level}.block.{block}", width, out)
+            width = out
+        if level > 0:
+            _conv(layout, f"decoder.up.{level}.upsample.conv", out, out)
+    _conv(layout, "decoder.conv_out", width, 3)
+    return layout
+
+
+def _linear(layout: Layout, name: str, width_in: int, width_out: int) -> None:
+    layout[f"{name}.weight"] = (width_out, width_in)
+    layout[f"{name}.bias"] = (width_out,)
+
+
+def _norm(layout: Layout, name: str, width: int) -> None:
+    layout[f"{name}.weight"] = (width,)
+    layout[f"{name}.bias"] = (width,)
+
+
+def _conv(layout: Layout, name: str, width_in: int, width_out: int, kernel: int = 3) -> None:
+    layout[f"{name}.weight"] = (width_out, width_in, kernel, kernel)
+    layout[f"{name}.bias"] = (width_out,)
+
+
+def _resnet(layout: Layout, name: str, width_in: int, width_out: int) -> None:
+    _norm(layout, f"{name}.norm1", width_in)
+    _conv(layout, f"{name}.conv1", width_in, width_out)
+    _norm(layout, f"{name}.norm2", width_out)
+    _conv(layout, f"{name}.conv2", width_out, width_out)
+    if width_in != width_out:
+        _conv(layout, f"{name}.nin_shortcut", width_in, width_out, kernel=1)
+
+
+def _middle(layout: Layout, coder: str, width: int) -> None:
+    """The middle of an encoder or decoder, and the norm before its last convolution."""
+    for block in (1, 2):
+        _resnet(layout, f"{coder}.mid.block_{block}", width, width)
+    for name in ("q", "k", "v", "proj_out"):
+        _conv(layout, f"{coder}.mid.attn_1.{name}", width, width, kernel=1)
+    _norm(layout, f"{coder}.mid.attn_1.norm", width)
+    _norm(layout, f"{coder}.norm_out", 512 if coder == "encoder" else 128)

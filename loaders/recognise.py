@@ -1,0 +1,93 @@
+"""What a model file is, told from the names in its header."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from .safetensors_file import ModelFileError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model file: how it shows, what it is called, where it belongs."""
+
+    markers: tuple[str, ...]  # any one of these inside any tensor name
+    description: str
+    advice: str = ""
+
+
+FLUX_DIT = Kind(
+    ("double_blocks.0.img_attn.qkv.weight",),
+    "a Flux.1 transformer",
+    "Choose it in the Majic float8 DiT loader; it belongs in models/diffusion_models.",
+)
+CLIP = Kind(
+    ("text_model.encoder.layers.0.mlp.fc1.weight",),
+    "a CLIP text encoder",
+    "Choose it as CLIP-L in the bf16 text encoders node; it belongs in models/text_encoders.",
+)
+T5 = Kind(
+    ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    "a T5 text encoder",
+    "Choose it as T5 in the bf16 text encoders node; it belongs in models/text_encoders.",
+)
+VAE = Kind(
+    ("decoder.mid.block_1.conv1.weight",),
+    "a VAE",
+    "Choose it in the Flux VAE node; it belongs in models/vae.",
+)
+
+# The first kind whose marker is found is the answer, so the special comes before the general.
+KINDS = (
+    Kind(
+        (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", "lora_unet_"),
+        "a LoRA",
+        "It belongs in models/loras and is applied to a transformer, not loaded as one.",
+    ),
+    Kind((".wscales", ".smooth_factor", ".qweight"), "an SVDQuant (nunchaku) file",
+         "MajicFlux cannot read it; use the bf16 or float8 .safetensors."),
+    Kind((".quant_state.bitsandbytes", ".absmax"), "an NF4 (bitsandbytes) file",
+         "MajicFlux cannot read it; use the bf16 or float8 .safetensors."),
+    Kind(("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant"),
+         "a scaled float8 file",
+         "This version cannot read its scales; use the bf16, fp16 or plain float8 file."),
+    Kind(("double_stream_modulation_img.",), "a Flux.2 transformer",
+         "MajicFlux runs Flux.1 models."),
+    Kind(("conditioner.embedders.", "label_emb.0.0.weight"), "an SDXL checkpoint",
+         "Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints."),
+    Kind(("cond_stage_model.", "model.diffusion_model.input_blocks."),
+         "a Stable Diffusion 1.x or 2.x checkpoint",
+         "Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints."),
+    Kind(("controlnet_",), "a ControlNet", "It belongs in models/controlnet."),
+    FLUX_DIT,
+    Kind(("transformer_blocks.0.attn.add_q_proj.",), "a Flux.1 transformer in Diffusers layout",
+         "This version reads the single-file layout of Black Forest Labs; use that file."),
+    CLIP,
+    T5,
+    VAE,
+    Kind(("decoder.mid_block.",), "a VAE in Diffusers layout",
+         "This version reads the layout of ae.safetensors; use that file."),
+)  # fmt: skip
+
+
+def kind_of(names: Collection[str]) -> Kind | None:
+    """The kind of file that holds tensors of these names, or None when it is none we know."""
+    for kind in KINDS:
+        if any(marker in name for name in names for marker in kind.markers):
+            return kind
+    return None
+
+
+def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
+    """Raise ModelFileError, saying what the file is, unless it is of the wanted kind."""
+    found = kind_of(names)
+    if found is wanted:
+        return
+    if found is None:
+        raise ModelFileError(
+            f"{path.name} is not {wanted.description}: none of its {len(names)} tensors has a name "
+            "that MajicFlux knows. Choose another file."
+        )
+    raise ModelFileError(
+        f"{path.name} is {found.description}, not {wanted.description}. {found.advice}"
+    )

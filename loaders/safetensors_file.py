@@ -1,0 +1,148 @@
+"""Read-only safetensors: header first, tensors as views of the mapped file."""
+
+import json
+import math
+import mmap
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+
+# safetensors name -> (torch name, bytes per element)
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+# How the first bytes of other formats begin, and what to say about them.
+OTHER_FORMATS = (
+    (b"GGUF", "is a GGUF file, which MajicFlux cannot read; use the bf16 or float8 .safetensors"),
+    (b"PK\x03\x04", "is a PyTorch pickle, which can run code when opened; use the .safetensors"),
+    (b"\x80", "is a Python pickle, which can run code when opened; use the .safetensors"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the model; download the file itself"),
+    (b"<", "is a web page, not the model; download the file again"),
+)
+
+
+class ModelFileError(ValueError):
+    """A model file is missing, damaged or of the wrong kind. The message is for the user."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the header: dtype as safetensors names it, bytes [start, end) in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked; nothing else is read yet.
+
+    Raises ModelFileError when the file is not there, not safetensors, or shorter than its header
+    says. Format: https://github.com/huggingface/safetensors#format
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.tensors = _read_header(file, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelFileError(f"{path} cannot be opened: {reason}.") from error
+        except ModelFileError as error:
+            raise ModelFileError(f"{path.name} {error}") from None
+        self._map: mmap.mmap | None = None
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The tensor as a read-only view of the file; its bytes are read when they are used."""
+        import torch
+
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        entry = self.tensors[name]
+        dtype = getattr(torch, DTYPES[entry.dtype][0])
+        count = math.prod(entry.shape)
+        if count == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start)
+        return flat.view(entry.shape)
+
+
+def _read_header(file: Any, file_bytes: int) -> dict[str, TensorEntry]:
+    first = file.read(32)
+    for magic, sentence in OTHER_FORMATS:
+        # A safetensors file can begin with any byte, but its ninth is always the JSON's "{".
+        if first.startswith(magic) and first[8:9] != b"{":
+            raise ModelFileError(f"{sentence}.")
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 10 or first[8:9] != b"{" or length > MAX_HEADER_BYTES:
+        raise ModelFileError("is not a safetensors file; download the .safetensors version.")
+    data_start = 8 + length
+    if data_start > file_bytes:
+        raise ModelFileError("is cut off inside its header; download it again.")
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, raw, data_start) for name, raw in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"has a damaged header ({error}); download it again.") from error
+    _check_extents(entries, data_start, file_bytes)
+    return entries
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ModelFileError("has a damaged header (a name appears twice); download it again.")
+    return result
+
+
+def _entry(name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype, shape = raw["dtype"], tuple(raw["shape"])
+    start, end = raw["data_offsets"]
+    if dtype not in DTYPES:
+        raise ModelFileError(f"stores {name} as {dtype}, a format MajicFlux cannot read.")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"{name}: sizes and offsets must be whole numbers")
+    if math.prod(shape) * DTYPES[dtype][1] != end - start:
+        raise ValueError(f"{name}: shape and length disagree")
+    return TensorEntry(dtype, shape, data_start + start, data_start + end)
+
+
+def _check_extents(entries: dict[str, TensorEntry], data_start: int, file_bytes: int) -> None:
+    end = data_start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start < end:
+            raise ModelFileError("has a damaged header (tensors overlap); download it again.")
+        end = entry.end
+    if end > file_bytes:
+        raise ModelFileError(
+            f"is cut off: {file_bytes / 1e9:.2f} GB of {end / 1e9:.2f} GB are there. "
+            "Download it again."
+        )

@@ -1,0 +1,56 @@
+"""The two tokenizers, found beside the model files or in the host's own bundle."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .safetensors_file import ModelFileError
+
+# A vocabulary is padded up to a multiple of 128 rows in the model, so it may be a little shorter.
+PADDING_ROWS = 128
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """What a tokenizer is called and in which files it is kept."""
+
+    name: str
+    folder: str  # in the FLUX.1 repositories
+    class_name: str  # in transformers
+    files: tuple[tuple[str, ...], ...]  # any one of these sets is enough
+
+
+CLIP_TOKENIZER = TokenizerKind(
+    "CLIP-L", "tokenizer", "CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))
+)
+T5_TOKENIZER = TokenizerKind(
+    "T5", "tokenizer_2", "T5TokenizerFast", (("tokenizer.json",), ("spiece.model",))
+)
+
+
+def load_tokenizer(
+    kind: TokenizerKind, model_path: Path, vocabulary: int, bundled: Path | None
+) -> Any:
+    """The tokenizer that goes with a text encoder of `vocabulary` rows.
+
+    Looked for beside the model file, one folder up (the layout of the FLUX.1 repositories), then
+    in the host's bundle. One with another vocabulary is passed over: its ids would mean nothing.
+    Raises ModelFileError when there is none.
+    """
+    import transformers
+
+    candidates = [model_path.parent / kind.folder, model_path.parent.parent / kind.folder]
+    if bundled is not None:
+        candidates.append(bundled)
+    for folder in candidates:
+        if not any(all((folder / name).is_file() for name in files) for files in kind.files):
+            continue
+        tokenizer_class = getattr(transformers, kind.class_name)
+        tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+        if 0 <= vocabulary - len(tokenizer) < PADDING_ROWS:
+            return tokenizer
+    raise ModelFileError(
+        f"No {kind.name} tokenizer with {vocabulary} entries was found for {model_path.name}. "
+        f"Put the folder {kind.folder} of the FLUX.1-dev repository beside the file, "
+        f"as {candidates[0]}."
+    )

@@ -1,0 +1,60 @@
+"""The Flux VAE file."""
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .layouts import vae_layout
+from .recognise import VAE, require_kind
+from .safetensors_file import ModelFileError, SafetensorsFile
+from .tensors import Source, fill, require_layout, sources_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.offload import OffloadedModule
+
+log = logging.getLogger("majicflux")
+
+
+def inspect_vae(path: Path) -> dict[str, Source]:
+    """The tensors of a Flux VAE, from its header alone.
+
+    Raises ModelFileError when the file is not one, or not whole.
+    """
+    file = SafetensorsFile(path)
+    require_kind(path, file.tensors, VAE)
+    sources = sources_of([file])
+    layout = vae_layout()
+    first = sources.get("decoder.conv_in.weight")
+    if first is not None and first.entry.shape != layout["decoder.conv_in.weight"]:
+        raise ModelFileError(
+            f"{path.name} is a VAE of another model: its latents have {first.entry.shape[1]} "
+            "channels, Flux's have 16. Choose ae.safetensors."
+        )
+    require_layout(path, sources, layout)
+    return {name: sources[name] for name in layout}
+
+
+def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
+    """Read encoder and decoder into CPU memory in `dtype`, tensor by tensor."""
+    from diffsynth.utils.state_dict_converters.flux_vae import (
+        FluxVAEDecoderStateDictConverter,
+        FluxVAEEncoderStateDictConverter,
+    )
+
+    from ..engine.vae import build_vae
+
+    start = time.perf_counter()
+    sources = inspect_vae(path)
+    weights = build_vae(dtype)
+    fill(weights.module["encoder"], FluxVAEEncoderStateDictConverter(sources))
+    fill(weights.module["decoder"], FluxVAEDecoderStateDictConverter(sources))
+    log.info(
+        "%s: Flux VAE, %.2f GB, %.1f s",
+        path.name,
+        weights.total_bytes / 1e9,
+        time.perf_counter() - start,
+    )
+    return weights
