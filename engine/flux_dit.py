@@ -12,7 +12,6 @@ ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 ROPE_THETA = 10000
 HEAD_DIM = sum(ROPE_AXES)
 TIMESTEP_CHANNELS = 256
-PATCH = 2  # latents per token and side
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ ComfyUI's LATENT carries: model = (vae - 0.1159) * 0.3611.
 import torch
 from torch import Tensor
 
+from .sizes import PIXELS_PER_LATENT
+
 CHANNELS = 16
-PIXELS_PER_LATENT = 8
 SCALE = 0.3611
 SHIFT = 0.1159
 

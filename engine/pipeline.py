@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .denoise import OnStep, euler, flux_velocity
-from .flux_dit import PATCH, DiT
-from .latents import PIXELS_PER_LATENT, draw_noise
+from .flux_dit import DiT
+from .latents import draw_noise
 from .schedule import shifted_sigmas
+from .sizes import PATCH, PIXELS_PER_LATENT, size_problem
 from .text_encoders import TextEmbedding, TextEncoders
 from .vae import VAE
 
 log = logging.getLogger("majicflux")
 
-SIZE_STEP = PIXELS_PER_LATENT * PATCH
 MAX_STEPS = 100
 MAX_SEED = 2**64 - 1
 
@@ -65,17 +65,6 @@ class Request:
             raise ValueError(f"The seed must be 0 to {MAX_SEED}, not {self.seed}.")
         if self.batch_size < 1:
             raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
-
-
-def size_problem(name: str, size: int) -> str | None:
-    """Why a side of `size` pixels cannot be painted, or None when it can."""
-    if size >= SIZE_STEP and size % SIZE_STEP == 0:
-        return None
-    below = max(SIZE_STEP, size // SIZE_STEP * SIZE_STEP)
-    return (
-        f"{name} {size} is not a multiple of {SIZE_STEP}; "
-        f"the nearest that work are {below} and {below + SIZE_STEP}."
-    )
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from ..engine.text_encoders import ClipGeometry, T5Geometry, build_text_encoders
 from .layouts import clip_layout, t5_layout
 from .recognise import CLIP, T5, Kind, require_kind
 from .safetensors_file import ModelFileError, SafetensorsFile
+from .shards import model_parts
 from .tensors import Source, Sources, fill, require_layout, sources_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ CLIP_TOKENS = "text_model.embeddings.token_embedding.weight"
 CLIP_POSITIONS = "text_model.embeddings.position_embedding.weight"
 T5_POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 T5_MLP = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
-SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<total>\d{5})\.safetensors$")
 
 
 def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
@@ -50,7 +50,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
 
     Raises ModelFileError when it is not one, or not whole.
     """
-    sources = _open(path, shards_in(path) if path.is_dir() else [path], T5)
+    sources = _open(path, model_parts(path), T5)
     vocabulary, width = _shape(path, sources, "shared.weight", 2)
     buckets, heads = _shape(path, sources, T5_POSITIONS, 2)
     geometry = T5Geometry(
@@ -67,30 +67,9 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
-def shards_in(folder: Path) -> list[Path]:
-    """The files of a folder of shards named NAME-00001-of-00002.safetensors, all of them.
-
-    Raises ModelFileError when one is missing or when the folder holds none.
-    """
-    shards = {path.name: m for path in folder.iterdir() if (m := SHARD.match(path.name))}
-    if not shards:
-        raise ModelFileError(
-            f"The folder {folder.name} holds no NAME-00001-of-00002.safetensors shards."
-        )
-    first = next(iter(shards.values()))
-    total = int(first["total"])
-    names = [f"{first['stem']}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    missing = [name for name in names if name not in shards]
-    if missing:
-        raise ModelFileError(
-            f"The folder {folder.name} lacks {', '.join(missing)}. Download it into that folder."
-        )
-    return [folder / name for name in names]
-
-
 def load_text_encoders(
     clip_path: Path, t5_path: Path, dtype: "torch.dtype"
-) -> tuple["OffloadedModule", ClipGeometry, T5Geometry]:
+) -> "OffloadedModule":
     """Read both encoders into CPU memory in `dtype`, tensor by tensor."""
     from diffsynth.utils.state_dict_converters.flux_text_encoder_clip import (
         FluxTextEncoderClipStateDictConverter,
@@ -112,7 +91,7 @@ def load_text_encoders(
         str(dtype).removeprefix("torch."),
         time.perf_counter() - start,
     )
-    return weights, clip_geometry, t5_geometry
+    return weights
 
 
 def _open(path: Path, files: list[Path], wanted: Kind) -> dict[str, Source]:

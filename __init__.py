@@ -1,0 +1,6 @@
+"""MajicFlux: Flux.1 models on small graphics cards, in ComfyUI and without it."""
+
+if __package__:  # not set when pytest imports this file by its path
+    from .nodes import comfy_entrypoint
+
+    __all__ = ["comfy_entrypoint"]

@@ -1,0 +1,141 @@
+"""`majicflux`: the same nodes and workflows without a ComfyUI server."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .host import standalone
+from .host.canvas import to_graph, with_values
+from .host.graph import Graph, GraphError, run_graph, set_inputs
+from .host.image_nodes import image_nodes
+from .loaders.safetensors_file import ModelFileError
+from .nodes import NODES
+
+DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
+DEMO_FOLDER = Path("majicflux-demo")
+DEMO_SIDE = 256
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Nothing here may look for a newer file on a hub.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        options.command(options)
+    except (GraphError, ModelFileError, FileExistsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="majicflux", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="paint with small random models, to see that all works")
+    demo.add_argument("--workflow", type=Path, default=DEMO_WORKFLOW, help="API-format JSON")
+    demo.set_defaults(command=_demo)
+
+    models = commands.add_parser("demo-models", help="write the small random models into a folder")
+    models.add_argument("folder", type=Path)
+    models.set_defaults(command=_demo_models)
+
+    run = commands.add_parser("run", help="run an API-format workflow")
+    run.add_argument("workflow", type=Path, help="API-format JSON")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="may be repeated"
+    )
+    run.add_argument(
+        "--models",
+        type=Path,
+        default=standalone.models_folder,
+        help="folder with diffusion_models, text_encoders and vae in it (default: %(default)s)",
+    )
+    run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
+    run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
+    run.set_defaults(command=_run)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .loaders.demo_models import is_demo_set, write_demo_models
+
+    models = DEMO_FOLDER / "models"
+    if not is_demo_set(models):
+        print(f"Writing small random models to {models} ...")
+        write_demo_models(models)
+    graph = _read_json(options.workflow)
+    for node in graph.values():
+        for name in ("width", "height"):
+            if name in node["inputs"]:
+                node["inputs"][name] = DEMO_SIDE
+    _paint(options.workflow, graph, models, DEMO_FOLDER / "output", DEMO_FOLDER / "input")
+    print(
+        "\nThe weights of this demo are random, so the picture is noise; that it is there shows "
+        "that everything works.\nFor a real picture, download the four model files that the README "
+        "names into a models folder, then:\n"
+        f"  majicflux run {options.workflow} --models MODELS_FOLDER"
+    )
+
+
+def _demo_models(options: argparse.Namespace) -> None:
+    from .loaders.demo_models import write_demo_models
+
+    for path in write_demo_models(options.folder):
+        print(path)
+    print("These weights are random: they paint noise.")
+
+
+def _run(options: argparse.Namespace) -> None:
+    graph = _read_json(options.workflow)
+    set_inputs(graph, options.set)
+    _paint(options.workflow, graph, options.models, options.output, options.input)
+
+
+def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folder: Path) -> None:
+    standalone.models_folder = models
+    metadata: dict[str, Any] = {"prompt": graph}
+    classes = {node.define_schema().node_id: node for node in NODES}
+    classes |= image_nodes(output, input_folder, metadata)
+    canvas = _canvas_of(workflow)
+    if canvas is not None:
+        schemas = {name: node.define_schema() for name, node in classes.items()}
+        if _same_nodes(to_graph(canvas, schemas), graph):
+            metadata["workflow"] = with_values(canvas, graph, schemas)
+    for shown in run_graph(graph, classes):
+        for path in shown:
+            print(path)
+
+
+def _canvas_of(workflow: Path) -> dict[str, Any] | None:
+    """The canvas twin of `workflows/api/NAME.json`, which is `workflows/NAME.json`."""
+    twin = workflow.resolve().parent.parent / workflow.name
+    return _read_json(twin) if workflow.resolve().parent.name == "api" and twin.is_file() else None
+
+
+def _same_nodes(one: Graph, other: Graph) -> bool:
+    def types(graph: Graph) -> dict[str, str]:
+        return {key: node["class_type"] for key, node in graph.items()}
+
+    return types(one) == types(other)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GraphError(f"{path} cannot be opened: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise GraphError(f"{path} is not JSON: {error}.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Set-up and tests on a bare machine: `python dev.py demo` or `python dev.py test`.
+
+Needs Python 3.10 to 3.12 and a package registry. Everything goes into `.venv` beside this file.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+# Builds that belong together; another set may not import.
+TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test"):
+        print(__doc__)
+        return 2
+    if not (3, 10) <= sys.version_info < (3, 13):
+        print(f"Python 3.10, 3.11 or 3.12 is needed; this is {sys.version.split()[0]}.")
+        return 2
+    if sys.argv[1] == "demo":
+        install("-e", str(ROOT))
+        return run(PYTHON, "-m", "majicflux.cli", "demo", *sys.argv[2:])
+    return test(sys.argv[2:])
+
+
+def test(pytest_arguments: list[str]) -> int:
+    comfyui = find_comfyui()
+    host = ["-r", str(comfyui / "requirements.txt")] if comfyui else []
+    install("-e", str(ROOT), *TOOLS, *host)
+    checks = [
+        [PYTHON, "-m", "ruff", "check", "."],
+        [PYTHON, "-m", "ruff", "format", "--check", "."],
+        [PYTHON, "-m", "basedpyright"],
+        [PYTHON, "-m", "pytest", "tests/unit", *pytest_arguments],
+    ]
+    if comfyui:
+        # A process of their own: what is in a process with ComfyUI talks to ComfyUI.
+        checks.append([PYTHON, "-m", "pytest", "tests/host", "tests/browser", *pytest_arguments])
+        os.environ["COMFYUI_PATH"] = str(comfyui)
+    failed = [command for command in checks if run(*command) != 0]
+    for command in failed:
+        print("FAILED:", *command[1:])
+    if comfyui is None:
+        print(
+            "NOT TESTED IN COMFYUI: no checkout was found. Set COMFYUI_PATH to one, "
+            f"or put one at {default_comfyui()}."
+        )
+    return 1 if failed else 0
+
+
+def find_comfyui() -> Path | None:
+    """COMFYUI_PATH, the ComfyUI that this folder is installed in, or comfy-cli's default place."""
+    places = [os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, default_comfyui()]
+    for place in filter(None, places):
+        if (Path(place) / "comfyui_version.py").is_file():
+            return Path(place).resolve()
+    return None
+
+
+def default_comfyui() -> Path:
+    documents = Path.home() if sys.platform == "linux" else Path.home() / "Documents"
+    return documents / "comfy" / "ComfyUI"
+
+
+def install(*what: str) -> None:
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    # The versions of torch stand in every call, so that nothing else chooses another build.
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    print("Installing into .venv; the first time this takes some minutes ...", flush=True)
+    subprocess.run([*pip, *TORCH, *what], check=True)
+
+
+def run(*command: str | Path) -> int:
+    print(">", *command[1:], flush=True)
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The pack inside ComfyUI. Everything that the pack asks of it is asked here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy_api.latest import ComfyExtension, io
+from torch import Tensor, nn
+
+from ..engine.offload import OffloadedModule
+
+__all__ = [
+    "ComfyExtension",
+    "check_cancelled",
+    "clip_tokenizer_folder",
+    "compute_device",
+    "compute_dtype",
+    "io",
+    "make_patcher",
+    "model_names",
+    "model_path",
+    "progress",
+    "result_device",
+    "t5_tokenizer_folder",
+    "text_encoder_device",
+    "vae_device",
+]
+
+check_cancelled = mm.throw_exception_if_processing_interrupted
+compute_device = mm.get_torch_device
+text_encoder_device = mm.text_encoder_device
+vae_device = mm.vae_device
+result_device = mm.intermediate_device
+
+
+def model_names(category: str) -> list[str]:
+    """File names, subfolders included, in the host's folders for `category`."""
+    return folder_paths.get_filename_list(category)
+
+
+def model_path(category: str, name: str) -> Path | None:
+    """The file of that name in the host's folders, or None. A name cannot leave the folders."""
+    path = folder_paths.get_full_path(category, name)
+    return None if path is None else Path(path)
+
+
+def clip_tokenizer_folder() -> Path | None:
+    return _bundled("comfy", "sd1_tokenizer")
+
+
+def t5_tokenizer_folder() -> Path | None:
+    return _bundled("comfy", "text_encoders", "t5_tokenizer")
+
+
+def _bundled(*parts: str) -> Path | None:
+    folder = Path(folder_paths.base_path, *parts)
+    return folder if folder.is_dir() else None
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that a Flux.1 transformer is best computed in on `device`."""
+    return torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
+
+
+def progress(steps: int, device: torch.device) -> Callable[[int, Tensor], None]:
+    """A function to call after each step with the steps done and the clean latents so far.
+
+    The bar raises ComfyUI's interrupt exception when the user has cancelled.
+    """
+    bar = comfy.utils.ProgressBar(steps)
+    previewer = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
+
+    def on_step(done: int, clean: Tensor) -> None:
+        preview = previewer and previewer.decode_latent_to_preview_image("JPEG", clean)
+        bar.update_absolute(done, steps, preview or None)
+
+    return on_step
+
+
+class _Owner(nn.Module):
+    """What ComfyUI's manager holds weakly as "the model". Nothing inside refers back to it."""
+
+    device: torch.device  # where the manager believes the weights are
+
+    def __init__(self, weights: OffloadedModule, device: torch.device):
+        super().__init__()
+        self.weights = weights
+        self.device = device
+
+
+class WeightsPatcher(comfy.model_patcher.ModelPatcher):
+    """An OffloadedModule as ComfyUI's memory manager knows models.
+
+    A subclass of the plain ModelPatcher, never of CoreModelPatcher, which under dynamic VRAM is
+    loaded whole and is not evicted for others.
+    """
+
+    model: _Owner
+
+    def __init__(
+        self,
+        model: _Owner,
+        load_device: torch.device,
+        offload_device: torch.device,
+        size: int = 0,
+        weight_inplace_update: bool = False,
+    ):
+        self.weight_cap: int | None = None
+        super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+
+    @property
+    def device(self) -> torch.device:
+        return self.load_device
+
+    @property
+    def weights(self) -> OffloadedModule:
+        return self.model.weights
+
+    def load(self, working_bytes: int, weight_cap: int | None) -> None:
+        self.weight_cap = weight_cap
+        mm.load_models_gpu(
+            [self], memory_required=working_bytes, minimum_memory_required=working_bytes
+        )
+
+    def release(self, weight_bytes: int) -> None:
+        self.weights.release(weight_bytes)
+
+    # What follows is the manager's side.
+
+    def model_size(self) -> int:
+        total = self.weights.total_bytes
+        return total if self.weight_cap is None else min(total, self.weight_cap)
+
+    def loaded_size(self) -> int:
+        return self.weights.resident_bytes
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        before = self.loaded_size()
+        granted = before + extra_memory
+        if self.weight_cap is not None:
+            granted = min(granted, self.weight_cap)
+        self.weights.keep_resident(device_to, granted)
+        self.model.device = device_to
+        return self.loaded_size() - before
+
+    def partially_unload(
+        self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        return self.weights.release(memory_to_free)
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module:
+        # The manager also calls this, with False, each time it reuses a loaded model.
+        if unpatch_all:
+            self.weights.release(float("inf"))
+            self.model.device = self.offload_device
+        return self.model
+
+    def patch_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.model
+
+    def unpatch_model(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def make_patcher(weights: OffloadedModule, device: torch.device, label: str) -> WeightsPatcher:
+    """Make `weights` known to the memory manager, which shows them in the log as `label`."""
+    offload_device = torch.device("cpu")
+    owner_class = type(label, (_Owner,), {})  # the manager logs the class name
+    return WeightsPatcher(owner_class(weights, offload_device), device, offload_device)

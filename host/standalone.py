@@ -1,0 +1,149 @@
+"""The pack without ComfyUI: the same names as `host/comfyui.py`, over plain folders and tqdm."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from .schema import ComfyExtension, io
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..engine.offload import OffloadedModule
+
+__all__ = [
+    "ComfyExtension",
+    "check_cancelled",
+    "clip_tokenizer_folder",
+    "compute_device",
+    "compute_dtype",
+    "io",
+    "make_patcher",
+    "model_names",
+    "model_path",
+    "progress",
+    "result_device",
+    "t5_tokenizer_folder",
+    "text_encoder_device",
+    "vae_device",
+]
+
+MODEL_SUFFIXES = (".safetensors", ".sft")
+
+# Where the models are, in ComfyUI's subfolders. The command line sets it.
+models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
+
+_patchers: "WeakSet[StandalonePatcher]" = WeakSet()
+
+
+def check_cancelled() -> None:
+    """Nothing to ask here: Ctrl+C raises by itself."""
+
+
+def compute_device() -> "torch.device":
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+text_encoder_device = compute_device
+vae_device = compute_device
+
+
+def result_device() -> "torch.device":
+    import torch
+
+    return torch.device("cpu")
+
+
+def model_names(category: str) -> list[str]:
+    """File names, subfolders included, in the models folder for `category`."""
+    folder = models_folder / category
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in MODEL_SUFFIXES)
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def model_path(category: str, name: str) -> Path | None:
+    """The file of that name in the models folder, or None. A name cannot leave the folder."""
+    folder = (models_folder / category).absolute()
+    path = Path(os.path.normpath(folder / name))
+    return path if path.is_relative_to(folder) and path.is_file() else None
+
+
+def clip_tokenizer_folder() -> Path | None:
+    return None
+
+
+t5_tokenizer_folder = clip_tokenizer_folder
+
+
+def compute_dtype(device: "torch.device") -> "torch.dtype":
+    """The dtype that a Flux.1 transformer is best computed in on `device`."""
+    import torch
+
+    slow = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float32 if slow else torch.bfloat16
+
+
+def progress(steps: int, device: "torch.device") -> "Callable[[int, Tensor], None]":
+    """A function to call after each step with the steps done and the clean latents so far."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=steps, desc="sampling", unit="step")
+
+    def on_step(done: int, clean: "Tensor") -> None:
+        bar.update(done - bar.n)
+        if done == steps:
+            bar.close()
+
+    return on_step
+
+
+class StandalonePatcher:
+    """An OffloadedModule that shares the device with the other ones of this process."""
+
+    def __init__(self, weights: "OffloadedModule", device: "torch.device"):
+        self.weights = weights
+        self.device = device
+        _patchers.add(self)
+
+    def load(self, working_bytes: int, weight_cap: int | None) -> None:
+        import torch
+
+        wanted = self.weights.total_bytes if weight_cap is None else weight_cap
+        if self.device.type == "cuda":
+            wanted = min(wanted, self._make_room(wanted, working_bytes))
+            torch.cuda.empty_cache()
+        self.weights.keep_resident(self.device, wanted)
+
+    def release(self, weight_bytes: int) -> None:
+        self.weights.release(weight_bytes)
+
+    def _make_room(self, wanted: int, working_bytes: int) -> int:
+        """Send the other components home until `wanted` fits; returns what fits in the end."""
+        for other in (self, *_patchers):
+            fits = self._free_bytes() + self.weights.resident_bytes - working_bytes
+            if fits >= wanted:
+                break
+            if other is not self:
+                other.release(wanted - fits)
+        return max(0, self._free_bytes() + self.weights.resident_bytes - working_bytes)
+
+    def _free_bytes(self) -> int:
+        """Free memory of the card, with what PyTorch has reserved but does not use."""
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        return free + reserved - torch.cuda.memory_allocated(self.device)
+
+
+def make_patcher(
+    weights: "OffloadedModule", device: "torch.device", label: str
+) -> StandalonePatcher:
+    return StandalonePatcher(weights, device)

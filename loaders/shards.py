@@ -1,0 +1,35 @@
+"""Models that are stored in several files, NAME-00001-of-00002.safetensors and so on."""
+
+import re
+from pathlib import Path
+
+from .safetensors_file import ModelFileError
+
+SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")
+
+
+def model_parts(path: Path) -> list[Path]:
+    """The files of the model at `path`: one file, one of several shards, or the folder of them.
+
+    Raises ModelFileError when a shard is missing or when a folder holds none.
+    """
+    if not path.is_dir() and not SHARD.match(path.name):
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    names = [path.name] if not path.is_dir() else sorted(p.name for p in folder.iterdir())
+    first = next(filter(None, map(SHARD.match, names)), None)
+    if first is None:
+        raise ModelFileError(
+            f"The folder {folder.name} holds no model parts named NAME-00001-of-00002.safetensors."
+        )
+    total = int(first["total"])
+    parts = [
+        folder / f"{first['stem']}-{index:05d}-of-{total:05d}.safetensors"
+        for index in range(1, total + 1)
+    ]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ModelFileError(
+            f"The folder {folder.name} lacks {', '.join(missing)}. Download it into that folder."
+        )
+    return parts

@@ -1,0 +1,19 @@
+"""What the canvas sees."""
+
+from ..host import current as host
+from .dit_loader import DiTLoader
+from .pipeline import PipelineNode
+from .sample import Sample
+from .text_encoders import TextEncodersNode
+from .vae_loader import VAELoader
+
+NODES = [DiTLoader, TextEncodersNode, VAELoader, PipelineNode, Sample]
+
+
+class MajicFlux(host.ComfyExtension):
+    async def get_node_list(self) -> list[type]:
+        return [*NODES]
+
+
+async def comfy_entrypoint() -> MajicFlux:
+    return MajicFlux()

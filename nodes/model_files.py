@@ -1,0 +1,57 @@
+"""File choices of the loader nodes: what is offered, where it is, and why it cannot be used."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..host import current as host
+from ..loaders.safetensors_file import ModelFileError
+from ..loaders.shards import SHARD, model_parts
+
+
+def options(category: str, *preferred: str) -> dict[str, Any]:
+    """`options` and `default` of a combo over the models of `category`.
+
+    A folder of shards is one choice. The default is the first name with a preferred word in it.
+    """
+    names = sorted({_folder_of_shard(name) or name for name in host.model_names(category)})
+    likely = [name for word in preferred for name in names if word in name.lower()]
+    return {"options": names, "default": (likely or names or [None])[0]}
+
+
+def resolve(category: str, name: str) -> Path:
+    """The file, or the folder of shards, that a choice stands for.
+
+    Raises ModelFileError when it is not in the host's folders.
+    """
+    path = host.model_path(category, name)
+    if path is not None:
+        return path
+    for shard in host.model_names(category):
+        if _folder_of_shard(shard) == name:
+            path = host.model_path(category, shard)
+            if path is not None:
+                return path.parent
+    raise ModelFileError(
+        f"{name} is not in models/{category}. Put it there and press R, or choose another file."
+    )
+
+
+def problem(category: str, name: str, inspect: Callable[[Path], Any]) -> str | None:
+    """Why the choice cannot be used, told from the header alone; None when it can."""
+    try:
+        inspect(resolve(category, name))
+    except ModelFileError as error:
+        return str(error)
+    return None
+
+
+def fingerprint(category: str, name: str) -> list[tuple[str, int, int]]:
+    """Changes when the file behind a choice is replaced: path, bytes and time of each part."""
+    parts = model_parts(resolve(category, name))
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+
+
+def _folder_of_shard(name: str) -> str | None:
+    path = Path(name)
+    return str(path.parent) if SHARD.match(path.name) and len(path.parts) > 1 else None

@@ -1,0 +1,82 @@
+from typing import TYPE_CHECKING
+
+from ..host import current as host
+from .sockets import CATEGORY, DiTHandle, PipelineHandle, TextEncodersHandle, VAEHandle
+
+if TYPE_CHECKING:
+    from ..engine.flux_dit import DiT
+    from ..engine.text_encoders import TextEncoders
+    from ..engine.vae import VAE
+
+io = host.io
+COMPUTE_PRECISIONS = ["auto", "bfloat16", "float32"]
+
+
+class PipelineNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxPipeline",
+            display_name="CPU-offload pipeline",
+            category=CATEGORY,
+            description=(
+                "Puts the three parts together and says how much of the card they may use. "
+                "Weights stay in CPU memory; what does not fit on the card visits it block by "
+                "block."
+            ),
+            search_aliases=[
+                "offload", "low vram", "vram budget", "pipeline", "block swap",
+                "低显存", "显存", "CPU卸载", "流水线", "麦橘超然",
+            ],  # fmt: skip
+            inputs=[
+                DiTHandle.Input("dit", tooltip="From the Majic float8 DiT loader."),
+                TextEncodersHandle.Input(
+                    "text_encoders", tooltip="From the bf16 text encoders node."
+                ),
+                VAEHandle.Input("vae", tooltip="From the Flux VAE node."),
+                io.Float.Input(
+                    "vram_budget_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    tooltip=(
+                        "How many GB of the card this pipeline may use for weights, once what the "
+                        "calculation itself needs (an estimate) is set aside. 0: what ComfyUI "
+                        "grants. Less is slower, never different."
+                    ),
+                ),
+                io.Combo.Input(
+                    "compute_precision",
+                    options=COMPUTE_PRECISIONS,
+                    default="auto",
+                    tooltip=(
+                        "auto: bfloat16 where the card has it, float32 elsewhere (GTX 10, RTX 20). "
+                        "float32: a slow reference that needs twice the working memory."
+                    ),
+                ),
+            ],
+            outputs=[
+                PipelineHandle.Output(display_name="pipeline", tooltip="For the sample node.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        dit: "DiT",
+        text_encoders: "TextEncoders",
+        vae: "VAE",
+        vram_budget_gb: float,
+        compute_precision: str,
+    ) -> io.NodeOutput:
+        import torch
+
+        from ..engine.pipeline import Pipeline
+
+        budget_bytes = int(vram_budget_gb * 2**30) or None
+        if compute_precision == "auto":
+            dtype = host.compute_dtype(dit.patcher.device)
+        else:
+            dtype = getattr(torch, compute_precision)
+        return io.NodeOutput(Pipeline(dit, text_encoders, vae, budget_bytes, dtype))

@@ -1,0 +1,90 @@
+from typing import Any
+
+from ..host import current as host
+from . import model_files
+from .sockets import CATEGORY, TextEncodersHandle
+
+io = host.io
+FOLDER = "text_encoders"
+PRECISIONS = ["bfloat16", "float32"]
+
+
+class TextEncodersNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxTextEncoders",
+            display_name="bf16 text encoders",
+            category=CATEGORY,
+            description=(
+                "Loads the two text encoders of Flux.1, CLIP-L and T5-XXL, into CPU memory."
+            ),
+            search_aliases=[
+                "clip", "t5", "t5xxl", "dual clip loader", "text encoder", "prompt",
+                "文本编码器", "提示词", "加载CLIP", "麦橘超然",
+            ],  # fmt: skip
+            inputs=[
+                io.Combo.Input(
+                    "clip_l",
+                    tooltip="CLIP-L in models/text_encoders, such as clip_l.safetensors.",
+                    **model_files.options(FOLDER, "clip_l", "clip"),
+                ),
+                io.Combo.Input(
+                    "t5",
+                    tooltip=(
+                        "T5-XXL in models/text_encoders: one file such as "
+                        "t5xxl_fp16.safetensors, or the folder text_encoder_2 of FLUX.1-dev."
+                    ),
+                    **model_files.options(FOLDER, "t5xxl", "t5", "text_encoder_2"),
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=PRECISIONS,
+                    default="bfloat16",
+                    tooltip=(
+                        "bfloat16: 10 GB of CPU memory, what Flux.1 was trained with. "
+                        "float32: 19 GB, a reference for comparisons."
+                    ),
+                ),
+            ],
+            outputs=[
+                TextEncodersHandle.Output(
+                    display_name="text_encoders",
+                    tooltip="Both encoders, for the CPU-offload pipeline.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, clip_l: str, t5: str) -> bool | str:
+        from ..loaders.text_encoders import inspect_clip, inspect_t5
+
+        return (
+            model_files.problem(FOLDER, clip_l, inspect_clip)
+            or model_files.problem(FOLDER, t5, inspect_t5)
+            or True
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, clip_l: str, t5: str, precision: str) -> Any:
+        return [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
+
+    @classmethod
+    def execute(cls, clip_l: str, t5: str, precision: str) -> io.NodeOutput:
+        import torch
+
+        from ..engine.text_encoders import TextEncoders
+        from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
+        from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
+
+        clip_path, t5_path = (model_files.resolve(FOLDER, name) for name in (clip_l, t5))
+        clip, t5_geometry = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
+        clip_tokenizer = load_tokenizer(
+            CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
+        )
+        t5_tokenizer = load_tokenizer(
+            T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
+        )
+        weights = load_text_encoders(clip_path, t5_path, getattr(torch, precision))
+        patcher = host.make_patcher(weights, host.text_encoder_device(), "MajicFluxTextEncoders")
+        return io.NodeOutput(TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer))

@@ -1,0 +1,56 @@
+from typing import Any
+
+from ..host import current as host
+from . import model_files
+from .sockets import CATEGORY, VAEHandle
+
+io = host.io
+FOLDER = "vae"
+
+
+class VAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxVAELoader",
+            display_name="Flux VAE",
+            category=CATEGORY,
+            description="Loads the autoencoder of Flux.1, which turns latents into pictures.",
+            search_aliases=[
+                "vae", "load vae", "autoencoder", "ae.safetensors",
+                "变分自编码器", "加载VAE", "麦橘超然",
+            ],  # fmt: skip
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    tooltip="The Flux VAE in models/vae, such as ae.safetensors.",
+                    **model_files.options(FOLDER, "ae.safetensors", "flux"),
+                )
+            ],
+            outputs=[
+                VAEHandle.Output(
+                    display_name="vae", tooltip="The autoencoder, for the CPU-offload pipeline."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        from ..loaders.vae import inspect_vae
+
+        return model_files.problem(FOLDER, file, inspect_vae) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> Any:
+        return model_files.fingerprint(FOLDER, file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        import torch
+
+        from ..engine.vae import VAE
+        from ..loaders.vae import load_vae
+
+        weights = load_vae(model_files.resolve(FOLDER, file), torch.bfloat16)
+        patcher = host.make_patcher(weights, host.vae_device(), "MajicFluxVAE")
+        return io.NodeOutput(VAE(weights, patcher, torch.bfloat16))
