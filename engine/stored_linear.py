@@ -53,8 +53,7 @@ def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor) -> None:
             raise ValueError("the weight holds an infinity or a NaN")
         row_scale = torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
         # Division can land a hair above 448, which the cast would turn into NaN.
-        values.div_(row_scale[:, None]).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
-        into[rows].copy_(values)
+        into[rows].copy_((values / row_scale[:, None]).clamp_(-FLOAT8_MAX, FLOAT8_MAX))
         scale[rows].copy_(row_scale)
 
 

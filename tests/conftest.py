@@ -1,0 +1,79 @@
+"""Small models in the real layouts, and the way to components without a host."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from majicflux.engine.flux_dit import DiT
+from majicflux.engine.offload import OffloadedModule
+from majicflux.engine.pipeline import Pipeline
+from majicflux.engine.text_encoders import TextEncoders
+from majicflux.engine.vae import VAE
+from majicflux.loaders import demo_models
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
+from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
+from majicflux.loaders.vae import load_vae
+
+CPU = torch.device("cpu")
+
+
+class RecordingPatcher:
+    """A memory manager that grants everything it is asked for, and remembers what that was."""
+
+    def __init__(self, weights: OffloadedModule, device: torch.device = CPU):
+        self.weights = weights
+        self.device = device
+        self.loads: list[tuple[int, int | None]] = []
+
+    def load(self, working_bytes: int, weight_cap: int | None) -> None:
+        self.loads.append((working_bytes, weight_cap))
+        budget = float("inf") if weight_cap is None else weight_cap
+        self.weights.keep_resident(self.device, budget)
+
+    def release(self, weight_bytes: int) -> None:
+        self.weights.release(weight_bytes)
+
+
+def build_pipeline(
+    models: Path,
+    weight_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+    budget_bytes: int | None = None,
+) -> Pipeline:
+    """The demo models as a pipeline, every component on `device`."""
+    clip_path, t5_path = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
+    dit_weights, geometry = load_flux_dit(models / demo_models.DIT_FILE, weight_dtype)
+    text_weights = load_text_encoders(clip_path, t5_path, dtype)
+    vae_weights = load_vae(models / demo_models.VAE_FILE, dtype)
+    clip, t5 = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
+    return Pipeline(
+        DiT(dit_weights, RecordingPatcher(dit_weights, device), geometry, weight_dtype),
+        TextEncoders(
+            text_weights,
+            RecordingPatcher(text_weights, device),
+            load_tokenizer(CLIP_TOKENIZER, clip_path, clip.vocabulary, None),
+            load_tokenizer(T5_TOKENIZER, t5_path, t5.vocabulary, None),
+        ),
+        VAE(vae_weights, RecordingPatcher(vae_weights, device), dtype),
+        budget_bytes,
+        dtype,
+    )
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo models, in ComfyUI's subfolders."""
+    folder = tmp_path_factory.mktemp("models")
+    demo_models.write_demo_models(folder)
+    return folder
+
+
+@pytest.fixture
+def make_pipeline(models: Path):
+    def make(**options: object) -> Pipeline:
+        return build_pipeline(models, **options)  # type: ignore[arg-type]
+
+    return make

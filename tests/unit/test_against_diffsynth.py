@@ -1,0 +1,100 @@
+"""The same small weights through DiffSynth's own pipeline."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from majicflux.engine.denoise import euler
+from majicflux.engine.latents import draw_noise
+from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.schedule import shifted_sigmas
+
+PROMPT = "a cat on a roof 屋顶上的猫"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 50])
+def test_the_schedule_is_diffsynths(steps: int) -> None:
+    from diffsynth.diffusion import FlowMatchScheduler
+
+    scheduler = FlowMatchScheduler("FLUX.1")
+    scheduler.set_timesteps(steps)
+    assert torch.equal(shifted_sigmas(steps), scheduler.sigmas)
+
+
+def diffsynth_pipeline(ours: Pipeline):
+    """DiffSynth's FluxImagePipeline over the very modules of `ours`, on the CPU."""
+    from diffsynth.pipelines.flux_image import FluxImagePipeline
+
+    pipe = FluxImagePipeline(device="cpu", torch_dtype=torch.bfloat16)
+    encoders = ours.text_encoders
+    pipe.text_encoder_1 = encoders.weights.module["clip"]
+    pipe.text_encoder_2 = encoders.weights.module["t5"]
+    pipe.tokenizer_1, pipe.tokenizer_2 = encoders.clip_tokenizer, encoders.t5_tokenizer
+    pipe.dit = ours.dit.weights.module
+    pipe.vae_decoder = ours.vae.weights.module["decoder"]
+    pipe.vram_management_enabled = False
+    return pipe
+
+
+def test_latents_and_picture_are_diffsynths_bit_for_bit(make_pipeline) -> None:
+    ours = make_pipeline()  # bfloat16 weights and arithmetic
+    theirs = diffsynth_pipeline(ours)
+    final = SimpleNamespace(latents=None)
+    decode = theirs.vae_decoder.forward
+
+    def remember(latents: torch.Tensor, **options: object) -> torch.Tensor:
+        final.latents = latents.clone()
+        return decode(latents, **options)
+
+    theirs.vae_decoder.forward = remember
+    picture = theirs(
+        prompt=PROMPT, seed=7, num_inference_steps=4, height=96, width=128, embedded_guidance=3.5,
+        progress_bar_cmd=lambda steps: steps,
+    )  # fmt: skip
+    theirs.vae_decoder.forward = decode
+
+    request = Request(PROMPT, seed=7, steps=4, guidance=3.5, width=128, height=96)
+    image, latents = paint(
+        ours, request, lambda *_: None, lambda: None, latents_dtype=torch.bfloat16
+    )
+    assert torch.equal(latents, final.latents.float())
+    # DiffSynth rounds the picture to bytes; ours is the float picture that it rounds.
+    their_pixels = torch.from_numpy(np.array(picture))
+    assert ((image[0] * 255) - their_pixels.float()).abs().max() <= 1.5
+
+
+def test_float32_latents_stay_closer_to_exact_arithmetic(make_pipeline) -> None:
+    """Why latents are float32 between steps: against a run in float32 throughout."""
+    request = Request(PROMPT, seed=7, steps=20, guidance=3.5, width=64, height=64)
+
+    def latents(pipeline: Pipeline, dtype: torch.dtype) -> torch.Tensor:
+        return paint(pipeline, request, lambda *_: None, lambda: None, latents_dtype=dtype)[1]
+
+    exact = latents(make_pipeline(dtype=torch.float32), torch.float32)
+    ours = make_pipeline()
+    error = {
+        dtype: (latents(ours, dtype) - exact).norm() for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert error[torch.float32] < error[torch.bfloat16]
+
+
+def test_noise_is_torchs_for_the_seed() -> None:
+    torch.manual_seed(123)
+    expected = torch.randn(2, 16, 12, 8)
+    assert torch.equal(draw_noise(123, batch_size=2, width=64, height=96), expected)
+
+
+def test_euler_integrates_a_straight_line_exactly() -> None:
+    clean, noise = torch.full((1, 16, 2, 2), 3.0), torch.full((1, 16, 2, 2), -1.0)
+    seen: list[tuple[int, torch.Tensor]] = []
+    end = euler(
+        lambda x, sigma: noise - clean,
+        noise.clone(),
+        shifted_sigmas(5),
+        lambda step, x0: seen.append((step, x0)),
+    )
+    assert torch.allclose(end, clean, atol=1e-5)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    assert all(torch.allclose(x0, clean, atol=1e-5) for _, x0 in seen)

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from majicflux.engine.stored_linear import FLOAT8_MAX, StoredLinear, quantize_rows
+
+HALF_STEP = 2**-4  # e4m3 has 3 mantissa bits: a normal number is off by at most 1/16 of itself
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(weight.shape[0])
+    quantize_rows(weight, stored, scale)
+    return stored, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4097, 8)])
+@pytest.mark.parametrize("size", [1e-6, 0.02, 300.0])
+def test_each_value_is_within_half_a_step_of_float64(dtype, shape, size) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(shape, generator=generator) * size).to(dtype)
+    stored, scale = quantized(weight)
+    back = stored.double() * scale.double()[:, None]
+    exact = weight.double()
+    # Below 2^-6 of the scaled range the format has a fixed step of 2^-9.
+    bound = (exact.abs() * HALF_STEP).maximum(scale.double()[:, None] * 2**-10) * (1 + 1e-6)
+    assert ((back - exact).abs() <= bound).all()
+
+
+def test_the_largest_value_of_a_row_uses_the_whole_range() -> None:
+    stored, _ = quantized(torch.tensor([[1e-4, -2e-4], [50.0, 3.0]]))
+    assert stored.float().abs().amax(dim=1).tolist() == [FLOAT8_MAX, FLOAT8_MAX]
+
+
+def test_rows_do_not_share_their_scale() -> None:
+    _, scale = quantized(torch.tensor([[0.001, 0.0], [1000.0, 0.0]]))
+    assert scale[1] / scale[0] == pytest.approx(1e6)
+
+
+def test_the_source_is_left_as_it_was() -> None:
+    weight = torch.randn(4, 4)
+    before = weight.clone()
+    quantized(weight)
+    assert torch.equal(weight, before)
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    stored, scale = quantized(torch.zeros(2, 8))
+    assert not stored.float().any()
+    assert torch.isfinite(scale).all()
+
+
+def test_float8_weights_pass_through_exactly() -> None:
+    weight = torch.randn(64, 64).to(torch.float8_e4m3fn)
+    stored, scale = quantized(weight)
+    assert torch.equal(stored.view(torch.uint8), weight.view(torch.uint8))
+    assert (scale == 1).all()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_no_scale_can_save_is_refused(bad: float) -> None:
+    weight = torch.ones(3, 3)
+    weight[1, 1] = bad
+    with pytest.raises(ValueError, match="infinity or a NaN"):
+        quantized(weight)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_that_of_the_dequantized_weight_in_float64(bias: bool) -> None:
+    layer = StoredLinear(32, 16, bias, torch.float8_e4m3fn).to_empty(device="cpu")
+    with torch.no_grad():
+        quantize_rows(torch.randn(16, 32), layer.weight, layer.scale)
+        if layer.bias is not None:
+            layer.bias.copy_(torch.randn(16))
+    x = torch.randn(5, 32)
+    exact = x.double() @ (layer.weight.double() * layer.scale.double()[:, None]).T
+    if layer.bias is not None:
+        exact += layer.bias.double()
+    assert torch.allclose(layer(x).double(), exact, atol=1e-5)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_bfloat16_weight_is_multiplied_as_torch_does() -> None:
+    plain = torch.nn.Linear(32, 16).bfloat16()
+    layer = StoredLinear(32, 16, True, torch.bfloat16).to_empty(device="cpu")
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 32).bfloat16()
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_the_product_leaves_the_stored_weight_as_it_was() -> None:
+    layer = StoredLinear(8, 8, False, torch.float8_e4m3fn).to_empty(device="cpu")
+    with torch.no_grad():
+        quantize_rows(torch.randn(8, 8), layer.weight, layer.scale)
+    before = layer.weight.view(torch.uint8).clone()
+    layer(torch.randn(2, 8))
+    assert torch.equal(layer.weight.view(torch.uint8), before)
