@@ -1,0 +1,90 @@
+"""The command line as a user meets it, in a process of its own and with the network cut."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from majicflux.loaders import demo_models
+
+WORKFLOW = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
+# Any connection, even a name look-up, ends the process.
+NO_NETWORK = """
+import socket, sys, os
+def refuse(*_, **__):
+    print("NETWORK USED", file=sys.stderr); os._exit(99)
+socket.socket.connect = socket.getaddrinfo = refuse
+from majicflux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def majicflux(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", NO_NETWORK, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_demo_paints_offline_and_says_that_it_is_noise(tmp_path: Path) -> None:
+    done = majicflux(tmp_path, "demo")
+    assert done.returncode == 0, done.stderr
+    assert "weights of this demo are random" in done.stdout
+    path = Path(next(line for line in done.stdout.splitlines() if line.endswith(".png")))
+    with Image.open(path) as picture:
+        assert picture.size == (256, 256)
+        prompt, workflow = (json.loads(picture.text[key]) for key in ("prompt", "workflow"))
+    assert prompt["5"]["inputs"]["width"] == 256
+    sample = next(node for node in workflow["nodes"] if node["type"] == "MajicFluxSample")
+    assert 256 in sample["widgets_values"]
+    again = majicflux(tmp_path, "demo", "--workflow", WORKFLOW)
+    assert "_00002_.png" in again.stdout
+    assert "Writing" not in again.stdout
+
+
+def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> None:
+    small = ["width=64", "height=48", "steps=2"]
+
+    def picture(*settings: str) -> bytes:
+        arguments = [x for setting in (*small, *settings) for x in ("--set", setting)]
+        done = majicflux(tmp_path, "run", WORKFLOW, "--models", models, *arguments)
+        assert done.returncode == 0, done.stderr
+        with Image.open(done.stdout.strip()) as file:
+            assert file.size == (64, 48)
+            return file.tobytes()
+
+    assert picture() == picture()
+    assert picture("seed=5") != picture()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "gone.json"], "gone.json cannot be opened: No such file"),
+        (["run", WORKFLOW], "is not in models/diffusion_models. Put it there"),
+        (["run", WORKFLOW, "--set", "sed=1"], "give NODE.INPUT=VALUE with one of 1.file"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list, said: str) -> None:
+    done = majicflux(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_canvas_file_is_told_from_an_api_file(models: Path, tmp_path: Path) -> None:
+    canvas = WORKFLOW.parent.parent / WORKFLOW.name
+    done = majicflux(tmp_path, "run", canvas, "--models", models)
+    assert "Export (API)" in done.stderr
+
+
+def test_demo_models_are_written_once(tmp_path: Path) -> None:
+    first = majicflux(tmp_path, "demo-models", "set")
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "set" / demo_models.VAE_FILE).is_file()
+    second = majicflux(tmp_path, "demo-models", "set")
+    assert second.returncode == 1
+    assert "may be a real model; choose an empty folder" in second.stderr

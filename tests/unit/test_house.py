@@ -1,0 +1,67 @@
+"""The rules of the house: which folder may import which, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {
+    "nodes": {"nodes", "loaders", "engine", "host"},
+    "loaders": {"loaders", "engine"},
+    "engine": {"engine"},
+    "host": {"host", "engine"},
+}
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "execution"}
+FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """The pack's folders and the outside packages that a file imports."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            inside.add(path.parent.name)
+        elif isinstance(node, ast.ImportFrom) and node.level == 2:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            inside |= {name.split(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            outside.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+    return inside, outside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_point_one_way(path: Path) -> None:
+    inside, outside = imports(path)
+    assert inside <= ALLOWED[path.parent.name]
+    assert "majicflux" not in outside, "the pack's name in ComfyUI is another one"
+    if path != ROOT / "host" / "comfyui.py":
+        assert not outside & COMFYUI
+
+
+def test_importing_the_pack_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, majicflux; "
+        "print(*{m.split('.')[0] for m in sys.modules} & "
+        "{'torch', 'diffsynth', 'transformers', 'modelscope', 'numpy', 'PIL'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_torch_is_no_requirement() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("torch")]
+
+
+def test_both_readmes_have_the_same_parts() -> None:
+    def shape(name: str) -> list[str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        marks = ("#", "```", "|", "![", "- ", "1. ")
+        return [next(m for m in marks if x.startswith(m)) for x in lines if x.startswith(marks)]
+
+    assert shape("README.md") == shape("README.zh-CN.md")

@@ -1,0 +1,138 @@
+"""Small models in the real layouts, through the loaders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from majicflux.loaders import demo_models
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.text_encoders import load_text_encoders
+from majicflux.loaders.tokenizers import T5_TOKENIZER, load_tokenizer
+from majicflux.loaders.vae import load_vae
+
+
+def dit_with(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    path = tmp_path / "dit.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def parameters(weights) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in weights.module.named_parameters()}
+
+
+def test_prefixed_and_unprefixed_files_load_alike(models: Path, tmp_path: Path) -> None:
+    prefixed = models / demo_models.DIT_FILE
+    plain = {n.removeprefix("model.diffusion_model."): t for n, t in load_file(prefixed).items()}
+    one, geometry = load_flux_dit(prefixed, torch.bfloat16)
+    other, other_geometry = load_flux_dit(dit_with(tmp_path, plain), torch.bfloat16)
+    assert geometry == other_geometry == demo_models.DIT
+    theirs = parameters(other)
+    assert all(torch.equal(p, theirs[name]) for name, p in parameters(one).items())
+
+
+def test_bfloat16_weights_are_those_of_the_file(models: Path) -> None:
+    """Against DiffSynth's converter on an ordinarily loaded state dict."""
+    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+
+    path = models / demo_models.DIT_FILE
+    expected = FluxDiTStateDictConverter(load_file(path))
+    found = parameters(load_flux_dit(path, torch.bfloat16)[0])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_float8_is_for_the_matrices_of_the_blocks(models: Path) -> None:
+    found = parameters(load_flux_dit(models / demo_models.DIT_FILE, torch.float8_e4m3fn)[0])
+    for name, parameter in found.items():
+        in_block = name.startswith(("blocks.", "single_blocks."))
+        if name.endswith(".scale"):
+            assert parameter.dtype == torch.float32
+        elif in_block and parameter.ndim == 2:
+            assert parameter.dtype == torch.float8_e4m3fn, name
+        else:
+            assert parameter.dtype == torch.bfloat16, name
+
+
+def test_a_float8_file_is_not_rounded_a_second_time(models: Path, tmp_path: Path) -> None:
+    source = load_file(models / demo_models.DIT_FILE)
+    cast = {n: t.to(torch.float8_e4m3fn) for n, t in source.items()}
+    path = dit_with(tmp_path, cast)
+    as_float8 = parameters(load_flux_dit(path, torch.float8_e4m3fn)[0])
+    as_bfloat16 = parameters(load_flux_dit(path, torch.bfloat16)[0])
+    for name, exact in as_bfloat16.items():
+        assert torch.equal(as_float8[name].to(torch.bfloat16), exact), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_source_precisions_load(models: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    source = load_file(models / demo_models.DIT_FILE)
+    path = dit_with(tmp_path, {n: t.to(dtype) for n, t in source.items()})
+    before = path.read_bytes()
+    load_flux_dit(path, torch.float8_e4m3fn)
+    assert path.read_bytes() == before
+
+
+def test_a_transformer_without_guidance_loads(models: Path, tmp_path: Path) -> None:
+    tensors = load_file(models / demo_models.DIT_FILE)
+    schnell = {name: t for name, t in tensors.items() if "guidance_in" not in name}
+    weights, geometry = load_flux_dit(dit_with(tmp_path, schnell), torch.bfloat16)
+    assert not geometry.guidance
+    assert weights.module.guidance_embedder is None
+
+
+def test_t5_shards_load_like_the_single_file(models: Path, tmp_path: Path) -> None:
+    clip, t5 = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
+    folder = tmp_path / "text_encoder_2"
+    folder.mkdir()
+    tensors = list(load_file(t5).items())
+    save_file(dict(tensors[:9]), folder / "model-00001-of-00002.safetensors")
+    save_file(dict(tensors[9:]), folder / "model-00002-of-00002.safetensors")
+    # ComfyUI's single file repeats the token table under a second name.
+    single = tmp_path / "t5xxl.safetensors"
+    table = load_file(t5)["shared.weight"].clone()
+    save_file({**load_file(t5), "encoder.embed_tokens.weight": table}, single)
+
+    expected = parameters(load_text_encoders(clip, t5, torch.bfloat16))
+    for path in (folder, single):
+        found = parameters(load_text_encoders(clip, path, torch.bfloat16))
+        assert all(torch.equal(found[name], p) for name, p in expected.items())
+
+
+def test_every_vae_weight_comes_from_the_file(models: Path) -> None:
+    path = models / demo_models.VAE_FILE
+    found = parameters(load_vae(path, torch.bfloat16))
+    assert len(found) == 244
+    expected = sorted(t.float().sum().item() for t in load_file(path).values())
+    assert sorted(p.float().sum().item() for p in found.values()) == expected
+
+
+def test_loading_keeps_no_second_copy(models: Path) -> None:
+    """The weights are views of the blocks' buffers: nothing else of their size is alive."""
+    weights, _ = load_flux_dit(models / demo_models.DIT_FILE, torch.float8_e4m3fn)
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in weights.module.parameters()
+    }
+    assert len(storages) == len(weights.blocks) + 1
+    assert sum(storages.values()) == weights.total_bytes
+
+
+def test_a_tokenizer_with_another_vocabulary_is_passed_over(models: Path) -> None:
+    """The demo's tokenizer lies beside the file, but a real T5 has 32128 entries."""
+    from majicflux.loaders.safetensors_file import ModelFileError
+
+    t5 = models / demo_models.T5_FILE
+    assert load_tokenizer(T5_TOKENIZER, t5, demo_models.T5.vocabulary, None)
+    with pytest.raises(ModelFileError, match=r"No T5 tokenizer with 32128 entries .* tokenizer_2"):
+        load_tokenizer(T5_TOKENIZER, t5, 32128, None)
+
+
+def test_demo_models_never_replace_a_file(models: Path) -> None:
+    before = (models / demo_models.DIT_FILE).read_bytes()
+    with pytest.raises(FileExistsError, match="may be a real model"):
+        demo_models.write_demo_models(models)
+    assert (models / demo_models.DIT_FILE).read_bytes() == before
+    assert sum(p.stat().st_size for p in models.rglob("*") if p.is_file()) < 300e6

@@ -1,0 +1,224 @@
+"""The nodes as an API: ids, names, sockets and their order. Shared workflows depend on them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from majicflux.host import standalone
+from majicflux.loaders import demo_models
+from majicflux.loaders.safetensors_file import ModelFileError
+from majicflux.nodes import NODES, model_files
+from majicflux.nodes.dit_loader import DiTLoader
+from majicflux.nodes.pipeline import PipelineNode
+from majicflux.nodes.sample import Sample
+from majicflux.nodes.text_encoders import TextEncodersNode
+from majicflux.nodes.vae_loader import VAELoader
+
+CONTRACT = {
+    "MajicFluxDiTLoader": (
+        "Majic float8 DiT loader",
+        ["file:COMBO", "weight_precision:COMBO"],
+        ["MAJICFLUX_DIT"],
+    ),
+    "MajicFluxTextEncoders": (
+        "bf16 text encoders",
+        ["clip_l:COMBO", "t5:COMBO", "precision:COMBO"],
+        ["MAJICFLUX_TEXT_ENCODERS"],
+    ),
+    "MajicFluxVAELoader": ("Flux VAE", ["file:COMBO"], ["MAJICFLUX_VAE"]),
+    "MajicFluxPipeline": (
+        "CPU-offload pipeline",
+        [
+            "dit:MAJICFLUX_DIT",
+            "text_encoders:MAJICFLUX_TEXT_ENCODERS",
+            "vae:MAJICFLUX_VAE",
+            "vram_budget_gb:FLOAT",
+            "compute_precision:COMBO",
+        ],
+        ["MAJICFLUX_PIPELINE"],
+    ),
+    "MajicFluxSample": (
+        "sample",
+        [
+            "pipeline:MAJICFLUX_PIPELINE",
+            "prompt:STRING",
+            "seed:INT",
+            "steps:INT",
+            "guidance:FLOAT",
+            "width:INT",
+            "height:INT",
+            "batch_size:INT",
+        ],
+        ["IMAGE", "LATENT"],
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def models_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standalone, "models_folder", models)
+
+
+def test_ids_names_and_sockets_are_as_published() -> None:
+    found = {
+        s.node_id: (
+            s.display_name,
+            [f"{i.id}:{i.io_type}" for i in s.inputs],
+            [o.io_type for o in s.outputs],
+        )
+        for s in (node.define_schema() for node in NODES)
+    }
+    assert found == CONTRACT
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_everything_shown_is_explained(node: type) -> None:
+    schema = node.define_schema()
+    assert schema.description
+    assert any(re.search("[\u4e00-\u9fff]", alias) for alias in schema.search_aliases)
+    for socket in (*schema.inputs, *schema.outputs):
+        assert socket.options.get("tooltip"), socket.id
+
+
+def test_files_come_from_the_models_folder() -> None:
+    file = DiTLoader.define_schema().inputs[0]
+    assert file.options["options"] == ["majicflus_v134.safetensors"]
+    clip, t5, _ = TextEncodersNode.define_schema().inputs
+    assert clip.options["default"] == "clip_l.safetensors"
+    assert t5.options["default"] == "t5xxl_fp16.safetensors"
+
+
+def test_a_folder_of_shards_is_one_choice(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "text_encoders" / "text_encoder_2"
+    folder.mkdir(parents=True)
+    for index in (1, 2):
+        (folder / f"model-{index:05d}-of-00002.safetensors").touch()
+    (tmp_path / "text_encoders" / "clip_l.safetensors").touch()
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    assert model_files.options("text_encoders")["options"] == [
+        "clip_l.safetensors",
+        "text_encoder_2",
+    ]
+    assert model_files.resolve("text_encoders", "text_encoder_2") == folder
+
+
+@pytest.mark.parametrize("name", ["../vae/ae.safetensors", "/etc/passwd", "none.safetensors", ""])
+def test_a_name_cannot_leave_its_folder(name: str) -> None:
+    with pytest.raises(ModelFileError, match=r"is not in models/diffusion_models\. Put it there"):
+        model_files.resolve("diffusion_models", name)
+
+
+def test_loaders_are_refused_before_the_run_by_the_header() -> None:
+    assert DiTLoader.validate_inputs("majicflus_v134.safetensors") is True
+    assert "is not in models/diffusion_models" in DiTLoader.validate_inputs("gone.safetensors")
+    good = ("clip_l.safetensors", "t5xxl_fp16.safetensors")
+    assert TextEncodersNode.validate_inputs(*good) is True
+    swapped = TextEncodersNode.validate_inputs(*reversed(good))
+    assert swapped.startswith("t5xxl_fp16.safetensors is a T5 text encoder, not a CLIP")
+    assert VAELoader.validate_inputs("ae.safetensors") is True
+
+
+def test_a_replaced_file_is_loaded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "vae" / "ae.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"1")
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    before = VAELoader.fingerprint_inputs("ae.safetensors")
+    assert VAELoader.fingerprint_inputs("ae.safetensors") == before
+    path.write_bytes(b"22")
+    assert VAELoader.fingerprint_inputs("ae.safetensors") != before
+
+
+@pytest.mark.parametrize("size", [16, 1024, 8192])
+def test_sizes_that_work(size: int) -> None:
+    assert Sample.validate_inputs(width=size, height=size) is True
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (1000, "Width 1000 is not a multiple of 16; the nearest that work are 992 and 1008."),
+        (8, "Width 8 is not a multiple of 16; the nearest that work are 16 and 32."),
+        (8208, "Width 8208 is more than 8192; choose a smaller one."),
+    ],
+)
+def test_sizes_that_do_not(size: int, said: str) -> None:
+    assert Sample.validate_inputs(width=size) == said
+
+
+def handles(weight: str = "float8_e4m3fn", text: str = "bfloat16") -> tuple:
+    dit = DiTLoader.execute("majicflus_v134.safetensors", weight).args[0]
+    encoders = TextEncodersNode.execute("clip_l.safetensors", "t5xxl_fp16.safetensors", text)
+    return dit, encoders.args[0], VAELoader.execute("ae.safetensors").args[0]
+
+
+def test_every_precision_does_what_it_says() -> None:
+    dit, encoders, vae = handles("bfloat16", "float32")
+    assert dit.weights.module.blocks[0].ff_a[0].weight.dtype == torch.bfloat16
+    assert {p.dtype for p in encoders.weights.module.parameters()} == {torch.float32}
+    computed = {
+        precision: PipelineNode.execute(dit, encoders, vae, 0.0, precision).args[0].compute_dtype
+        for precision in ("auto", "bfloat16", "float32")
+    }
+    assert computed == {
+        "auto": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+    }
+    assert handles()[0].weights.module.blocks[0].ff_a[0].weight.dtype == torch.float8_e4m3fn
+
+
+def test_the_budget_is_in_gigabytes_and_zero_means_the_hosts() -> None:
+    parts = handles()
+    assert PipelineNode.execute(*parts, 0.0, "auto").args[0].budget_bytes is None
+    assert PipelineNode.execute(*parts, 2.5, "auto").args[0].budget_bytes == 2.5 * 2**30
+
+
+def sampled(prompt: str = "a cat", seed: int = 0, guidance: float = 3.5, steps: int = 2, **size):
+    pipeline = PipelineNode.execute(*handles(), 0.0, "auto").args[0]
+    width, height = size.get("width", 64), size.get("height", 48)
+    batch = size.get("batch_size", 1)
+    return Sample.execute(pipeline, prompt, seed, steps, guidance, width, height, batch).args
+
+
+def test_image_and_latent_have_comfyuis_form() -> None:
+    image, latent = sampled(batch_size=2)
+    assert image.shape == (2, 48, 64, 3)
+    assert image.dtype == torch.float32
+    assert 0 <= image.min() < image.max() <= 1
+    assert latent["samples"].shape == (2, 16, 6, 8)
+    assert latent["samples"].dtype == torch.float32
+
+
+def test_every_input_changes_the_picture() -> None:
+    base = sampled()[0]
+    assert torch.equal(sampled()[0], base)
+    for change in ({"prompt": "a dog"}, {"seed": 1}, {"guidance": 1.0}, {"steps": 3}):
+        assert not torch.equal(sampled(**change)[0], base), change
+
+
+def test_an_empty_prompt_is_allowed() -> None:
+    assert torch.isfinite(sampled(prompt="")[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": 1000}, "not a multiple of 16"),
+        ({"steps": 0}, "Steps must be 1 to 100, not 0"),
+        ({"seed": -1}, "seed must be 0 to 18446744073709551615, not -1"),
+        ({"seed": 2**64}, "seed must be 0"),
+        ({"batch_size": 0}, "batch size must be at least 1"),
+    ],
+)
+def test_values_that_come_over_a_link_are_checked_too(change: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sampled(**change)
+
+
+def test_the_largest_seed_works() -> None:
+    assert torch.isfinite(sampled(seed=2**64 - 1)[0]).all()

@@ -1,0 +1,137 @@
+"""Phases, budget and reuse."""
+
+import logging
+
+import pytest
+import torch
+
+from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.text_encoders import REMEMBERED_PROMPTS
+
+REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
+ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
+
+
+def run(pipeline: Pipeline, request: Request = REQUEST, on_step=lambda *_: None) -> torch.Tensor:
+    return paint(pipeline, request, on_step, lambda: None)[0]
+
+
+def components(pipeline: Pipeline) -> list:
+    return [pipeline.dit, pipeline.text_encoders, pipeline.vae]
+
+
+def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    runs: list[str] = []
+    for name in ("clip", "t5"):
+        module = pipeline.text_encoders.weights.module[name]
+        module.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    run(pipeline)
+    run(pipeline, Request("a cat", seed=1, steps=3, guidance=2.0, width=48, height=64))
+    assert runs == ["clip", "t5"]
+    assert len(pipeline.text_encoders.patcher.loads) == 1
+    run(pipeline, Request("a dog", seed=0, steps=2, guidance=3.5, width=64, height=64))
+    assert runs == ["clip", "t5"] * 2
+
+
+def test_the_memory_of_prompts_is_bounded(make_pipeline) -> None:
+    encoders = make_pipeline().text_encoders
+    with torch.inference_mode():
+        for number in range(REMEMBERED_PROMPTS + 1):
+            encoders.encode(f"prompt {number}")
+    assert encoders.recall("prompt 0") is None
+    assert encoders.recall("prompt 1") is not None
+
+
+def test_a_batch_has_one_noise_per_picture_and_one_prompt(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    batch = run(pipeline, Request("a cat", 0, 2, 3.5, 64, 64, batch_size=2))
+    assert batch.shape == (2, 64, 64, 3)
+    assert not torch.equal(batch[0], batch[1])
+    assert (batch[0] - run(pipeline)[0]).abs().mean() < 0.02
+
+
+def test_a_run_can_be_stopped_between_blocks_and_begun_again(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    expected = run(pipeline)
+    blocks = len(pipeline.dit.weights.blocks)
+    visited: list[int] = []
+
+    class Cancelled(BaseException):
+        pass
+
+    def before_block() -> None:
+        visited.append(1)
+        if len(visited) == blocks + 3:
+            raise Cancelled
+
+    steps: list[int] = []
+    with pytest.raises(Cancelled):
+        paint(pipeline, REQUEST, lambda step, _: steps.append(step), before_block)
+    assert steps == [1]
+    assert len(visited) == blocks + 3
+    assert torch.equal(run(pipeline), expected)
+
+
+@pytest.mark.parametrize("budget_mb", [0.001, 200, 300, 2000])
+def test_components_share_the_card_only_as_far_as_the_budget_allows(
+    make_pipeline, budget_mb: float
+) -> None:
+    budget = int(budget_mb * 2**20)
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
+    most = 0
+
+    def look(*_: object) -> None:
+        nonlocal most
+        most = max(most, sum(c.weights.resident_bytes for c in components(pipeline)))
+
+    for component in components(pipeline):
+        for module in component.weights.module.modules():
+            module.register_forward_pre_hook(look)
+    run(pipeline)
+    run(pipeline, Request("a dog", 0, 2, 3.5, 64, 64))
+    assert most <= budget
+    everything = sum(c.weights.total_bytes for c in components(pipeline))
+    if budget_mb == 2000:
+        assert most == everything
+    else:
+        assert most < everything
+
+
+def test_without_a_budget_the_host_decides(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    run(pipeline)
+    for component in components(pipeline):
+        (working, cap), = component.patcher.loads
+        assert cap is None
+        assert working > component.weights.largest_block_bytes
+
+
+def test_working_memory_grows_with_the_picture(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    run(pipeline)
+    run(pipeline, Request("a cat", 0, 1, 3.5, 128, 128))
+    for component in (pipeline.dit, pipeline.vae):
+        (small, _), (large, _) = component.patcher.loads
+        assert large > small
+
+
+def test_the_vae_decodes_in_tiles_when_memory_runs_out(make_pipeline, monkeypatch, caplog) -> None:
+    vae = make_pipeline().vae
+    decoder = vae.weights.module["decoder"]
+    whole = decoder.forward
+    latents = torch.randn(1, 16, 16, 16)
+    with torch.inference_mode():
+        expected = vae.decode(latents)
+
+    def forward(sample: torch.Tensor, tiled: bool = False, **options: int) -> torch.Tensor:
+        if not tiled:
+            raise torch.OutOfMemoryError("simulated")
+        monkeypatch.setattr(decoder, "forward", whole)
+        return whole(sample, tiled=True, tile_size=8, tile_stride=4)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        tiled = vae.decode(latents)
+    assert "decoding in tiles" in caplog.text
+    assert tiled.shape == expected.shape
