@@ -86,8 +86,8 @@ def compute_dtype(device: "torch.device") -> "torch.dtype":
     """The dtype that a Flux.1 transformer is best computed in on `device`."""
     import torch
 
-    slow = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float32 if slow else torch.bfloat16
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
 
 
 def progress(steps: int, device: "torch.device") -> "Callable[[int, Tensor], None]":

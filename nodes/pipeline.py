@@ -51,8 +51,8 @@ class PipelineNode(io.ComfyNode):
                     options=COMPUTE_PRECISIONS,
                     default="auto",
                     tooltip=(
-                        "auto: bfloat16 where the card has it, float32 elsewhere (GTX 10, RTX 20). "
-                        "float32: a slow reference that needs twice the working memory."
+                        "auto: bfloat16 where the device has it, float32 elsewhere (CPU, GTX 10, RTX "
+                        "20). float32: a slow reference that needs twice the working memory."
                     ),
                 ),
             ],

@@ -1,9 +1,12 @@
-"""Small models in the real layouts, and the way to components without a host."""
+"""Small models in the real layouts, components without a host, and a ComfyUI process."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_server import Server
 
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule
@@ -77,3 +80,12 @@ def make_pipeline(models: Path):
         return build_pipeline(models, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI with the pack and the demo models."""
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), models)
+    yield server
+    server.stop()

@@ -1,0 +1,158 @@
+"""A real ComfyUI process for tests, and what a client sees of it."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 180
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
+}
+BINARY_PREVIEW = (1, 4)
+
+
+@dataclass
+class Run:
+    """What the client of one prompt received."""
+
+    prompt_id: str
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    previews: int = 0
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [m["data"] for m in self.messages if m["type"] == kind]
+
+    @property
+    def executed_nodes(self) -> set[str]:
+        return {data["node"] for data in self.of("executing") if data["node"] is not None}
+
+
+class Refused(Exception):
+    """POST /prompt answered 400; `errors` is node id -> list of messages."""
+
+    def __init__(self, body: dict[str, Any]):
+        super().__init__(json.dumps(body))
+        self.errors = {
+            node: [f"{e['message']}: {e['details']}" for e in found["errors"]]
+            for node, found in body["node_errors"].items()
+        }
+
+
+class Server:
+    """`python main.py --cpu` with this pack as its only node pack, in a base folder of its own."""
+
+    def __init__(self, comfyui: Path, base: Path, models: Path):
+        (base / "custom_nodes").mkdir(parents=True)
+        (base / "user" / "default").mkdir(parents=True)
+        (base / "custom_nodes" / "majicflux").symlink_to(ROOT, target_is_directory=True)
+        shutil.copytree(models, base / "models", dirs_exist_ok=True)
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.base = base
+        self.address = f"127.0.0.1:{port}"
+        self.log_file = base / "server.log"
+        command = [
+            sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port),
+            "--disable-auto-launch", "--base-directory", str(base),
+            "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
+        ]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                self.get("/system_stats")
+                return
+            time.sleep(0.2)
+        self.stop()
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def post(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            f"http://{self.address}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code != 400:
+                raise
+            raise Refused(json.loads(error.read())) from None
+
+    def run(
+        self,
+        graph: dict[str, Any],
+        preview_method: str | None = None,
+        on_message: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> Run:
+        """Queue a graph and follow it to its end, however it ends."""
+        client = uuid.uuid4().hex
+        extra = {"preview_method": preview_method} if preview_method else {}
+        channel = websocket.create_connection(f"ws://{self.address}/ws?clientId={client}")
+        channel.settimeout(300)
+        with contextlib.closing(channel):
+            channel.send(
+                json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+            )
+            body = {"prompt": graph, "client_id": client, "extra_data": extra}
+            run = Run(self.post("/prompt", body)["prompt_id"])
+            while True:
+                received = channel.recv()
+                if isinstance(received, bytes):
+                    run.previews += int.from_bytes(received[:4], "big") in BINARY_PREVIEW
+                    continue
+                message = json.loads(received)
+                run.messages.append(message)
+                on_message(message)
+                data = message.get("data", {})
+                if message["type"] in ("execution_error", "execution_interrupted"):
+                    return run
+                if message["type"] == "executing" and data["node"] is None:
+                    return run
+
+    def outputs(self, run: Run) -> list[Path]:
+        """The files that the run saved."""
+        found = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+        return [
+            self.base / image["type"] / image["subfolder"] / image["filename"]
+            for node in found.values()
+            for image in node.get("images", [])
+        ]

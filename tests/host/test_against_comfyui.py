@@ -1,0 +1,130 @@
+"""The same small files through ComfyUI's own model code, in float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from majicflux.engine.denoise import flux_velocity
+from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
+from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.loaders import demo_models
+from majicflux.loaders.demo_models import CLIP, DIT, T5
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.text_encoders import load_text_encoders
+from majicflux.loaders.vae import load_vae
+
+pytestmark = pytest.mark.usefixtures("comfy")
+FLOAT = torch.float32
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.double(), theirs.double()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def float_state(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize(("sigma", "guidance"), [(1.0, 3.5), (0.37, 1.0)])
+@torch.no_grad()
+def test_one_forward_of_the_transformer(models: Path, sigma: float, guidance: float) -> None:
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    path = models / demo_models.DIT_FILE
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 12, 20, generator=generator)
+    text = TextEmbedding(
+        torch.randn(1, 77, T5.width, generator=generator),
+        torch.randn(1, CLIP.width, generator=generator),
+    )
+    weights, _ = load_flux_dit(path, FLOAT)
+    ours = flux_velocity(weights.module, text, guidance, FLOAT)(latents, torch.tensor(sigma))
+
+    theirs = Flux(
+        in_channels=16, out_channels=16, vec_in_dim=CLIP.width, context_in_dim=T5.width,
+        hidden_size=DIT.hidden, mlp_ratio=4.0, num_heads=DIT.heads, depth=DIT.double_blocks,
+        depth_single_blocks=DIT.single_blocks, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+        qkv_bias=True, guidance_embed=True, txt_ids_dims=[], dtype=FLOAT, device="cpu",
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    # ComfyUI renames the scales of the query and key norms as it loads.
+    names = {n: n.removeprefix("model.diffusion_model.") for n in float_state(path)}
+    renamed = {n: name.replace("_norm.scale", "_norm.weight") for n, name in names.items()}
+    theirs.load_state_dict({renamed[n]: t for n, t in float_state(path).items()})
+    expected = theirs(
+        latents, torch.tensor([sigma]), text.tokens, text.pooled, torch.tensor([guidance])
+    )
+    assert relative_difference(ours, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_clip(models: Path) -> None:
+    import comfy.ops
+    from comfy.clip_model import CLIPTextModel
+
+    path = models / demo_models.CLIP_FILE
+    weights = load_text_encoders(path, models / demo_models.T5_FILE, FLOAT)
+    end = CLIP.vocabulary - 1
+    ids = torch.full((1, 77), end)
+    ids[0, :5] = torch.tensor([end - 1, 3, 300, 44, end])
+    ours, _ = weights.module["clip"](ids)
+
+    config = {
+        "num_hidden_layers": CLIP.layers, "hidden_size": CLIP.width, "num_attention_heads": 2,
+        "intermediate_size": CLIP.mlp_width, "hidden_act": "quick_gelu", "eos_token_id": end,
+        "vocab_size": CLIP.vocabulary, "max_position_embeddings": 77, "projection_dim": CLIP.width,
+    }  # fmt: skip
+    theirs = CLIPTextModel(config, FLOAT, "cpu", comfy.ops.disable_weight_init)
+    state = float_state(path) | {"text_projection.weight": torch.eye(CLIP.width)}
+    table = "text_model.embeddings.token_embedding.weight"  # theirs always has CLIP-L's rows
+    state[table] = torch.nn.functional.pad(state[table], (0, 0, 0, 49408 - CLIP.vocabulary))
+    theirs.load_state_dict(state)
+    assert relative_difference(ours, theirs(ids)[3]) <= 1e-5
+
+
+@torch.no_grad()
+def test_t5(models: Path) -> None:
+    import comfy.ops
+    from comfy.text_encoders.t5 import T5 as ComfyT5
+
+    path = models / demo_models.T5_FILE
+    weights = load_text_encoders(models / demo_models.CLIP_FILE, path, FLOAT)
+    ids = torch.zeros(1, 512, dtype=torch.int64)
+    ids[0, :4] = torch.tensor([5, 60, 7, 1])
+    ours = weights.module["t5"](ids)
+
+    config = {
+        "num_layers": T5.layers, "d_model": T5.width, "d_ff": T5.mlp_width, "d_kv": T5.head_dim,
+        "num_heads": T5.heads, "vocab_size": T5.vocabulary, "dense_act_fn": "gelu_pytorch_tanh",
+        "is_gated_act": True, "model_type": "t5",
+    }  # fmt: skip
+    theirs = ComfyT5(config, FLOAT, "cpu", comfy.ops.disable_weight_init)
+    theirs.load_state_dict(float_state(path))
+    assert relative_difference(ours, theirs(ids, None)[0]) <= 1e-5
+
+
+@torch.no_grad()
+def test_vae_decode(models: Path) -> None:
+    import comfy.sd
+
+    path = models / demo_models.VAE_FILE
+    latents = torch.randn(1, 16, 12, 10, generator=torch.Generator().manual_seed(0))
+    ours = load_vae(path, FLOAT).module["decoder"](latents)
+    theirs = comfy.sd.VAE(sd=float_state(path), dtype=FLOAT).first_stage_model
+    assert relative_difference(ours, theirs.decode(to_vae_space(latents))) <= 1e-5
+
+
+def test_noise_and_latent_space() -> None:
+    import comfy.latent_formats
+    import comfy.sample
+
+    empty = torch.zeros(3, 16, 128, 128)
+    noise = draw_noise(2**63 + 5, batch_size=3, width=1024, height=1024)
+    assert torch.equal(noise, comfy.sample.prepare_noise(empty, 2**63 + 5))
+    theirs = comfy.latent_formats.Flux()
+    assert (theirs.scale_factor, theirs.shift_factor) == (SCALE, SHIFT)
+    assert torch.equal(to_vae_space(noise), theirs.process_out(noise))

@@ -1,0 +1,195 @@
+"""A real server process, used through its API queue as a client does."""
+
+import copy
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from comfyui_server import Refused, Server
+from PIL import Image
+from safetensors.torch import save_file
+
+API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
+ALL_NODES = {"1", "2", "3", "4", "5", "6"}
+STEPS = 6
+
+
+@pytest.fixture
+def graph() -> dict:
+    graph = json.loads(API.read_text(encoding="utf-8"))
+    graph["5"]["inputs"].update(width=128, height=96, steps=STEPS)
+    return graph
+
+
+def seeded(graph: dict, seed: int) -> dict:
+    changed = copy.deepcopy(graph)
+    changed["5"]["inputs"]["seed"] = seed
+    return changed
+
+
+def refusal(server: Server, graph: dict) -> dict[str, list[str]]:
+    with pytest.raises(Refused) as caught:
+        server.run(graph)
+    return caught.value.errors
+
+
+def test_the_shipped_graph_paints_with_progress_and_previews(server: Server, graph: dict) -> None:
+    run = server.run(seeded(graph, 100), preview_method="latent2rgb")
+    assert not run.of("execution_error")
+    sampled = [p for p in run.of("progress") if p["node"] == "5"]
+    assert [p["value"] for p in sampled] == list(range(1, STEPS + 1))
+    assert {p["max"] for p in sampled} == {STEPS}
+    assert run.previews == STEPS
+    (path,) = server.outputs(run)
+    with Image.open(path) as picture:
+        assert picture.size == (128, 96)
+        assert json.loads(picture.text["prompt"])["5"]["inputs"]["seed"] == 100
+
+
+def test_the_same_prompt_again_is_cached_and_a_new_seed_runs_only_sample(
+    server: Server, graph: dict
+) -> None:
+    server.run(seeded(graph, 200))
+    again = server.run(seeded(graph, 200))
+    assert set(again.of("execution_cached")[0]["nodes"]) == ALL_NODES
+    other = server.run(seeded(graph, 201))
+    assert other.executed_nodes == {"5", "6"}
+
+
+def test_the_same_seed_gives_the_same_picture_as_without_comfyui(
+    server: Server, graph: dict, models: Path, tmp_path: Path
+) -> None:
+    from majicflux.cli import main
+
+    (ours,) = server.outputs(server.run(seeded(graph, 300)))
+    arguments = [f"--set={name}" for name in ("seed=300", "width=128", "height=96", "steps=6")]
+    command = ["run", str(API), "--models", str(models), "--output", str(tmp_path), *arguments]
+    assert main(command) == 0
+    (alone,) = tmp_path.glob("*.png")
+    with Image.open(ours) as one, Image.open(alone) as other:
+        assert one.tobytes() == other.tobytes()
+
+
+def test_interrupt_ends_the_run_early(server: Server, graph: dict) -> None:
+    long = seeded(graph, 400)
+    long["5"]["inputs"]["steps"] = 100
+
+    def stop_when_it_has_begun(message: dict) -> None:
+        if message["type"] == "progress":
+            server.post("/interrupt", {})
+
+    run = server.run(long, on_message=stop_when_it_has_begun)
+    assert run.messages[-1]["type"] == "execution_interrupted"
+    assert max(p["value"] for p in run.of("progress")) < 20
+    assert not server.run(seeded(graph, 401)).of("execution_error")
+
+
+def test_free_lets_the_weights_go(server: Server, graph: dict) -> None:
+    server.run(seeded(graph, 500))
+    process = psutil.Process(server.process.pid)
+    held = process.memory_info().rss
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    empty = {"1": {"class_type": "EmptyImage", "inputs": {
+        "width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}  # fmt: skip
+    server.run(empty)  # the flags are handled between prompts
+    assert held - process.memory_info().rss > 100e6  # the VAE alone is 168 MB
+    again = server.run(seeded(graph, 500))
+    assert {"1", "2", "3"} <= again.executed_nodes
+
+
+def test_unloading_without_forgetting_keeps_the_loaders_cached(server: Server, graph: dict) -> None:
+    server.run(seeded(graph, 600))
+    server.post("/free", {"unload_models": True})
+    assert server.run(seeded(graph, 601)).executed_nodes == {"5", "6"}
+
+
+def test_native_nodes_take_our_image_and_latent(server: Server, graph: dict) -> None:
+    mixed = seeded(graph, 700)
+    mixed["10"] = {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}}
+    mixed["11"] = {"class_type": "VAEDecode", "inputs": {"samples": ["5", 1], "vae": ["10", 0]}}
+    mixed["12"] = {"class_type": "SaveImage", "inputs": {
+        "images": ["11", 0], "filename_prefix": "native"}}  # fmt: skip
+    run = server.run(mixed)
+    assert not run.of("execution_error")
+    paths = {path.name.split("_")[0]: path for path in server.outputs(run)}
+    with Image.open(paths["MajicFlux"]) as ours, Image.open(paths["native"]) as theirs:
+        pixels = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (ours, theirs)]
+    difference = (pixels[0].float() - pixels[1].float()).abs().mean()
+    assert difference < 3  # of 255; theirs decodes in float32, ours in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "value", "said"),
+    [
+        ("1", "file", "gone.safetensors", "gone.safetensors is not in models/diffusion_models"),
+        ("1", "file", "lora.safetensors", "is a LoRA, not a Flux.1 transformer"),
+        ("1", "file", "short.safetensors", "is cut off"),
+        ("2", "t5", "clip_l.safetensors", "is a CLIP text encoder, not a T5 text encoder"),
+        ("2", "t5", "text_encoder_2", "lacks model-00002-of-00002.safetensors"),
+        ("3", "file", "../text_encoders/clip_l.safetensors", "is not in models/vae"),
+        ("5", "width", 1000, "Width 1000 is not a multiple of 16"),
+        ("5", "steps", 0, "smaller than min of 1"),
+        ("5", "seed", 2**64, "bigger than max"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence_and_the_host_lives_on(
+    server: Server, graph: dict, node: str, name: str, value: object, said: str
+) -> None:
+    models = server.base / "models"
+    save_file({"a.lora_A.weight": torch.zeros(1)}, models / "diffusion_models/lora.safetensors")
+    whole = (models / "diffusion_models/majicflus_v134.safetensors").read_bytes()
+    (models / "diffusion_models/short.safetensors").write_bytes(whole[:100_000])
+    shard = models / "text_encoders/text_encoder_2/model-00001-of-00002.safetensors"
+    shard.parent.mkdir(exist_ok=True)
+    save_file({"shared.weight": torch.zeros(1)}, shard)
+
+    bad = copy.deepcopy(graph)
+    bad[node]["inputs"][name] = value
+    before = psutil.Process(server.process.pid).memory_info().rss
+    errors = refusal(server, bad)
+    assert any(said in message for message in errors[node]), errors
+    assert psutil.Process(server.process.pid).memory_info().rss - before < 20e6
+    assert not server.run(graph).of("execution_error")
+
+
+def test_a_file_that_breaks_while_it_loads_names_itself(
+    server: Server, graph: dict, models: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(models / "diffusion_models/majicflus_v134.safetensors")
+    name = "model.diffusion_model.single_blocks.0.linear2.weight"
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, server.base / "models/diffusion_models/infinite.safetensors")
+    bad = copy.deepcopy(graph)
+    bad["1"]["inputs"]["file"] = "infinite.safetensors"
+    (error,) = server.run(bad).of("execution_error")
+    assert error["node_type"] == "MajicFluxDiTLoader"
+    assert name in error["exception_message"]
+    assert "download it again" in error["exception_message"]
+    assert not server.run(graph).of("execution_error")
+
+
+def test_an_empty_prompt_paints(server: Server, graph: dict) -> None:
+    graph["5"]["inputs"]["prompt"] = ""
+    assert not server.run(graph).of("execution_error")
+
+
+def test_the_template_is_listed(server: Server) -> None:
+    assert server.get("/api/workflow_templates") == {"majicflux": ["text_to_image"]}
+
+
+def test_every_socket_is_explained_and_found_in_chinese(server: Server) -> None:
+    found = {
+        name: info for name, info in server.get("/object_info").items() if "MajicFlux" in name
+    }
+    assert len(found) == 5
+    for info in found.values():
+        assert info["description"]
+        assert any("麦橘" in alias for alias in info["search_aliases"])
+        assert all(info["output_tooltips"])
+        for _, options in info["input"]["required"].values():
+            assert options["tooltip"]
