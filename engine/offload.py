@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class OffloadedModule:
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[nn.Module]):
-        self.module = module.eval()
+        self.module: Any = module.eval()  # Any: its parts are reached by name
         claimed: set[nn.Parameter] = set()
         # All parameters are shared out before the first block replaces its own by views.
         shares = [_unclaimed_parameters(part, claimed) for part in (*blocks, module)]
@@ -132,7 +132,7 @@ class OffloadedModule:
     @contextmanager
     def running_on(
         self, device: torch.device, before_block: Callable[[], None] | None = None
-    ) -> Iterator[nn.Module]:
+    ) -> Iterator[Any]:
         """The module, ready to run on `device`. `before_block` may raise to stop between blocks."""
         hooks = []
         try:

@@ -101,7 +101,7 @@ def _build_clip(g: ClipGeometry) -> nn.Module:
     return clip
 
 
-def _build_t5(g: T5Geometry) -> nn.Module:
+def _build_t5(g: T5Geometry) -> Any:
     from diffsynth.models.flux_text_encoder_t5 import FluxTextEncoderT5
     from transformers import T5Config, T5EncoderModel
 

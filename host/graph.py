@@ -122,9 +122,7 @@ def _check_node(
             raise GraphError(f"{where}: {verdict}")
 
 
-def _check_link(
-    where: str, link: list[Any], socket: Socket, schemas: dict[str, Schema]
-) -> None:
+def _check_link(where: str, link: list[Any], socket: Socket, schemas: dict[str, Schema]) -> None:
     source = schemas.get(str(link[0])) if len(link) == 2 else None
     if source is None or not 0 <= link[1] < len(source.outputs):
         raise GraphError(f"{where} is linked to {link}, which is not there.")

@@ -65,9 +65,7 @@ def image_nodes(
     return {node.__name__: node for node in (SaveImage, PreviewImage, LoadImage)}
 
 
-def _save(
-    images: "Tensor", folder: Path, prefix: str, metadata: dict[str, Any]
-) -> list[Path]:
+def _save(images: "Tensor", folder: Path, prefix: str, metadata: dict[str, Any]) -> list[Path]:
     """Float RGB [batch, height, width, 3] in 0..1 -> PREFIX_00001_.png and so on."""
     import numpy as np
     from PIL import Image
@@ -91,7 +89,7 @@ def _save(
 
 
 def _load(path: Path) -> tuple["Tensor", "Tensor"]:
-    """A picture as float RGB [1, height, width, 3], and a mask that is 1 where it is transparent."""
+    """A picture as float RGB [1, height, width, 3], and a mask, 1 where it is transparent."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps

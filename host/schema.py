@@ -45,7 +45,7 @@ class ComfyNode:
         raise TypeError(f"{cls.__name__} defines no schema")
 
     @classmethod
-    def execute(cls, **inputs: Any) -> "NodeOutput":
+    def execute(cls, *args: Any, **inputs: Any) -> "NodeOutput":
         raise TypeError(f"{cls.__name__} defines no execute")
 
 

@@ -67,9 +67,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
-def load_text_encoders(
-    clip_path: Path, t5_path: Path, dtype: "torch.dtype"
-) -> "OffloadedModule":
+def load_text_encoders(clip_path: Path, t5_path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     """Read both encoders into CPU memory in `dtype`, tensor by tensor."""
     from diffsynth.utils.state_dict_converters.flux_text_encoder_clip import (
         FluxTextEncoderClipStateDictConverter,

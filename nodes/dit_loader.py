@@ -21,9 +21,19 @@ class DiTLoader(io.ComfyNode):
                 "CPU memory, by default in float8 with one scale per output channel."
             ),
             search_aliases=[
-                "majicflus", "majic", "flux", "dit", "unet", "fp8", "float8", "load model",
-                "麦橘超然", "麦橘", "加载模型", "低显存",
-            ],  # fmt: skip
+                "majicflus",
+                "majic",
+                "flux",
+                "dit",
+                "unet",
+                "fp8",
+                "float8",
+                "load model",
+                "麦橘超然",
+                "麦橘",
+                "加载模型",
+                "低显存",
+            ],
             inputs=[
                 io.Combo.Input(
                     "file",

@@ -25,9 +25,17 @@ class PipelineNode(io.ComfyNode):
                 "block."
             ),
             search_aliases=[
-                "offload", "low vram", "vram budget", "pipeline", "block swap",
-                "低显存", "显存", "CPU卸载", "流水线", "麦橘超然",
-            ],  # fmt: skip
+                "offload",
+                "low vram",
+                "vram budget",
+                "pipeline",
+                "block swap",
+                "低显存",
+                "显存",
+                "CPU卸载",
+                "流水线",
+                "麦橘超然",
+            ],
             inputs=[
                 DiTHandle.Input("dit", tooltip="From the Majic float8 DiT loader."),
                 TextEncodersHandle.Input(
@@ -51,8 +59,8 @@ class PipelineNode(io.ComfyNode):
                     options=COMPUTE_PRECISIONS,
                     default="auto",
                     tooltip=(
-                        "auto: bfloat16 where the device has it, float32 elsewhere (CPU, GTX 10, RTX "
-                        "20). float32: a slow reference that needs twice the working memory."
+                        "auto: bfloat16 where the device has it, else float32 (CPU, GTX 10, RTX 20)."
+                        " float32: a slow reference that needs twice the working memory."
                     ),
                 ),
             ],

@@ -18,9 +18,18 @@ class Sample(io.ComfyNode):
             category=CATEGORY,
             description="Paints the prompt: encodes it, removes the noise step by step, decodes.",
             search_aliases=[
-                "majicflux", "ksampler", "sampler", "text to image", "txt2img", "generate",
-                "采样", "采样器", "文生图", "生成图片", "麦橘超然",
-            ],  # fmt: skip
+                "majicflux",
+                "ksampler",
+                "sampler",
+                "text to image",
+                "txt2img",
+                "generate",
+                "采样",
+                "采样器",
+                "文生图",
+                "生成图片",
+                "麦橘超然",
+            ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.String.Input(
@@ -90,9 +99,7 @@ class Sample(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, width: int | None = None, height: int | None = None
-    ) -> bool | str:
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
         from ..engine.sizes import size_problem
 
         sizes = (("Width", width), ("Height", height))
@@ -118,6 +125,4 @@ class Sample(io.ComfyNode):
         on_step = host.progress(steps, pipeline.dit.patcher.device)
         image, latents = paint(pipeline, request, on_step, host.check_cancelled)
         device = host.result_device()
-        return io.NodeOutput(
-            image.to(device), {"samples": to_vae_space(latents).to(device)}
-        )
+        return io.NodeOutput(image.to(device), {"samples": to_vae_space(latents).to(device)})

@@ -20,9 +20,17 @@ class TextEncodersNode(io.ComfyNode):
                 "Loads the two text encoders of Flux.1, CLIP-L and T5-XXL, into CPU memory."
             ),
             search_aliases=[
-                "clip", "t5", "t5xxl", "dual clip loader", "text encoder", "prompt",
-                "文本编码器", "提示词", "加载CLIP", "麦橘超然",
-            ],  # fmt: skip
+                "clip",
+                "t5",
+                "t5xxl",
+                "dual clip loader",
+                "text encoder",
+                "prompt",
+                "文本编码器",
+                "提示词",
+                "加载CLIP",
+                "麦橘超然",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_l",

@@ -17,9 +17,14 @@ class VAELoader(io.ComfyNode):
             category=CATEGORY,
             description="Loads the autoencoder of Flux.1, which turns latents into pictures.",
             search_aliases=[
-                "vae", "load vae", "autoencoder", "ae.safetensors",
-                "变分自编码器", "加载VAE", "麦橘超然",
-            ],  # fmt: skip
+                "vae",
+                "load vae",
+                "autoencoder",
+                "ae.safetensors",
+                "变分自编码器",
+                "加载VAE",
+                "麦橘超然",
+            ],
             inputs=[
                 io.Combo.Input(
                     "file",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_server import Server
 
+from comfyui_server import Server
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline

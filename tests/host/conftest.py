@@ -67,6 +67,7 @@ def comfy(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy:
     import comfy.model_management
     import comfy.utils
     import execution
+
     import nodes
 
     def progress_hook(*_: object, **__: object) -> None:

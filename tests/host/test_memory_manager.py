@@ -23,7 +23,7 @@ def small_graph() -> dict:
 
 @pytest.fixture
 def manager(comfy, monkeypatch: pytest.MonkeyPatch):
-    """The real manager on a simulated card: weights that moved to ACCELERATOR take up its memory."""
+    """The real manager on a simulated card, which holds what the loaded models say they hold."""
     mm = comfy.manager
     mm.unload_all_models()
     monkeypatch.setattr(mm, "current_loaded_models", [])

@@ -7,9 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from comfyui_server import Refused, Server
 from PIL import Image
 from safetensors.torch import save_file
+
+from comfyui_server import Refused, Server
 
 API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 ALL_NODES = {"1", "2", "3", "4", "5", "6"}
@@ -116,7 +117,9 @@ def test_native_nodes_take_our_image_and_latent(server: Server, graph: dict) -> 
     assert not run.of("execution_error")
     paths = {path.name.split("_")[0]: path for path in server.outputs(run)}
     with Image.open(paths["MajicFlux"]) as ours, Image.open(paths["native"]) as theirs:
-        pixels = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (ours, theirs)]
+        pixels = [
+            torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (ours, theirs)
+        ]
     difference = (pixels[0].float() - pixels[1].float()).abs().mean()
     assert difference < 3  # of 255; theirs decodes in float32, ours in bfloat16
 
@@ -183,9 +186,7 @@ def test_the_template_is_listed(server: Server) -> None:
 
 
 def test_every_socket_is_explained_and_found_in_chinese(server: Server) -> None:
-    found = {
-        name: info for name, info in server.get("/object_info").items() if "MajicFlux" in name
-    }
+    found = {name: info for name, info in server.get("/object_info").items() if "MajicFlux" in name}
     assert len(found) == 5
     for info in found.values():
         assert info["description"]

@@ -56,7 +56,11 @@ class Add(ComfyNode):
         return io.NodeOutput(a + b + c, ui=a + b + c)
 
 
-CLASSES = {"Constant": Constant, "Add": Add, "SaveImage": image_nodes(Path(), Path(), {})["SaveImage"]}
+CLASSES = {
+    "Constant": Constant,
+    "Add": Add,
+    "SaveImage": image_nodes(Path(), Path(), {})["SaveImage"],
+}
 
 
 def graph(**changes) -> dict:

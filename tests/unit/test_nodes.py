@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from majicflux.host import standalone
-from majicflux.loaders import demo_models
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.nodes import NODES, model_files
 from majicflux.nodes.dit_loader import DiTLoader

@@ -102,7 +102,7 @@ def test_without_a_budget_the_host_decides(make_pipeline) -> None:
     pipeline = make_pipeline()
     run(pipeline)
     for component in components(pipeline):
-        (working, cap), = component.patcher.loads
+        ((working, cap),) = component.patcher.loads
         assert cap is None
         assert working > component.weights.largest_block_bytes
 

@@ -1,0 +1,44 @@
+"""ComfyUI's own canvas in headless Chromium."""
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from comfyui_server import Server
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+READY = "!!(window.app?.rootGraph && window.LiteGraph?.registered_node_types?.MajicFluxSample)"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("NOT TESTED ON THE CANVAS: no Chromium was found; install it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_canvas(browser: Browser, server: Server) -> Iterator[Callable[[dict], Page]]:
+    """Open a workflow as the canvas does when a file is dropped on it."""
+    pages = []
+
+    def open_workflow(workflow: dict) -> Page:
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        pages.append(page)
+        page.goto(f"http://{server.address}")
+        page.wait_for_function(READY, timeout=60_000)
+        page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+        return page
+
+    yield open_workflow
+    for page in pages:
+        page.close()
