@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ DEMO_SIDE = 256
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Nothing here may look for a newer file on a hub.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         options.command(options)
     except (GraphError, ModelFileError, FileExistsError, ValueError) as error:
@@ -82,7 +79,7 @@ def _demo(options: argparse.Namespace) -> None:
         "\nThe weights of this demo are random, so the picture is noise; that it is there shows "
         "that everything works.\nFor a real picture, download the four model files that the README "
         "names into a models folder, then:\n"
-        f"  majicflux run {options.workflow} --models MODELS_FOLDER"
+        f"  {Path(sys.executable).parent / 'majicflux'} run {options.workflow} --models FOLDER"
     )
 
 

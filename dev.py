@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+# Not `python -m pytest`, which would let ComfyUI's `import nodes` find this folder's.
+PYTEST = BIN / ("pytest.exe" if os.name == "nt" else "pytest")
 # Builds that belong together; another set may not import.
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
@@ -38,15 +40,15 @@ def test(pytest_arguments: list[str]) -> int:
         [PYTHON, "-m", "ruff", "check", "."],
         [PYTHON, "-m", "ruff", "format", "--check", "."],
         [PYTHON, "-m", "basedpyright"],
-        [PYTHON, "-m", "pytest", "tests/unit", *pytest_arguments],
+        [PYTEST, "tests/unit", *pytest_arguments],
     ]
     if comfyui:
         # A process of their own: what is in a process with ComfyUI talks to ComfyUI.
-        checks.append([PYTHON, "-m", "pytest", "tests/host", "tests/browser", *pytest_arguments])
+        checks.append([PYTEST, "tests/host", "tests/browser", *pytest_arguments])
         os.environ["COMFYUI_PATH"] = str(comfyui)
     failed = [command for command in checks if run(*command) != 0]
     for command in failed:
-        print("FAILED:", *command[1:])
+        print("FAILED:", *command)
     if comfyui is None:
         print(
             "NOT TESTED IN COMFYUI: no checkout was found. Set COMFYUI_PATH to one, "
@@ -79,7 +81,7 @@ def install(*what: str) -> None:
 
 
 def run(*command: str | Path) -> int:
-    print(">", *command[1:], flush=True)
+    print(">", *command, flush=True)
     return subprocess.run(command, cwd=ROOT).returncode
 
 

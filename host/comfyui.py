@@ -52,15 +52,16 @@ def model_path(category: str, name: str) -> Path | None:
 
 
 def clip_tokenizer_folder() -> Path | None:
-    return _bundled("comfy", "sd1_tokenizer")
+    return _bundled("sd1_tokenizer")
 
 
 def t5_tokenizer_folder() -> Path | None:
-    return _bundled("comfy", "text_encoders", "t5_tokenizer")
+    return _bundled("text_encoders", "t5_tokenizer")
 
 
 def _bundled(*parts: str) -> Path | None:
-    folder = Path(folder_paths.base_path, *parts)
+    # Not folder_paths.base_path, which --base-directory moves away from the program.
+    folder = Path(comfy.latent_formats.__file__).parent.joinpath(*parts)
     return folder if folder.is_dir() else None
 
 

@@ -76,10 +76,17 @@ def model_path(category: str, name: str) -> Path | None:
 
 
 def clip_tokenizer_folder() -> Path | None:
-    return None
+    return _bundled("sd1_tokenizer")
 
 
-t5_tokenizer_folder = clip_tokenizer_folder
+def t5_tokenizer_folder() -> Path | None:
+    return _bundled("text_encoders", "t5_tokenizer")
+
+
+def _bundled(*parts: str) -> Path | None:
+    """A folder of the ComfyUI that the models folder belongs to, if it does."""
+    folder = models_folder.absolute().parent.joinpath("comfy", *parts)
+    return folder if folder.is_dir() else None
 
 
 def compute_dtype(device: "torch.device") -> "torch.dtype":

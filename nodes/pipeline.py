@@ -59,8 +59,8 @@ class PipelineNode(io.ComfyNode):
                     options=COMPUTE_PRECISIONS,
                     default="auto",
                     tooltip=(
-                        "auto: bfloat16 where the device has it, else float32 (CPU, GTX 10, RTX 20). "
-                        "float32: a slow reference that needs twice the working memory."
+                        "auto: bfloat16 where the device has it, else float32 (CPU, GTX 10, "
+                        "RTX 20). float32: a slow reference with twice the working memory."
                     ),
                 ),
             ],

@@ -75,7 +75,7 @@ class Server:
             "--disable-auto-launch", "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
         ]  # fmt: skip
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment

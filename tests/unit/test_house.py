@@ -1,6 +1,7 @@
 """The rules of the house: which folder may import which, and what an import may cost."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,24 @@ def test_both_readmes_have_the_same_parts() -> None:
         return [next(m for m in marks if x.startswith(m)) for x in lines if x.startswith(marks)]
 
     assert shape("README.md") == shape("README.zh-CN.md")
+
+
+def test_nothing_touches_the_network_without_being_told_to(models: Path) -> None:
+    """The whole chain of nodes with connections and name look-ups cut, and no offline switch."""
+    code = f"""
+import os, socket, sys
+def refuse(*_, **__):
+    os._exit(99)
+socket.socket.connect = socket.getaddrinfo = refuse
+from pathlib import Path
+from majicflux.host import standalone
+from majicflux.nodes import DiTLoader, PipelineNode, Sample, TextEncodersNode, VAELoader
+standalone.models_folder = Path({str(models)!r})
+dit = DiTLoader.execute("majicflus_v134.safetensors", "float8_e4m3fn").args[0]
+text = TextEncodersNode.execute("clip_l.safetensors", "t5xxl_fp16.safetensors", "bfloat16").args[0]
+vae = VAELoader.execute("ae.safetensors").args[0]
+pipeline = PipelineNode.execute(dit, text, vae, 0.0, "auto").args[0]
+Sample.execute(pipeline, "a cat", 0, 1, 3.5, 32, 32, 1)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,11 +1,13 @@
 """Small models in the real layouts, through the loaders."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.text_encoders import load_text_encoders
@@ -128,6 +130,19 @@ def test_a_tokenizer_with_another_vocabulary_is_passed_over(models: Path) -> Non
     assert load_tokenizer(T5_TOKENIZER, t5, demo_models.T5.vocabulary, None)
     with pytest.raises(ModelFileError, match=r"No T5 tokenizer with 32128 entries .* tokenizer_2"):
         load_tokenizer(T5_TOKENIZER, t5, 32128, None)
+
+
+def test_tokenizers_come_from_the_comfyui_that_the_models_belong_to(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tmp_path / "comfy" / "text_encoders" / "t5_tokenizer"
+    shutil.copytree(models / demo_models.T5_TOKENIZER_FOLDER, bundle)
+    monkeypatch.setattr(standalone, "models_folder", tmp_path / "models")
+    assert standalone.t5_tokenizer_folder() == bundle
+    assert standalone.clip_tokenizer_folder() is None
+    alone = tmp_path / "models" / "text_encoders" / "t5.safetensors"
+    rows = demo_models.T5.vocabulary
+    assert load_tokenizer(T5_TOKENIZER, alone, rows, standalone.t5_tokenizer_folder())
 
 
 def test_demo_models_never_replace_a_file(models: Path) -> None:
