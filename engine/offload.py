@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+BeforeBlock = Callable[[], None]  # called before each block runs; may raise to stop there
 ALIGNMENT = 256  # bytes; what CUDA's allocator and vector loads expect of a tensor's start
 
 
@@ -131,9 +132,9 @@ class OffloadedModule:
 
     @contextmanager
     def running_on(
-        self, device: torch.device, before_block: Callable[[], None] | None = None
+        self, device: torch.device, before_block: BeforeBlock | None = None
     ) -> Iterator[Any]:
-        """The module, ready to run on `device`. `before_block` may raise to stop between blocks."""
+        """The module, ready to run on `device`."""
         hooks = []
         try:
             if not self.root.resident:
@@ -160,7 +161,7 @@ class OffloadedModule:
 
 
 def _visit(
-    block: WeightBlock, device: torch.device, before_block: Callable[[], None] | None
+    block: WeightBlock, device: torch.device, before_block: BeforeBlock | None
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     def arrive(*_: object) -> None:
         if before_block is not None:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .denoise import OnStep, euler, flux_velocity
 from .flux_dit import DiT
 from .latents import draw_noise
+from .offload import BeforeBlock
 from .schedule import shifted_sigmas
 from .sizes import PATCH, PIXELS_PER_LATENT, size_problem
 from .text_encoders import TextEmbedding, TextEncoders
@@ -72,27 +74,27 @@ def paint(
     pipeline: Pipeline,
     request: Request,
     on_step: OnStep,
-    before_block: Callable[[], None],
+    before_block: BeforeBlock,
     latents_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Run the request; `before_block` is called before each transformer block and may raise.
+    """Run the request; `before_block` is called before each block of weights and may raise.
 
     Returns float32 RGB [batch, height, width, 3] in 0..1 and the float32 latents
     [batch, 16, height/8, width/8] in model space, both on the CPU.
     """
-    text = _embed(pipeline, request.prompt)
+    text = _embed(pipeline, request.prompt, before_block)
     latents = _denoise(pipeline, request, text, on_step, before_block, latents_dtype)
-    return _decode(pipeline, latents), latents.float().cpu()
+    return _decode(pipeline, latents, before_block), latents.float().cpu()
 
 
-def _embed(pipeline: Pipeline, prompt: str) -> TextEmbedding:
+def _embed(pipeline: Pipeline, prompt: str, before_block: BeforeBlock) -> TextEmbedding:
     encoders = pipeline.text_encoders
     remembered = encoders.recall(prompt)
     if remembered is not None:
         return remembered
     _make_room(pipeline, encoders, TEXT_ENCODER_BYTES)
     with _timed("text encoders"):
-        return encoders.encode(prompt)
+        return encoders.encode(prompt, before_block)
 
 
 def _denoise(
@@ -100,7 +102,7 @@ def _denoise(
     request: Request,
     text: TextEmbedding,
     on_step: OnStep,
-    before_block: Callable[[], None],
+    before_block: BeforeBlock,
     latents_dtype: torch.dtype,
 ) -> Tensor:
     dit, dtype = pipeline.dit, pipeline.compute_dtype
@@ -116,12 +118,12 @@ def _denoise(
         )
 
 
-def _decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
+def _decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> Tensor:
     vae = pipeline.vae
     pixels = latents.shape[2] * latents.shape[3] * PIXELS_PER_LATENT**2
     _make_room(pipeline, vae, VAE_VALUES_PER_PIXEL * pixels * vae.dtype.itemsize)
     with _timed("VAE decode"):
-        return vae.decode(latents)
+        return vae.decode(latents, before_block)
 
 
 def _make_room(pipeline: Pipeline, component: DiT | TextEncoders | VAE, values_bytes: int) -> None:
@@ -141,12 +143,8 @@ def _make_room(pipeline: Pipeline, component: DiT | TextEncoders | VAE, values_b
     component.patcher.load(working, cap)
 
 
-class _timed:
-    def __init__(self, phase: str):
-        self.phase = phase
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        log.info("%s: %.1f s", self.phase, time.perf_counter() - self.start)
+@contextmanager
+def _timed(phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    log.info("%s: %.1f s", phase, time.perf_counter() - start)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .offload import OffloadedModule, Patcher
+from .offload import BeforeBlock, OffloadedModule, Patcher
 
 CLIP_TOKENS = 77
 T5_TOKENS = 512
@@ -61,10 +61,10 @@ class TextEncoders:
             self._remembered.move_to_end(prompt)
         return self._remembered.get(prompt)
 
-    def encode(self, prompt: str) -> TextEmbedding:
+    def encode(self, prompt: str, before_block: BeforeBlock | None = None) -> TextEmbedding:
         """Run both encoders; the caller has made room on `patcher.device`. Result on the CPU."""
         device = self.patcher.device
-        with self.weights.running_on(device) as module:
+        with self.weights.running_on(device, before_block) as module:
             clip_ids = _token_ids(self.clip_tokenizer, prompt, CLIP_TOKENS, device)
             pooled, _ = module.clip(clip_ids)
             t5_ids = _token_ids(self.t5_tokenizer, prompt, T5_TOKENS, device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .offload import OffloadedModule, Patcher
+from .offload import BeforeBlock, OffloadedModule, Patcher
 
 log = logging.getLogger("majicflux")
 
@@ -19,13 +19,13 @@ class VAE:
     patcher: Patcher
     dtype: torch.dtype
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, before_block: BeforeBlock | None = None) -> Tensor:
         """Model-space latents [batch, 16, h, w] -> float32 RGB [batch, 8h, 8w, 3] in 0..1, CPU.
 
         One picture at a time. When the device runs out of memory the picture is decoded in
         overlapping tiles, which changes it slightly.
         """
-        with self.weights.running_on(self.patcher.device) as module:
+        with self.weights.running_on(self.patcher.device, before_block) as module:
             pictures = [self._decode_one(module.decoder, latent[None]) for latent in latents]
         return torch.cat(pictures)
 

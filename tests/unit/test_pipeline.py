@@ -34,6 +34,27 @@ def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> No
     assert runs == ["clip", "t5"] * 2
 
 
+@pytest.mark.parametrize("phase", ["text encoders", "denoising", "VAE decode"])
+def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
+    pipeline = make_pipeline()
+    visits = {"text encoders": 1, "denoising": 2 + len(pipeline.text_encoders.weights.blocks)}
+    visits["VAE decode"] = 1 + visits["denoising"] + 2 * len(pipeline.dit.weights.blocks) - 2
+
+    class Cancelled(BaseException):
+        pass
+
+    def before_block() -> None:
+        visits[phase] -= 1
+        if visits[phase] == 0:
+            raise Cancelled
+
+    with caplog.at_level(logging.INFO), pytest.raises(Cancelled):
+        paint(pipeline, REQUEST, lambda *_: None, before_block)
+    phases = ["text encoders", "denoising", "VAE decode"]
+    finished = [name for name in phases if f"{name}: " in caplog.text]
+    assert finished == phases[: phases.index(phase)]
+
+
 def test_the_memory_of_prompts_is_bounded(make_pipeline) -> None:
     encoders = make_pipeline().text_encoders
     with torch.inference_mode():
@@ -55,7 +76,7 @@ def test_a_run_can_be_stopped_between_blocks_and_begun_again(make_pipeline) -> N
     pipeline = make_pipeline()
     expected = run(pipeline)
     blocks = len(pipeline.dit.weights.blocks)
-    visited: list[int] = []
+    visited: list[int] = []  # the prompt is remembered, so these are the transformer's
 
     class Cancelled(BaseException):
         pass
