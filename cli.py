@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from .host import standalone
 from .host.canvas import to_graph, with_values
 from .host.graph import Graph, GraphError, run_graph, set_inputs
 from .host.image_nodes import image_nodes
-from .loaders.safetensors_file import ModelFileError
 from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         options.command(options)
-    except (GraphError, ModelFileError, FileExistsError, ValueError) as error:
+    except (ValueError, FileExistsError) as error:  # ValueError covers all that a user can mend
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -63,12 +63,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .loaders.demo_models import is_demo_set, write_demo_models
+    from .loaders.demo_models import write_demo_models
 
     models = DEMO_FOLDER / "models"
-    if not is_demo_set(models):
+    if not models.is_dir():
         print(f"Writing small random models to {models} ...")
-        write_demo_models(models)
+        partial = DEMO_FOLDER / "models.part"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+        write_demo_models(partial)
+        partial.rename(models)
     graph = _read_json(options.workflow)
     for node in graph.values():
         for name in ("width", "height"):

@@ -72,12 +72,21 @@ def default_comfyui() -> Path:
 
 
 def install(*what: str) -> None:
+    """Bring .venv up to date, unless the same has been installed before."""
+    # The versions of torch stand in every call, so that nothing else chooses another build.
+    wanted = [*TORCH, *what]
+    lists = [ROOT / "pyproject.toml", ROOT / "requirements.txt"]
+    lists += [Path(name) for name in what if name.endswith(".txt")]
+    state = "\n".join([*wanted, *(path.read_text(encoding="utf-8") for path in lists)])
+    stamp = VENV / "installed.txt"
+    if PYTHON.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == state:
+        return
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    # The versions of torch stand in every call, so that nothing else chooses another build.
-    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     print("Installing into .venv; the first time this takes some minutes ...", flush=True)
-    subprocess.run([*pip, *TORCH, *what], check=True)
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *wanted], check=True)
+    stamp.write_text(state, encoding="utf-8")
 
 
 def run(*command: str | Path) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from .table import Row, options, report
@@ -47,10 +48,11 @@ def _import_row(comfyui: str) -> Row:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as cache:
         environment["PYTHONPYCACHEPREFIX"] = cache
-        for _ in range(2):  # the first compiles the files, which happens once per installation
-            done = subprocess.run(
-                command, check=True, capture_output=True, text=True, env=environment
-            )
+        run = partial(
+            subprocess.run, command, check=True, capture_output=True, text=True, env=environment
+        )
+        run()  # compiles the files, which happens once per installation
+        done = run()
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     ours, peer = (1000 * float(value) for value in line.split()[1:])
     return Row("import of the pack in ComfyUI", ours, "ms", peer, "import diffsynth", bar=50)

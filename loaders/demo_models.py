@@ -57,11 +57,6 @@ def write_demo_models(folder: Path) -> list[Path]:
     return paths
 
 
-def is_demo_set(folder: Path) -> bool:
-    """Whether `write_demo_models` has finished in `folder`; its tokenizers come last."""
-    return (folder / T5_TOKENIZER_FOLDER / "tokenizer_config.json").is_file()
-
-
 def random_tensors(layout: Layout, seed: int, dtype: "torch.dtype") -> dict[str, "torch.Tensor"]:
     """Weights that keep the size of what passes through them, as trained ones do."""
     import torch

@@ -81,7 +81,7 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
 
     head_dim = size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
     hidden = size("img_in.weight", 0)
-    if head_dim != HEAD_DIM or hidden % HEAD_DIM:
+    if head_dim != HEAD_DIM or hidden == 0 or hidden % HEAD_DIM:
         raise ModelFileError(
             f"{path.name} has attention heads of {head_dim} in a width of {hidden}; "
             f"Flux.1 models have heads of {HEAD_DIM}. Choose another file."

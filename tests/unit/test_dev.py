@@ -1,0 +1,44 @@
+"""The set-up script: what it can be tested for without installing anything."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEV = Path(__file__).parents[2] / "dev.py"
+
+
+@pytest.fixture
+def dev(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("dev", DEV)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(module, "ROOT", tmp_path / "ComfyUI" / "custom_nodes" / "majicflux")
+    monkeypatch.setattr(module.Path, "home", lambda: tmp_path / "home")
+    return module
+
+
+def checkout(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comfyui_version.py").touch()
+    return folder
+
+
+def test_a_wrong_call_explains_itself() -> None:
+    done = subprocess.run([sys.executable, DEV, "tset"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "python dev.py demo" in done.stdout
+
+
+def test_comfyui_is_found_where_people_have_it(dev, tmp_path: Path, monkeypatch) -> None:
+    assert dev.find_comfyui() is None
+    default = checkout(dev.default_comfyui())
+    assert dev.find_comfyui() == default
+    around = checkout(tmp_path / "ComfyUI")  # this pack is in its custom_nodes
+    assert dev.find_comfyui() == around
+    named = checkout(tmp_path / "elsewhere")
+    monkeypatch.setenv("COMFYUI_PATH", str(named))
+    assert dev.find_comfyui() == named
