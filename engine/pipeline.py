@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .denoise import OnStep, euler, flux_velocity
 from .flux_dit import DiT
-from .latents import draw_noise
+from .latents import CHANNELS, draw_noise
 from .offload import BeforeBlock
 from .schedule import shifted_sigmas
 from .sizes import PATCH, PIXELS_PER_LATENT, size_problem
@@ -43,6 +43,14 @@ class Pipeline:
     vae: VAE
     budget_bytes: int | None
     compute_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        channels = self.dit.geometry.in_channels
+        if channels != CHANNELS * PATCH**2:
+            raise ValueError(
+                f"This transformer takes {channels} input channels, so it is a fill, depth or "
+                "canny model, which needs a picture too. Choose a text-to-image model."
+            )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit
+from .diffusers_names import flux_from_diffusers
+from .fill import Progress, fill
 from .layouts import flux_dit_layout
 from .recognise import FLUX_DIT, require_kind
 from .safetensors_file import ModelFileError, SafetensorsFile
-from .tensors import Source, Sources, fill, require_layout, sources_of
+from .shards import model_parts
+from .sources import Source, Sources, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,40 +22,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("majicflux")
 
-PREFIXES = ("model.diffusion_model.", "")  # majicflus_v134 has the first, flux1-dev the second
-TEXT_TO_IMAGE_CHANNELS = 64
-
 
 def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
-    """Geometry and tensors of a Flux.1 transformer, from its header alone.
+    """Geometry and weights of a Flux.1 transformer, from the headers of its files alone.
 
-    Raises ModelFileError when the file is not one, or not whole.
+    path: one file, one of several shards, or their folder; in the layout of Black Forest Labs,
+    under any prefix, or in that of Diffusers; other models in the same file are passed over.
+    Raises ModelFileError when there is none, or not a whole one.
     """
-    file = SafetensorsFile(path)
-    require_kind(path, file.tensors, FLUX_DIT)
-    prefix = next(p for p in PREFIXES if f"{p}{FLUX_DIT.markers[0]}" in file.tensors)
-    sources = sources_of([file], prefix)
+    files = [SafetensorsFile(part) for part in model_parts(path)]
+    names = [name for file in files for name in file.tensors]
+    require_kind(path, names, FLUX_DIT)
+    ours, diffusers = FLUX_DIT.markers
+    if any(ours in name for name in names):
+        sources = sources_of(files, prefix_before(names, ours))
+    else:
+        sources = flux_from_diffusers(sources_of(files, prefix_before(names, diffusers)))
     geometry = _geometry(path, sources)
     layout = flux_dit_layout(geometry)
     require_layout(path, sources, layout)
-    if geometry.in_channels != TEXT_TO_IMAGE_CHANNELS:
-        raise ModelFileError(
-            f"{path.name} takes {geometry.in_channels} input channels, so it is a fill, depth or "
-            "canny model, which this version cannot run. Choose a text-to-image model."
-        )
     return geometry, {name: sources[name] for name in layout}
 
 
 def load_flux_dit(
-    path: Path, weight_dtype: "torch.dtype"
+    path: Path, weight_dtype: "torch.dtype", progress: Progress | None = None
 ) -> tuple["OffloadedModule", FluxGeometry]:
-    """Read a Flux.1 transformer into CPU memory in `weight_dtype`, tensor by tensor."""
+    """Read a Flux.1 transformer into CPU memory in `weight_dtype`."""
     from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
 
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
     weights = build_flux_dit(geometry, weight_dtype)
-    fill(weights.module, FluxDiTStateDictConverter(sources))
+    fill(weights.module, FluxDiTStateDictConverter(sources), progress)
     log.info(
         "%s: Flux.1 transformer, %d + %d blocks of width %d, %.2f GB as %s, %.1f s",
         path.name,
@@ -69,7 +70,7 @@ def load_flux_dit(
 def _geometry(path: Path, sources: Sources) -> FluxGeometry:
     def size(name: str, axis: int) -> int:
         try:
-            return sources[name].entry.shape[axis]
+            return sources[name].shape[axis]
         except (KeyError, IndexError):
             raise ModelFileError(
                 f"{path.name} is incomplete: {name} is missing. Download it again."

@@ -17,7 +17,7 @@ class Kind:
 
 
 FLUX_DIT = Kind(
-    ("double_blocks.0.img_attn.qkv.weight",),
+    ("double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     "a Flux.1 transformer",
     "Choose it in the Majic float8 DiT loader; it belongs in models/diffusion_models.",
 )
@@ -32,7 +32,7 @@ T5 = Kind(
     "Choose it as T5 in the bf16 text encoders node; it belongs in models/text_encoders.",
 )
 VAE = Kind(
-    ("decoder.mid.block_1.conv1.weight",),
+    ("decoder.mid.block_1.conv1.weight", "decoder.mid_block.resnets.0.conv1.weight"),
     "a VAE",
     "Choose it in the Flux VAE node; it belongs in models/vae.",
 )
@@ -48,9 +48,6 @@ KINDS = (
          "MajicFlux cannot read it; use the bf16 or float8 .safetensors."),
     Kind((".quant_state.bitsandbytes", ".absmax"), "an NF4 (bitsandbytes) file",
          "MajicFlux cannot read it; use the bf16 or float8 .safetensors."),
-    Kind(("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant"),
-         "a scaled float8 file",
-         "This version cannot read its scales; use the bf16, fp16 or plain float8 file."),
     Kind(("double_stream_modulation_img.",), "a Flux.2 transformer",
          "MajicFlux runs Flux.1 models."),
     Kind(("conditioner.embedders.", "label_emb.0.0.weight"), "an SDXL checkpoint",
@@ -60,28 +57,27 @@ KINDS = (
          "Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints."),
     Kind(("controlnet_",), "a ControlNet", "It belongs in models/controlnet."),
     FLUX_DIT,
-    Kind(("transformer_blocks.0.attn.add_q_proj.",), "a Flux.1 transformer in Diffusers layout",
-         "This version reads the single-file layout of Black Forest Labs; use that file."),
     CLIP,
     T5,
     VAE,
-    Kind(("decoder.mid_block.",), "a VAE in Diffusers layout",
-         "This version reads the layout of ae.safetensors; use that file."),
 )  # fmt: skip
 
 
 def kind_of(names: Collection[str]) -> Kind | None:
     """The kind of file that holds tensors of these names, or None when it is none we know."""
     for kind in KINDS:
-        if any(marker in name for name in names for marker in kind.markers):
+        if _shows(kind, names):
             return kind
     return None
 
 
 def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
-    """Raise ModelFileError, saying what the file is, unless it is of the wanted kind."""
+    """Raise ModelFileError, saying what the file is, unless it holds the wanted kind.
+
+    A whole checkpoint holds several kinds at once, the transformer being the first.
+    """
     found = kind_of(names)
-    if found is wanted:
+    if found is wanted or (found is FLUX_DIT and _shows(wanted, names)):
         return
     if found is None:
         raise ModelFileError(
@@ -91,3 +87,7 @@ def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
     raise ModelFileError(
         f"{path.name} is {found.description}, not {wanted.description}. {found.advice}"
     )
+
+
+def _shows(kind: Kind, names: Collection[str]) -> bool:
+    return any(marker in name for name in names for marker in kind.markers)

@@ -1,16 +1,11 @@
-"""Read-only safetensors: header first, tensors as views of the mapped file."""
+"""The header of a safetensors file."""
 
 import json
 import math
-import mmap
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 
@@ -71,24 +66,6 @@ class SafetensorsFile:
             raise ModelFileError(f"{path} cannot be opened: {reason}.") from error
         except ModelFileError as error:
             raise ModelFileError(f"{path.name} {error}") from None
-        self._map: mmap.mmap | None = None
-
-    def read(self, name: str) -> "torch.Tensor":
-        """The tensor as a read-only view of the file; its bytes are read when they are used."""
-        import torch
-
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        entry = self.tensors[name]
-        dtype = getattr(torch, DTYPES[entry.dtype][0])
-        count = math.prod(entry.shape)
-        if count == 0:
-            return torch.empty(entry.shape, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start)
-        return flat.view(entry.shape)
 
 
 def _read_header(file: Any, file_bytes: int) -> dict[str, TensorEntry]:

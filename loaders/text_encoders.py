@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.text_encoders import ClipGeometry, T5Geometry, build_text_encoders
+from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
 from .recognise import CLIP, T5, Kind, require_kind
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .tensors import Source, Sources, fill, require_layout, sources_of
+from .sources import Source, Sources, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,11 @@ T5_MLP = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
 
 def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
-    """Geometry and tensors of a CLIP text encoder, from its header alone.
+    """Geometry and weights of a CLIP text encoder, from its header alone.
 
     Raises ModelFileError when the file is not one, or not whole.
     """
-    sources = _open(path, [path], CLIP)
+    sources = _open(path, CLIP)
     vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
     geometry = ClipGeometry(
         width=width,
@@ -46,11 +47,11 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
 
 
 def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
-    """Geometry and tensors of a T5 encoder, in one file or in a folder of shards.
+    """Geometry and weights of a T5 encoder, in one file or in a folder of shards.
 
     Raises ModelFileError when it is not one, or not whole.
     """
-    sources = _open(path, model_parts(path), T5)
+    sources = _open(path, T5)
     vocabulary, width = _shape(path, sources, "shared.weight", 2)
     buckets, heads = _shape(path, sources, T5_POSITIONS, 2)
     geometry = T5Geometry(
@@ -67,8 +68,10 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
-def load_text_encoders(clip_path: Path, t5_path: Path, dtype: "torch.dtype") -> "OffloadedModule":
-    """Read both encoders into CPU memory in `dtype`, tensor by tensor."""
+def load_text_encoders(
+    clip_path: Path, t5_path: Path, dtype: "torch.dtype", progress: Progress | None = None
+) -> "OffloadedModule":
+    """Read both encoders into CPU memory in `dtype`."""
     from diffsynth.utils.state_dict_converters.flux_text_encoder_clip import (
         FluxTextEncoderClipStateDictConverter,
     )
@@ -80,7 +83,7 @@ def load_text_encoders(clip_path: Path, t5_path: Path, dtype: "torch.dtype") -> 
     positions = clip_sources.pop(CLIP_POSITIONS)  # the converter would reshape this one
     clip_names = FluxTextEncoderClipStateDictConverter(clip_sources)
     fill(weights.module["clip"], {**clip_names, "position_embeds": positions})
-    fill(weights.module["t5"], t5_sources)
+    fill(weights.module["t5"], t5_sources, progress)
     log.info(
         "%s, %s: text encoders, %.2f GB as %s, %.1f s",
         clip_path.name,
@@ -92,18 +95,18 @@ def load_text_encoders(clip_path: Path, t5_path: Path, dtype: "torch.dtype") -> 
     return weights
 
 
-def _open(path: Path, files: list[Path], wanted: Kind) -> dict[str, Source]:
-    opened = [SafetensorsFile(file) for file in files]
-    sources = sources_of(opened)
-    require_kind(path, sources, wanted)
-    return sources
+def _open(path: Path, wanted: Kind) -> dict[str, Source]:
+    files = [SafetensorsFile(part) for part in model_parts(path)]
+    names = [name for file in files for name in file.tensors]
+    require_kind(path, names, wanted)
+    return sources_of(files, prefix_before(names, wanted.markers[0]))
 
 
 def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...]:
-    entry = sources[name].entry if name in sources else None
-    if entry is None or len(entry.shape) != axes or 0 in entry.shape:
+    shape = sources[name].shape if name in sources else ()
+    if len(shape) != axes or 0 in shape:
         raise ModelFileError(f"{path.name} is incomplete: {name} is missing. Download it again.")
-    return entry.shape
+    return shape
 
 
 def _layers(sources: Sources, pattern: str) -> int:

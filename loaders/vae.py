@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .diffusers_names import vae_from_diffusers
+from .fill import fill
 from .layouts import vae_layout
 from .recognise import VAE, require_kind
 from .safetensors_file import ModelFileError, SafetensorsFile
-from .tensors import Source, fill, require_layout, sources_of
+from .sources import Source, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,18 +21,22 @@ log = logging.getLogger("majicflux")
 
 
 def inspect_vae(path: Path) -> dict[str, Source]:
-    """The tensors of a Flux VAE, from its header alone.
+    """The weights of a Flux VAE, from its header alone, in either layout.
 
-    Raises ModelFileError when the file is not one, or not whole.
+    Raises ModelFileError when the file holds none, or not a whole one.
     """
     file = SafetensorsFile(path)
     require_kind(path, file.tensors, VAE)
-    sources = sources_of([file])
+    ours, diffusers = VAE.markers
+    if any(ours in name for name in file.tensors):
+        sources = sources_of([file], prefix_before(file.tensors, ours))
+    else:
+        sources = vae_from_diffusers(sources_of([file], prefix_before(file.tensors, diffusers)))
     layout = vae_layout()
     first = sources.get("decoder.conv_in.weight")
-    if first is not None and first.entry.shape != layout["decoder.conv_in.weight"]:
+    if first is not None and first.shape != layout["decoder.conv_in.weight"]:
         raise ModelFileError(
-            f"{path.name} is a VAE of another model: its latents have {first.entry.shape[1]} "
+            f"{path.name} is a VAE of another model: its latents have {first.shape[1]} "
             "channels, Flux's have 16. Choose ae.safetensors."
         )
     require_layout(path, sources, layout)
@@ -38,7 +44,7 @@ def inspect_vae(path: Path) -> dict[str, Source]:
 
 
 def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
-    """Read encoder and decoder into CPU memory in `dtype`, tensor by tensor."""
+    """Read encoder and decoder into CPU memory in `dtype`."""
     from diffsynth.utils.state_dict_converters.flux_vae import (
         FluxVAEDecoderStateDictConverter,
         FluxVAEEncoderStateDictConverter,

@@ -72,10 +72,8 @@ def test_sdxl_checkpoint(tmp_path: Path) -> None:
     [
         ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion 1.x or 2.x"),
         ("double_stream_modulation_img.lin.weight", "a Flux.2 transformer"),
-        ("transformer_blocks.0.attn.add_q_proj.weight", "Diffusers layout"),
         ("transformer_blocks.0.mlp_fc1.qweight", "SVDQuant"),
         ("double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4", "NF4"),
-        ("double_blocks.0.img_attn.qkv.scale_weight", "scaled float8"),
         ("controlnet_x_embedder.weight", "a ControlNet"),
         ("something.else", "none of its 1 tensors"),
     ],
@@ -165,9 +163,14 @@ def test_an_integer_quantisation(models: Path, tmp_path: Path) -> None:
     assert "as I8, a quantisation" in refused(inspect_flux_dit, path)
 
 
-def test_a_fill_model_is_named(models: Path, tmp_path: Path) -> None:
-    path = changed_dit(models, tmp_path, img_in__weight=torch.zeros(256, 384))
-    assert "takes 384 input channels, so it is a fill" in refused(inspect_flux_dit, path)
+def test_a_scale_that_is_none_of_comfyuis(models: Path, tmp_path: Path) -> None:
+    tensors = load_file(models / demo_models.DIT_FILE)
+    name = "model.diffusion_model.single_blocks.1.linear1.weight"
+    tensors[name.replace("weight", "weight_scale")] = torch.ones(1792, 8)
+    path = tmp_path / "blocks_of_32.safetensors"
+    save_file(tensors, path)
+    message = refused(inspect_flux_dit, path)
+    assert "with a scale of F32 and shape [1792, 8], which MajicFlux cannot read" in message
 
 
 def test_a_damaged_weight_is_named(models: Path, tmp_path: Path) -> None:

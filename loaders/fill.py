@@ -1,0 +1,126 @@
+"""From the bytes of files into the weights of a module."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .reading import BUFFER_BYTES, Stretch, read_ahead
+from .safetensors_file import DTYPES, ModelFileError
+from .sources import Part, Sources
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# progress(bytes read so far, bytes in all); may raise to stop
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a part, and where they go."""
+
+    part: Part
+    stretch: Stretch
+    weight: "Tensor"  # [rows, values a row]
+    row_scale: "Tensor | None"  # [rows], for weights that are stored as float8
+    source_scale: "Tensor | None"  # [rows] or [1], float32, by which the file's values are scaled
+
+
+def fill(module: "nn.Module", sources: Sources, progress: Progress | None = None) -> None:
+    """Convert each source into the parameter of the same name, some megabytes at a time.
+
+    Files are read once, from front to back. Float8 rows keep the scale that the file gives them,
+    or 1; other rows are given one (see `quantize_rows`) where the parameter is float8.
+    Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
+    """
+    import torch
+
+    pieces = sorted(_pieces(module, sources), key=lambda p: (p.stretch.path, p.stretch.start))
+    total = sum(piece.stretch.length for piece in pieces)
+    done = 0
+    with torch.no_grad():
+        stretches = [piece.stretch for piece in pieces]
+        for piece, data in zip(pieces, read_ahead(stretches), strict=True):
+            _convert(piece, data)
+            done += piece.stretch.length
+            if progress is not None:
+                progress(done, total)
+
+
+def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:
+    from ..engine.stored_linear import StoredLinear
+
+    for prefix, child in module.named_modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            stored = isinstance(child, StoredLinear)
+            if stored and name == "scale":
+                continue  # comes with the weight
+            row_scale = child.scale if stored and name == "weight" else None
+            first = 0
+            source = sources[f"{prefix}.{name}" if prefix else name]
+            rows = sum(part.rows for part in source.parts)
+            for part in source.parts:
+                chosen = slice(first, first + part.rows)
+                weight = parameter.view(rows, -1)[chosen]
+                yield from _split(part, weight, None if row_scale is None else row_scale[chosen])
+                first += part.rows
+
+
+def _split(part: Part, weight: "Tensor", row_scale: "Tensor | None") -> Iterator[_Piece]:
+    row_bytes = weight.shape[1] * DTYPES[part.dtype][1]
+    if row_bytes == 0:
+        return
+    entry = part.file.tensors[part.name]
+    source_scale = _read_scale(part)
+    step = max(1, BUFFER_BYTES // row_bytes)
+    for first in range(0, part.rows, step):
+        rows = slice(first, min(first + step, part.rows))
+        count = rows.stop - rows.start
+        start = entry.start + (part.first_row + first) * row_bytes
+        yield _Piece(
+            part,
+            Stretch(part.file.path, start, count * row_bytes),
+            weight[rows],
+            None if row_scale is None else row_scale[rows],
+            source_scale if source_scale is None or len(source_scale) == 1 else source_scale[rows],
+        )
+
+
+def _read_scale(part: Part) -> "Tensor | None":
+    """The file's scale for the rows of this part, float32, [rows] or [1]."""
+    import torch
+
+    if part.scale_name is None:
+        return None
+    entry = part.file.tensors[part.scale_name]
+    with part.file.path.open("rb") as file:
+        file.seek(entry.start)
+        data = bytearray(file.read(entry.end - entry.start))
+    scale = torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).float()
+    return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
+
+
+def _convert(piece: _Piece, data: "Tensor") -> None:
+    import torch
+
+    from ..engine.stored_linear import FLOAT8_DTYPE, quantize_rows
+
+    dtype = getattr(torch, DTYPES[piece.part.dtype][0])
+    values = data.view(dtype).view(len(piece.weight), -1)
+    scale = piece.source_scale
+    if piece.row_scale is not None and dtype == FLOAT8_DTYPE:
+        piece.weight.copy_(values)
+        piece.row_scale.copy_(torch.ones(1) if scale is None else scale)
+        return
+    if scale is not None:
+        values = values.float().mul_(scale[:, None])
+    if piece.row_scale is None:
+        piece.weight.copy_(values)
+        return
+    try:
+        quantize_rows(values, piece.weight, piece.row_scale)
+    except ValueError as error:
+        raise ModelFileError(
+            f"{piece.part.file.path.name}, tensor {piece.part.name}: {error}. "
+            "The file is damaged; download it again."
+        ) from error

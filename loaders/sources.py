@@ -1,0 +1,130 @@
+"""Which stretches of which files a weight is made of."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .layouts import Layout
+from .safetensors_file import ModelFileError, SafetensorsFile
+
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# ComfyUI's two ways to store the scale of a float8 weight, as the ending of its name.
+SCALE_NAMES = ((".weight", ".scale_weight"), (".weight", ".weight_scale"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor in a file, and the name of the scale they are to be multiplied by."""
+
+    file: SafetensorsFile
+    name: str
+    first_row: int
+    rows: int
+    scale_name: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        return self.file.tensors[self.name].dtype
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.file.tensors[self.name].shape[1:]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weight as parts that are stacked along the first axis."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if not self.parts[0].file.tensors[self.parts[0].name].shape:
+            return ()
+        return (sum(part.rows for part in self.parts), *self.parts[0].row_shape)
+
+
+Sources = Mapping[str, Source]
+
+
+def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, Source]:
+    """Every tensor of `files` whose name starts with `prefix`, by its name without the prefix."""
+    found = {}
+    for file in files:
+        for name, entry in file.tensors.items():
+            if name.startswith(prefix):
+                rows = entry.shape[0] if entry.shape else 1
+                part = Part(file, name, 0, rows, _scale_name(file, name))
+                found[name.removeprefix(prefix)] = Source((part,))
+    return found
+
+
+def stacked(sources: Iterable[Source]) -> Source:
+    """The sources as one, first rows first."""
+    return Source(tuple(part for source in sources for part in source.parts))
+
+
+def halves_swapped(source: Source) -> Source:
+    """The same weight with the second half of its rows before the first."""
+    (part,) = source.parts
+    half = part.rows // 2
+    last = replace(part, first_row=half, rows=part.rows - half)
+    return Source((last, replace(part, rows=half)))
+
+
+def prefix_before(names: Iterable[str], marker: str) -> str:
+    """What stands before `marker` in the first name that ends with it; "" when none does."""
+    return next((name.removesuffix(marker) for name in names if name.endswith(marker)), "")
+
+
+def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
+    """Raise ModelFileError unless every weight of `layout` is there, of its shape, readable.
+
+    Tensors that the layout does not name are left alone; trailing axes of length 1 do not count.
+    """
+    missing = [name for name in layout if name not in sources]
+    if missing:
+        raise ModelFileError(
+            f"{path.name} is incomplete: {len(missing)} of {len(layout)} tensors are missing, "
+            f"{missing[0]} among them. Download it again, or choose another file."
+        )
+    for name, shape in layout.items():
+        source = sources[name]
+        if _without_ones(source.shape) != _without_ones(shape):
+            raise ModelFileError(
+                f"{path.name} does not fit: {name} has the shape {list(source.shape)} where "
+                f"{list(shape)} follows from the others. Choose another file."
+            )
+        for part in source.parts:
+            _require_readable(path, name, part)
+
+
+def _require_readable(path: Path, name: str, part: Part) -> None:
+    if part.dtype not in FLOATING:
+        raise ModelFileError(
+            f"{path.name} stores {name} as {part.dtype}, a quantisation that MajicFlux cannot "
+            "read. Use the bf16, fp16 or float8 file."
+        )
+    if part.scale_name is not None:
+        entry = part.file.tensors[part.scale_name]
+        rows = part.file.tensors[part.name].shape[0]
+        if entry.dtype not in FLOATING or math.prod(entry.shape) not in (1, rows):
+            raise ModelFileError(
+                f"{path.name} stores {name} with a scale of {entry.dtype} and shape "
+                f"{list(entry.shape)}, which MajicFlux cannot read. Use the bf16 or fp16 file."
+            )
+
+
+def _scale_name(file: SafetensorsFile, name: str) -> str | None:
+    for ending, scale_ending in SCALE_NAMES:
+        scale = name.removesuffix(ending) + scale_ending
+        if name.endswith(ending) and scale in file.tensors:
+            return scale
+    return None
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape

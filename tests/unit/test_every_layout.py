@@ -1,0 +1,341 @@
+"""Every layout that people have their files in, through the loaders, against the plain one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from majicflux.engine.pipeline import Pipeline
+from majicflux.loaders import demo_models
+from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
+from majicflux.loaders.safetensors_file import ModelFileError
+from majicflux.loaders.text_encoders import load_text_encoders
+from majicflux.loaders.vae import load_vae
+
+Tensors = dict[str, torch.Tensor]
+PREFIX = "model.diffusion_model."
+FLOAT8 = torch.float8_e4m3fn
+
+
+def parameters(weights) -> Tensors:
+    return {name: p.detach() for name, p in weights.module.named_parameters()}
+
+
+def bits(tensors: Tensors) -> dict[str, bytes]:
+    return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
+
+
+@pytest.fixture
+def plain(models: Path) -> Tensors:
+    """The demo transformer under the names of Black Forest Labs."""
+    tensors = load_file(models / demo_models.DIT_FILE)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Tensors], Path]:
+    def save(tensors: Tensors, name: str = "model.safetensors") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+        return path
+
+    return save
+
+
+def loaded(path: Path, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    return parameters(load_flux_dit(path, dtype)[0])
+
+
+def to_diffusers(plain: Tensors) -> Tensors:
+    """What Diffusers' conversion script makes of a transformer, written down from its file."""
+    found: Tensors = {}
+
+    def put(theirs: str, tensor: torch.Tensor, kind: str) -> None:
+        found[f"{theirs}.{kind}"] = tensor.clone()
+
+    root = {
+        "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    }  # fmt: skip
+    for name, tensor in plain.items():
+        module, kind = name.rsplit(".", 1)
+        parts = module.split(".")
+        if module in root:
+            put(root[module], tensor, kind)
+        elif module == "final_layer.adaLN_modulation.1":
+            shift, scale = tensor.chunk(2)
+            put("norm_out.linear", torch.cat([scale, shift]), kind)
+        elif parts[0] == "double_blocks":
+            block, stream = f"transformer_blocks.{parts[1]}.", parts[2][:3]
+            rest = ".".join(parts[2:])[4:]
+            context = {"img": "", "txt": "_context"}[stream]
+            if rest == "attn.qkv":
+                names = {
+                    "img": ("to_q", "to_k", "to_v"),
+                    "txt": ("add_q_proj", "add_k_proj", "add_v_proj"),
+                }
+                for part, rows in zip(names[stream], tensor.chunk(3), strict=True):
+                    put(f"{block}attn.{part}", rows, kind)
+            elif "norm" in rest:
+                added = {"img": "", "txt": "added_"}[stream]
+                put(f"{block}attn.norm_{added}{parts[-1][0]}", tensor, "weight")
+            else:
+                proj = {"img": "attn.to_out.0", "txt": "attn.to_add_out"}[stream]
+                renamed = {
+                    "mod.lin": f"norm1{context}.linear",
+                    "attn.proj": proj,
+                    "mlp.0": f"ff{context}.net.0.proj",
+                    "mlp.2": f"ff{context}.net.2",
+                }
+                put(block + renamed[rest], tensor, kind)
+        else:
+            block, rest = f"single_transformer_blocks.{parts[1]}.", ".".join(parts[2:])
+            if rest == "linear1":
+                width = tensor.shape[0] // 7
+                sizes = [width, width, width, 4 * width]
+                names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+                for part, rows in zip(names, tensor.split(sizes), strict=True):
+                    put(block + part, rows, kind)
+            elif "norm" in rest:
+                put(f"{block}attn.norm_{parts[-1][0]}", tensor, "weight")
+            else:
+                renamed = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
+                put(block + renamed[rest], tensor, kind)
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX, "diffusion_model.", "net."])
+def test_any_prefix(plain: Tensors, saved, prefix: str) -> None:
+    path = saved({prefix + name: tensor for name, tensor in plain.items()})
+    assert bits(loaded(path)) == bits(loaded(saved(plain, "plain.safetensors")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8])
+def test_diffusers_names_in_one_file(plain: Tensors, saved, dtype: torch.dtype) -> None:
+    path = saved(to_diffusers(plain))
+    expected = loaded(saved(plain, "plain.safetensors"), dtype)
+    assert bits(loaded(path, dtype)) == bits(expected)
+
+
+def test_our_reading_of_diffusers_names_is_diffsynths(plain: Tensors, saved) -> None:
+    from diffsynth.utils.state_dict_converters.flux_dit import (
+        FluxDiTStateDictConverterFromDiffusers,
+    )
+
+    tensors = to_diffusers(plain)
+    # DiffSynth's converter swaps the halves of a 3072-wide model only; at this width by hand.
+    for kind in ("weight", "bias"):
+        scale, shift = tensors[f"norm_out.linear.{kind}"].chunk(2)
+        halves = torch.cat([shift, scale])
+        tensors[f"norm_out.linear.{kind}"] = halves
+    expected = FluxDiTStateDictConverterFromDiffusers(tensors)
+    assert bits(loaded(saved(to_diffusers(plain)))) == bits(expected)
+
+
+def test_diffusers_shards_in_a_folder(plain: Tensors, saved) -> None:
+    tensors = list(to_diffusers(plain).items())
+    cuts = [0, 40, 90, len(tensors)]
+    name = "transformer/diffusion_pytorch_model-{:05d}-of-00003.safetensors"
+    parts = [
+        saved(dict(tensors[cuts[index] : cuts[index + 1]]), name.format(index + 1))
+        for index in range(3)
+    ]
+    last = parts[-1]
+    (last.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({}))
+    expected = bits(loaded(saved(plain, "plain.safetensors")))
+    assert bits(loaded(last.parent)) == expected
+    assert bits(loaded(last)) == expected
+    last.unlink()
+    with pytest.raises(ModelFileError, match=r"lacks .*-00003-of-00003\.safetensors"):
+        inspect_flux_dit(last.parent)
+
+
+def scaled(tensors: Tensors, style: str, per_row: bool, dtype: torch.dtype = FLOAT8) -> Tensors:
+    """ComfyUI's scaled float8 of the matrices: `.scale_weight` (old) or `.weight_scale` (new)."""
+    found: Tensors = {}
+    limit = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or "relative_attention" in name:
+            found[name] = tensor
+            continue
+        largest = tensor.float().abs().amax(dim=1) if per_row else tensor.float().abs().max()
+        scale = largest / limit
+        found[name] = (tensor.float() / (scale[:, None] if per_row else scale)).to(dtype)
+        if style == "old":
+            found[name.removesuffix("weight") + "scale_weight"] = scale
+        else:
+            found[name + "_scale"] = scale
+            marker = json.dumps({"format": "float8_e4m3fn"}).encode()
+            layer = name.removesuffix("weight")
+            found[layer + "comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
+    if style == "old":
+        found["scaled_fp8"] = torch.zeros(2, dtype=dtype)
+    return found
+
+
+def dequantized(tensors: Tensors) -> Tensors:
+    """The same weights in bfloat16, rounded once."""
+    found = {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix("weight")
+        scale = tensors.get(layer + "scale_weight", tensors.get(name + "_scale"))
+        if scale is not None and name.endswith(".weight"):
+            found[name] = (tensor.float() * scale.reshape(-1, 1)).bfloat16()
+        elif not name.endswith(("scale_weight", "_scale", "comfy_quant", "scaled_fp8")):
+            found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_scaled_float8_keeps_its_values_and_scales(plain, saved, style, per_row) -> None:
+    tensors = scaled(plain, style, per_row)
+    path = saved(tensors)
+    assert bits(loaded(path)) == bits(loaded(saved(dequantized(tensors), "bf16.safetensors")))
+    stored = loaded(path, FLOAT8)
+    name = "single_blocks.1.linear1.weight"
+    ours = "single_blocks.1.to_qkv_mlp"
+    assert torch.equal(stored[f"{ours}.weight"].view(torch.uint8), tensors[name].view(torch.uint8))
+    scale = tensors[name + "_scale" if style == "new" else name[:-6] + "scale_weight"]
+    assert torch.equal(stored[f"{ours}.scale"], scale.expand(len(stored[f"{ours}.scale"])))
+
+
+def test_scaled_float8_in_diffusers_names_stacks_its_scales(plain, saved) -> None:
+    tensors = scaled(to_diffusers(plain), "new", per_row=False)
+    expected = dequantized(tensors)
+    path = saved(tensors)
+    assert bits(loaded(path)) == bits(loaded(saved(expected, "bf16.safetensors")))
+    stored = loaded(path, FLOAT8)
+    scales = stored["blocks.0.attn.a_to_qkv.scale"].view(3, -1)
+    for row, part in zip(scales, ("to_q", "to_k", "to_v"), strict=True):
+        assert (row == tensors[f"transformer_blocks.0.attn.{part}.weight_scale"]).all()
+
+
+def test_float8_e5m2_is_not_rounded_again(plain: Tensors, saved) -> None:
+    tensors = {name: t.to(torch.float8_e5m2) for name, t in plain.items()}
+    path = saved(tensors)
+    exact, stored = loaded(path), loaded(path, FLOAT8)
+    for name, weight in exact.items():
+        if stored[name].dtype == FLOAT8:
+            scale = stored[name.removesuffix("weight") + "scale"]
+            back = stored[name].float() * scale[:, None]
+            # What is 2^17 below the largest of its row is below e4m3's smallest step.
+            visible = weight.float().abs() >= back.abs().amax(dim=1, keepdim=True) * 2**-15
+            assert torch.equal(back[visible], weight.float()[visible])
+
+
+def test_a_whole_checkpoint_gives_each_loader_its_part(models: Path, saved) -> None:
+    clip, t5, vae = (
+        load_file(models / name)
+        for name in (demo_models.CLIP_FILE, demo_models.T5_FILE, demo_models.VAE_FILE)
+    )
+    whole = load_file(models / demo_models.DIT_FILE)
+    whole |= {f"text_encoders.clip_l.transformer.{n}": t for n, t in clip.items()}
+    whole |= {"text_encoders.clip_l.logit_scale": torch.ones(())}
+    whole |= {f"text_encoders.t5xxl.transformer.{n}": t for n, t in t5.items()}
+    whole |= {f"vae.{n}": t for n, t in vae.items()}
+    path = saved(whole)
+    assert bits(loaded(path)) == bits(loaded(models / demo_models.DIT_FILE))
+    one = load_text_encoders(path, path, torch.bfloat16)
+    other = load_text_encoders(
+        models / demo_models.CLIP_FILE, models / demo_models.T5_FILE, torch.bfloat16
+    )
+    assert bits(parameters(one)) == bits(parameters(other))
+    one, other = (load_vae(p, torch.bfloat16) for p in (path, models / demo_models.VAE_FILE))
+    assert bits(parameters(one)) == bits(parameters(other))
+
+
+def test_fewer_blocks_are_seen_in_the_names(plain: Tensors, saved) -> None:
+    lite = {
+        name: t
+        for name, t in plain.items()
+        if not name.startswith(("double_blocks.1.", "single_blocks.3."))
+    }
+    weights, geometry = load_flux_dit(saved(lite), torch.bfloat16)
+    assert (geometry.double_blocks, geometry.single_blocks) == (1, 3)
+    assert len(weights.blocks) == 4
+
+
+def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipeline) -> None:
+    wide = torch.zeros(demo_models.DIT.hidden, 384, dtype=torch.bfloat16)
+    weights, geometry = load_flux_dit(saved(plain | {"img_in.weight": wide}), FLOAT8)
+    assert geometry.in_channels == 384
+    pipeline = make_pipeline()
+    fill = type(pipeline.dit)(weights, pipeline.dit.patcher, geometry, FLOAT8)
+    with pytest.raises(ValueError, match="takes 384 input channels, so it is a fill"):
+        Pipeline(fill, pipeline.text_encoders, pipeline.vae, None, torch.bfloat16)
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+def test_a_scaled_float8_t5(models: Path, saved, style: str) -> None:
+    clip = models / demo_models.CLIP_FILE
+    tensors = scaled(load_file(models / demo_models.T5_FILE), style, per_row=False)
+    found = load_text_encoders(clip, saved(tensors), torch.bfloat16)
+    plain = load_text_encoders(
+        clip, saved(dequantized(tensors), "bf16.safetensors"), torch.bfloat16
+    )
+    assert bits(parameters(found)) == bits(parameters(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, FLOAT8, torch.float32])
+def test_a_t5_in_other_precisions(models: Path, saved, dtype: torch.dtype) -> None:
+    clip = models / demo_models.CLIP_FILE
+    tensors = {n: t.to(dtype) for n, t in load_file(models / demo_models.T5_FILE).items()}
+    found = parameters(load_text_encoders(clip, saved(tensors), torch.bfloat16))
+    name = "t5.encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    expected = tensors[name.removeprefix("t5.")].to(torch.bfloat16)
+    assert torch.equal(found[name], expected)
+
+
+def vae_to_diffusers(tensors: Tensors) -> Tensors:
+    """What Diffusers makes of a VAE, written down from its file."""
+    found = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        coder = parts[0]
+        if parts[1] in ("down", "up"):
+            level = int(parts[2]) if parts[1] == "down" else 3 - int(parts[2])
+            if parts[3] == "block":
+                rest = f"resnets.{parts[4]}.{'.'.join(parts[5:])}"
+            else:
+                rest = f"{parts[1]}samplers.0.{'.'.join(parts[4:])}"
+            name = f"{coder}.{parts[1]}_blocks.{level}.{rest}"
+        elif parts[1] == "mid" and parts[2] == "attn_1":
+            names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+            part = names.get(parts[3], "group_norm")
+            name = f"{coder}.mid_block.attentions.0.{part}.{parts[4]}"
+            tensor = tensor.reshape(tensor.shape[:2]) if tensor.ndim == 4 else tensor
+        elif parts[1] == "mid":
+            name = f"{coder}.mid_block.resnets.{int(parts[2][-1]) - 1}.{'.'.join(parts[3:])}"
+        name = name.replace("nin_shortcut", "conv_shortcut")
+        found[name.replace(".norm_out.", ".conv_norm_out.")] = tensor
+    return found
+
+
+def test_a_vae_in_diffusers_names(models: Path, saved) -> None:
+    from diffsynth.utils.state_dict_converters.flux_vae import (
+        FluxVAEDecoderStateDictConverterDiffusers,
+        FluxVAEEncoderStateDictConverterDiffusers,
+    )
+
+    plain = models / demo_models.VAE_FILE
+    tensors = vae_to_diffusers(load_file(plain))
+    found = parameters(load_vae(saved(tensors), torch.bfloat16))
+    assert bits(found) == bits(parameters(load_vae(plain, torch.bfloat16)))
+    for coder, convert in (
+        ("encoder", FluxVAEEncoderStateDictConverterDiffusers),
+        ("decoder", FluxVAEDecoderStateDictConverterDiffusers),
+    ):
+        theirs = convert(tensors)
+        assert len(theirs) == len([n for n in found if n.startswith(coder)])
+        for name, tensor in theirs.items():
+            assert torch.equal(found[f"{coder}.{name}"].flatten(), tensor.flatten()), name
