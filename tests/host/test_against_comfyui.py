@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from file_layouts import scaled, to_diffusers
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
 from majicflux.engine.text_encoders import TextEmbedding
@@ -58,6 +59,39 @@ def test_one_forward_of_the_transformer(models: Path, sigma: float, guidance: fl
     expected = theirs(
         latents, torch.tensor([sigma]), text.tokens, text.pooled, torch.tensor([guidance])
     )
+    assert relative_difference(ours, expected) <= 1e-5
+
+
+PREFIX = "model.diffusion_model."
+WRITTEN_AS = {
+    "one file": lambda plain: {PREFIX + name: t for name, t in plain.items()},
+    "Diffusers names": to_diffusers,
+    "scaled float8, old": lambda plain: scaled(plain, "old", per_row=False),
+    "scaled float8, new": lambda plain: scaled(plain, "new", per_row=False),
+    "plain float8": lambda plain: {n: t.to(torch.float8_e4m3fn) for n, t in plain.items()},
+}
+
+
+@pytest.mark.parametrize("layout", WRITTEN_AS)
+@torch.no_grad()
+def test_comfyuis_loader_reads_the_same_weights(models: Path, tmp_path: Path, layout: str) -> None:
+    import comfy.sd
+
+    source = load_file(models / demo_models.DIT_FILE)
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in source.items()}
+    path = tmp_path / "model.safetensors"
+    save_file({n: t.contiguous() for n, t in WRITTEN_AS[layout](plain).items()}, path)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 8, 8, generator=generator)
+    tokens = torch.randn(1, 20, T5.width, generator=generator)
+    pooled = torch.randn(1, CLIP.width, generator=generator)
+
+    weights, _ = load_flux_dit(path, FLOAT)
+    velocity = flux_velocity(weights.module, TextEmbedding(tokens, pooled), 3.5, FLOAT)
+    ours = velocity(latents, torch.tensor(0.5))
+    theirs = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": FLOAT})
+    net = theirs.model.diffusion_model
+    expected = net(latents, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5]))
     assert relative_difference(ours, expected) <= 1e-5
 
 
