@@ -45,21 +45,42 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("folder", type=Path)
     models.set_defaults(command=_demo_models)
 
+    cache = commands.add_parser("cache", help="list or remove prepared weights")
+    cache.add_argument("action", choices=["list", "clear"])
+    _add_models(cache)
+    cache.set_defaults(command=_cache)
+
     run = commands.add_parser("run", help="run an API-format workflow")
     run.add_argument("workflow", type=Path, help="API-format JSON")
     run.add_argument(
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="may be repeated"
     )
-    run.add_argument(
+    _add_models(run)
+    run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
+    run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
+    run.set_defaults(command=_run)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--models",
         type=Path,
         default=standalone.models_folder,
         help="folder with diffusion_models, text_encoders and vae in it (default: %(default)s)",
     )
-    run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
-    run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
-    run.set_defaults(command=_run)
-    return parser
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from .loaders.prepared import clear_prepared, prepared_files
+
+    standalone.models_folder = options.models
+    folder = standalone.prepared_folder()
+    if options.action == "clear":
+        print(f"{clear_prepared(folder) / 1e9:.2f} GB freed in {folder}")
+        return
+    for path in prepared_files(folder):
+        print(f"{path.stat().st_size / 1e9:8.2f} GB  {path}")
 
 
 def _demo(options: argparse.Namespace) -> None:

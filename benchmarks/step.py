@@ -93,6 +93,7 @@ def measure(
 
 def _random(weights: OffloadedModule) -> OffloadedModule:
     """Weights of the size of trained ones; float8 values with a scale that brings them there."""
+    weights.allocate()
     with torch.no_grad():
         for name, parameter in weights.module.named_parameters():
             if name.endswith(".scale"):

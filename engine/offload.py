@@ -53,19 +53,22 @@ class WeightBlock:
             view = _View(owner, name, end, meta.shape, meta.dtype)
             self._views.append(view)
             end += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
-        self._home = torch.empty(end, dtype=torch.uint8)
-        self._point_into(self._home)
+        self.nbytes = end
+        self.home: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self._home.nbytes
+    def live_in(self, buffer: Tensor) -> None:
+        """Make `buffer`, uint8 [nbytes] in CPU memory, the place where the parameters are kept."""
+        self.home = buffer
+        self._point_into(buffer)
 
     def move_to(self, device: torch.device) -> None:
+        assert self.home is not None, "the weights have not been given memory"
         if device != CPU:
-            self._point_into(self._home.to(device, copy=True))
+            self._point_into(self.home.to(device, copy=True))
 
     def move_home(self) -> None:
-        self._point_into(self._home)
+        assert self.home is not None, "the weights have not been given memory"
+        self._point_into(self.home)
 
     def _point_into(self, buffer: Tensor) -> None:
         for view in self._views:
@@ -79,8 +82,8 @@ class OffloadedModule:
     forward begins and dropped when it ends. What belongs to no block (embedders, last layers)
     is the root, which stays on the device for the length of a run.
 
-    module: built on the meta device, without buffers; its parameters become views of
-    uninitialised CPU memory that the caller fills.
+    module: built on the meta device, without buffers. Its parameters stay there until `allocate`
+    or `live_in` gives them memory.
     blocks: submodules of `module`, in the order in which they run, none inside another.
     """
 
@@ -91,14 +94,31 @@ class OffloadedModule:
         shares = [_unclaimed_parameters(part, claimed) for part in (*blocks, module)]
         *self.blocks, self.root = [WeightBlock(share) for share in shares]
         self._block_modules = list(blocks)
+        self.report = ""  # what was loaded, for the log and the canvas
+
+    def allocate(self) -> "OffloadedModule":
+        """Give the weights CPU memory of their own, uninitialised."""
+        for block in self.all_blocks:
+            block.live_in(torch.empty(block.nbytes, dtype=torch.uint8))
+        return self
+
+    def live_in(self, buffers: Sequence[Tensor]) -> None:
+        """Let the weights live in these buffers, one for each of `all_blocks`, filled already."""
+        for block, buffer in zip(self.all_blocks, buffers, strict=True):
+            block.live_in(buffer)
+
+    @property
+    def all_blocks(self) -> list[WeightBlock]:
+        """The root, then the blocks in the order in which they run."""
+        return [self.root, *self.blocks]
 
     @property
     def total_bytes(self) -> int:
-        return sum(block.nbytes for block in self._all())
+        return sum(block.nbytes for block in self.all_blocks)
 
     @property
     def resident_bytes(self) -> int:
-        return sum(block.nbytes for block in self._all() if block.resident)
+        return sum(block.nbytes for block in self.all_blocks if block.resident)
 
     @property
     def largest_block_bytes(self) -> int:
@@ -108,7 +128,7 @@ class OffloadedModule:
         """Keep the root and the first blocks on `device`, as many as fit into `budget_bytes`."""
         used = 0
         chosen = []
-        for block in self._all():
+        for block in self.all_blocks:
             used += block.nbytes
             if used <= budget_bytes:
                 chosen.append(block)
@@ -122,7 +142,7 @@ class OffloadedModule:
     def release(self, weight_bytes: float) -> int:
         """Give back residency from the last block on; returns the bytes that left the device."""
         freed = 0
-        for block in reversed(self._all()):
+        for block in reversed(self.all_blocks):
             if freed >= weight_bytes:
                 break
             if block.resident:
@@ -147,12 +167,9 @@ class OffloadedModule:
         finally:  # a block that was interrupted has not left by itself
             for hook in hooks:
                 hook.remove()
-            for block in self._all():
+            for block in self.all_blocks:
                 if not block.resident:
                     block.move_home()
-
-    def _all(self) -> list[WeightBlock]:
-        return [self.root, *self.blocks]
 
     @staticmethod
     def _send_home(block: WeightBlock) -> None:

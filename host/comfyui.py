@@ -10,6 +10,7 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import latent_preview
+import server
 import torch
 from comfy_api.latest import ComfyExtension, io
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ __all__ = [
     "compute_device",
     "compute_dtype",
     "io",
+    "loading_progress",
     "make_patcher",
     "model_names",
     "model_path",
+    "prepared_folder",
     "progress",
     "result_device",
+    "show_on_node",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -51,6 +55,11 @@ def model_path(category: str, name: str) -> Path | None:
     return None if path is None else Path(path)
 
 
+def prepared_folder() -> Path:
+    """Where prepared weights are kept: on the disk of the models, where the room is."""
+    return Path(folder_paths.models_dir, "majicflux_prepared")
+
+
 def clip_tokenizer_folder() -> Path | None:
     return _bundled("sd1_tokenizer")
 
@@ -68,6 +77,24 @@ def _bundled(*parts: str) -> Path | None:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """The dtype that a Flux.1 transformer is best computed in on `device`."""
     return torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
+
+
+def loading_progress() -> Callable[[int, int], None]:
+    """A function to call with the bytes read so far and in all; it raises when cancelled."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_bytes(done: int, total: int) -> None:
+        check_cancelled()
+        bar.update_absolute(done, total)
+
+    return on_bytes
+
+
+def show_on_node(node_id: str | None, text: str) -> None:
+    """Show a line of text on a node of the canvas."""
+    instance = getattr(server.PromptServer, "instance", None)
+    if instance is not None and node_id is not None:  # there is none when no server runs
+        instance.send_progress_text(text, node_id)
 
 
 def progress(steps: int, device: torch.device) -> Callable[[int, Tensor], None]:

@@ -34,11 +34,14 @@ class Schema:
     outputs: list[Socket] = field(default_factory=list)
     description: str = ""
     search_aliases: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
     is_output_node: bool = False
 
 
 class ComfyNode:
     """Base class of nodes: `define_schema` and `execute`, both class methods."""
+
+    hidden = SimpleNamespace(unique_id=None)  # there is no canvas to have a node on
 
     @classmethod
     def define_schema(cls) -> Schema:
@@ -68,6 +71,7 @@ io = SimpleNamespace(
     Boolean=_io_type("BOOLEAN"),
     Combo=_io_type("COMBO"),
     Float=_io_type("FLOAT"),
+    Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
     Image=_io_type("IMAGE"),
     Int=_io_type("INT"),
     Latent=_io_type("LATENT"),

@@ -21,11 +21,14 @@ __all__ = [
     "compute_device",
     "compute_dtype",
     "io",
+    "loading_progress",
     "make_patcher",
     "model_names",
     "model_path",
+    "prepared_folder",
     "progress",
     "result_device",
+    "show_on_node",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -75,6 +78,11 @@ def model_path(category: str, name: str) -> Path | None:
     return path if path.is_relative_to(folder) and path.is_file() else None
 
 
+def prepared_folder() -> Path:
+    """Where prepared weights are kept: on the disk of the models, where the room is."""
+    return models_folder / "majicflux_prepared"
+
+
 def clip_tokenizer_folder() -> Path | None:
     return _bundled("sd1_tokenizer")
 
@@ -95,6 +103,25 @@ def compute_dtype(device: "torch.device") -> "torch.dtype":
 
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
+
+
+def loading_progress() -> "Callable[[int, int], None]":
+    """A function to call with the bytes read so far and in all."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc="loading", unit="B", unit_scale=True, leave=False)
+
+    def on_bytes(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return on_bytes
+
+
+def show_on_node(node_id: str | None, text: str) -> None:
+    """Nothing to show it on: the log has the same line."""
 
 
 def progress(steps: int, device: "torch.device") -> "Callable[[int, Tensor], None]":

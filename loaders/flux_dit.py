@@ -1,16 +1,20 @@
 """The Flux.1 transformer file."""
 
 import logging
+import math
 import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit
+from ..engine.stored_linear import FLOAT8_DTYPE
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
 from .layouts import flux_dit_layout
+from .prepared import map_prepared, prepared_file, write_prepared
 from .recognise import FLUX_DIT, require_kind
+from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
 from .sources import Source, Sources, prefix_before, require_layout, sources_of
@@ -45,26 +49,45 @@ def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
 
 
 def load_flux_dit(
-    path: Path, weight_dtype: "torch.dtype", progress: Progress | None = None
+    path: Path,
+    weight_dtype: "torch.dtype",
+    progress: Progress | None = None,
+    prepared_folder: Path | None = None,
 ) -> tuple["OffloadedModule", FluxGeometry]:
-    """Read a Flux.1 transformer into CPU memory in `weight_dtype`."""
-    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+    """Read a Flux.1 transformer into CPU memory in `weight_dtype`.
 
+    With a `prepared_folder`, float8 weights are kept there once they have been converted, and
+    mapped from there instead of being read and converted again.
+    """
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
     weights = build_flux_dit(geometry, weight_dtype)
-    fill(weights.module, FluxDiTStateDictConverter(sources), progress)
-    log.info(
-        "%s: Flux.1 transformer, %d + %d blocks of width %d, %.2f GB as %s, %.1f s",
-        path.name,
-        geometry.double_blocks,
-        geometry.single_blocks,
-        geometry.hidden,
-        weights.total_bytes / 1e9,
-        str(weight_dtype).removeprefix("torch."),
-        time.perf_counter() - start,
+    kept = None
+    if prepared_folder is not None and weight_dtype == FLOAT8_DTYPE:
+        kept = prepared_file(prepared_folder, model_parts(path), weights, weight_dtype)
+    mapped = kept is not None and map_prepared(weights, kept)
+    if not mapped:
+        _convert(weights, sources, progress)
+        if kept is not None and write_prepared(weights, kept):
+            mapped = map_prepared(weights, kept)
+    where = "mapped from prepared weights" if mapped else "in memory"
+    weights.report = (
+        f"{path.name}: Flux.1 transformer, {geometry.double_blocks} + {geometry.single_blocks} "
+        f"blocks of width {geometry.hidden}, {_parameters(sources) / 1e9:.2f} B parameters, "
+        f"{size_and_time(weights, weight_dtype, start)}, {where}"
     )
+    log.info(weights.report)
     return weights, geometry
+
+
+def _convert(weights: "OffloadedModule", sources: Sources, progress: Progress | None) -> None:
+    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+
+    fill(weights.allocate().module, FluxDiTStateDictConverter(sources), progress)
+
+
+def _parameters(sources: Sources) -> int:
+    return sum(math.prod(source.shape) for source in sources.values())
 
 
 def _geometry(path: Path, sources: Sources) -> FluxGeometry:

@@ -10,6 +10,7 @@ from ..engine.text_encoders import ClipGeometry, T5Geometry, build_text_encoders
 from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
 from .recognise import CLIP, T5, Kind, require_kind
+from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
 from .sources import Source, Sources, prefix_before, require_layout, sources_of
@@ -79,19 +80,15 @@ def load_text_encoders(
     start = time.perf_counter()
     clip_geometry, clip_sources = inspect_clip(clip_path)
     t5_geometry, t5_sources = inspect_t5(t5_path)
-    weights = build_text_encoders(clip_geometry, t5_geometry, dtype)
+    weights = build_text_encoders(clip_geometry, t5_geometry, dtype).allocate()
     positions = clip_sources.pop(CLIP_POSITIONS)  # the converter would reshape this one
     clip_names = FluxTextEncoderClipStateDictConverter(clip_sources)
     fill(weights.module["clip"], {**clip_names, "position_embeds": positions})
     fill(weights.module["t5"], t5_sources, progress)
-    log.info(
-        "%s, %s: text encoders, %.2f GB as %s, %.1f s",
-        clip_path.name,
-        t5_path.name,
-        weights.total_bytes / 1e9,
-        str(dtype).removeprefix("torch."),
-        time.perf_counter() - start,
+    weights.report = (
+        f"{clip_path.name}, {t5_path.name}: text encoders, {size_and_time(weights, dtype, start)}"
     )
+    log.info(weights.report)
     return weights
 
 

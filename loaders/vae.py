@@ -9,6 +9,7 @@ from .diffusers_names import vae_from_diffusers
 from .fill import fill
 from .layouts import vae_layout
 from .recognise import VAE, require_kind
+from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .sources import Source, prefix_before, require_layout, sources_of
 
@@ -54,13 +55,9 @@ def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
 
     start = time.perf_counter()
     sources = inspect_vae(path)
-    weights = build_vae(dtype)
+    weights = build_vae(dtype).allocate()
     fill(weights.module["encoder"], FluxVAEEncoderStateDictConverter(sources))
     fill(weights.module["decoder"], FluxVAEDecoderStateDictConverter(sources))
-    log.info(
-        "%s: Flux VAE, %.2f GB, %.1f s",
-        path.name,
-        weights.total_bytes / 1e9,
-        time.perf_counter() - start,
-    )
+    weights.report = f"{path.name}: Flux VAE, {size_and_time(weights, dtype, start)}"
+    log.info(weights.report)
     return weights

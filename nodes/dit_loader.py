@@ -52,7 +52,18 @@ class DiTLoader(io.ComfyNode):
                         "small weights. bfloat16: 24 GB, the weights exactly as published."
                     ),
                 ),
+                io.Boolean.Input(
+                    "keep_prepared",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "Keep the converted float8 weights in models/majicflux_prepared. Costs "
+                        "12 GB of disk once; from then on loading takes a second and the weights "
+                        "do not count as used memory, so 16 GB are enough."
+                    ),
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 DiTHandle.Output(
                     display_name="dit", tooltip="The transformer, for the CPU-offload pipeline."
@@ -67,17 +78,27 @@ class DiTLoader(io.ComfyNode):
         return model_files.problem(FOLDER, file, inspect_flux_dit) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, weight_precision: str) -> Any:
+    def fingerprint_inputs(
+        cls, file: str, weight_precision: str, keep_prepared: bool = True
+    ) -> Any:
         return model_files.fingerprint(FOLDER, file)
 
     @classmethod
-    def execute(cls, file: str, weight_precision: str) -> io.NodeOutput:
+    def execute(cls, file: str, weight_precision: str, keep_prepared: bool = True) -> io.NodeOutput:
         import torch
 
         from ..engine.flux_dit import DiT
         from ..loaders.flux_dit import load_flux_dit
 
         dtype = getattr(torch, weight_precision)
-        weights, geometry = load_flux_dit(model_files.resolve(FOLDER, file), dtype)
-        patcher = host.make_patcher(weights, host.compute_device(), "MajicFluxDiT")
-        return io.NodeOutput(DiT(weights, patcher, geometry, dtype))
+        path = model_files.resolve(FOLDER, file)
+        prepared = host.prepared_folder() if keep_prepared else None
+
+        def load() -> DiT:
+            weights, geometry = load_flux_dit(path, dtype, host.loading_progress(), prepared)
+            patcher = host.make_patcher(weights, host.compute_device(), "MajicFluxDiT")
+            return DiT(weights, patcher, geometry, dtype)
+
+        dit = model_files.shared(load, model_files.fingerprint(FOLDER, file), dtype, keep_prepared)
+        host.show_on_node(cls.hidden.unique_id, dit.weights.report)
+        return io.NodeOutput(dit)

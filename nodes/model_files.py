@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, model_parts
+
+Handle = TypeVar("Handle")
+_in_use: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
 
 def options(category: str, *preferred: str) -> dict[str, Any]:
@@ -50,6 +54,19 @@ def fingerprint(category: str, name: str) -> list[tuple[str, int, int]]:
     """Changes when the file behind a choice is replaced: path, bytes and time of each part."""
     parts = model_parts(resolve(category, name))
     return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+
+
+def shared(load: Callable[[], Handle], *identity: Any) -> Handle:
+    """The handle that was loaded for this identity and is still in use, or a new one.
+
+    ComfyUI keeps no outputs under --cache-none, and two loader nodes are two nodes: both would
+    otherwise hold the same weights twice. Nothing is kept here beyond its last user.
+    """
+    key = (load.__qualname__, repr(identity))
+    handle = _in_use.get(key)
+    if handle is None:
+        handle = _in_use[key] = load()
+    return handle
 
 
 def _folder_of_shard(name: str) -> str | None:

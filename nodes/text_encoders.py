@@ -55,6 +55,7 @@ class TextEncodersNode(io.ComfyNode):
                     ),
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 TextEncodersHandle.Output(
                     display_name="text_encoders",
@@ -85,14 +86,23 @@ class TextEncodersNode(io.ComfyNode):
         from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
         from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
+        dtype = getattr(torch, precision)
         clip_path, t5_path = (model_files.resolve(FOLDER, name) for name in (clip_l, t5))
-        clip, t5_geometry = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
-        clip_tokenizer = load_tokenizer(
-            CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
-        )
-        t5_tokenizer = load_tokenizer(
-            T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
-        )
-        weights = load_text_encoders(clip_path, t5_path, getattr(torch, precision))
-        patcher = host.make_patcher(weights, host.text_encoder_device(), "MajicFluxTextEncoders")
-        return io.NodeOutput(TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer))
+
+        def load() -> TextEncoders:
+            clip, t5_geometry = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
+            clip_tokenizer = load_tokenizer(
+                CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
+            )
+            t5_tokenizer = load_tokenizer(
+                T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
+            )
+            weights = load_text_encoders(clip_path, t5_path, dtype, host.loading_progress())
+            device = host.text_encoder_device()
+            patcher = host.make_patcher(weights, device, "MajicFluxTextEncoders")
+            return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
+
+        files = [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
+        encoders = model_files.shared(load, files, dtype)
+        host.show_on_node(cls.hidden.unique_id, encoders.weights.report)
+        return io.NodeOutput(encoders)

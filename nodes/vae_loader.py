@@ -32,6 +32,7 @@ class VAELoader(io.ComfyNode):
                     **model_files.options(FOLDER, "ae.safetensors", "flux"),
                 )
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 VAEHandle.Output(
                     display_name="vae", tooltip="The autoencoder, for the CPU-offload pipeline."
@@ -56,6 +57,13 @@ class VAELoader(io.ComfyNode):
         from ..engine.vae import VAE
         from ..loaders.vae import load_vae
 
-        weights = load_vae(model_files.resolve(FOLDER, file), torch.bfloat16)
-        patcher = host.make_patcher(weights, host.vae_device(), "MajicFluxVAE")
-        return io.NodeOutput(VAE(weights, patcher, torch.bfloat16))
+        path = model_files.resolve(FOLDER, file)
+
+        def load() -> VAE:
+            weights = load_vae(path, torch.bfloat16)
+            patcher = host.make_patcher(weights, host.vae_device(), "MajicFluxVAE")
+            return VAE(weights, patcher, torch.bfloat16)
+
+        vae = model_files.shared(load, model_files.fingerprint(FOLDER, file))
+        host.show_on_node(cls.hidden.unique_id, vae.weights.report)
+        return io.NodeOutput(vae)

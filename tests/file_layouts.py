@@ -1,6 +1,8 @@
 """The layouts that other programs write, made from the plain one."""
 
 import json
+import math
+from pathlib import Path
 
 import torch
 
@@ -130,3 +132,19 @@ def vae_to_diffusers(tensors: Tensors) -> Tensors:
         name = name.replace("nin_shortcut", "conv_shortcut")
         found[name.replace(".norm_out.", ".conv_norm_out.")] = tensor
     return found
+
+
+def sparse_file(
+    path: Path, layout: dict[str, tuple[int, ...]], dtype: str = "BF16", size: int = 2
+) -> Path:
+    """A file of the full size whose bytes were never written."""
+    header, end = {}, 0
+    for name, shape in layout.items():
+        length = math.prod(shape) * size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + length]}
+        end += length
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path

@@ -52,7 +52,7 @@ def component(comfy, blocks: int, block_mb: int):
         chain = torch.nn.Sequential(
             *(torch.nn.Linear(width, width, bias=False) for _ in range(blocks))
         )
-    weights = offload.OffloadedModule(chain, list(chain))
+    weights = offload.OffloadedModule(chain, list(chain)).allocate()
     return door.make_patcher(weights, ACCELERATOR, "Chain")
 
 

@@ -18,7 +18,7 @@ from majicflux.nodes.vae_loader import VAELoader
 CONTRACT = {
     "MajicFluxDiTLoader": (
         "Majic float8 DiT loader",
-        ["file:COMBO", "weight_precision:COMBO"],
+        ["file:COMBO", "weight_precision:COMBO", "keep_prepared:BOOLEAN"],
         ["MAJICFLUX_DIT"],
     ),
     "MajicFluxTextEncoders": (

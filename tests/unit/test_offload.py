@@ -26,7 +26,7 @@ class Chain(nn.Module):
 def offloaded_chain(seed: int = 0) -> OffloadedModule:
     with torch.device("meta"):
         chain = Chain()
-    weights = OffloadedModule(chain, list(chain.layers))
+    weights = OffloadedModule(chain, list(chain.layers)).allocate()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in chain.parameters():

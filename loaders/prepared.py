@@ -1,0 +1,167 @@
+"""Prepared weights: a converted model on disk, laid out as its blocks are, and mapped from there.
+
+The file is a header line of JSON, zeros up to a page, then the buffer of each block, every one
+beginning on a page. It is written under another name, synced and renamed, so a file under its own
+name is always whole. Mapped weights are file-backed: the system may drop their pages and read them
+again, instead of swapping.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .safetensors_file import ModelFileError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..engine.offload import OffloadedModule
+
+log = logging.getLogger("majicflux")
+
+SUFFIX = ".majicflux"
+FORMAT = 1  # raise it when the layout of a block or the conversion changes
+PAGE = 4096
+SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
+SPARE_BYTES = 2**30  # of disk, to be left to the user
+ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody
+
+
+def prepared_file(
+    folder: Path, parts: list[Path], weights: "OffloadedModule", dtype: "torch.dtype"
+) -> Path:
+    """Where the weights made of the files `parts` in `dtype` are kept.
+
+    The name holds the identity of the source: each file's size, time and header, the precision
+    and the layout of the blocks. A changed source therefore has another name.
+    """
+    identity: list[Any] = [FORMAT, str(dtype), [b.nbytes for b in weights.all_blocks]]
+    for part in parts:
+        state = part.stat()
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = hashlib.sha256(file.read(length)).hexdigest()
+        identity.append([state.st_size, state.st_mtime_ns, header])
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    return folder / f"{parts[0].stem}-{key}{SUFFIX}"
+
+
+def write_prepared(weights: "OffloadedModule", path: Path) -> bool:
+    """Write the weights to `path`; False, with one warning and nothing left, when that fails."""
+    _remove_abandoned(path.parent)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < weights.total_bytes + SPARE_BYTES:
+            raise OSError("the disk is too full")
+        buffers = [block.home for block in weights.all_blocks if block.home is not None]
+        with partial.open("wb") as file:
+            header = json.dumps(_header(buffers)).encode() + b"\n"
+            file.write(header.ljust(_page_end(len(header)), b"\0"))
+            for buffer in buffers:
+                file.write(memoryview(buffer.numpy().data))
+                file.write(bytes(_page_end(len(buffer)) - len(buffer)))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = error.strerror or error
+        log.warning("Prepared weights were not kept in %s: %s.", path.parent, reason)
+        return False
+    return True
+
+
+def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
+    """Let the weights live in the file, if it is there and whole; a damaged one is removed."""
+    if not path.is_file():
+        return False
+    try:
+        weights.live_in(_map(weights, path))
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged (%s); it is made again.", path.name, error)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+    return True
+
+
+def prepared_files(folder: Path) -> list[Path]:
+    """The prepared weights in a folder, unfinished ones included."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix == SUFFIX or p.suffix == ".part")
+
+
+def clear_prepared(folder: Path) -> int:
+    """Remove all prepared weights; returns the bytes freed. Raises ModelFileError when in use."""
+    freed = 0
+    for path in prepared_files(folder):
+        size = path.stat().st_size
+        try:
+            path.unlink()
+        except OSError as error:  # Windows does not remove a file that is mapped
+            raise ModelFileError(
+                f"{path.name} cannot be removed: {error.strerror}. Close ComfyUI and try again."
+            ) from error
+        freed += size
+    return freed
+
+
+def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:
+    import torch
+
+    with path.open("rb") as file:
+        line = file.readline(2**24)
+        start = _page_end(len(line))
+        sizes = [block.nbytes for block in weights.all_blocks]
+        if path.stat().st_size != start + sum(map(_page_end, sizes)):
+            raise ValueError("its size is wrong")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    buffers = []
+    for size in sizes:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            buffers.append(torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=start))
+        start += _page_end(size)
+    if json.loads(line) != _header(buffers):
+        raise ValueError("its contents have changed")
+    return buffers
+
+
+def _header(buffers: list["Tensor"]) -> dict[str, Any]:
+    sums = [zlib.crc32(b"".join(_samples(buffer))) for buffer in buffers]
+    return {"majicflux": FORMAT, "blocks": [len(b) for b in buffers], "crc32": sums}
+
+
+def _samples(buffer: "Tensor") -> Iterator[bytes]:
+    """Pages spread over the buffer, its first and last among them."""
+    last = max(0, len(buffer) - PAGE)
+    for index in range(SAMPLES):
+        start = last * index // (SAMPLES - 1)
+        yield buffer[start : start + PAGE].numpy().tobytes()
+
+
+def _page_end(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Unfinished files of processes that were killed."""
+    for path in prepared_files(folder):
+        if path.suffix == ".part":
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()

@@ -1,0 +1,193 @@
+"""Prepared weights: kept once, mapped from then on, never half, never wrong."""
+
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from majicflux.loaders import demo_models, prepared
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.prepared import map_prepared, prepared_files, write_prepared
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def source(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(models / demo_models.DIT_FILE, tmp_path / "majicflus_v134.safetensors"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "prepared"
+
+
+def load(source: Path, folder: Path | None, dtype: torch.dtype = FLOAT8):
+    return load_flux_dit(source, dtype, prepared_folder=folder)[0]
+
+
+def bits(weights) -> dict[str, bytes]:
+    return {
+        name: p.detach().view(torch.uint8).numpy().tobytes()
+        for name, p in weights.module.named_parameters()
+    }
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts how often the source is read and converted."""
+    counted: list[int] = []
+    convert = sys.modules[load_flux_dit.__module__]._convert
+    monkeypatch.setattr(
+        f"{load_flux_dit.__module__}._convert", lambda *a: (counted.append(1), convert(*a))
+    )
+    return counted
+
+
+def test_the_second_load_maps_what_the_first_kept(source, folder, monkeypatch) -> None:
+    counted = reads(monkeypatch)
+    first = load(source, folder)
+    second = load(source, folder)
+    assert len(counted) == 1
+    assert "mapped from prepared weights" in first.report
+    assert bits(first) == bits(second) == bits(load(source, None))
+
+
+def test_mapped_weights_are_the_files_pages(source: Path, folder: Path) -> None:
+    if not Path("/proc/self/maps").is_file():
+        pytest.skip("only Linux tells which memory is a file's")
+    weights = load(source, folder)
+    (kept,) = prepared_files(folder)
+    mapped = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(kept))
+    ]
+    for parameter in weights.module.parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in mapped)
+
+
+def test_without_the_option_nothing_is_written(source: Path, folder: Path) -> None:
+    load(source, None)
+    assert not folder.exists()
+    load(source, folder, torch.bfloat16)  # would only repeat the source
+    assert prepared_files(folder) == []
+
+
+def test_a_changed_source_is_prepared_anew(source, folder, monkeypatch) -> None:
+    counted = reads(monkeypatch)
+    load(source, folder)
+    os.utime(source, ns=(1, 1))
+    load(source, folder)
+    assert len(counted) == 2
+    assert len(prepared_files(folder)) == 2
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_in_a_block(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-prepared.PAGE * 2, os.SEEK_END)
+        file.write(bytes(prepared.PAGE * 2))
+
+
+def another_file(path: Path) -> None:
+    path.write_bytes(os.urandom(path.stat().st_size))
+
+
+def another_header(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b'{"majicflux": 0}\n')
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_in_a_block, another_file, another_header])
+def test_a_damaged_file_is_removed_and_made_again(
+    source, folder, monkeypatch, caplog, damage
+) -> None:
+    expected = bits(load(source, folder))
+    (kept,) = prepared_files(folder)
+    damage(kept)
+    counted = reads(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert bits(load(source, folder)) == expected
+    assert "is damaged" in caplog.text
+    assert len(counted) == 1
+    load(source, folder)
+    assert len(counted) == 1
+
+
+def warned_once(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    return record.getMessage()
+
+
+def test_a_full_disk_falls_back_to_memory(source, folder, monkeypatch, caplog) -> None:
+    usage = shutil.disk_usage(source.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    weights = load(source, folder)
+    assert "the disk is too full" in warned_once(caplog)
+    assert "in memory" in weights.report
+    assert prepared_files(folder) == []
+    assert bits(weights) == bits(load(source, None))
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    source, folder, monkeypatch, caplog
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    weights = load(source, folder)
+    assert "No space left on device" in warned_once(caplog)
+    assert prepared_files(folder) == []
+    assert "in memory" in weights.report
+
+
+def test_a_folder_that_cannot_be_made_is_no_obstacle(source, folder, caplog) -> None:
+    folder.write_text("a file where the folder should be")
+    assert "in memory" in load(source, folder).report
+    assert warned_once(caplog)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, folder: Path) -> None:
+    weights = load(source, None)
+    expected = bits(weights)
+    target = folder / "weights.majicflux"
+    chance = random.Random(0)
+    unfinished = 0
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            while True:  # until it is killed
+                write_prepared(weights, target)
+                target.unlink(missing_ok=True)
+        time.sleep(chance.uniform(0.001, 0.04))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        unfinished += any(p.suffix == ".part" for p in prepared_files(folder))
+        fresh = load(source, None)
+        if target.is_file():  # under its name a file is whole
+            assert map_prepared(fresh, target)
+        assert bits(fresh) == expected
+    assert unfinished > 10, "the kills came at the wrong moments"
+
+
+def test_abandoned_files_are_cleared_by_the_next_preparation(source: Path, folder: Path) -> None:
+    folder.mkdir()
+    old, new = folder / "a.majicflux.1.part", folder / "b.majicflux.2.part"
+    old.touch()
+    new.touch()
+    os.utime(old, (1, 1))
+    load(source, folder)
+    assert not old.exists()
+    assert new.exists(), "it may belong to a process that is still writing"

@@ -1,0 +1,112 @@
+"""Reading ahead, and what loading holds in memory."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from file_layouts import sparse_file
+from majicflux.loaders import demo_models, reading
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.reading import Stretch, read_ahead
+from majicflux.loaders.safetensors_file import ModelFileError
+
+# Loads a sparse file of majicflus_v134's full size but for the number of blocks, in a process of
+# its own, and prints the weights' bytes and the largest RssAnon and RssFile above the start, in kB.
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders import demo_models
+import torch
+def now():
+    lines = dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
+    return [int(lines[key].split()[0]) for key in ("RssAnon", "RssFile")]
+load_flux_dit(Path(sys.argv[2]), torch.float8_e4m3fn)  # everything is imported now
+start, most, over = now(), [0, 0], threading.Event()
+def watch():
+    while not over.is_set():
+        most[:] = [max(m, n - s) for m, n, s in zip(most, now(), start)]
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch); watcher.start()
+weights, _ = load_flux_dit(Path(sys.argv[1]), torch.float8_e4m3fn)
+over.set(); watcher.join()
+print(json.dumps([weights.total_bytes, *most]))
+"""
+
+
+def test_stretches_come_in_order_from_several_files(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(bytes(range(256)))
+    other.write_bytes(bytes(reversed(range(256))))
+    stretches = [Stretch(one, 3, 4), Stretch(other, 0, 2), Stretch(one, 250, 6)]
+    found = [data.tolist() for data in read_ahead(stretches)]
+    assert found == [[3, 4, 5, 6], [255, 254], [250, 251, 252, 253, 254, 255]]
+
+
+def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(bytes(10))
+    with pytest.raises(ModelFileError, match=r"short\.safetensors became shorter"):
+        list(read_ahead([Stretch(path, 0, 5), Stretch(path, 5, 6)]))
+    with pytest.raises(ModelFileError, match=r"cannot be read: No such file"):
+        list(read_ahead([Stretch(tmp_path / "gone", 0, 1)]))
+
+
+def test_the_reader_ends_with_its_consumer(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    before = threading.active_count()
+    for _ in read_ahead([Stretch(path, i, 1) for i in range(1000)]):
+        break
+    assert threading.active_count() == before
+
+
+def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path) -> None:
+    path = models / demo_models.DIT_FILE
+    seen: list[tuple[int, int]] = []
+    load_flux_dit(path, torch.float8_e4m3fn, lambda *counts: seen.append(counts))
+    total = sum(t.nbytes for t in load_file(path).values())
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(*_: int) -> None:
+        raise Cancelled
+
+    before = threading.active_count()
+    with pytest.raises(Cancelled):
+        load_flux_dit(path, torch.float8_e4m3fn, cancel)
+    assert threading.active_count() == before
+
+
+def test_tensors_larger_than_the_buffer_are_read_in_pieces(models, monkeypatch) -> None:
+    path = models / demo_models.DIT_FILE
+    expected = load_flux_dit(path, torch.float8_e4m3fn)[0]
+    monkeypatch.setattr("majicflux.loaders.fill.BUFFER_BYTES", 10_000)
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 10_000)
+    found = dict(load_flux_dit(path, torch.float8_e4m3fn)[0].module.named_parameters())
+    for name, parameter in expected.module.named_parameters():
+        assert torch.equal(parameter.view(torch.uint8), found[name].view(torch.uint8)), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_loading_holds_little_more_than_the_weights(models: Path, tmp_path: Path) -> None:
+    from majicflux.engine.flux_dit import FluxGeometry
+    from majicflux.loaders.layouts import flux_dit_layout
+
+    layout = flux_dit_layout(FluxGeometry(double_blocks=2, single_blocks=3))
+    path = sparse_file(tmp_path / "wide.safetensors", layout)
+    command = [sys.executable, "-c", MEASURE, str(path), str(models / demo_models.DIT_FILE)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    weights, anonymous, file = json.loads(done.stdout)
+    buffers = 80 * 2**20  # fixed: three to read into, one to convert in, the allocator's own
+    assert anonymous * 1024 < 1.01 * weights + buffers
+    assert file * 1024 < 20 * 2**20
