@@ -1,6 +1,7 @@
 """From the bytes of files into the weights of a module."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,26 @@ def fill(module: "nn.Module", sources: Sources, progress: Progress | None = None
     pieces = sorted(_pieces(module, sources), key=lambda p: (p.stretch.path, p.stretch.start))
     total = sum(piece.stretch.length for piece in pieces)
     done = 0
-    with torch.no_grad():
+    with torch.no_grad(), _a_core_for_the_reader():
         stretches = [piece.stretch for piece in pieces]
         for piece, data in zip(pieces, read_ahead(stretches), strict=True):
             _convert(piece, data)
             done += piece.stretch.length
             if progress is not None:
                 progress(done, total)
+
+
+@contextmanager
+def _a_core_for_the_reader() -> Iterator[None]:
+    """Leave one core to the reading thread: PyTorch's wait for each other by spinning."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:

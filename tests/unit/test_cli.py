@@ -85,6 +85,18 @@ def test_a_canvas_file_is_told_from_an_api_file(models: Path, tmp_path: Path) ->
     assert "Export (API)" in done.stderr
 
 
+def test_prepared_weights_are_listed_and_cleared(models: Path, tmp_path: Path) -> None:
+    folder = models / "majicflux_prepared"
+    run = ["run", WORKFLOW, "--models", models, "--set=width=32", "--set=height=32"]
+    assert majicflux(tmp_path, *run, "--set=steps=1").returncode == 0
+    listed = majicflux(tmp_path, "cache", "list", "--models", models).stdout
+    assert f"0.01 GB  {folder}" in listed
+    cleared = majicflux(tmp_path, "cache", "clear", "--models", models).stdout
+    assert cleared.startswith("0.01 GB freed")
+    assert not list(folder.iterdir())
+    assert majicflux(tmp_path, "cache", "list", "--models", models).stdout == ""
+
+
 def test_demo_models_are_written_once(tmp_path: Path) -> None:
     first = majicflux(tmp_path, "demo-models", "set")
     assert first.returncode == 0, first.stderr

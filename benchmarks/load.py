@@ -1,0 +1,180 @@
+"""Seconds and memory of loading the 23.8 GB transformer as float8, from a cold cache.
+
+A full-size file of random bf16 is written to --file (kept there for the next run). Each reader runs
+in a process of its own: a plain read, DiffSynth's own loader (float8 without scales), ours (one
+scale a row), ours while it also keeps prepared weights, and ours from prepared weights. --quick
+takes a file of two blocks. Linux only: memory is told from RssAnon and RssFile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .table import Row, report
+
+READ_BYTES = 16 * 2**20
+BAR_OF_PLAIN_READ = 1.3
+ANONYMOUS_BAR = 1.05  # of the float8 weights
+MAPPED_SECONDS_BAR = 1.0
+
+
+def main() -> None:
+    if len(sys.argv) > 2 and sys.argv[1] in READERS:
+        _measure(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+        return
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a file of two blocks")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--file", type=Path, help="where the full-size file is or shall be")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.file.parent if chosen.file else None) as folder:
+        source = chosen.file or Path(folder, "majicflus_v134.safetensors")
+        if not source.is_file():
+            _write_source(source, chosen.quick)
+        readers = [r for r in READERS if not (chosen.quick and r == "DiffSynth")]
+        found = {reader: _run(reader, source, Path(folder, "prepared")) for reader in readers}
+    report(_rows(found), chosen.check)
+
+
+def _rows(found: dict[str, dict[str, float]]) -> list[Row]:
+    plain, ours = found["plain read"], found["ours"]
+    weights = ours["weights"] / 1e9
+    peer = found.get("DiffSynth", plain)
+    peer_name = "DiffSynth" if "DiffSynth" in found else "plain read"
+    rows = [
+        Row("load", ours["seconds"], "s", plain["seconds"], "plain read",
+            bar=BAR_OF_PLAIN_READ * plain["seconds"]),
+        Row("load and keep", found["ours, keeping"]["seconds"], "s"),
+        Row("load prepared", found["ours, prepared"]["seconds"], "s", peer["seconds"], peer_name,
+            bar=MAPPED_SECONDS_BAR),
+    ]  # fmt: skip
+    if "DiffSynth" in found:
+        rows.append(
+            Row("load", ours["seconds"], "s", peer["seconds"], peer_name, bar=peer["seconds"])
+        )
+    for key, name, bar in (
+        ("anonymous", "anonymous peak", ANONYMOUS_BAR * weights),
+        ("file", "file pages peak", 0.1),
+    ):
+        rows.append(Row(name, ours[key] / 1e9, "GB", peer[key] / 1e9, peer_name, bar=bar))
+    prepared = found["ours, prepared"]["anonymous"] / 1e9
+    rows.append(Row("anonymous peak, prepared", prepared, "GB", weights, "float8 weights", bar=0.1))
+    return rows
+
+
+def _run(reader: str, source: Path, folder: Path) -> dict[str, float]:
+    if reader != "ours, prepared":  # which is measured warm
+        with source.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [sys.executable, "-m", "benchmarks.load", reader, str(source), str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(reader, result, file=sys.stderr)
+    return result
+
+
+def _measure(reader: str, source: Path, folder: Path) -> None:
+    """Run one reader and print its seconds and its peaks above the start, in bytes."""
+    import diffsynth  # noqa: F401  the import is not what is measured
+
+    import majicflux.engine.flux_dit  # noqa: F401
+
+    start, most, over = _resident(), [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            most[:] = [max(m, now - s) for m, now, s in zip(most, _resident(), start, strict=True)]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    weights = READERS[reader](source, folder)
+    seconds = time.perf_counter() - began
+    over.set()
+    watcher.join()
+    result = {"seconds": seconds, "anonymous": most[0], "file": most[1], "weights": weights}
+    print(json.dumps(result))
+
+
+def _resident() -> list[int]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return [1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")]
+
+
+def _plain(source: Path, folder: Path) -> int:
+    buffer = bytearray(READ_BYTES)
+    with source.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return 0
+
+
+def _diffsynth(source: Path, folder: Path) -> int:
+    import torch
+    from diffsynth.models.model_loader import ModelPool
+
+    places = {f"{stage}_device": "cpu" for stage in ("offload", "onload", "preparing")}
+    dtypes = {f"{stage}_dtype": torch.float8_e4m3fn for stage in ("offload", "onload", "preparing")}
+    compute = {"computation_device": "cpu", "computation_dtype": torch.bfloat16}
+    pool = ModelPool()
+    pool.auto_load_model(str(source), vram_config={**places, **dtypes, **compute})
+    return sum(p.nbytes for p in pool.model[0].parameters())
+
+
+def _ours(source: Path, prepared_folder: Path | None) -> int:
+    import torch
+
+    from majicflux.loaders.flux_dit import load_flux_dit
+
+    weights, _ = load_flux_dit(source, torch.float8_e4m3fn, prepared_folder=prepared_folder)
+    return weights.total_bytes
+
+
+READERS: dict[str, Callable[[Path, Path], int]] = {
+    "plain read": _plain,
+    "DiffSynth": _diffsynth,
+    "ours": lambda source, folder: _ours(source, None),
+    "ours, keeping": _ours,
+    "ours, prepared": _ours,
+}
+
+
+def _write_source(path: Path, quick: bool) -> None:
+    """Random bf16 of the size of trained weights: 64 MB of it, over and over."""
+    import math
+
+    import torch
+
+    from majicflux.engine.flux_dit import FluxGeometry
+    from majicflux.loaders.layouts import flux_dit_layout
+
+    geometry = FluxGeometry(double_blocks=1, single_blocks=1) if quick else FluxGeometry()
+    header, end = {}, 0
+    for name, shape in flux_dit_layout(geometry).items():
+        length = 2 * math.prod(shape)
+        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + length]}
+        header[f"model.diffusion_model.{name}"] = entry
+        end += length
+    text = json.dumps(header).encode()
+    pattern = torch.randn(2**25).mul_(0.02).bfloat16().view(torch.uint8).numpy().tobytes()
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for start in range(0, end, len(pattern)):
+            file.write(pattern[: end - start])
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()
