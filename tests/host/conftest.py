@@ -39,10 +39,10 @@ class Comfy:
         """A module of the pack under the name that ComfyUI gave it."""
         return importlib.import_module(f"{str(ROOT).replace('.', '_x_')}.{name}")
 
-    def executor(self):
+    def executor(self, cache_type: str = "CLASSIC"):
         return self.execution.PromptExecutor(
             _Client(),
-            cache_type=self.execution.CacheType.CLASSIC,
+            cache_type=self.execution.CacheType[cache_type],
             cache_args={"lru": 0, "ram": 0, "ram_inactive": 0},
         )
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -177,6 +178,27 @@ def test_handles_show_their_patcher_to_the_cache(comfy, small_graph) -> None:
     assert all(p.weights.resident_bytes == 0 for p in patchers)
     small_graph["5"]["inputs"]["seed"] = 1
     assert comfy.run(executor, small_graph)[-1][0] == "execution_success"
+
+
+@pytest.mark.parametrize("cache_type", ["CLASSIC", "NONE"])
+def test_two_loaders_of_one_file_load_it_once(comfy, small_graph, caplog, cache_type) -> None:
+    """Two branches from loader to picture; the loaders differ in nothing but their node."""
+    graph = small_graph
+    folder = comfy.base / "models" / "diffusion_models"
+    file = f"twice-{cache_type}.safetensors"  # which no other test has loaded
+    shutil.copy(folder / graph["1"]["inputs"]["file"], folder / file)
+    graph["1"]["inputs"]["file"] = file
+    for node in ("1", "4", "5", "6"):
+        graph["1" + node] = copy.deepcopy(graph[node])
+    graph["14"]["inputs"]["dit"] = ["11", 0]
+    graph["15"]["inputs"].update(pipeline=["14", 0], seed=5)
+    graph["16"]["inputs"]["images"] = ["15", 0]
+    executor = comfy.executor(cache_type)
+    with caplog.at_level("INFO", logger="majicflux"):
+        assert comfy.run(executor, graph)[-1][0] == "execution_success"
+    loads = [r.getMessage() for r in caplog.records if "Flux.1 transformer" in r.getMessage()]
+    assert len(loads) == 1
+    (folder / file).unlink()
 
 
 def test_interrupt_ends_the_run_before_the_next_block(comfy, small_graph) -> None:
