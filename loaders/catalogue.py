@@ -47,7 +47,7 @@ MAJICFLUS_BF16 = KnownFile(
     (Place(MODELSCOPE, "MAILAND/majicflus_v1", "majicflus_v134.safetensors", "master"),),
     least_size=23_802_816_640,
 )
-# Size and hash as Hugging Face lists them in the repository.
+# Size and hash of the file in this repository of Hugging Face.
 MAJICFLUS_FLOAT8 = KnownFile(
     "majicflus_v1.safetensors",
     "diffusion_models",
@@ -56,8 +56,8 @@ MAJICFLUS_FLOAT8 = KnownFile(
     size=11_901_513_960,
     sha256="062dad72b2fee99af172463b3a2c84c1da793aaf80eaa0543138e05be55cdbbf",
 )
-# The next three: size and hash by which other installers pin the same files on Hugging Face. The
-# copies on ModelScope have the same names and sizes and are held to the same hashes.
+# The next three: size and hash by which several public installers pin these files of these Hugging
+# Face repositories. The copies on ModelScope were not looked at; they are held to the same values.
 CLIP_L = KnownFile(
     "clip_l.safetensors",
     "text_encoders",
