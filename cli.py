@@ -12,6 +12,7 @@ from .host import standalone
 from .host.canvas import to_graph, with_values
 from .host.graph import Graph, GraphError, run_graph, set_inputs
 from .host.image_nodes import image_nodes
+from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
@@ -21,7 +22,8 @@ DEMO_SIDE = 256
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("majicflux").setLevel(logging.INFO)  # others would log every request
     try:
         options.command(options)
     except (ValueError, FileExistsError) as error:  # ValueError covers all that a user can mend
@@ -59,6 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
     run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
     run.set_defaults(command=_run)
+
+    download = commands.add_parser("download", help="fetch the model files")
+    download.add_argument("group", nargs="?", choices=GROUPS, default="all")
+    download.add_argument(
+        "--from",
+        dest="hub",
+        choices=HUB_NAMES,
+        default=MODELSCOPE,
+        help="modelscope has majicflus in bf16, huggingface in float8 (default: %(default)s)",
+    )
+    _add_models(download)
+    download.set_defaults(command=_download)
     return parser
 
 
@@ -119,6 +133,19 @@ def _run(options: argparse.Namespace) -> None:
     graph = _read_json(options.workflow)
     set_inputs(graph, options.set)
     _paint(options.workflow, graph, options.models, options.output, options.input)
+
+
+def _download(options: argparse.Namespace) -> None:
+    from .loaders.download import download, require_space, target_of
+
+    files = files_of(options.group, options.hub)
+    print(f"From {HUB_NAMES[options.hub]}:")
+    for file in files:
+        size = (file.size or file.least_size) / 1e9
+        print(f"  {target_of(file, options.models)} ({size:.1f} GB, {file.licence})")
+    require_space(files, options.hub, options.models)  # for all, so that none fails hours later
+    for file in files:
+        print(download(file, options.hub, options.models))
 
 
 def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folder: Path) -> None:

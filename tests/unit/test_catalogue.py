@@ -1,0 +1,118 @@
+"""What the catalogue says of the published files, and which of them a command means."""
+
+import ast
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from majicflux import cli
+from majicflux.engine.flux_dit import FluxGeometry
+from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.loaders import demo_models, download
+from majicflux.loaders.catalogue import (
+    AE,
+    CLIP_L,
+    GROUPS,
+    HUGGINGFACE,
+    MAJICFLUS_BF16,
+    MAJICFLUS_FLOAT8,
+    T5_XXL,
+    KnownFile,
+)
+from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
+
+ROOT = Path(__file__).parents[2]
+MOST_HEADER_BYTES = 200_000
+
+
+def elements(layout: Layout) -> int:
+    return sum(math.prod(shape) for shape in layout.values())
+
+
+FLUX = elements(flux_dit_layout(FluxGeometry()))
+T5 = t5_layout(T5Geometry())
+EMBEDDING_TWICE = {**T5, "encoder.embed_tokens.weight": T5["shared.weight"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor_bytes"),
+    [
+        (MAJICFLUS_FLOAT8, FLUX),
+        (CLIP_L, 2 * elements(clip_layout(ClipGeometry()))),
+        (T5_XXL, 2 * elements(EMBEDDING_TWICE)),
+        (AE, 4 * elements(vae_layout())),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_size_is_that_of_the_tensors_and_a_header(file: KnownFile, tensor_bytes: int) -> None:
+    assert 0 < file.size - tensor_bytes < MOST_HEADER_BYTES
+
+
+def test_the_least_size_of_the_bf16_file_is_that_of_its_tensors() -> None:
+    assert MAJICFLUS_BF16.least_size == 2 * FLUX
+
+
+def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
+    names = {f"{file.folder}/{file.name}" for file in GROUPS["all"]}
+    demo = {name for key, name in vars(demo_models).items() if key.endswith("_FILE")}
+    assert names == demo | {"diffusion_models/majicflus_v1.safetensors"}
+    workflow = (ROOT / "workflows" / "text_to_image.json").read_text(encoding="utf-8")
+    nodes = json.loads(workflow)["nodes"]
+    links = {m["url"] for n in nodes for m in n.get("properties", {}).get("models", [])}
+    places = [place for file in GROUPS["all"] if (place := file.place(HUGGINGFACE))]
+    assert links == {
+        f"https://huggingface.co/{p.repository}/resolve/{p.revision}/{p.path}" for p in places
+    }
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        for file in GROUPS["all"]:
+            assert all(f"`{file.name}`" in text and p.repository in text for p in file.places)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "free"),
+    [
+        ([], ["majicflus_v134", "clip_l", "t5xxl_fp16", "ae"], 24e9),
+        (["majicflus", "--from", "huggingface"], ["majicflus_v1"], 11e9),
+        (["flux-dev-parts"], ["clip_l", "t5xxl_fp16", "ae"], 10e9),
+    ],
+)
+def test_a_command_lists_its_files_and_begins_only_if_all_fit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    names: list[str],
+    free: float,
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("it began"))
+    assert cli.main(["download", *arguments, "--models", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    paths = [line.split()[0] for line in out.splitlines()[1:]]
+    assert [Path(path).stem for path in paths] == names
+    assert "are still to come" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_other_file_of_the_pack_opens_connections() -> None:
+    network = {"modelscope", "huggingface_hub", "requests", "urllib", "http", "socket", "httpx"}
+    folders = ("nodes", "loaders", "engine", "host")
+    files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).glob("*.py"))]
+    found = {path.name for path in files if imported(path) & network}
+    assert found == {"hubs.py"}
+
+
+def imported(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module or "")
+    return {name.split(".")[0] for name in names}
