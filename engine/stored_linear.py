@@ -47,7 +47,8 @@ def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor) -> None:
         scale.fill_(1.0)
         return
     rows_at_once = max(1, VALUES_AT_ONCE // weight.shape[1])
-    buffer = torch.empty(min(rows_at_once, weight.shape[0]), weight.shape[1])
+    shape = (min(rows_at_once, weight.shape[0]), weight.shape[1])
+    buffer = torch.empty(shape, device=weight.device)
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         values = buffer[: len(weight[rows])].copy_(weight[rows])

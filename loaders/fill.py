@@ -10,6 +10,7 @@ from .safetensors_file import DTYPES, ModelFileError
 from .sources import Part, Sources
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 # progress(bytes read so far, bytes in all); may raise to stop
@@ -27,12 +28,17 @@ class _Piece:
     source_scale: "Tensor | None"  # [rows] or [1], float32, by which the file's values are scaled
 
 
-def fill(module: "nn.Module", sources: Sources, progress: Progress | None = None) -> None:
+def fill(
+    module: "nn.Module",
+    sources: Sources,
+    progress: Progress | None = None,
+    device: "torch.device | None" = None,
+) -> None:
     """Convert each source into the parameter of the same name, some megabytes at a time.
 
     Files are read once, from front to back. Float8 rows keep the scale that the file gives them,
-    or 1; other rows are given one (see `quantize_rows`) where the parameter is float8.
-    Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
+    or 1; other rows are given one where the parameter is float8, which is computed on `device`
+    (None: the CPU). Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
     """
     import torch
 
@@ -42,7 +48,7 @@ def fill(module: "nn.Module", sources: Sources, progress: Progress | None = None
     with torch.no_grad(), _a_core_for_the_reader():
         stretches = [piece.stretch for piece in pieces]
         for piece, data in zip(pieces, read_ahead(stretches), strict=True):
-            _convert(piece, data)
+            _convert(piece, data, device)
             done += piece.stretch.length
             if progress is not None:
                 progress(done, total)
@@ -114,7 +120,7 @@ def _read_scale(part: Part) -> "Tensor | None":
     return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
 
 
-def _convert(piece: _Piece, data: "Tensor") -> None:
+def _convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
     import torch
 
     from ..engine.stored_linear import FLOAT8_DTYPE, quantize_rows
@@ -131,10 +137,15 @@ def _convert(piece: _Piece, data: "Tensor") -> None:
     if piece.row_scale is None:
         piece.weight.copy_(values)
         return
+    values = values.to(device)
+    weight = torch.empty(values.shape, dtype=FLOAT8_DTYPE, device=device)
+    row_scale = torch.empty(len(values), device=device)
     try:
-        quantize_rows(values, piece.weight, piece.row_scale)
+        quantize_rows(values, weight, row_scale)
     except ValueError as error:
         raise ModelFileError(
             f"{piece.part.file.path.name}, tensor {piece.part.name}: {error}. "
             "The file is damaged; download it again."
         ) from error
+    piece.weight.copy_(weight)
+    piece.row_scale.copy_(row_scale)

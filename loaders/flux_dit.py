@@ -53,11 +53,12 @@ def load_flux_dit(
     weight_dtype: "torch.dtype",
     progress: Progress | None = None,
     prepared_folder: Path | None = None,
+    device: "torch.device | None" = None,
 ) -> tuple["OffloadedModule", FluxGeometry]:
     """Read a Flux.1 transformer into CPU memory in `weight_dtype`.
 
     With a `prepared_folder`, float8 weights are kept there once they have been converted, and
-    mapped from there instead of being read and converted again.
+    mapped from there instead of being read and converted again. `device` converts them.
     """
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
@@ -67,7 +68,7 @@ def load_flux_dit(
         kept = prepared_file(prepared_folder, model_parts(path), weights, weight_dtype)
     mapped = kept is not None and map_prepared(weights, kept)
     if not mapped:
-        _convert(weights, sources, progress)
+        _convert(weights, sources, progress, device)
         if kept is not None and write_prepared(weights, kept):
             mapped = map_prepared(weights, kept)
     where = "mapped from prepared weights" if mapped else "in memory"
@@ -80,10 +81,15 @@ def load_flux_dit(
     return weights, geometry
 
 
-def _convert(weights: "OffloadedModule", sources: Sources, progress: Progress | None) -> None:
+def _convert(
+    weights: "OffloadedModule",
+    sources: Sources,
+    progress: Progress | None,
+    device: "torch.device | None",
+) -> None:
     from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
 
-    fill(weights.allocate().module, FluxDiTStateDictConverter(sources), progress)
+    fill(weights.allocate().module, FluxDiTStateDictConverter(sources), progress, device)
 
 
 def _parameters(sources: Sources) -> int:

@@ -95,8 +95,11 @@ class DiTLoader(io.ComfyNode):
         prepared = host.prepared_folder() if keep_prepared else None
 
         def load() -> DiT:
-            weights, geometry = load_flux_dit(path, dtype, host.loading_progress(), prepared)
-            patcher = host.make_patcher(weights, host.compute_device(), "MajicFluxDiT")
+            device = host.compute_device()
+            weights, geometry = load_flux_dit(
+                path, dtype, host.loading_progress(), prepared, device
+            )
+            patcher = host.make_patcher(weights, device, "MajicFluxDiT")
             return DiT(weights, patcher, geometry, dtype)
 
         dit = model_files.shared(load, model_files.fingerprint(FOLDER, file), dtype, keep_prepared)

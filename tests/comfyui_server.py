@@ -25,6 +25,7 @@ SETTINGS = {
     "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
 }
 BINARY_PREVIEW = (1, 4)
+BINARY_TEXT = 3
 
 
 @dataclass
@@ -34,6 +35,15 @@ class Run:
     prompt_id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     previews: int = 0
+    texts: dict[str, str] = field(default_factory=dict)  # shown on a node, by the node's id
+
+    def receive(self, data: bytes) -> None:
+        """A binary message: its kind, then a preview, or the length of a node id, the id, text."""
+        kind = int.from_bytes(data[:4], "big")
+        self.previews += kind in BINARY_PREVIEW
+        if kind == BINARY_TEXT:
+            end = 8 + int.from_bytes(data[4:8], "big")
+            self.texts[data[8:end].decode()] = data[end:].decode()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [m["data"] for m in self.messages if m["type"] == kind]
@@ -137,7 +147,7 @@ class Server:
             while True:
                 received = channel.recv()
                 if isinstance(received, bytes):
-                    run.previews += int.from_bytes(received[:4], "big") in BINARY_PREVIEW
+                    run.receive(received)
                     continue
                 message = json.loads(received)
                 run.messages.append(message)

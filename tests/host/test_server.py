@@ -49,6 +49,17 @@ def test_the_shipped_graph_paints_with_progress_and_previews(server: Server, gra
         assert json.loads(picture.text["prompt"])["5"]["inputs"]["seed"] == 100
 
 
+def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    texts = server.run(seeded(graph, 150)).texts
+    assert "Flux.1 transformer, 2 + 4 blocks of width 256, 0.01 B parameters" in texts["1"]
+    assert "0.01 GB as float8_e4m3fn" in texts["1"]
+    assert texts["2"].startswith("clip_l.safetensors, t5xxl_fp16.safetensors: text encoders")
+    assert texts["3"].startswith("ae.safetensors: Flux VAE, 0.17 GB as bfloat16")
+    for text in texts.values():
+        assert text in server.log()
+
+
 def test_the_same_prompt_again_is_cached_and_a_new_seed_runs_only_sample(
     server: Server, graph: dict
 ) -> None:
@@ -57,6 +68,13 @@ def test_the_same_prompt_again_is_cached_and_a_new_seed_runs_only_sample(
     assert set(again.of("execution_cached")[0]["nodes"]) == ALL_NODES
     other = server.run(seeded(graph, 201))
     assert other.executed_nodes == {"5", "6"}
+
+
+def test_another_precision_reads_only_the_transformer_again(server: Server, graph: dict) -> None:
+    server.run(seeded(graph, 250))
+    changed = seeded(graph, 250)
+    changed["1"]["inputs"]["weight_precision"] = "bfloat16"
+    assert server.run(changed).executed_nodes == {"1", "4", "5", "6"}
 
 
 def test_the_same_seed_gives_the_same_picture_as_without_comfyui(

@@ -1,9 +1,13 @@
 """What only a CUDA card can show. Skipped where there is none."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from majicflux.engine.pipeline import Request, paint
+from majicflux.loaders import demo_models
+from majicflux.loaders.flux_dit import load_flux_dit
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
@@ -27,6 +31,17 @@ def test_the_card_paints_what_the_cpu_paints(make_pipeline) -> None:
     on_card = picture(make_pipeline, device=CUDA, dtype=torch.float32)
     on_cpu = picture(make_pipeline, dtype=torch.float32)
     assert (on_card - on_cpu).abs().mean() < 1e-3
+
+
+def test_the_card_converts_to_the_weights_of_the_cpu(models: Path) -> None:
+    path = models / demo_models.DIT_FILE
+    on_cpu, _ = load_flux_dit(path, torch.float8_e4m3fn)
+    on_card, _ = load_flux_dit(path, torch.float8_e4m3fn, device=CUDA)
+    theirs = dict(on_card.module.named_parameters())
+    for name, parameter in on_cpu.module.named_parameters():
+        assert parameter.device == theirs[name].device
+        difference = (parameter.float() - theirs[name].float()).abs().mean()
+        assert difference <= 1e-3 * parameter.float().abs().mean(), name
 
 
 def test_streaming_holds_less_of_the_card(make_pipeline) -> None:

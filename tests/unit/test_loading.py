@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from majicflux.engine import stored_linear
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
@@ -56,6 +57,25 @@ def test_float8_is_for_the_matrices_of_the_blocks(models: Path) -> None:
             assert parameter.dtype == torch.float8_e4m3fn, name
         else:
             assert parameter.dtype == torch.bfloat16, name
+
+
+def test_another_device_can_convert(models: Path) -> None:
+    path = models / demo_models.DIT_FILE
+    device = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
+    seen: list[torch.device] = []
+    convert = stored_linear.quantize_rows
+
+    def watched(weight: torch.Tensor, *into: torch.Tensor) -> None:
+        seen.append(weight.device)
+        convert(weight, *into)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_linear, "quantize_rows", watched)
+        elsewhere = load_flux_dit(path, torch.float8_e4m3fn, device=device)[0]
+    assert seen
+    here = parameters(load_flux_dit(path, torch.float8_e4m3fn)[0])
+    for name, parameter in parameters(elsewhere).items():
+        assert torch.equal(parameter.view(torch.uint8), here[name].view(torch.uint8)), name
 
 
 def test_a_float8_file_is_not_rounded_a_second_time(models: Path, tmp_path: Path) -> None:
