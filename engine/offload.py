@@ -107,6 +107,11 @@ class OffloadedModule:
         for block, buffer in zip(self.all_blocks, buffers, strict=True):
             block.live_in(buffer)
 
+    def forget(self) -> None:
+        """Give up the memory of the weights, which are then on the meta device again."""
+        for block in self.all_blocks:
+            block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, device="meta"))
+
     @property
     def all_blocks(self) -> list[WeightBlock]:
         """The root, then the blocks in the order in which they run."""

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ..engine.stored_linear import FLOAT8_DTYPE
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
 from .layouts import flux_dit_layout
-from .prepared import map_prepared, prepared_file, write_prepared
+from .prepared import map_prepared, prepare, prepared_file
 from .recognise import FLUX_DIT, require_kind
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
@@ -63,14 +64,14 @@ def load_flux_dit(
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
     weights = build_flux_dit(geometry, weight_dtype)
-    kept = None
+    convert = partial(_convert, weights, sources, progress, device)
+    mapped = False
     if prepared_folder is not None and weight_dtype == FLOAT8_DTYPE:
         kept = prepared_file(prepared_folder, model_parts(path), weights, weight_dtype)
-    mapped = kept is not None and map_prepared(weights, kept)
+        mapped = map_prepared(weights, kept) or prepare(weights, kept, convert)
     if not mapped:
-        _convert(weights, sources, progress, device)
-        if kept is not None and write_prepared(weights, kept):
-            mapped = map_prepared(weights, kept)
+        weights.allocate()
+        convert()
     where = "mapped from prepared weights" if mapped else "in memory"
     weights.report = (
         f"{path.name}: Flux.1 transformer, {geometry.double_blocks} + {geometry.single_blocks} "
@@ -89,7 +90,7 @@ def _convert(
 ) -> None:
     from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
 
-    fill(weights.allocate().module, FluxDiTStateDictConverter(sources), progress, device)
+    fill(weights.module, FluxDiTStateDictConverter(sources), progress, device)
 
 
 def _parameters(sources: Sources) -> int:

@@ -1,9 +1,9 @@
 """Prepared weights: a converted model on disk, laid out as its blocks are, and mapped from there.
 
-The file is a header line of JSON, zeros up to a page, then the buffer of each block, every one
-beginning on a page. It is written under another name, synced and renamed, so a file under its own
-name is always whole. Mapped weights are file-backed: the system may drop their pages and read them
-again, instead of swapping.
+The file is a header line of JSON, zeros up to HEADER_BYTES, then the buffer of each block, every
+one beginning on a page. It is filled under another name, synced and renamed, so a file under its
+own name is always whole. Mapped weights are file-backed: the system may drop their pages and read
+them again, instead of swapping.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .safetensors_file import ModelFileError
 
@@ -33,6 +33,7 @@ log = logging.getLogger("majicflux")
 SUFFIX = ".majicflux"
 FORMAT = 1  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
+HEADER_BYTES = 16 * PAGE
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
 SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody
@@ -57,31 +58,31 @@ def prepared_file(
     return folder / f"{parts[0].stem}-{key}{SUFFIX}"
 
 
-def write_prepared(weights: "OffloadedModule", path: Path) -> bool:
-    """Write the weights to `path`; False, with one warning and nothing left, when that fails."""
+def prepare(weights: "OffloadedModule", path: Path, convert: Callable[[], None]) -> bool:
+    """Let `convert` fill the weights in a file, which becomes `path`, and map it from there.
+
+    The weights are in the file's pages from the beginning, never in anonymous memory. False, with
+    one warning, when that cannot be done; what `convert` raises passes through. Nothing is left in
+    both cases, and the weights then have no memory.
+    """
     _remove_abandoned(path.parent)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < weights.total_bytes + SPARE_BYTES:
-            raise OSError("the disk is too full")
-        buffers = [block.home for block in weights.all_blocks if block.home is not None]
-        with partial.open("wb") as file:
-            header = json.dumps(_header(buffers)).encode() + b"\n"
-            file.write(header.ljust(_page_end(len(header)), b"\0"))
-            for buffer in buffers:
-                file.write(memoryview(buffer.numpy().data))
-                file.write(bytes(_page_end(len(buffer)) - len(buffer)))
-            file.flush()
+        with partial.open("w+b") as file:
+            _fill(weights, file, convert)
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except BaseException as error:
+        weights.forget()
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or error
         log.warning("Prepared weights were not kept in %s: %s.", path.parent, reason)
         return False
-    return True
+    return map_prepared(weights, path)
 
 
 def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
@@ -120,24 +121,52 @@ def clear_prepared(folder: Path) -> int:
     return freed
 
 
-def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:
-    import torch
+def _fill(weights: "OffloadedModule", file: BinaryIO, convert: Callable[[], None]) -> None:
+    sizes = [block.nbytes for block in weights.all_blocks]
+    length = HEADER_BYTES + sum(map(_page_end, sizes))
+    if shutil.disk_usage(Path(file.name).parent).free < length + SPARE_BYTES:
+        raise OSError("the disk is too full")
+    if hasattr(os, "posix_fallocate"):  # or a disk that fills up kills the process as it writes
+        os.posix_fallocate(file.fileno(), 0, length)
+    else:
+        file.truncate(length)
+    mapped = mmap.mmap(file.fileno(), length)
+    weights.live_in(_buffers(mapped, sizes))
+    convert()
+    homes = [block.home for block in weights.all_blocks if block.home is not None]
+    header = json.dumps(_header(homes)).encode() + b"\n"
+    if len(header) > HEADER_BYTES:
+        raise ValueError(f"{len(homes)} blocks are more than a header of prepared weights can hold")
+    mapped[: len(header)] = header
+    mapped.flush()
+    del homes
+    weights.forget()
+    with contextlib.suppress(BufferError):  # somebody still looks at the weights
+        mapped.close()  # Windows does not rename a file that is mapped
 
+
+def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:
+    sizes = [block.nbytes for block in weights.all_blocks]
     with path.open("rb") as file:
-        line = file.readline(2**24)
-        start = _page_end(len(line))
-        sizes = [block.nbytes for block in weights.all_blocks]
-        if path.stat().st_size != start + sum(map(_page_end, sizes)):
+        line = file.readline(HEADER_BYTES)
+        if path.stat().st_size != HEADER_BYTES + sum(map(_page_end, sizes)):
             raise ValueError("its size is wrong")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    buffers = []
+    buffers = _buffers(mapped, sizes)
+    if json.loads(line) != _header(buffers):
+        raise ValueError("its contents have changed")
+    return buffers
+
+
+def _buffers(mapped: mmap.mmap, sizes: list[int]) -> list["Tensor"]:
+    import torch
+
+    buffers, start = [], HEADER_BYTES
     for size in sizes:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             buffers.append(torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=start))
         start += _page_end(size)
-    if json.loads(line) != _header(buffers):
-        raise ValueError("its contents have changed")
     return buffers
 
 

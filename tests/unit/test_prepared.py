@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from file_layouts import sparse_file
+from majicflux.engine.flux_dit import FluxGeometry
 from majicflux.loaders import demo_models, prepared
 from majicflux.loaders.flux_dit import load_flux_dit
-from majicflux.loaders.prepared import map_prepared, prepared_files, write_prepared
+from majicflux.loaders.layouts import flux_dit_layout
+from majicflux.loaders.prepared import map_prepared, prepare, prepared_files
+from majicflux.loaders.safetensors_file import ModelFileError
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -160,8 +165,14 @@ def test_a_folder_that_cannot_be_made_is_no_obstacle(source, folder, caplog) -> 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, folder: Path) -> None:
-    weights = load(source, None)
-    expected = bits(weights)
+    finished = load(source, None)
+    expected = bits(finished)
+    other = load(source, None)
+
+    def convert() -> None:  # with nothing in it that starts threads, which do not survive a fork
+        for to, block in zip(other.all_blocks, finished.all_blocks, strict=True):
+            to.home.numpy()[:] = block.home.numpy()
+
     target = folder / "weights.majicflux"
     chance = random.Random(0)
     unfinished = 0
@@ -169,7 +180,7 @@ def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, fold
         child = os.fork()
         if child == 0:
             while True:  # until it is killed
-                write_prepared(weights, target)
+                prepare(other, target, convert)
                 target.unlink(missing_ok=True)
         time.sleep(chance.uniform(0.001, 0.04))
         os.kill(child, signal.SIGKILL)
@@ -180,6 +191,44 @@ def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, fold
             assert map_prepared(fresh, target)
         assert bits(fresh) == expected
     assert unfinished > 10, "the kills came at the wrong moments"
+
+
+def test_a_damaged_source_or_a_cancelled_load_leaves_nothing(source: Path, folder: Path) -> None:
+    def cancel(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_flux_dit(source, FLOAT8, cancel, folder)
+    assert prepared_files(folder) == []
+    tensors = load_file(source)
+    tensors["model.diffusion_model.single_blocks.3.linear2.weight"][0, 0] = float("nan")
+    save_file(tensors, source)
+    with pytest.raises(ModelFileError, match="a NaN"):
+        load(source, folder)
+    assert prepared_files(folder) == []
+
+
+def test_preparing_never_holds_the_weights_in_anonymous_memory(
+    tmp_path: Path, folder: Path
+) -> None:
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("needs /proc")
+    layout = flux_dit_layout(FluxGeometry(double_blocks=1, single_blocks=2))
+    path = sparse_file(tmp_path / "wide.safetensors", layout)
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(dict(x.split(":", 1) for x in lines)["RssAnon"].split()[0])
+
+    load(path, None)  # what is imported and allocated once
+    before, most = anonymous(), 0
+
+    def watch(*_: int) -> None:
+        nonlocal most
+        most = max(most, anonymous() - before)
+
+    weights, _ = load_flux_dit(path, FLOAT8, watch, folder)
+    assert most < 0.2 * weights.total_bytes
 
 
 def test_abandoned_files_are_cleared_by_the_next_preparation(source: Path, folder: Path) -> None:
