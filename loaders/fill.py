@@ -1,8 +1,9 @@
 """From the bytes of files into the weights of a module."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .reading import BUFFER_BYTES, Stretch, read_ahead
@@ -12,6 +13,8 @@ from .sources import Part, Sources
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+SHARED_BYTES = 2**20  # a piece smaller than this is converted by one thread
 
 # progress(bytes read so far, bytes in all); may raise to stop
 Progress = Callable[[int, int], None]
@@ -40,31 +43,68 @@ def fill(
     or 1; other rows are given one where the parameter is float8, which is computed on `device`
     (None: the CPU). Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
     """
-    import torch
-
     pieces = sorted(_pieces(module, sources), key=lambda p: (p.stretch.path, p.stretch.start))
     total = sum(piece.stretch.length for piece in pieces)
     done = 0
-    with torch.no_grad(), _a_core_for_the_reader():
+    with _converters() as convert:
         stretches = [piece.stretch for piece in pieces]
         for piece, data in zip(pieces, read_ahead(stretches), strict=True):
-            _convert(piece, data, device)
+            convert(piece, data, device)
             done += piece.stretch.length
             if progress is not None:
                 progress(done, total)
 
 
 @contextmanager
-def _a_core_for_the_reader() -> Iterator[None]:
-    """Leave one core to the reading thread: PyTorch's wait for each other by spinning."""
+def _converters() -> Iterator[Callable[[_Piece, "Tensor", "torch.device | None"], None]]:
+    """A function that converts a piece, its rows shared out among as many threads as PyTorch uses.
+
+    Threads of our own, because PyTorch's wait for each other by spinning, which the reader and
+    other programs pay for. They take over whether the caller is in inference mode.
+    """
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    count, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def convert_rows(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            _convert(piece, data, device)
+
+    def convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
+        if len(data) < SHARED_BYTES:
+            convert_rows(piece, data, device)
+            return
+        jobs = [
+            pool.submit(convert_rows, part, rows, device)
+            for part, rows in _shares(piece, data, count)
+        ]
+        for job in jobs:
+            job.result()
+
+    with ThreadPoolExecutor(count, "majicflux-convert", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield convert
+        finally:  # PyTorch keeps one number for all threads that come later
+            torch.set_num_threads(count)
+
+
+def _shares(piece: _Piece, data: "Tensor", count: int) -> Iterator[tuple[_Piece, "Tensor"]]:
+    """The piece as up to `count` pieces of about as many rows each, with their bytes."""
+    total = len(piece.weight)
+    row_bytes = len(data) // total
+    step = -(-total // count)
+    for first in range(0, total, step):
+        rows = slice(first, min(first + step, total))
+        scale = piece.source_scale
+        yield (
+            replace(
+                piece,
+                weight=piece.weight[rows],
+                row_scale=None if piece.row_scale is None else piece.row_scale[rows],
+                source_scale=scale if scale is None or len(scale) == 1 else scale[rows],
+            ),
+            data[rows.start * row_bytes : rows.stop * row_bytes],
+        )
 
 
 def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:

@@ -57,9 +57,9 @@ class DiTLoader(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip=(
-                        "Keep the converted float8 weights in models/majicflux_prepared. Costs "
-                        "12 GB of disk once; from then on loading takes a second and the weights "
-                        "do not count as used memory, so 16 GB are enough."
+                        "Keep the converted float8 weights in models/majicflux_prepared, at the "
+                        "cost of 12 GB of disk. Loading then takes a second, and the weights do "
+                        "not count as used memory: 16 GB are enough."
                     ),
                 ),
             ],

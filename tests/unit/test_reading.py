@@ -87,6 +87,25 @@ def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_bit_and_is_put_back(models: Path, threads: int) -> None:
+    path = models / demo_models.DIT_FILE
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("majicflux.loaders.fill.SHARED_BYTES", 1)
+            with torch.inference_mode():  # as in ComfyUI
+                found = load_flux_dit(path, torch.float8_e4m3fn)[0]
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    expected = dict(load_flux_dit(path, torch.float8_e4m3fn)[0].module.named_parameters())
+    for name, parameter in found.module.named_parameters():
+        theirs = expected[name]
+        assert torch.equal(parameter.view(torch.uint8), theirs.view(torch.uint8)), name
+
+
 def test_tensors_larger_than_the_buffer_are_read_in_pieces(models, monkeypatch) -> None:
     path = models / demo_models.DIT_FILE
     expected = load_flux_dit(path, torch.float8_e4m3fn)[0]
