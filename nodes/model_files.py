@@ -9,6 +9,8 @@ from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, model_parts
 
+CHECKPOINTS = "checkpoints"
+
 Handle = TypeVar("Handle")
 _in_use: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
@@ -16,9 +18,11 @@ _in_use: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 def options(category: str, *preferred: str) -> dict[str, Any]:
     """`options` and `default` of a combo over the models of `category`.
 
-    A folder of shards is one choice. The default is the first name with a preferred word in it.
+    A folder of shards is one choice. Whole checkpoints, which hold a part of every kind, come last.
+    The default is the first name with a preferred word in it.
     """
     names = sorted({_folder_of_shard(name) or name for name in host.model_names(category)})
+    names += [name for name in host.model_names(CHECKPOINTS) if name not in names]
     likely = [name for word in preferred for name in names if word in name.lower()]
     return {"options": names, "default": (likely or names or [None])[0]}
 
@@ -28,7 +32,7 @@ def resolve(category: str, name: str) -> Path:
 
     Raises ModelFileError when it is not in the host's folders.
     """
-    path = host.model_path(category, name)
+    path = host.model_path(category, name) or host.model_path(CHECKPOINTS, name)
     if path is not None:
         return path
     for shard in host.model_names(category):

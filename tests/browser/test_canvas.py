@@ -38,12 +38,16 @@ def test_it_opens_without_a_warning_and_is_the_graph_of_the_queue(open_canvas, n
 
 def test_it_runs_and_the_picture_appears(open_canvas) -> None:
     page = open_canvas(made_small(read(WORKFLOWS / "text_to_image.json")))
+    graph = "async () => (await app.graphToPrompt()).output"
+    before = page.evaluate(graph)
     page.get_by_role("button", name="Run").first.click()
     page.wait_for_function("app.rootGraph.getNodeById(6).imgs?.length === 1", timeout=120_000)
     size = page.evaluate("() => { const i = app.rootGraph.getNodeById(6).imgs[0];"
                          " return [i.naturalWidth, i.naturalHeight] }")  # fmt: skip
     assert size == [64, 64]
     assert page.locator(ERROR_BANNER).count() == 0
+    page.get_by_text("Flux.1 transformer, 2 + 4 blocks").first.wait_for(timeout=10_000)
+    assert page.evaluate(graph) == before, "what a loader reports is no part of the workflow"
 
 
 def test_it_opens_as_an_app_with_prompt_seed_and_steps(open_canvas, server: Server) -> None:

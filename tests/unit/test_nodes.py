@@ -105,6 +105,20 @@ def test_a_folder_of_shards_is_one_choice(
     assert model_files.resolve("text_encoders", "text_encoder_2") == folder
 
 
+def test_whole_checkpoints_are_offered_last_in_every_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("checkpoints/a_flux_all_in_one.safetensors", "vae/z.safetensors"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    checkpoint = "a_flux_all_in_one.safetensors"
+    assert model_files.options("vae")["options"] == ["z.safetensors", checkpoint]
+    for category in ("diffusion_models", "text_encoders", "vae"):
+        path = model_files.resolve(category, checkpoint)
+        assert path == tmp_path / "checkpoints" / checkpoint
+
+
 @pytest.mark.parametrize("name", ["../vae/ae.safetensors", "/etc/passwd", "none.safetensors", ""])
 def test_a_name_cannot_leave_its_folder(name: str) -> None:
     with pytest.raises(ModelFileError, match=r"is not in models/diffusion_models\. Put it there"):
