@@ -149,6 +149,7 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folder: Path) -> None:
+    standalone.set_up_torch()
     standalone.models_folder = models
     metadata: dict[str, Any] = {"prompt": graph}
     classes = {node.define_schema().node_id: node for node in NODES}

@@ -42,6 +42,16 @@ models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
 _patchers: "WeakSet[StandalonePatcher]" = WeakSet()
 
 
+def set_up_torch() -> None:
+    """Set what ComfyUI sets for its whole process, so that both paint the same picture.
+
+    It lets the attention of the VAE add up in bfloat16 where no fused kernel is used.
+    """
+    import torch
+
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
 def check_cancelled() -> None:
     """Nothing to ask here: Ctrl+C raises by itself."""
 

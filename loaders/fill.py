@@ -81,11 +81,11 @@ def _converters() -> Iterator[Callable[[_Piece, "Tensor", "torch.device | None"]
         for job in jobs:
             job.result()
 
-    with ThreadPoolExecutor(count, "majicflux-convert", torch.set_num_threads, (1,)) as pool:
-        try:
+    try:
+        with ThreadPoolExecutor(count, "majicflux-convert", torch.set_num_threads, (1,)) as pool:
             yield convert
-        finally:  # PyTorch keeps one number for all threads that come later
-            torch.set_num_threads(count)
+    finally:  # once the last thread is gone: a part of PyTorch keeps one number for the process
+        torch.set_num_threads(count)
 
 
 def _shares(piece: _Piece, data: "Tensor", count: int) -> Iterator[tuple[_Piece, "Tensor"]]:

@@ -36,7 +36,8 @@ def test_it_opens_without_a_warning_and_is_the_graph_of_the_queue(open_canvas, n
     assert queued == read(WORKFLOWS / "api" / f"{name}.json")
 
 
-def test_it_runs_and_the_picture_appears(open_canvas) -> None:
+def test_it_runs_and_the_picture_appears(open_canvas, server: Server) -> None:
+    server.post("/free", {"unload_models": True, "free_memory": True})  # so that loaders run
     page = open_canvas(made_small(read(WORKFLOWS / "text_to_image.json")))
     graph = "async () => (await app.graphToPrompt()).output"
     before = page.evaluate(graph)
