@@ -150,30 +150,16 @@ READERS: dict[str, Callable[[Path, Path], int]] = {
 
 def _write_source(path: Path, quick: bool) -> None:
     """Random bf16 of the size of trained weights: 64 MB of it, over and over."""
-    import math
-
     import torch
 
     from majicflux.engine.flux_dit import FluxGeometry
-    from majicflux.loaders.layouts import flux_dit_layout
+
+    from .full_size import write_majicflus
 
     geometry = FluxGeometry(double_blocks=1, single_blocks=1) if quick else FluxGeometry()
-    header, end = {}, 0
-    for name, shape in flux_dit_layout(geometry).items():
-        length = 2 * math.prod(shape)
-        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + length]}
-        header[f"model.diffusion_model.{name}"] = entry
-        end += length
-    text = json.dumps(header).encode()
-    pattern = torch.randn(2**25).mul_(0.02).bfloat16().view(torch.uint8).numpy().tobytes()
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, end, len(pattern)):
-            file.write(pattern[: end - start])
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    values = torch.randn(2**25).mul_(0.02).bfloat16()
+    write_majicflus(path, geometry, values.view(torch.uint8).numpy().tobytes())
+    os.sync()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Needs COMFYUI_PATH for the first row; without it that row is left out.
 """
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -62,22 +60,13 @@ def _header_row() -> Row:
     """A sparse file of majicflus_v134's full size: 23.8 GB, of which only the header is bytes."""
     from diffsynth.core.loader import hash_model_file
 
-    from majicflux.engine.flux_dit import FluxGeometry
     from majicflux.loaders.flux_dit import inspect_flux_dit
-    from majicflux.loaders.layouts import flux_dit_layout
 
-    header, end = {}, 0
-    for name, shape in flux_dit_layout(FluxGeometry()).items():
-        length = 2 * math.prod(shape)
-        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + length]}
-        header[f"model.diffusion_model.{name}"] = entry
-        end += length
-    text = json.dumps(header).encode()
+    from .full_size import write_majicflus
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "majicflus_v134.safetensors")
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+        write_majicflus(path)
         start = time.perf_counter()
         inspect_flux_dit(path)
         ours = time.perf_counter() - start
