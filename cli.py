@@ -10,7 +10,7 @@ from typing import Any
 
 from .host import standalone
 from .host.canvas import to_graph, with_values
-from .host.graph import Graph, GraphError, run_graph, set_inputs
+from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .nodes import NODES
@@ -107,7 +107,7 @@ def _demo(options: argparse.Namespace) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
         write_demo_models(partial)
         partial.rename(models)
-    graph = _read_json(options.workflow)
+    graph = _read_graph(options.workflow)
     for node in graph.values():
         for name in ("width", "height"):
             if name in node["inputs"]:
@@ -130,7 +130,7 @@ def _demo_models(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    graph = _read_json(options.workflow)
+    graph = _read_graph(options.workflow)
     set_inputs(graph, options.set)
     _paint(options.workflow, graph, options.models, options.output, options.input)
 
@@ -175,6 +175,12 @@ def _same_nodes(one: Graph, other: Graph) -> bool:
         return {key: node["class_type"] for key, node in graph.items()}
 
     return types(one) == types(other)
+
+
+def _read_graph(path: Path) -> Graph:
+    graph = _read_json(path)
+    require_graph(graph)
+    return graph
 
 
 def _read_json(path: Path) -> Any:

@@ -11,6 +11,7 @@ from .schema import ComfyNode, Schema, Socket
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs"}
 NUMBERS = {"INT": int, "FLOAT": float}
+SWITCH = {"true": True, "false": False}
 
 
 class GraphError(ValueError):
@@ -38,7 +39,9 @@ def set_inputs(graph: Graph, assignments: Iterable[str]) -> None:
         if kind is list:
             raise GraphError(f"--set {assignment}: that input is linked to another node.")
         try:
-            inputs[name] = kind(text)
+            inputs[name] = SWITCH[text.lower()] if kind is bool else kind(text)
+        except KeyError:
+            raise GraphError(f"--set {assignment}: give true or false.") from None
         except ValueError:
             raise GraphError(f"--set {assignment}: {text!r} is not a number.") from None
 
@@ -73,7 +76,8 @@ def run_graph(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> list
     return shown
 
 
-def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+def require_graph(graph: Any) -> None:
+    """Raise GraphError unless this has the form of an API graph, as a canvas file has not."""
     if not isinstance(graph, dict) or not all(
         isinstance(node, dict) and "class_type" in node and isinstance(node.get("inputs"), dict)
         for node in graph.values()
@@ -81,6 +85,10 @@ def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[st
         raise GraphError(
             "This is not an API-format workflow. In ComfyUI, use Workflow > Export (API)."
         )
+
+
+def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+    require_graph(graph)
     schemas = {}
     for key, node in graph.items():
         if node["class_type"] not in node_classes:

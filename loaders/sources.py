@@ -97,6 +97,12 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
                 f"{list(shape)} follows from the others. Choose another file."
             )
         for part in source.parts:
+            if part.row_shape != source.parts[0].row_shape:
+                raise ModelFileError(
+                    f"{path.name} does not fit: {part.name} has rows of {list(part.row_shape)} "
+                    f"where {list(source.parts[0].row_shape)} follows from the tensors that it "
+                    "belongs to. Choose another file."
+                )
             _require_readable(path, name, part)
 
 

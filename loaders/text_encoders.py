@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.text_encoders import ClipGeometry, T5Geometry, build_text_encoders
+from ..engine.text_encoders import (
+    CLIP_HEAD_DIM,
+    ClipGeometry,
+    T5Geometry,
+    build_text_encoders,
+)
 from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
 from .recognise import CLIP, T5, Kind, require_kind
@@ -35,6 +40,11 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     """
     sources = _open(path, CLIP)
     vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
+    if width % CLIP_HEAD_DIM:
+        raise ModelFileError(
+            f"{path.name} is {width} wide, which is no multiple of {CLIP_HEAD_DIM} as in every "
+            "CLIP text encoder. Choose clip_l.safetensors."
+        )
     geometry = ClipGeometry(
         width=width,
         mlp_width=_shape(path, sources, CLIP.markers[0], 2)[0],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from file_layouts import scaled, to_diffusers
+from file_layouts import scaled, to_diffusers, vae_to_diffusers
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
 from majicflux.engine.text_encoders import TextEmbedding
@@ -149,6 +149,21 @@ def test_vae_decode(models: Path) -> None:
     latents = torch.randn(1, 16, 12, 10, generator=torch.Generator().manual_seed(0))
     ours = load_vae(path, FLOAT).module["decoder"](latents)
     theirs = comfy.sd.VAE(sd=float_state(path), dtype=FLOAT).first_stage_model
+    assert relative_difference(ours, theirs.decode(to_vae_space(latents))) <= 1e-5
+
+
+@torch.no_grad()
+def test_comfyuis_loader_reads_the_same_vae_in_diffusers_names(
+    models: Path, tmp_path: Path
+) -> None:
+    import comfy.sd
+
+    tensors = vae_to_diffusers(float_state(models / demo_models.VAE_FILE))
+    path = tmp_path / "vae.safetensors"
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = load_vae(path, FLOAT).module["decoder"](latents)
+    theirs = comfy.sd.VAE(sd=load_file(path), dtype=FLOAT).first_stage_model
     assert relative_difference(ours, theirs.decode(to_vae_space(latents))) <= 1e-5
 
 

@@ -81,8 +81,14 @@ def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list, said: str) ->
 
 def test_a_canvas_file_is_told_from_an_api_file(models: Path, tmp_path: Path) -> None:
     canvas = WORKFLOW.parent.parent / WORKFLOW.name
-    done = majicflux(tmp_path, "run", canvas, "--models", models)
-    assert "Export (API)" in done.stderr
+    for command in (
+        ["run", canvas, "--models", models],
+        ["run", canvas, "--models", models, "--set", "seed=1"],
+        ["demo", "--workflow", canvas],
+    ):
+        done = majicflux(tmp_path, *command)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: This is not an API-format workflow.")
 
 
 def test_prepared_weights_are_listed_and_cleared(models: Path, tmp_path: Path) -> None:

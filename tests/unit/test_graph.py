@@ -132,6 +132,15 @@ def test_inputs_are_set_by_node_or_by_name_alone() -> None:
     assert changed["1"]["inputs"]["value"] == 6
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("False", False)])
+def test_a_switch_is_set_by_its_word(text: str, value: bool) -> None:
+    changed = {"1": {"class_type": "Constant", "inputs": {"keep": not value}}}
+    set_inputs(changed, [f"keep={text}"])
+    assert changed["1"]["inputs"]["keep"] is value
+    with pytest.raises(GraphError, match="give true or false"):
+        set_inputs(changed, ["keep=maybe"])
+
+
 @pytest.mark.parametrize("bad", ["value", "nothing=1", "2.value=1", "1.value=many", "2.a=1", "=1"])
 def test_settings_that_do_not_fit_are_refused(bad: str) -> None:
     with pytest.raises(GraphError, match="--set"):

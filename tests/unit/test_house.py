@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,26 @@ def test_imports_point_one_way(path: Path) -> None:
     assert "majicflux" not in outside, "the pack's name in ComfyUI is another one"
     if path != ROOT / "host" / "comfyui.py":
         assert not outside & COMFYUI
+
+
+def test_both_doors_offer_the_same_names() -> None:
+    def offered(name: str) -> list[str]:
+        tree = ast.parse((ROOT / "host" / name).read_text(encoding="utf-8"))
+        lists = [
+            node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        return ast.literal_eval(lists[0])
+
+    names = offered("standalone.py")
+    assert offered("comfyui.py") == names
+    used = {
+        match
+        for path in (ROOT / "nodes").glob("*.py")
+        for match in re.findall(r"\bhost\.(\w+)", path.read_text(encoding="utf-8"))
+    }
+    assert used <= set(names)
 
 
 def test_importing_the_pack_imports_nothing_heavy() -> None:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from file_layouts import to_diffusers
+from majicflux.engine.text_encoders import ClipGeometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
+from majicflux.loaders.layouts import clip_layout
 from majicflux.loaders.safetensors_file import ModelFileError, SafetensorsFile
 from majicflux.loaders.text_encoders import inspect_clip, inspect_t5
 from majicflux.loaders.vae import inspect_vae
@@ -155,6 +158,24 @@ def test_a_missing_tensor(models: Path, tmp_path: Path) -> None:
 def test_a_tensor_of_another_shape(models: Path, tmp_path: Path) -> None:
     path = changed_dit(models, tmp_path, single_blocks__1__linear1__bias=torch.zeros(7))
     assert "has the shape [7] where [1792] follows" in refused(inspect_flux_dit, path)
+
+
+def test_parts_that_do_not_stack(models: Path, tmp_path: Path) -> None:
+    plain = load_file(models / demo_models.DIT_FILE)
+    names = {n: n.removeprefix("model.diffusion_model.") for n in plain}
+    tensors = to_diffusers({names[n]: t for n, t in plain.items()})
+    tensors["transformer_blocks.1.attn.to_k.weight"] = torch.zeros(256, 128)
+    path = tmp_path / "diffusers.safetensors"
+    save_file(tensors, path)
+    message = refused(inspect_flux_dit, path)
+    assert "transformer_blocks.1.attn.to_k.weight has rows of [128] where [256]" in message
+
+
+def test_a_clip_of_an_odd_width(tmp_path: Path) -> None:
+    layout = clip_layout(ClipGeometry(width=100, mlp_width=8, layers=2, vocabulary=8))
+    path = tmp_path / "clip.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in layout.items()}, path)
+    assert "is 100 wide, which is no multiple of 64" in refused(inspect_clip, path)
 
 
 def test_an_integer_quantisation(models: Path, tmp_path: Path) -> None:
