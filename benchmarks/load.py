@@ -131,11 +131,12 @@ def _diffsynth(source: Path, folder: Path) -> int:
 
 
 def _ours(source: Path, prepared_folder: Path | None) -> int:
-    import torch
 
+    from majicflux.engine.precision import PRECISIONS
     from majicflux.loaders.flux_dit import load_flux_dit
 
-    weights, _ = load_flux_dit(source, torch.float8_e4m3fn, prepared_folder=prepared_folder)
+    precision = PRECISIONS["float8_e4m3fn"]
+    weights, _ = load_flux_dit(source, precision, prepared_folder=prepared_folder)
     return weights.total_bytes
 
 

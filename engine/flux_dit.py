@@ -1,17 +1,19 @@
 """DiffSynth's Flux transformer, built from a geometry instead of fixed sizes."""
 
+import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .offload import OffloadedModule, Patcher
-from .stored_linear import FLOAT8_DTYPE, store_linears
+from .precision import Precision, Storage
+from .stored_linear import StorageOf, store
 
 ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 ROPE_THETA = 10000
 HEAD_DIM = sum(ROPE_AXES)
 TIMESTEP_CHANNELS = 256
+BLOCK = re.compile(r"(single_)?blocks\.\d+\.")  # in DiffSynth's names
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,34 @@ class DiT:
     weights: OffloadedModule
     patcher: Patcher
     geometry: FluxGeometry
-    weight_dtype: torch.dtype
+    precision: Precision
 
 
-def build_flux_dit(geometry: FluxGeometry, weight_dtype: torch.dtype) -> OffloadedModule:
-    """The transformer with uninitialised weights.
+def kind_of_layer(name: str) -> str:
+    """The field of `Precision` that a layer or norm of this name belongs to."""
+    if not BLOCK.match(name):
+        return "rest"
+    if ".linear" in name:
+        return "modulation"
+    return "attention" if ".attn." in name else "mlp"
 
-    weight_dtype float8_e4m3fn applies to the matrices of the blocks; the embedders, the final
-    layer, the norms and the biases are 0.5 % of the parameters but half of the error of an
-    8-bit cast, and stay bfloat16. Any other dtype applies to everything.
-    """
+
+def build_flux_dit(
+    geometry: FluxGeometry, precision: Precision, storage_of: StorageOf | None = None
+) -> OffloadedModule:
+    """The transformer with uninitialised weights, each stored as its kind in `precision` or as
+    `storage_of` its name."""
     from diffsynth.core.vram.initialization import skip_model_initialization
     from diffsynth.models.flux_dit import (
         AdaLayerNormContinuous,
         FluxDiT,
-        FluxJointTransformerBlock,
-        FluxSingleTransformerBlock,
         RoPEEmbedding,
         TimestepEmbeddings,
     )
 
+    from .blocks import JointBlock, SingleBlock
+
     g = geometry
-    root_dtype = torch.bfloat16 if weight_dtype == FLOAT8_DTYPE else weight_dtype
 
     class SizedFluxDiT(FluxDiT):
         def __init__(self) -> None:
@@ -76,19 +84,19 @@ def build_flux_dit(geometry: FluxGeometry, weight_dtype: torch.dtype) -> Offload
             self.context_embedder = nn.Linear(g.text_width, g.hidden)
             self.x_embedder = nn.Linear(g.in_channels, g.hidden)
             self.blocks = nn.ModuleList(
-                FluxJointTransformerBlock(g.hidden, g.heads) for _ in range(g.double_blocks)
+                JointBlock(g.hidden, g.heads) for _ in range(g.double_blocks)
             )
             self.single_blocks = nn.ModuleList(
-                FluxSingleTransformerBlock(g.hidden, g.heads) for _ in range(g.single_blocks)
+                SingleBlock(g.hidden, g.heads) for _ in range(g.single_blocks)
             )
             self.final_norm_out = AdaLayerNormContinuous(g.hidden)
             self.final_proj_out = nn.Linear(g.hidden, g.out_channels)
             self.input_dim = g.in_channels
 
+    def stored_as(name: str) -> Storage:
+        return getattr(precision, kind_of_layer(name))
+
     with skip_model_initialization():
-        dit = SizedFluxDiT().to(root_dtype)
-    blocks = [*dit.blocks, *dit.single_blocks]
-    for block in blocks:
-        store_linears(block, weight_dtype)
-    store_linears(dit, root_dtype)
-    return OffloadedModule(dit, blocks)
+        dit = SizedFluxDiT()
+    store(dit, storage_of or stored_as)
+    return OffloadedModule(dit, [*dit.blocks, *dit.single_blocks])

@@ -13,6 +13,7 @@ from .denoise import OnStep, euler, flux_velocity
 from .flux_dit import DiT
 from .latents import CHANNELS, draw_noise
 from .offload import BeforeBlock
+from .products import Computing
 from .schedule import shifted_sigmas
 from .sizes import PATCH, PIXELS_PER_LATENT, size_problem
 from .text_encoders import TextEmbedding, TextEncoders
@@ -42,7 +43,7 @@ class Pipeline:
     text_encoders: TextEncoders
     vae: VAE
     budget_bytes: int | None
-    compute_dtype: torch.dtype
+    computing: Computing
 
     def __post_init__(self) -> None:
         channels = self.dit.geometry.in_channels
@@ -113,13 +114,17 @@ def _denoise(
     before_block: BeforeBlock,
     latents_dtype: torch.dtype,
 ) -> Tensor:
-    dit, dtype = pipeline.dit, pipeline.compute_dtype
+    dit, dtype = pipeline.dit, pipeline.computing.dtype
     noise = draw_noise(request.seed, request.batch_size, request.width, request.height)
     tokens = noise.shape[2] * noise.shape[3] // PATCH**2 + text.tokens.shape[1]
     values = DIT_VALUES_PER_TOKEN_AND_CHANNEL * tokens * dit.geometry.hidden * len(noise)
     _make_room(pipeline, dit, values * dtype.itemsize)
     device = dit.patcher.device
-    with _timed("denoising"), dit.weights.running_on(device, before_block) as module:
+    with (
+        _timed("denoising"),
+        dit.weights.running_on(device, before_block) as module,
+        pipeline.computing.applied_to(module, device),
+    ):
         velocity = flux_velocity(module, text, request.guidance, dtype)
         return euler(
             velocity, noise.to(device, latents_dtype), shifted_sigmas(request.steps), on_step

@@ -1,78 +1,191 @@
 """A linear layer that stores its weight in one format and multiplies in another."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import Storage
+from .rows import Rows, prepare
+
+if TYPE_CHECKING:
+    from .products import Product
+
 FLOAT8_DTYPE = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0  # largest finite value of float8_e4m3fn
+LIMITS = {FLOAT8_DTYPE: 448.0, torch.int8: 127.0}  # largest value that is used of each format
 VALUES_AT_ONCE = 256 * 3072  # of a conversion: few enough for the processor's cache
+
+StorageOf = Callable[[str], Storage]  # of the linear layer of that name
 
 
 class StoredLinear(nn.Module):
-    """`y = x W^T + b`, W converted to the dtype of x for the length of the product.
+    """`y = x W^T + b`, by the product that the run has chosen.
 
-    weight: [out, in] in any floating dtype; scale: [out] float32, present only when the weight is
-    float8, with W = weight * scale[:, None]; bias: [out] or absent.
+    weight: [out, in] in the dtype of the storage; scale: [out] float32 or absent, with
+    W = weight * scale[:, None], rotated by groups of `group` input channels unless that is 0;
+    bias: [out] or absent. low_rank: None, or (down [rank, in], up [out, rank]), whose product is
+    added to W without rounding W again.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+    def __init__(self, in_features: int, out_features: int, bias: bool, storage: Storage):
         super().__init__()
+        dtype = storage.torch_dtype
         self.weight = _parameter(out_features, in_features, dtype=dtype)
-        scaled = dtype == FLOAT8_DTYPE
-        self.scale = _parameter(out_features, dtype=torch.float32) if scaled else None
-        # float8 is for the matrices; a bias is a vector that costs nothing to keep.
-        bias_dtype = torch.bfloat16 if scaled else dtype
-        self.bias = _parameter(out_features, dtype=bias_dtype) if bias else None
+        self.scale = _parameter(out_features, dtype=torch.float32) if storage.scaled else None
+        vector_dtype = getattr(torch, storage.vector_dtype)
+        self.bias = _parameter(out_features, dtype=vector_dtype) if bias else None
+        self.group = rotation_group(in_features, storage.rotated)
+        self.low_rank: tuple[Tensor, Tensor] | None = None
+        self.product: Product | None = None
+
+    def rows(
+        self,
+        x: Tensor | None,
+        norm: tuple[Tensor, Tensor] | None = None,
+        gelu: Tensor | None = None,
+    ) -> Tensor | Rows:
+        """The input of this layer from what `prepare` takes, quantized if the product wants it."""
+        wanted = None if self.product is None or self.low_rank else self.product.wanted(self)
+        return prepare(x, norm, gelu, wanted)
+
+    def forward(self, x: Tensor | Rows, out: Tensor | None = None) -> Tensor:
+        """x: [..., in], or what `rows` gave. The result is written to `out` when that is given."""
+        y = dequantized_product(self, x) if self.product is None else self.product(self, x, out)
+        if self.low_rank is not None:
+            assert isinstance(x, Tensor), "rows() leaves the input of a low-rank term as it is"
+            down, up = (factor.to(x.dtype) for factor in self.low_rank)
+            y += F.linear(F.linear(x, down), up)
+        if out is not None and y is not out:
+            out.copy_(y)
+        return y
+
+
+class StoredNorm(nn.Module):
+    """DiffSynth's RMSNorm, step by step, with a weight in any dtype."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = _parameter(width, dtype=dtype)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if self.scale is not None:
+        variance = x.float().square().mean(-1, keepdim=True)
+        return (x * torch.rsqrt(variance + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def dequantized_product(
+    layer: StoredLinear, x: Tensor | Rows, buffer: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The product in the dtype of x, the weight converted for its length, into `buffer` if given.
+
+    A rotated weight meets a rotated input: that is the same product, and less to rotate.
+    The result is `out` where that is given, contiguous, and the layer has a bias.
+    """
+    assert isinstance(x, Tensor), "this product takes no quantized rows"
+    weight = layer.weight
+    if weight.dtype != x.dtype:
+        if buffer is not None:
+            weight = buffer[: weight.numel()].view(weight.shape).copy_(weight)
+        else:
+            weight = weight.to(x.dtype)
+        if layer.scale is not None:
             # The fresh copy is scaled in place; PyTorch multiplies in float32 and rounds once.
-            weight.mul_(self.scale[:, None])
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+            weight.mul_(layer.scale[:, None])
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    x = rotate(x, layer.group)
+    if out is None or bias is None or not out.is_contiguous():
         return F.linear(x, weight, bias)
+    torch.addmm(bias, x.flatten(0, -2), weight.T, out=out.flatten(0, -2))
+    return out
 
 
-def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor) -> None:
-    """Write `weight` [out, in] as float8_e4m3fn `into` [out, in] and float32 `scale` [out].
+def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor, group: int = 0) -> None:
+    """Write `weight` [out, in] as float8_e4m3fn or int8 `into` [out, in] and float32 `scale` [out].
 
-    scale = max|row| / 448, so every row uses the whole range of the format; a row of zeros gets
-    scale 1. A weight that is float8_e4m3fn already is copied as it is, with scale 1. One that is
+    With a `group`, groups of so many columns are rotated first. scale = max|row| / the format's
+    limit, so every row uses its whole range; a row of zeros gets scale 1. Into float8_e4m3fn,
+    a weight that is in that format already is copied as it is, with scale 1, and one that is
     float8_e5m2 gets a power of two, under which its 2 mantissa bits fit into 3 unrounded.
     Raises ValueError when the weight holds an infinity or a NaN, which no scale can save.
     """
-    if weight.dtype == FLOAT8_DTYPE:
+    if weight.dtype == into.dtype:
         into.copy_(weight)
         scale.fill_(1.0)
         return
+    limit = LIMITS[into.dtype]
+    exact = weight.dtype == torch.float8_e5m2 and into.dtype == FLOAT8_DTYPE
     rows_at_once = max(1, VALUES_AT_ONCE // weight.shape[1])
     shape = (min(rows_at_once, weight.shape[0]), weight.shape[1])
     buffer = torch.empty(shape, device=weight.device)
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
-        values = buffer[: len(weight[rows])].copy_(weight[rows])
+        values = rotate(buffer[: len(weight[rows])].copy_(weight[rows]), group)
         largest = values.abs().amax(dim=1)
         if not torch.isfinite(largest).all():
             raise ValueError("the weight holds an infinity or a NaN")
-        row_scale = torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
-        if weight.dtype == torch.float8_e5m2:
+        row_scale = largest / limit
+        if exact:
             row_scale = torch.exp2(torch.ceil(torch.log2(row_scale)))
-        # Division can land a hair above 448, which the cast would turn into NaN.
-        into[rows].copy_(values.div_(row_scale[:, None]).clamp_(-FLOAT8_MAX, FLOAT8_MAX))
+        # Values of below 1e-36 have a scale that float32 cannot hold; they are as good as zero.
+        row_scale = torch.where(row_scale >= torch.finfo(torch.float32).tiny, row_scale, 1.0)
+        # Division can land a hair above the limit, which the cast would turn into NaN.
+        values.div_(row_scale[:, None]).clamp_(-limit, limit)
+        into[rows].copy_(values.round_() if into.dtype == torch.int8 else values)
         scale[rows].copy_(row_scale)
 
 
-def store_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear below `module` (built on the meta device) by a StoredLinear."""
+def rotate(x: Tensor, group: int) -> Tensor:
+    """x [..., n] with each `group` of its last axis rotated; its own inverse. 0: x as it is."""
+    if group == 0:
+        return x
+    return (x.reshape(-1, group) @ hadamard(group, x.device, x.dtype)).view(x.shape)
+
+
+@cache
+def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The regular Hadamard matrix of a power of 4, divided by its root: orthogonal, symmetric.
+
+    Its entries are powers of two, so every floating dtype holds it exactly. It is the one that
+    ComfyUI's int8 files are rotated by.
+    """
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return matrix.to(device, dtype)
+
+
+def rotation_group(width: int, wanted: int) -> int:
+    """The largest power of 4 up to `wanted` that divides `width`; 0 when that is 1."""
+    group = 1
+    while group * 4 <= wanted and width % (group * 4) == 0:
+        group *= 4
+    return group if group > 1 else 0
+
+
+def store(module: nn.Module, storage_of: StorageOf, prefix: str = "") -> None:
+    """Replace every linear layer and RMS norm below `module` (on the meta device) by a stored one.
+
+    A norm takes the storage of the first linear layer of the module that it is in.
+    """
+    from diffsynth.models.general_modules import RMSNorm
+
     for name, child in module.named_children():
+        path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
-            stored = StoredLinear(
-                child.in_features, child.out_features, child.bias is not None, dtype
+            stored: nn.Module = StoredLinear(
+                child.in_features, child.out_features, child.bias is not None, storage_of(path)
             )
-            setattr(module, name, stored)
+        elif isinstance(child, RMSNorm):
+            dtype = getattr(torch, storage_of(path).vector_dtype)
+            stored = StoredNorm(len(child.weight), child.eps, dtype)  # pyright: ignore[reportArgumentType]
         else:
-            store_linears(child, dtype)
+            store(child, storage_of, f"{path}.")
+            continue
+        setattr(module, name, stored)
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -18,7 +18,8 @@ def to_graph(canvas: dict[str, Any], schemas: Mapping[str, Schema]) -> Graph:
         if node["type"] in NOTES:
             continue
         schema = schemas[node["type"]]
-        inputs = dict(zip(_widget_names(schema), node["widgets_values"], strict=True))
+        # A workflow of an older version has no values yet for inputs that came later.
+        inputs = dict(zip(_widget_names(schema), node["widgets_values"], strict=False))
         inputs.pop(None, None)
         linked = {i["name"]: links[i["link"]] for i in node["inputs"] if i["link"] is not None}
         title = node.get("title", schema.display_name)
@@ -41,7 +42,7 @@ def with_values(
         inputs = graph[str(node["id"])]["inputs"]
         names = _widget_names(schemas[node["type"]])
         old = node["widgets_values"]
-        values = [inputs.get(name, value) for name, value in zip(names, old, strict=True)]
+        values = [inputs.get(name, value) for name, value in zip(names, old, strict=False)]
         return {**node, "widgets_values": values}
 
     return {**canvas, "nodes": [updated(node) for node in canvas["nodes"]]}

@@ -27,8 +27,9 @@ class _Piece:
     part: Part
     stretch: Stretch
     weight: "Tensor"  # [rows, values a row]
-    row_scale: "Tensor | None"  # [rows], for weights that are stored as float8
+    row_scale: "Tensor | None"  # [rows], for weights that are stored with a scale
     source_scale: "Tensor | None"  # [rows] or [1], float32, by which the file's values are scaled
+    group: int  # columns that are rotated together in the weight
 
 
 def fill(
@@ -39,9 +40,10 @@ def fill(
 ) -> None:
     """Convert each source into the parameter of the same name, some megabytes at a time.
 
-    Files are read once, from front to back. Float8 rows keep the scale that the file gives them,
-    or 1; other rows are given one where the parameter is float8, which is computed on `device`
-    (None: the CPU). Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
+    Files are read once, from front to back. Rows that the file holds in the 8 bits of the
+    parameter are copied as they are, with its scale or 1; other rows are given a scale where the
+    parameter has one, and are rotated and quantized on `device` (None: the CPU).
+    Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
     """
     pieces = sorted(_pieces(module, sources), key=lambda p: (p.stretch.path, p.stretch.start))
     total = sum(piece.stretch.length for piece in pieces)
@@ -116,17 +118,21 @@ def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:
             if stored and name == "scale":
                 continue  # comes with the weight
             row_scale = child.scale if stored and name == "weight" else None
+            group = child.group if stored and name == "weight" else 0
             first = 0
             source = sources[f"{prefix}.{name}" if prefix else name]
             rows = sum(part.rows for part in source.parts)
             for part in source.parts:
                 chosen = slice(first, first + part.rows)
                 weight = parameter.view(rows, -1)[chosen]
-                yield from _split(part, weight, None if row_scale is None else row_scale[chosen])
+                scale = None if row_scale is None else row_scale[chosen]
+                yield from _split(part, weight, scale, group)
                 first += part.rows
 
 
-def _split(part: Part, weight: "Tensor", row_scale: "Tensor | None") -> Iterator[_Piece]:
+def _split(
+    part: Part, weight: "Tensor", row_scale: "Tensor | None", group: int
+) -> Iterator[_Piece]:
     row_bytes = weight.shape[1] * DTYPES[part.dtype][1]
     if row_bytes == 0:
         return
@@ -143,6 +149,7 @@ def _split(part: Part, weight: "Tensor", row_scale: "Tensor | None") -> Iterator
             weight[rows],
             None if row_scale is None else row_scale[rows],
             source_scale if source_scale is None or len(source_scale) == 1 else source_scale[rows],
+            group,
         )
 
 
@@ -153,9 +160,7 @@ def _read_scale(part: Part) -> "Tensor | None":
     if part.scale_name is None:
         return None
     entry = part.file.tensors[part.scale_name]
-    with part.file.path.open("rb") as file:
-        file.seek(entry.start)
-        data = bytearray(file.read(entry.end - entry.start))
+    data = bytearray(part.file.read(entry))
     scale = torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).float()
     return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
 
@@ -163,25 +168,26 @@ def _read_scale(part: Part) -> "Tensor | None":
 def _convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
     import torch
 
-    from ..engine.stored_linear import FLOAT8_DTYPE, quantize_rows
+    from ..engine.stored_linear import quantize_rows, rotate
 
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
     scale = piece.source_scale
-    if piece.row_scale is not None and dtype == FLOAT8_DTYPE:
+    rotation = piece.part.rotation or 0
+    if piece.row_scale is not None and dtype == piece.weight.dtype and rotation == piece.group:
         piece.weight.copy_(values)
         piece.row_scale.copy_(torch.ones(1) if scale is None else scale)
         return
     if scale is not None:
-        values = values.float().mul_(scale[:, None])
+        values = rotate(values.float().mul_(scale[:, None]), rotation)
     if piece.row_scale is None:
         piece.weight.copy_(values)
         return
     values = values.to(device)
-    weight = torch.empty(values.shape, dtype=FLOAT8_DTYPE, device=device)
+    weight = torch.empty(values.shape, dtype=piece.weight.dtype, device=device)
     row_scale = torch.empty(len(values), device=device)
     try:
-        quantize_rows(values, weight, row_scale)
+        quantize_rows(values, weight, row_scale, piece.group)
     except ValueError as error:
         raise ModelFileError(
             f"{piece.part.file.path.name}, tensor {piece.part.name}: {error}. "

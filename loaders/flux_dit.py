@@ -4,12 +4,13 @@ import logging
 import math
 import re
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit
-from ..engine.stored_linear import FLOAT8_DTYPE
+from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit, kind_of_layer
+from ..engine.precision import FLOAT8, Precision, Storage
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
 from .layouts import flux_dit_layout
@@ -51,23 +52,28 @@ def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
 
 def load_flux_dit(
     path: Path,
-    weight_dtype: "torch.dtype",
+    precision: Precision,
     progress: Progress | None = None,
     prepared_folder: Path | None = None,
     device: "torch.device | None" = None,
 ) -> tuple["OffloadedModule", FluxGeometry]:
-    """Read a Flux.1 transformer into CPU memory in `weight_dtype`.
+    """Read a Flux.1 transformer into CPU memory in `precision`.
 
-    With a `prepared_folder`, float8 weights are kept there once they have been converted, and
-    mapped from there instead of being read and converted again. `device` converts them.
+    A matrix that the file holds in 8 bits with a scale stays as it is where 8 bits with a scale
+    are asked for; only float8 becomes int8 if that is wanted. With a `prepared_folder`, weights
+    of 8 bits are kept there once they have been converted, and mapped from there instead of being
+    read and converted again. `device` converts them.
     """
+    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
-    weights = build_flux_dit(geometry, weight_dtype)
-    convert = partial(_convert, weights, sources, progress, device)
+    renamed = FluxDiTStateDictConverter(sources)
+    weights = build_flux_dit(geometry, precision, partial(_storage, precision, renamed))
+    convert = partial(fill, weights.module, renamed, progress, device)
     mapped = False
-    if prepared_folder is not None and weight_dtype == FLOAT8_DTYPE:
-        kept = prepared_file(prepared_folder, model_parts(path), weights, weight_dtype)
+    if prepared_folder is not None and precision.eight_bit:
+        kept = prepared_file(prepared_folder, model_parts(path), weights, str(precision))
         mapped = map_prepared(weights, kept) or prepare(weights, kept, convert)
     if not mapped:
         weights.allocate()
@@ -76,21 +82,36 @@ def load_flux_dit(
     weights.report = (
         f"{path.name}: Flux.1 transformer, {geometry.double_blocks} + {geometry.single_blocks} "
         f"blocks of width {geometry.hidden}, {_parameters(sources) / 1e9:.2f} B parameters, "
-        f"{size_and_time(weights, weight_dtype, start)}, {where}"
+        f"{size_and_time(weights, _contents(weights), start)}, {where}"
     )
     log.info(weights.report)
     return weights, geometry
 
 
-def _convert(
-    weights: "OffloadedModule",
-    sources: Sources,
-    progress: Progress | None,
-    device: "torch.device | None",
-) -> None:
-    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+def _storage(precision: Precision, sources: Sources, name: str) -> Storage:
+    """How to store the layer of this name, given how the file does."""
+    kind = kind_of_layer(name)
+    wanted: Storage = getattr(precision, kind)
+    source = sources.get(f"{name}.weight")
+    if kind == "rest" or source is None or not (precision.attention.scaled or precision.mlp.scaled):
+        return wanted
+    found = {(part.dtype, part.rotation) for part in source.parts}
+    if len(found) > 1:
+        return wanted
+    ((dtype, rotation),) = found
+    if dtype == "I8" and rotation is not None:
+        return Storage("int8", scaled=True, rotated=rotation)
+    return FLOAT8 if dtype == "F8_E4M3" and wanted.dtype != "int8" else wanted
 
-    fill(weights.module, FluxDiTStateDictConverter(sources), progress, device)
+
+def _contents(weights: "OffloadedModule") -> str:
+    """The dtypes of the weights and their share, the largest first."""
+    counts: Counter[str] = Counter()
+    for parameter in weights.module.parameters():
+        counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    total = counts.total()
+    shares = [f"{name} {count / total:.0%}" for name, count in counts.most_common()]
+    return ", ".join(share for share in shares if not share.endswith(" 0%"))
 
 
 def _parameters(sources: Sources) -> int:

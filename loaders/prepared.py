@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..engine.offload import OffloadedModule
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
-FORMAT = 1  # raise it when the layout of a block or the conversion changes
+FORMAT = 2  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
@@ -40,14 +39,14 @@ ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody
 
 
 def prepared_file(
-    folder: Path, parts: list[Path], weights: "OffloadedModule", dtype: "torch.dtype"
+    folder: Path, parts: list[Path], weights: "OffloadedModule", precision: str
 ) -> Path:
-    """Where the weights made of the files `parts` in `dtype` are kept.
+    """Where the weights made of the files `parts` in `precision` are kept.
 
     The name holds the identity of the source: each file's size, time and header, the precision
     and the layout of the blocks. A changed source therefore has another name.
     """
-    identity: list[Any] = [FORMAT, str(dtype), [b.nbytes for b in weights.all_blocks]]
+    identity: list[Any] = [FORMAT, precision, [b.nbytes for b in weights.all_blocks]]
     for part in parts:
         state = part.stat()
         with part.open("rb") as file:

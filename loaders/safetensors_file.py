@@ -67,6 +67,12 @@ class SafetensorsFile:
         except ModelFileError as error:
             raise ModelFileError(f"{path.name} {error}") from None
 
+    def read(self, entry: TensorEntry) -> bytes:
+        """The bytes of a small tensor."""
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            return file.read(entry.end - entry.start)
+
 
 def _read_header(file: Any, file_bytes: int) -> dict[str, TensorEntry]:
     first = file.read(32)

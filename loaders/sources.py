@@ -1,5 +1,6 @@
 """Which stretches of which files a weight is made of."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,17 +12,22 @@ from .safetensors_file import ModelFileError, SafetensorsFile
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # ComfyUI's two ways to store the scale of a float8 weight, as the ending of its name.
 SCALE_NAMES = ((".weight", ".scale_weight"), (".weight", ".weight_scale"))
+INT8_FORMAT = "int8_tensorwise"  # ComfyUI's name for int8 with a scale, in its marker's JSON
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one tensor in a file, and the name of the scale they are to be multiplied by."""
+    """Rows of one tensor in a file, and the name of the scale they are to be multiplied by.
+
+    rotation: for ComfyUI's int8 format, how many columns are rotated together, 0 being none.
+    """
 
     file: SafetensorsFile
     name: str
     first_row: int
     rows: int
     scale_name: str | None = None
+    rotation: int | None = None
 
     @property
     def dtype(self) -> str:
@@ -52,10 +58,11 @@ def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, 
     """Every tensor of `files` whose name starts with `prefix`, by its name without the prefix."""
     found = {}
     for file in files:
+        rotations = _rotations(file)
         for name, entry in file.tensors.items():
             if name.startswith(prefix):
                 rows = entry.shape[0] if entry.shape else 1
-                part = Part(file, name, 0, rows, _scale_name(file, name))
+                part = Part(file, name, 0, rows, _scale_name(file, name), rotations.get(name))
                 found[name.removeprefix(prefix)] = Source((part,))
     return found
 
@@ -107,10 +114,10 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
 
 
 def _require_readable(path: Path, name: str, part: Part) -> None:
-    if part.dtype not in FLOATING:
+    if part.dtype not in FLOATING and not _is_int8(part):
         raise ModelFileError(
             f"{path.name} stores {name} as {part.dtype}, a quantisation that MajicFlux cannot "
-            "read. Use the bf16, fp16 or float8 file."
+            "read. Use the bf16, fp16, float8 or int8_tensorwise file."
         )
     if part.scale_name is not None:
         entry = part.file.tensors[part.scale_name]
@@ -120,6 +127,35 @@ def _require_readable(path: Path, name: str, part: Part) -> None:
                 f"{path.name} stores {name} with a scale of {entry.dtype} and shape "
                 f"{list(entry.shape)}, which MajicFlux cannot read. Use the bf16 or fp16 file."
             )
+
+
+def _is_int8(part: Part) -> bool:
+    """Whether these are rows of int8 with a scale and a rotation that we know."""
+    group, width = part.rotation, math.prod(part.row_shape)
+    if part.dtype != "I8" or part.scale_name is None or group is None:
+        return False
+    return group == 0 or (width % group == 0 and round(math.log(group, 4), 6).is_integer())
+
+
+def _rotations(file: SafetensorsFile) -> dict[str, int]:
+    """The rotation of each weight that the file marks as ComfyUI's int8."""
+    found = {}
+    for name, entry in file.tensors.items():
+        marker = file.tensors.get(name.removesuffix("weight") + "comfy_quant")
+        if entry.dtype != "I8" or marker is None:
+            continue
+        try:
+            options = json.loads(file.read(marker))
+            options = {**options.get("params", {}), **options}
+            if options["format"] == INT8_FORMAT:
+                turned = options.get("convrot", False)
+                found[name] = int(options.get("convrot_groupsize", 256)) if turned else 0
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFileError(
+                f"{file.path.name} has a damaged comfy_quant marker beside {name}. "
+                "Download it again."
+            ) from error
+    return found
 
 
 def _scale_name(file: SafetensorsFile, name: str) -> str | None:

@@ -1,12 +1,33 @@
 from typing import Any
 
+from ..engine.precision import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
 from .sockets import CATEGORY, DiTHandle
 
 io = host.io
 FOLDER = "diffusion_models"
-WEIGHT_PRECISIONS = ["float8_e4m3fn", "bfloat16"]
+SAME = "as weight_precision"
+PRECISION_HELP = (
+    "float8_e4m3fn: 15 GB of CPU memory (8.6 of them travel to the card at every step), one scale "
+    "per output channel, any card; 8-bit products on RTX 40 and newer. "
+    "int8 rotated: 12 GB, a third of float8's error; 8-bit products on RTX 20 and newer. "
+    "bfloat16: 24 GB, the weights as published. "
+    "float8_e4m3fn unscaled: 12 GB, the published recipe, with twice to three times the error of "
+    "float8_e4m3fn."
+)
+
+
+def _of_kind(kind: str, matrices: str) -> Any:
+    """The advanced input that stores one kind of layer otherwise."""
+    return io.Combo.Input(
+        f"{kind}_precision",
+        options=[SAME, *STORAGES],
+        default=SAME,
+        optional=True,
+        advanced=True,
+        tooltip=f"Store {matrices} in another precision than weight_precision says.",
+    )
 
 
 class DiTLoader(io.ComfyNode):
@@ -45,23 +66,23 @@ class DiTLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_precision",
-                    options=WEIGHT_PRECISIONS,
+                    options=list(PRECISIONS),
                     default="float8_e4m3fn",
-                    tooltip=(
-                        "float8_e4m3fn: 12 GB of CPU memory, one scale per output channel keeps "
-                        "small weights. bfloat16: 24 GB, the weights exactly as published."
-                    ),
+                    tooltip=PRECISION_HELP,
                 ),
                 io.Boolean.Input(
                     "keep_prepared",
                     default=True,
                     optional=True,
                     tooltip=(
-                        "Keep the converted float8 weights in models/majicflux_prepared, at the "
-                        "cost of 12 GB of disk. Loading then takes a second, and the weights do "
-                        "not count as used memory: 16 GB are enough."
+                        "Keep the converted 8-bit weights in models/majicflux_prepared, at the "
+                        "cost of 12 to 15 GB of disk. Loading then takes a second, and the weights "
+                        "do not count as used memory: 16 GB are enough."
                     ),
                 ),
+                _of_kind("attention", "the attention matrices of the double blocks"),
+                _of_kind("mlp", "the MLP matrices and the joint matrices of the single blocks"),
+                _of_kind("modulation", "the modulation layers, a quarter of all parameters,"),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -79,29 +100,40 @@ class DiTLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, file: str, weight_precision: str, keep_prepared: bool = True
+        cls, file: str, weight_precision: str, keep_prepared: bool = True, **kinds: str
     ) -> Any:
         return model_files.fingerprint(FOLDER, file)
 
     @classmethod
-    def execute(cls, file: str, weight_precision: str, keep_prepared: bool = True) -> io.NodeOutput:
-        import torch
-
+    def execute(
+        cls,
+        file: str,
+        weight_precision: str,
+        keep_prepared: bool = True,
+        attention_precision: str = SAME,
+        mlp_precision: str = SAME,
+        modulation_precision: str = SAME,
+    ) -> io.NodeOutput:
         from ..engine.flux_dit import DiT
         from ..loaders.flux_dit import load_flux_dit
 
-        dtype = getattr(torch, weight_precision)
+        precision = PRECISIONS[weight_precision].with_kinds(
+            attention=STORAGES.get(attention_precision),
+            mlp=STORAGES.get(mlp_precision),
+            modulation=STORAGES.get(modulation_precision),
+        )
         path = model_files.resolve(FOLDER, file)
         prepared = host.prepared_folder() if keep_prepared else None
 
         def load() -> DiT:
             device = host.compute_device()
             weights, geometry = load_flux_dit(
-                path, dtype, host.loading_progress(), prepared, device
+                path, precision, host.loading_progress(), prepared, device
             )
             patcher = host.make_patcher(weights, device, "MajicFluxDiT")
-            return DiT(weights, patcher, geometry, dtype)
+            return DiT(weights, patcher, geometry, precision)
 
-        dit = model_files.shared(load, model_files.fingerprint(FOLDER, file), dtype, keep_prepared)
+        files = model_files.fingerprint(FOLDER, file)
+        dit = model_files.shared(load, files, precision, keep_prepared)
         host.show_on_node(cls.hidden.unique_id, dit.weights.report)
         return io.NodeOutput(dit)

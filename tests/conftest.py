@@ -11,6 +11,8 @@ from comfyui_server import Server
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline
+from majicflux.engine.precision import PRECISIONS, Precision
+from majicflux.engine.products import Computing, choose
 from majicflux.engine.text_encoders import TextEncoders
 from majicflux.engine.vae import VAE
 from majicflux.loaders import demo_models
@@ -41,19 +43,20 @@ class RecordingPatcher:
 
 def build_pipeline(
     models: Path,
-    weight_dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = PRECISIONS["bfloat16"],
     dtype: torch.dtype = torch.bfloat16,
+    mode: str = "",
     device: torch.device = CPU,
     budget_bytes: int | None = None,
 ) -> Pipeline:
     """The demo models as a pipeline, every component on `device`."""
     clip_path, t5_path = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
-    dit_weights, geometry = load_flux_dit(models / demo_models.DIT_FILE, weight_dtype)
+    dit_weights, geometry = load_flux_dit(models / demo_models.DIT_FILE, precision)
     text_weights = load_text_encoders(clip_path, t5_path, dtype)
     vae_weights = load_vae(models / demo_models.VAE_FILE, dtype)
     clip, t5 = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
     return Pipeline(
-        DiT(dit_weights, RecordingPatcher(dit_weights, device), geometry, weight_dtype),
+        DiT(dit_weights, RecordingPatcher(dit_weights, device), geometry, precision),
         TextEncoders(
             text_weights,
             RecordingPatcher(text_weights, device),
@@ -62,7 +65,7 @@ def build_pipeline(
         ),
         VAE(vae_weights, RecordingPatcher(vae_weights, device), dtype),
         budget_bytes,
-        dtype,
+        choose(dit_weights.module, device, mode, dtype) if mode else Computing(dtype),
     )
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from file_layouts import scaled, to_diffusers, vae_to_diffusers
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
+from majicflux.engine.precision import FLOAT32, uniform
 from majicflux.engine.text_encoders import TextEmbedding
 from majicflux.loaders import demo_models
 from majicflux.loaders.demo_models import CLIP, DIT, T5
@@ -42,7 +43,7 @@ def test_one_forward_of_the_transformer(models: Path, sigma: float, guidance: fl
         torch.randn(1, 77, T5.width, generator=generator),
         torch.randn(1, CLIP.width, generator=generator),
     )
-    weights, _ = load_flux_dit(path, FLOAT)
+    weights, _ = load_flux_dit(path, uniform(FLOAT32))
     ours = flux_velocity(weights.module, text, guidance, FLOAT)(latents, torch.tensor(sigma))
 
     theirs = Flux(
@@ -86,7 +87,7 @@ def test_comfyuis_loader_reads_the_same_weights(models: Path, tmp_path: Path, la
     tokens = torch.randn(1, 20, T5.width, generator=generator)
     pooled = torch.randn(1, CLIP.width, generator=generator)
 
-    weights, _ = load_flux_dit(path, FLOAT)
+    weights, _ = load_flux_dit(path, uniform(FLOAT32))
     velocity = flux_velocity(weights.module, TextEmbedding(tokens, pooled), 3.5, FLOAT)
     ours = velocity(latents, torch.tensor(0.5))
     theirs = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": FLOAT})

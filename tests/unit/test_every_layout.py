@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from file_layouts import FLOAT8, Tensors, dequantized, scaled, to_diffusers, vae_to_diffusers
 from majicflux.engine.pipeline import Pipeline
+from majicflux.engine.precision import PRECISIONS
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -46,7 +47,8 @@ def saved(tmp_path: Path) -> Callable[[Tensors], Path]:
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    return parameters(load_flux_dit(path, dtype)[0])
+    precision = PRECISIONS[str(dtype).removeprefix("torch.")]
+    return parameters(load_flux_dit(path, precision)[0])
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX, "diffusion_model.", "net."])
@@ -160,14 +162,16 @@ def test_fewer_blocks_are_seen_in_the_names(plain: Tensors, saved) -> None:
         for name, t in plain.items()
         if not name.startswith(("double_blocks.1.", "single_blocks.3."))
     }
-    weights, geometry = load_flux_dit(saved(lite), torch.bfloat16)
+    weights, geometry = load_flux_dit(saved(lite), PRECISIONS["bfloat16"])
     assert (geometry.double_blocks, geometry.single_blocks) == (1, 3)
     assert len(weights.blocks) == 4
 
 
 def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipeline) -> None:
     wide = torch.zeros(demo_models.DIT.hidden, 384, dtype=torch.bfloat16)
-    weights, geometry = load_flux_dit(saved(plain | {"img_in.weight": wide}), FLOAT8)
+    weights, geometry = load_flux_dit(
+        saved(plain | {"img_in.weight": wide}), PRECISIONS["float8_e4m3fn"]
+    )
     assert geometry.in_channels == 384
     pipeline = make_pipeline()
     fill = type(pipeline.dit)(weights, pipeline.dit.patcher, geometry, FLOAT8)
@@ -186,7 +190,7 @@ def test_a_scaled_float8_t5(models: Path, saved, style: str) -> None:
     assert bits(parameters(found)) == bits(parameters(plain))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, FLOAT8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float32])
 def test_a_t5_in_other_precisions(models: Path, saved, dtype: torch.dtype) -> None:
     clip = models / demo_models.CLIP_FILE
     tensors = {n: t.to(dtype) for n, t in load_file(models / demo_models.T5_FILE).items()}

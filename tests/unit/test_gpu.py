@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.precision import PRECISIONS
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 
@@ -17,7 +18,7 @@ REQUEST = Request("a cat", seed=1, steps=4, guidance=3.5, width=256, height=256)
 
 
 def picture(make_pipeline, **options) -> torch.Tensor:
-    pipeline = make_pipeline(weight_dtype=torch.float8_e4m3fn, **options)
+    pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], **options)
     return paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
 
 
@@ -35,8 +36,8 @@ def test_the_card_paints_what_the_cpu_paints(make_pipeline) -> None:
 
 def test_the_card_converts_to_the_weights_of_the_cpu(models: Path) -> None:
     path = models / demo_models.DIT_FILE
-    on_cpu, _ = load_flux_dit(path, torch.float8_e4m3fn)
-    on_card, _ = load_flux_dit(path, torch.float8_e4m3fn, device=CUDA)
+    on_cpu, _ = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])
+    on_card, _ = load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=CUDA)
     theirs = dict(on_card.module.named_parameters())
     for name, parameter in on_cpu.module.named_parameters():
         assert parameter.device == theirs[name].device

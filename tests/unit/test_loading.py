@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from majicflux.engine import stored_linear
+from majicflux.engine.precision import PRECISIONS
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
@@ -29,8 +30,8 @@ def parameters(weights) -> dict[str, torch.Tensor]:
 def test_prefixed_and_unprefixed_files_load_alike(models: Path, tmp_path: Path) -> None:
     prefixed = models / demo_models.DIT_FILE
     plain = {n.removeprefix("model.diffusion_model."): t for n, t in load_file(prefixed).items()}
-    one, geometry = load_flux_dit(prefixed, torch.bfloat16)
-    other, other_geometry = load_flux_dit(dit_with(tmp_path, plain), torch.bfloat16)
+    one, geometry = load_flux_dit(prefixed, PRECISIONS["bfloat16"])
+    other, other_geometry = load_flux_dit(dit_with(tmp_path, plain), PRECISIONS["bfloat16"])
     assert geometry == other_geometry == demo_models.DIT
     theirs = parameters(other)
     assert all(torch.equal(p, theirs[name]) for name, p in parameters(one).items())
@@ -42,21 +43,40 @@ def test_bfloat16_weights_are_those_of_the_file(models: Path) -> None:
 
     path = models / demo_models.DIT_FILE
     expected = FluxDiTStateDictConverter(load_file(path))
-    found = parameters(load_flux_dit(path, torch.bfloat16)[0])
+    found = parameters(load_flux_dit(path, PRECISIONS["bfloat16"])[0])
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_float8_is_for_the_matrices_of_the_blocks(models: Path) -> None:
-    found = parameters(load_flux_dit(models / demo_models.DIT_FILE, torch.float8_e4m3fn)[0])
+@pytest.mark.parametrize(
+    ("precision", "attention", "modulation"),
+    [
+        ("float8_e4m3fn", torch.float8_e4m3fn, torch.bfloat16),
+        ("int8 rotated", torch.int8, torch.int8),
+    ],
+)
+def test_eight_bits_are_for_the_matrices_of_the_blocks(
+    models: Path, precision: str, attention: torch.dtype, modulation: torch.dtype
+) -> None:
+    found = parameters(load_flux_dit(models / demo_models.DIT_FILE, PRECISIONS[precision])[0])
     for name, parameter in found.items():
         in_block = name.startswith(("blocks.", "single_blocks."))
         if name.endswith(".scale"):
             assert parameter.dtype == torch.float32
         elif in_block and parameter.ndim == 2:
-            assert parameter.dtype == torch.float8_e4m3fn, name
+            assert parameter.dtype == (modulation if ".linear." in name else attention), name
         else:
             assert parameter.dtype == torch.bfloat16, name
+
+
+def test_the_published_recipe_casts_every_parameter(models: Path) -> None:
+    path = models / demo_models.DIT_FILE
+    published = parameters(load_flux_dit(path, PRECISIONS["float8_e4m3fn unscaled"])[0])
+    plain = parameters(load_flux_dit(path, PRECISIONS["bfloat16"])[0])
+    assert published.keys() == plain.keys()
+    for name, parameter in published.items():
+        assert parameter.dtype == torch.float8_e4m3fn, name
+        assert torch.equal(parameter.float(), plain[name].to(torch.float8_e4m3fn).float()), name
 
 
 def test_another_device_can_convert(models: Path) -> None:
@@ -71,9 +91,9 @@ def test_another_device_can_convert(models: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_linear, "quantize_rows", watched)
-        elsewhere = load_flux_dit(path, torch.float8_e4m3fn, device=device)[0]
+        elsewhere = load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=device)[0]
     assert seen
-    here = parameters(load_flux_dit(path, torch.float8_e4m3fn)[0])
+    here = parameters(load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0])
     for name, parameter in parameters(elsewhere).items():
         assert torch.equal(parameter.view(torch.uint8), here[name].view(torch.uint8)), name
 
@@ -82,8 +102,8 @@ def test_a_float8_file_is_not_rounded_a_second_time(models: Path, tmp_path: Path
     source = load_file(models / demo_models.DIT_FILE)
     cast = {n: t.to(torch.float8_e4m3fn) for n, t in source.items()}
     path = dit_with(tmp_path, cast)
-    as_float8 = parameters(load_flux_dit(path, torch.float8_e4m3fn)[0])
-    as_bfloat16 = parameters(load_flux_dit(path, torch.bfloat16)[0])
+    as_float8 = parameters(load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0])
+    as_bfloat16 = parameters(load_flux_dit(path, PRECISIONS["bfloat16"])[0])
     for name, exact in as_bfloat16.items():
         assert torch.equal(as_float8[name].to(torch.bfloat16), exact), name
 
@@ -93,14 +113,14 @@ def test_other_source_precisions_load(models: Path, tmp_path: Path, dtype: torch
     source = load_file(models / demo_models.DIT_FILE)
     path = dit_with(tmp_path, {n: t.to(dtype) for n, t in source.items()})
     before = path.read_bytes()
-    load_flux_dit(path, torch.float8_e4m3fn)
+    load_flux_dit(path, PRECISIONS["float8_e4m3fn"])
     assert path.read_bytes() == before
 
 
 def test_a_transformer_without_guidance_loads(models: Path, tmp_path: Path) -> None:
     tensors = load_file(models / demo_models.DIT_FILE)
     schnell = {name: t for name, t in tensors.items() if "guidance_in" not in name}
-    weights, geometry = load_flux_dit(dit_with(tmp_path, schnell), torch.bfloat16)
+    weights, geometry = load_flux_dit(dit_with(tmp_path, schnell), PRECISIONS["bfloat16"])
     assert not geometry.guidance
     assert weights.module.guidance_embedder is None
 
@@ -133,7 +153,7 @@ def test_every_vae_weight_comes_from_the_file(models: Path) -> None:
 
 def test_loading_keeps_no_second_copy(models: Path) -> None:
     """The weights are views of the blocks' buffers: nothing else of their size is alive."""
-    weights, _ = load_flux_dit(models / demo_models.DIT_FILE, torch.float8_e4m3fn)
+    weights, _ = load_flux_dit(models / demo_models.DIT_FILE, PRECISIONS["float8_e4m3fn"])
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for p in weights.module.parameters()

@@ -18,7 +18,14 @@ from majicflux.nodes.vae_loader import VAELoader
 CONTRACT = {
     "MajicFluxDiTLoader": (
         "Majic float8 DiT loader",
-        ["file:COMBO", "weight_precision:COMBO", "keep_prepared:BOOLEAN"],
+        [
+            "file:COMBO",
+            "weight_precision:COMBO",
+            "keep_prepared:BOOLEAN",
+            "attention_precision:COMBO",
+            "mlp_precision:COMBO",
+            "modulation_precision:COMBO",
+        ],
         ["MAJICFLUX_DIT"],
     ),
     "MajicFluxTextEncoders": (
@@ -174,7 +181,7 @@ def test_every_precision_does_what_it_says() -> None:
     assert dit.weights.module.blocks[0].ff_a[0].weight.dtype == torch.bfloat16
     assert {p.dtype for p in encoders.weights.module.parameters()} == {torch.float32}
     computed = {
-        precision: PipelineNode.execute(dit, encoders, vae, 0.0, precision).args[0].compute_dtype
+        precision: PipelineNode.execute(dit, encoders, vae, 0.0, precision).args[0].computing.dtype
         for precision in ("auto", "bfloat16", "float32")
     }
     assert computed == {

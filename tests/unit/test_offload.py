@@ -4,6 +4,7 @@ from torch import nn
 
 from majicflux.engine.offload import CPU, OffloadedModule
 from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.precision import PRECISIONS
 
 # On a machine without an accelerator this is another device than `cpu` to PyTorch's comparisons,
 # so weights are really copied to it and dropped again.
@@ -146,7 +147,7 @@ def test_modules_with_buffers_are_refused() -> None:
 def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> None:
     """On the meta device every product of a CPU weight and a device tensor is an error."""
     meta = torch.device("meta")
-    pipeline = make_pipeline(weight_dtype=torch.float8_e4m3fn)
+    pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"])
     dit, encoders = pipeline.dit, pipeline.text_encoders
     for component in (dit, encoders):
         component.weights.keep_resident(meta, share * component.weights.total_bytes)
@@ -169,7 +170,7 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
     request = Request("a cat", seed=1, steps=2, guidance=3.5, width=64, height=48)
 
     def picture(**options: object) -> torch.Tensor:
-        pipeline = make_pipeline(weight_dtype=torch.float8_e4m3fn, **options)
+        pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], **options)
         return paint(pipeline, request, lambda *_: None, lambda: None)[0]
 
     resident = picture(device=ACCELERATOR)

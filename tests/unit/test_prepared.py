@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from file_layouts import sparse_file
 from majicflux.engine.flux_dit import FluxGeometry
+from majicflux.engine.precision import PRECISIONS, Precision
 from majicflux.loaders import demo_models, prepared
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
 from majicflux.loaders.prepared import map_prepared, prepare, prepared_files
 from majicflux.loaders.safetensors_file import ModelFileError
 
-FLOAT8 = torch.float8_e4m3fn
+FLOAT8 = PRECISIONS["float8_e4m3fn"]
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "prepared"
 
 
-def load(source: Path, folder: Path | None, dtype: torch.dtype = FLOAT8):
-    return load_flux_dit(source, dtype, prepared_folder=folder)[0]
+def load(source: Path, folder: Path | None, precision: Precision = FLOAT8):
+    return load_flux_dit(source, precision, prepared_folder=folder)[0]
 
 
 def bits(weights) -> dict[str, bytes]:
@@ -48,9 +49,9 @@ def bits(weights) -> dict[str, bytes]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often the source is read and converted."""
     counted: list[int] = []
-    convert = sys.modules[load_flux_dit.__module__]._convert
+    convert = sys.modules[load_flux_dit.__module__].fill
     monkeypatch.setattr(
-        f"{load_flux_dit.__module__}._convert", lambda *a: (counted.append(1), convert(*a))
+        f"{load_flux_dit.__module__}.fill", lambda *a: (counted.append(1), convert(*a))
     )
     return counted
 
@@ -81,7 +82,7 @@ def test_mapped_weights_are_the_files_pages(source: Path, folder: Path) -> None:
 def test_without_the_option_nothing_is_written(source: Path, folder: Path) -> None:
     load(source, None)
     assert not folder.exists()
-    load(source, folder, torch.bfloat16)  # would only repeat the source
+    load(source, folder, PRECISIONS["bfloat16"])  # would only repeat the source
     assert prepared_files(folder) == []
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from file_layouts import sparse_file
+from majicflux.engine.precision import PRECISIONS
 from majicflux.loaders import demo_models, reading
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.reading import Stretch, read_ahead
@@ -21,20 +22,21 @@ from majicflux.loaders.safetensors_file import ModelFileError
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
+from majicflux.engine.precision import PRECISIONS
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders import demo_models
 import torch
 def now():
     lines = dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
     return [int(lines[key].split()[0]) for key in ("RssAnon", "RssFile")]
-load_flux_dit(Path(sys.argv[2]), torch.float8_e4m3fn)  # everything is imported now
+load_flux_dit(Path(sys.argv[2]), PRECISIONS["float8_e4m3fn"])  # everything is imported now
 start, most, over = now(), [0, 0], threading.Event()
 def watch():
     while not over.is_set():
         most[:] = [max(m, n - s) for m, n, s in zip(most, now(), start)]
         time.sleep(0.002)
 watcher = threading.Thread(target=watch); watcher.start()
-weights, _ = load_flux_dit(Path(sys.argv[1]), torch.float8_e4m3fn)
+weights, _ = load_flux_dit(Path(sys.argv[1]), PRECISIONS["float8_e4m3fn"])
 over.set(); watcher.join()
 print(json.dumps([weights.total_bytes, *most]))
 """
@@ -70,7 +72,7 @@ def test_the_reader_ends_with_its_consumer(tmp_path: Path) -> None:
 def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path) -> None:
     path = models / demo_models.DIT_FILE
     seen: list[tuple[int, int]] = []
-    load_flux_dit(path, torch.float8_e4m3fn, lambda *counts: seen.append(counts))
+    load_flux_dit(path, PRECISIONS["float8_e4m3fn"], lambda *counts: seen.append(counts))
     total = sum(t.nbytes for t in load_file(path).values())
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -83,7 +85,7 @@ def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path) -> None:
 
     before = threading.active_count()
     with pytest.raises(Cancelled):
-        load_flux_dit(path, torch.float8_e4m3fn, cancel)
+        load_flux_dit(path, PRECISIONS["float8_e4m3fn"], cancel)
     assert threading.active_count() == before
 
 
@@ -96,11 +98,11 @@ def test_the_number_of_threads_changes_no_bit_and_is_put_back(models: Path, thre
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("majicflux.loaders.fill.SHARED_BYTES", 1)
             with torch.inference_mode():  # as in ComfyUI
-                found = load_flux_dit(path, torch.float8_e4m3fn)[0]
+                found = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0]
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    expected = dict(load_flux_dit(path, torch.float8_e4m3fn)[0].module.named_parameters())
+    expected = dict(load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0].module.named_parameters())
     for name, parameter in found.module.named_parameters():
         theirs = expected[name]
         assert torch.equal(parameter.view(torch.uint8), theirs.view(torch.uint8)), name
@@ -108,10 +110,10 @@ def test_the_number_of_threads_changes_no_bit_and_is_put_back(models: Path, thre
 
 def test_tensors_larger_than_the_buffer_are_read_in_pieces(models, monkeypatch) -> None:
     path = models / demo_models.DIT_FILE
-    expected = load_flux_dit(path, torch.float8_e4m3fn)[0]
+    expected = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0]
     monkeypatch.setattr("majicflux.loaders.fill.BUFFER_BYTES", 10_000)
     monkeypatch.setattr(reading, "BUFFER_BYTES", 10_000)
-    found = dict(load_flux_dit(path, torch.float8_e4m3fn)[0].module.named_parameters())
+    found = dict(load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0].module.named_parameters())
     for name, parameter in expected.module.named_parameters():
         assert torch.equal(parameter.view(torch.uint8), found[name].view(torch.uint8)), name
 

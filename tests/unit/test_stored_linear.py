@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from majicflux.engine.stored_linear import FLOAT8_MAX, StoredLinear, quantize_rows
+from majicflux.engine.precision import BFLOAT16, FLOAT8
+from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, quantize_rows
 
+FLOAT8_MAX = LIMITS[FLOAT8_DTYPE]
 HALF_STEP = 2**-4  # e4m3 has 3 mantissa bits: a normal number is off by at most 1/16 of itself
 
 
@@ -67,7 +69,7 @@ def test_what_no_scale_can_save_is_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_is_that_of_the_dequantized_weight_in_float64(bias: bool) -> None:
-    layer = StoredLinear(32, 16, bias, torch.float8_e4m3fn).to_empty(device="cpu")
+    layer = StoredLinear(32, 16, bias, FLOAT8).to_empty(device="cpu")
     with torch.no_grad():
         quantize_rows(torch.randn(16, 32), layer.weight, layer.scale)
         if layer.bias is not None:
@@ -82,14 +84,14 @@ def test_the_product_is_that_of_the_dequantized_weight_in_float64(bias: bool) ->
 
 def test_a_bfloat16_weight_is_multiplied_as_torch_does() -> None:
     plain = torch.nn.Linear(32, 16).bfloat16()
-    layer = StoredLinear(32, 16, True, torch.bfloat16).to_empty(device="cpu")
+    layer = StoredLinear(32, 16, True, BFLOAT16).to_empty(device="cpu")
     layer.load_state_dict(plain.state_dict())
     x = torch.randn(5, 32).bfloat16()
     assert torch.equal(layer(x), plain(x))
 
 
 def test_the_product_leaves_the_stored_weight_as_it_was() -> None:
-    layer = StoredLinear(8, 8, False, torch.float8_e4m3fn).to_empty(device="cpu")
+    layer = StoredLinear(8, 8, False, FLOAT8).to_empty(device="cpu")
     with torch.no_grad():
         quantize_rows(torch.randn(8, 8), layer.weight, layer.scale)
     before = layer.weight.view(torch.uint8).clone()

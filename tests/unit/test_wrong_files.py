@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from file_layouts import to_diffusers
+from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.text_encoders import ClipGeometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
@@ -200,7 +201,7 @@ def test_a_damaged_weight_is_named(models: Path, tmp_path: Path) -> None:
     path = changed_dit(models, tmp_path, single_blocks__1__linear1__weight=weight)
     inspect_flux_dit(path)  # a header cannot tell
     with pytest.raises(ModelFileError, match=r"single_blocks\.1\.linear1\.weight.* a NaN"):
-        load_flux_dit(path, torch.float8_e4m3fn)
+        load_flux_dit(path, PRECISIONS["float8_e4m3fn"])
 
 
 def test_a_vae_as_text_encoder_and_the_other_way_round(models: Path) -> None:

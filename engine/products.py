@@ -1,0 +1,237 @@
+"""How a stored weight is multiplied, and which way this device does it fastest."""
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .rows import Rows, Wanted, quantize_activations
+from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product, rotate
+
+log = logging.getLogger("majicflux")
+
+INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
+FLOAT8_UNITS = (8, 9)  # and float8
+ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
+
+
+class Product(Protocol):
+    """A way to multiply. An object lasts for one run and may keep memory for it."""
+
+    def wanted(self, layer: StoredLinear) -> Wanted | None:
+        """The format in which the rows should come; None: as they are."""
+
+    def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
+        """x W^T + b, which is `out` [..., out features] if it could be written there."""
+        ...
+
+
+class Dequantized:
+    """The weight in the dtype of the activations, one matrix at a time in one buffer."""
+
+    def __init__(self, layers: Collection[StoredLinear], device: torch.device, dtype: torch.dtype):
+        sizes = [layer.weight.numel() for layer in layers if layer.weight.dtype != dtype]
+        self.buffer = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+
+    def wanted(self, layer: StoredLinear) -> None:
+        return None
+
+    def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
+        return dequantized_product(layer, x, self.buffer, out)
+
+
+class EightBit:
+    """Rows and weights both in 8 bits, where the weights are in one of `dtypes`.
+
+    Every other layer, and every layer whose shape a kernel refuses, is left to `otherwise`. A
+    refusal holds for the rest of the run and is told once.
+    """
+
+    def __init__(self, dtypes: Collection[torch.dtype], device: torch.device, otherwise: Product):
+        self.dtypes = dtypes
+        self.otherwise = otherwise
+        self.kitchen = torch.int8 in dtypes and kernels.kitchen_is_faster(device)
+        self.refused: set[StoredLinear] = set()
+
+    def wanted(self, layer: StoredLinear) -> Wanted | None:
+        dtype = layer.weight.dtype
+        if dtype not in self.dtypes or layer in self.refused:
+            return None
+        if self.kitchen and dtype == torch.int8:
+            return None  # its kernel rotates and quantizes by itself
+        return Wanted(dtype, LIMITS[dtype], layer.group)
+
+    def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
+        dtype = layer.weight.dtype
+        if dtype not in self.dtypes or layer in self.refused:
+            return self.otherwise(layer, x, out)
+        try:
+            if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
+                return _kitchen_product(layer, x)
+            if isinstance(x, Tensor):
+                x = quantize_activations(x, Wanted(dtype, LIMITS[dtype], layer.group))
+            product = _int8_product if dtype == torch.int8 else _float8_product
+            return product(layer, x, out)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._refused(layer, x, out, error)
+
+    def _refused(
+        self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, error: Exception
+    ) -> Tensor:
+        if not self.refused:
+            shape, reason = "x".join(map(str, layer.weight.shape)), str(error).split("\n")[0]
+            log.warning(
+                "No 8-bit product for a weight of %s here (%s). It is dequantized instead, as "
+                "is every other that is refused.",
+                shape,
+                reason,
+            )
+        self.refused.add(layer)
+        if isinstance(x, Rows):
+            x = rotate(x.values.float() * x.scale, layer.group).to(x.dtype)
+        return self.otherwise(layer, x, out)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What a run computes in. dtype: of the activations; eight_bit: weights that are multiplied
+    by rows in their own format; report: the choice and its reason, for the log and the canvas."""
+
+    dtype: torch.dtype
+    eight_bit: frozenset[torch.dtype] = frozenset()
+    report: str = ""
+
+    @contextmanager
+    def applied_to(self, module: nn.Module, device: torch.device) -> Iterator[None]:
+        """Let the layers of `module` multiply this way on `device`."""
+        layers = stored_linears(module)
+        product: Product = Dequantized(layers, device, self.dtype)
+        if self.eight_bit:
+            product = EightBit(self.eight_bit, device, product)
+        for layer in layers:
+            layer.product = product
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.product = None
+
+
+def choose(module: nn.Module, device: torch.device, mode: str, native: torch.dtype) -> Computing:
+    """The computing for a mode of the pipeline node; `native`: the device's own floating dtype.
+
+    auto: 8 bits where the device has matrix units and fused kernels for the format of the
+    weights, `native` elsewhere. 8-bit: 8 bits wherever they can be had, also by slow arithmetic,
+    such as on a CPU. Other modes are the dtype that they name.
+    Raises ValueError when 8-bit finds no weight in 8 bits.
+    """
+    if mode not in ("auto", "8-bit"):
+        return Computing(getattr(torch, mode), report=f"computes in {mode}")
+    stored = {layer.weight.dtype for layer in stored_linears(module)} & LIMITS.keys()
+    if mode == "8-bit" and not stored:
+        raise ValueError(
+            "compute_precision is 8-bit, but no weight of the transformer is. Choose "
+            "float8_e4m3fn or int8 rotated as weight_precision, or another compute_precision."
+        )
+    obstacles = {dtype: _obstacle(dtype, device, mode == "8-bit") for dtype in stored}
+    chosen = frozenset(dtype for dtype, obstacle in obstacles.items() if not obstacle)
+    names = " and ".join(sorted(_name(dtype) for dtype in chosen)) or _name(native)
+    reasons = "; ".join(sorted(reason for reason in obstacles.values() if reason))
+    report = f"computes in {names} on {_device_name(device)}" + (f" ({reasons})" * bool(reasons))
+    return Computing(native, chosen, report)
+
+
+def stored_linears(module: nn.Module) -> list[StoredLinear]:
+    return [layer for layer in module.modules() if isinstance(layer, StoredLinear)]
+
+
+def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
+    """Why weights in `dtype` are not multiplied in it on `device`; "" when they are."""
+    name = _name(dtype)
+    if device.type != "cuda":
+        return "" if forced else f"no 8-bit matrix units for {name} weights"
+    found = kernels.capability(device)
+    needed = INT8_UNITS if dtype == torch.int8 else FLOAT8_UNITS
+    if found is None or found < needed:
+        advice = ""
+        if dtype == FLOAT8_DTYPE and found is not None and found >= INT8_UNITS:
+            advice = ", int8 rotated weights would be faster"
+        return f"{name} matrix units begin with compute capability {needed[0]}.{needed[1]}{advice}"
+    if forced or kernels.triton_works(device):
+        return ""
+    if dtype == torch.int8 and kernels.kitchen_works():
+        return ""
+    return f"no fused kernels for {name}: Triton is not installed or does not work"
+
+
+def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
+    weight, scale = layer.weight, layer.scale
+    values, row_scale = x.values.flatten(0, -2), x.scale.reshape(-1, 1)
+    if scale is None:
+        scale = torch.ones(len(weight), device=weight.device)
+    if not values.is_cuda:  # the same arithmetic without the units
+        bias = None if layer.bias is None else layer.bias.float()
+        y = (values.float() @ weight.float().T).mul_(row_scale).mul_(scale)
+        y = y if bias is None else y.add_(bias)
+        return y.to(x.dtype).view(*x.values.shape[:-1], -1)
+    y = _result(layer, x, out)
+    torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        values, weight.T, row_scale, scale[None], bias=layer.bias, out_dtype=x.dtype,
+        use_fast_accum=True, out=y.flatten(0, -2),
+    )  # fmt: skip
+    return y
+
+
+def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
+    weight, scale, bias = layer.weight, layer.scale, layer.bias
+    assert scale is not None, "int8 weights have a scale"
+    values, row_scale = x.values.flatten(0, -2), x.scale.reshape(-1, 1)
+    y = _result(layer, x, out)
+    if kernels.fused(values):
+        from . import triton_kernels
+
+        triton_kernels.int8_product(values, row_scale, weight, scale, bias, y)
+    else:
+        for first in range(0, len(values), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            sums = torch._int_mm(values[some], weight.T)  # pyright: ignore[reportPrivateImportUsage]
+            sums = sums.float()
+            sums.mul_(row_scale[some]).mul_(scale)
+            y.flatten(0, -2)[some] = sums if bias is None else sums.add_(bias)
+    return y
+
+
+def _kitchen_product(layer: StoredLinear, x: Tensor) -> Tensor:
+    import comfy_kitchen
+
+    assert layer.scale is not None, "int8 weights have a scale"
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return comfy_kitchen.int8_linear(
+        x, layer.weight, layer.scale, bias, x.dtype,
+        convrot=layer.group > 0, convrot_groupsize=layer.group or 256,
+    )  # fmt: skip
+
+
+def _result(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
+    """Memory for the product: `out` if its rows lie one after the other, or new."""
+    if out is not None and out.is_contiguous():
+        return out
+    return x.scale.new_empty(*x.values.shape[:-1], len(layer.weight), dtype=x.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_name(device: torch.device) -> str:
+    found = kernels.capability(device)
+    if found is None:
+        return device.type.upper()
+    return f"{torch.cuda.get_device_name(device)}, compute capability {found[0]}.{found[1]}"

@@ -1,0 +1,113 @@
+"""What stands between two matrix products: norm, modulation, GELU, RoPE, quantization of rows.
+
+Each function takes the fused kernel where the device has one and otherwise says the same in
+PyTorch, in the order and with the rounding of DiffSynth's modules.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import kernels
+from .precision import ROTATION
+
+EPS = 1e-6  # of every norm in Flux.1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The format in which a product takes its rows."""
+
+    dtype: torch.dtype  # int8 or float8_e4m3fn
+    limit: float  # largest value that is used of it
+    group: int  # columns that are rotated together, 0: none
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of activations in 8 bits: values [..., n], scale float32 [..., 1], x = values * scale.
+
+    dtype: what they were made from and the product's result is to be.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def prepare(
+    x: Tensor | None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    gelu: Tensor | None = None,
+    wanted: Wanted | None = None,
+) -> Tensor | Rows:
+    """The rows [x | GELU(gelu)], or layer norm(x) * (1 + scale) + shift, quantized if wanted.
+
+    x, gelu: [batch, tokens, width], either may be absent; norm: (shift, scale) [batch, 1, width].
+    """
+    source = x if x is not None else gelu
+    assert source is not None
+    if kernels.fused(source) and (wanted is None or wanted.group in (0, ROTATION)):
+        return _fused(x, norm, gelu, wanted)
+    if norm is not None:
+        shift, scale = norm
+        x = F.layer_norm(source, source.shape[-1:], eps=EPS) * (1 + scale) + shift
+    if gelu is not None:
+        activated = F.gelu(gelu, approximate="tanh")
+        x = activated if x is None else torch.cat([x, activated], dim=-1)
+    assert x is not None
+    return x if wanted is None else quantize_activations(x, wanted)
+
+
+def quantize_activations(x: Tensor, wanted: Wanted) -> Rows:
+    """One scale a row, found in float32; a row of zeros gets a scale of almost nothing."""
+    from .stored_linear import rotate
+
+    values = rotate(x.float(), wanted.group)
+    scale = (values.abs().amax(dim=-1, keepdim=True) / wanted.limit).clamp_min_(1e-30)
+    values = (values / scale).clamp_(-wanted.limit, wanted.limit)
+    if not wanted.dtype.is_floating_point:
+        values.round_()
+    return Rows(values.to(wanted.dtype), scale, x.dtype)
+
+
+def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -> None:
+    """Norm and rotate the queries and keys of `qkv` [batch, tokens, 3 * width] in place.
+
+    rope: float32 [1 or batch, 1, tokens, head / 2, 2, 2], as DiffSynth's RoPEEmbedding gives it.
+    """
+    if kernels.fused(qkv):
+        from . import triton_kernels
+
+        triton_kernels.rms_rope_(qkv, q_norm.weight, k_norm.weight, rope, heads, EPS)
+        return
+    q, k, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
+    rope = rope.transpose(1, 2)
+    for x, norm in ((q, q_norm), (k, k_norm)):
+        pairs = norm(x).float().unflatten(-1, (-1, 1, 2))
+        turned = rope[..., 0] * pairs[..., 0] + rope[..., 1] * pairs[..., 1]
+        x.copy_(turned.flatten(-2))
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate * y; rounded once where kernels are fused, twice as in DiffSynth elsewhere."""
+    return torch.addcmul(x, gate, y) if kernels.fused(x) else x + gate * y
+
+
+def _fused(
+    x: Tensor | None,
+    norm: tuple[Tensor, Tensor] | None,
+    gelu: Tensor | None,
+    wanted: Wanted | None,
+) -> Tensor | Rows:
+    from . import triton_kernels
+
+    source = x if x is not None else gelu
+    assert source is not None
+    values, scale = triton_kernels.prepare(
+        x, norm, gelu, EPS, wanted and (wanted.dtype, wanted.limit, wanted.group)
+    )
+    return values if scale is None else Rows(values, scale, source.dtype)

@@ -1,0 +1,223 @@
+"""The fused kernels, in Triton: one pass over memory where PyTorch takes several.
+
+Imported only where Triton is (see `kernels`). Every program holds one whole row in registers.
+"""
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 has no fractions from here on: adding it rounds
+
+
+@triton.jit
+def _gelu(x):
+    # tanh(u) = 1 - 2 / (exp(2u) + 1), which neither overflows nor loses the sign.
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+
+
+@triton.jit
+def _prepare(
+    x_ptr, more_ptr, shift_ptr, scale_ptr, hadamard_ptr, out_ptr, row_scale_ptr,
+    tokens, x_batch, x_row, more_batch, more_row, mod_batch,
+    WIDTH: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, SIDE: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
+    token = row % tokens
+    columns = tl.arange(0, BLOCK)
+    x = tl.zeros((BLOCK,), tl.float32)
+    if WIDTH > 0:
+        place = x_ptr + batch * x_batch + token * x_row + columns
+        x = tl.load(place, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    if MORE > 0:
+        place = more_ptr + batch * more_batch + token * more_row + columns - WIDTH
+        inside = (columns >= WIDTH) & (columns < WIDTH + MORE)
+        x += _gelu(tl.load(place, mask=inside, other=0.0).to(tl.float32))
+    if NORM:
+        mean = tl.sum(x, axis=0) / WIDTH
+        centred = tl.where(columns < WIDTH, x - mean, 0.0)
+        deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
+        modulation = batch * mod_batch + columns
+        scale = tl.load(scale_ptr + modulation, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + modulation, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        x = centred / deviation * (1.0 + scale) + shift
+    if SIDE > 0:
+        # The Hadamard matrix of SIDE^2 is that of SIDE along both axes of a square.
+        side = tl.arange(0, SIDE)
+        small = tl.load(hadamard_ptr + side[:, None] * SIDE + side[None, :])
+        x = tl.dot(tl.reshape(x, (BLOCK // SIDE, SIDE)), small)
+        x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
+        x = tl.dot(tl.reshape(x, (BLOCK // SIDE, SIDE)), small)
+        x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
+        x = tl.reshape(x, (BLOCK,))
+    if LIMIT > 0:
+        row_scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, 1e-30)
+        tl.store(row_scale_ptr + row, row_scale)
+        x = tl.clamp(x * (1.0 / row_scale), -LIMIT, LIMIT)
+        if ROUND:
+            x = (x + ROUNDER) - ROUNDER
+    place = out_ptr + row * (WIDTH + MORE) + columns
+    tl.store(place, x.to(out_ptr.dtype.element_ty), mask=columns < WIDTH + MORE)
+
+
+def prepare(
+    x: Tensor | None,
+    norm: tuple[Tensor, Tensor] | None,
+    gelu: Tensor | None,
+    eps: float,
+    wanted: tuple[torch.dtype, float, int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`rows.prepare` in one kernel: the values, and their scale if they are wanted in 8 bits.
+
+    wanted: (dtype, largest value, columns that are rotated together).
+    """
+    from .stored_linear import hadamard
+
+    source = x if x is not None else gelu
+    assert source is not None
+    batch, tokens, _ = source.shape
+    width = 0 if x is None else x.shape[-1]
+    more = 0 if gelu is None else gelu.shape[-1]
+    x, gelu = _unit_stride(x), _unit_stride(gelu)
+    dtype, limit, group = wanted or (source.dtype, 0.0, 0)
+    out = torch.empty(batch, tokens, width + more, dtype=dtype, device=source.device)
+    scale = None
+    if wanted is not None:
+        scale = torch.empty(batch, tokens, 1, device=source.device)
+    shift, factor = (_unit_stride(part) for part in norm) if norm else (None, None)
+    side = round(group**0.5)
+    small = hadamard(side, source.device, torch.float32) if side else source
+    block = triton.next_power_of_2(width + more)
+    with _on(source.device):
+        _prepare[(batch * tokens,)](
+            x, gelu, shift, factor, small, out, scale,
+            tokens,
+            0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
+            0 if gelu is None else gelu.stride(0), 0 if gelu is None else gelu.stride(1),
+            0 if shift is None else shift.stride(0),
+            WIDTH=width, MORE=more, BLOCK=block, NORM=norm is not None,
+            EPS=eps, SIDE=side, LIMIT=limit, ROUND=dtype == torch.int8,
+            num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
+    return out, scale
+
+
+@triton.jit
+def _rms_rope(
+    qkv_ptr, q_norm_ptr, k_norm_ptr, rope_ptr,
+    tokens, qkv_batch, qkv_row, rope_batch,
+    HEADS: tl.constexpr, HALF: tl.constexpr, SOME: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
+    token = row % tokens
+    head = tl.program_id(1) * SOME + tl.arange(0, SOME)  # the queries' heads, then the keys'
+    column = tl.arange(0, 2 * HALF)
+    there = (head < 2 * HEADS)[:, None]
+    place = batch * qkv_batch + token * qkv_row + head[:, None] * (2 * HALF) + column[None, :]
+    x = tl.load(qkv_ptr + place, mask=there, other=0.0).to(tl.float32)
+    x = x / tl.sqrt(tl.sum(x * x, axis=1) / (2 * HALF) + EPS)[:, None]
+    q_norm = tl.load(q_norm_ptr + column).to(tl.float32)
+    k_norm = tl.load(k_norm_ptr + column).to(tl.float32)
+    x *= tl.where((head < HEADS)[:, None], q_norm[None, :], k_norm[None, :])
+    even, odd = tl.split(tl.reshape(x, (SOME, HALF, 2)))
+    turn = rope_ptr + batch * rope_batch + token * (4 * HALF) + 4 * tl.arange(0, HALF)[None, :]
+    turned_even = tl.load(turn) * even + tl.load(turn + 1) * odd
+    turned_odd = tl.load(turn + 2) * even + tl.load(turn + 3) * odd
+    x = tl.reshape(tl.join(turned_even, turned_odd), (SOME, 2 * HALF))
+    tl.store(qkv_ptr + place, x.to(qkv_ptr.dtype.element_ty), mask=there)
+
+
+def rms_rope_(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, rope: Tensor, heads: int, eps: float
+) -> None:
+    """`rows.rms_rope_` in one kernel."""
+    batch, tokens, width = qkv.shape
+    half = width // (6 * heads)
+    assert qkv.stride(-1) == 1
+    assert rope[0].is_contiguous()
+    some = 16  # heads at once
+    with _on(qkv.device):
+        _rms_rope[(batch * tokens, triton.cdiv(2 * heads, some))](
+            qkv, q_norm, k_norm, rope,
+            tokens, qkv.stride(0), qkv.stride(1), rope.stride(0) if len(rope) > 1 else 0,
+            HEADS=heads, HALF=half, SOME=some, EPS=eps, num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _int8_product(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    rows, columns,
+    DEPTH: tl.constexpr, BIAS: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    # Programs that run at the same time share rows and columns, which then stay in the cache.
+    program = tl.program_id(0)
+    high, across = tl.cdiv(rows, TALL), tl.cdiv(columns, WIDE)
+    first = program // (GROUP * across) * GROUP
+    size = min(high - first, GROUP)
+    tile_row = first + program % (GROUP * across) % size
+    tile_column = program % (GROUP * across) // size
+
+    row = (tile_row * TALL + tl.arange(0, TALL)).to(tl.int64)
+    column = (tile_column * WIDE + tl.arange(0, WIDE)).to(tl.int64)
+    depth = tl.arange(0, DEEP)
+    # Beyond the edge some rows are computed twice; their result is not stored.
+    x = x_ptr + (row % rows)[:, None] * DEPTH + depth[None, :]
+    w = w_ptr + (column % columns)[None, :] * DEPTH + depth[:, None]
+    total = tl.zeros((TALL, WIDE), tl.int32)
+    for start in range(0, DEPTH, DEEP):
+        total += tl.dot(tl.load(x + start), tl.load(w + start), out_dtype=tl.int32)
+
+    x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
+    w_scale = tl.load(w_scale_ptr + column, mask=column < columns)
+    out = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    place = out_ptr + row[:, None] * columns + column[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+DEEP = 128  # columns of both factors at once; the depth of a product must be a multiple
+
+
+def int8_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, the sums exact in int32.
+
+    x: int8 [rows, depth], x_scale: float32 [rows]; weight: int8 [columns, depth], scale: float32
+    [columns]; everything contiguous.
+    """
+    rows, depth = x.shape
+    columns = len(weight)
+    if depth % DEEP:
+        raise ValueError(f"the int8 kernel needs a depth that {DEEP} divides, not {depth}")
+    tall = wide = 128
+    with _on(x.device):
+        _int8_product[(triton.cdiv(rows, tall) * triton.cdiv(columns, wide),)](
+            x, weight, x_scale, scale, bias, out,
+            rows, columns,
+            DEPTH=depth, BIAS=bias is not None, TALL=tall, WIDE=wide, DEEP=DEEP, GROUP=8,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels start on the current card; Triton's interpreter takes tensors of the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _unit_stride(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
