@@ -1,35 +1,56 @@
-"""Seconds and memory of a denoising step at 1024x1024, with full-size random weights.
+"""Seconds of a denoising step at 1024x1024, full-size random weights, all of them on the card.
 
-Ours in float8, resident and with less and less of the card, against DiffSynth's own modules in
-bfloat16, all in one process on one CUDA card with 32 GB or more. --quick runs a small transformer
-on the CPU, which only shows that the script works.
+Ours in each precision against DiffSynth's own modules in bfloat16 and with float8 weights, and
+ComfyUI's own Flux in bfloat16, fp8_e4m3fn and fp8_e4m3fn_fast, all in one process on one CUDA card
+with 48 GB or more. ComfyUI is looked for in COMFYUI_PATH. --quick runs a small transformer on the
+CPU, which only shows that the script works.
 """
 
+import importlib
+import os
+import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from majicflux.engine.denoise import euler, flux_velocity
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
-from majicflux.engine.latents import draw_noise
-from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.schedule import shifted_sigmas
-from majicflux.engine.stored_linear import FLOAT8_DTYPE
+from majicflux.engine.denoise import flux_velocity
+from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
+from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.products import Computing, choose
+from majicflux.engine.stored_linear import StoredLinear, quantize_rows
 from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.loaders.demo_models import random_tensors
+from majicflux.loaders.layouts import flux_dit_layout
 
 from .table import Row, options, report
 
-STEPS = 4
+WARM_UP, STEPS = 3, 7
 GB = 2**30
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+BFLOAT16 = torch.bfloat16
+Step = Callable[[], Tensor]
+State = dict[str, Tensor]
+
+# What a step of ours is to be at most, as a share of a peer's (the goals of this benchmark).
+GOALS = {
+    "8-bit": {"DiffSynth bf16": 1 / 1.8, "ComfyUI fp8_e4m3fn": 1 / 1.8, "ComfyUI fast": 1 / 1.2},
+    "bfloat16": {"DiffSynth bf16": 1.0},
+}
 
 
 @dataclass(frozen=True)
-class Measured:
-    seconds: float  # a step, the first one left out
-    peak_gb: float  # reserved by the allocator, 0 on a CPU
-    latents: torch.Tensor
+class Case:
+    """One step's inputs: float32 latents, text states [1, 512, width], pooled text."""
+
+    latents: Tensor
+    text: TextEmbedding
+    sigma: Tensor
 
 
 def main() -> None:
@@ -38,74 +59,201 @@ def main() -> None:
         sys.exit("not measured: no CUDA card here; --quick shows that the script works")
     device = torch.device("cpu") if chosen.quick else torch.device("cuda", 0)
     small = FluxGeometry(hidden=256, double_blocks=2, single_blocks=4, text_width=64)
-    geometry, side = (small, 128) if chosen.quick else (FluxGeometry(), 1024)
-    print(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", torch.__version__)
+    geometry, side = (small, 16) if chosen.quick else (FluxGeometry(), 128)
+    print(_name(device), "torch", torch.__version__)
 
-    bfloat16 = _random(build_flux_dit(geometry, torch.bfloat16))
-    peer = measure(bfloat16, geometry, side, device, float("inf"))
-    del bfloat16
-    ours = _random(build_flux_dit(geometry, FLOAT8_DTYPE))
-    rows = []
-    first = None
-    for share in (1.0, 0.5, 0.0):
-        found = measure(ours, geometry, side, device, share * ours.total_bytes)
-        first = first or found
-        if not torch.equal(found.latents, first.latents):
-            sys.exit(f"streaming {1 - share:.0%} of the blocks changed the latents")
-        name = f"float8, {share:.0%} resident"
-        rows.append(Row(f"{name}, step", found.seconds, "s", peer.seconds, "bfloat16, resident"))
-        if found.peak_gb:
-            rows.append(Row(f"{name}, peak", found.peak_gb, "GB", peer.peak_gb, "the same"))
+    torch.manual_seed(0)
+    case = Case(
+        torch.randn(1, 16, side, side, device=device),
+        TextEmbedding(
+            torch.randn(1, 512, geometry.text_width, device=device),
+            torch.randn(1, geometry.pooled_width, device=device),
+        ),
+        torch.tensor(0.7),
+    )
+    state = random_weights(geometry, device)
+    with torch.inference_mode():
+        exact = None
+        peers: dict[str, float] = {}
+        for name, step in peer_steps(geometry, state, case, device):
+            peers[name], latents = measure(step, device)
+            exact = latents if exact is None else exact
+            print(f"{name}: {peers[name] * 1e3:.1f} ms, off by {_difference(latents, exact):.3f}")
+        rows = []
+        for precision, mode in (
+            ("bfloat16", "bfloat16"),
+            ("float8_e4m3fn", "bfloat16"),
+            ("float8_e4m3fn", "8-bit"),
+            ("int8 rotated", "bfloat16"),
+            ("int8 rotated", "8-bit"),
+        ):
+            start = time.perf_counter()
+            weights = ours(geometry, precision, state, device)
+            _wait(device)
+            converted = time.perf_counter() - start
+            computing = choose(weights, device, mode, BFLOAT16)
+            seconds, latents = measure(our_step(weights, computing, case, device), device)
+            print(
+                f"ours {precision}, {computing.report}: {seconds * 1e3:.1f} ms, "
+                f"off by {_difference(latents, exact):.3f}, converted in {converted:.1f} s"
+            )
+            for peer, share in peers.items():
+                goal = GOALS[mode].get(peer)
+                bar = None if goal is None or chosen.quick else goal * share
+                rows.append(
+                    Row(f"{precision}, {mode} products", seconds, "s", share, peer, bar=bar)
+                )
+            del weights
     report(rows, chosen.check)
 
 
-@torch.inference_mode()
-def measure(
-    weights: OffloadedModule,
-    geometry: FluxGeometry,
-    side: int,
-    device: torch.device,
-    budget_bytes: float,
-) -> Measured:
-    torch.manual_seed(0)
-    text = TextEmbedding(
-        torch.randn(1, 512, geometry.text_width), torch.randn(1, geometry.pooled_width)
-    )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    weights.keep_resident(device, budget_bytes)
-    marks: list[float] = []
-
-    def on_step(*_: object) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
-
-    noise = draw_noise(0, 1, side, side).to(device)
-    with weights.running_on(device) as module:
-        velocity = flux_velocity(module, text, 3.5, torch.bfloat16)
-        latents = euler(velocity, noise, shifted_sigmas(STEPS), on_step).cpu()
-    peak = torch.cuda.max_memory_reserved(device) / GB if device.type == "cuda" else 0.0
-    weights.release(float("inf"))
-    return Measured((marks[-1] - marks[0]) / (STEPS - 1), peak, latents)
+def measure(step: Step, device: torch.device) -> tuple[float, Tensor]:
+    """Median seconds of a step, and its result."""
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        _wait(device)
+        start = time.perf_counter()
+        latents = step()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:]), latents.float()
 
 
-def _random(weights: OffloadedModule) -> OffloadedModule:
-    """Weights of the size of trained ones; float8 values with a scale that brings them there."""
-    weights.allocate()
-    with torch.no_grad():
-        for name, parameter in weights.module.named_parameters():
-            if name.endswith(".scale"):
-                parameter.fill_(0.02 / 100)
-            elif parameter.dtype == FLOAT8_DTYPE:
-                for rows in parameter.split(1024):
-                    rows.copy_((100 * torch.randn(rows.shape)).clamp_(-448, 448))
-            elif parameter.ndim > 1:
-                parameter.normal_(std=0.02)
+def random_weights(geometry: FluxGeometry, device: torch.device) -> State:
+    """Every weight under its name in the file, bfloat16."""
+    layout = flux_dit_layout(geometry)
+    if device.type == "cpu":
+        return random_tensors(layout, 0, BFLOAT16)
+    state = {}
+    for name, shape in layout.items():
+        if len(shape) == 1:
+            state[name] = torch.full(shape, float("norm" in name), dtype=BFLOAT16, device=device)
+        else:
+            state[name] = torch.randn(shape, dtype=BFLOAT16, device=device) * shape[1] ** -0.5
+    return state
+
+
+def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.device) -> Any:
+    """Our transformer with every weight on `device`."""
+    weights = build_flux_dit(geometry, PRECISIONS[precision])
+    for block in weights.all_blocks:
+        block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, device=device))
+    renamed = _diffsynth_names(state)
+    for prefix, module in weights.module.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, StoredLinear) and module.scale is not None and name != "bias":
+                if name == "weight":
+                    source = renamed[f"{prefix}.weight"]
+                    quantize_rows(source, parameter, module.scale, module.group)
             else:
-                parameter.fill_(1.0 if "norm_" in name else 0.0)
-    return weights
+                parameter.copy_(renamed[f"{prefix}.{name}"])
+    return weights.module
+
+
+def our_step(module: Any, computing: Computing, case: Case, device: torch.device) -> Step:
+    def step() -> Tensor:
+        velocity = flux_velocity(module, case.text, 3.5, BFLOAT16)
+        with computing.applied_to(module, device):
+            return velocity(case.latents, case.sigma)
+
+    return step
+
+
+def peer_steps(
+    geometry: FluxGeometry, state: State, case: Case, device: torch.device
+) -> Iterator[tuple[str, Step]]:
+    """The peers, one after the other, so that one model of theirs is there at a time."""
+    for dtype in (BFLOAT16, torch.float8_e4m3fn):
+        module = _diffsynth(geometry, state, dtype, device)
+        name = "DiffSynth bf16" if dtype == BFLOAT16 else "DiffSynth float8 weights"
+        yield (
+            name,
+            lambda m=module: flux_velocity(m, case.text, 3.5, BFLOAT16)(case.latents, case.sigma),
+        )
+        del module
+    if not (COMFYUI / "comfy").is_dir():
+        print(f"not measured: no ComfyUI in {COMFYUI}")
+        return
+    sys.path.append(str(COMFYUI))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = device.type == "cpu"
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    kinds = {
+        "ComfyUI bf16": (BFLOAT16, comfy.ops.disable_weight_init),
+        "ComfyUI fp8_e4m3fn": (torch.float8_e4m3fn, comfy.ops.manual_cast),
+        "ComfyUI fast": (torch.float8_e4m3fn, comfy.ops.fp8_ops),
+    }
+    if device.type == "cpu":
+        del kinds["ComfyUI fast"]  # float8 products are for cards
+    for name, (dtype, operations) in kinds.items():
+        g = geometry
+        flux = Flux(
+            in_channels=16, out_channels=16, vec_in_dim=g.pooled_width,
+            context_in_dim=g.text_width, hidden_size=g.hidden, mlp_ratio=4.0, num_heads=g.heads,
+            depth=g.double_blocks, depth_single_blocks=g.single_blocks, axes_dim=[16, 56, 56],
+            theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+            dtype=dtype, device=device, operations=operations,
+        )  # fmt: skip
+        for key, parameter in flux.named_parameters():
+            parameter.data.copy_(state[key.replace("_norm.weight", "_norm.scale")])
+        yield name, lambda f=flux: f(
+            case.latents.to(BFLOAT16), case.sigma.to(device).reshape(1),
+            case.text.tokens.to(BFLOAT16), case.text.pooled.to(BFLOAT16),
+            torch.full((1,), 3.5, device=device),
+        )  # fmt: skip
+        del flux
+
+
+def _diffsynth(
+    geometry: FluxGeometry, state: State, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """DiffSynth's own modules: plain, or under its VRAM management with all weights in `dtype`."""
+    from diffsynth.configs.vram_management_module_maps import VRAM_MANAGEMENT_MODULE_MAPS
+    from diffsynth.core.vram.layers import enable_vram_management
+    from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
+
+    module = sized_flux_dit(geometry, FluxJointTransformerBlock, FluxSingleTransformerBlock)
+    renamed = _diffsynth_names(state)
+    copies = {name: tensor.to(device, dtype, copy=True) for name, tensor in renamed.items()}
+    module.load_state_dict(copies, assign=True)
+    if dtype == BFLOAT16:
+        return module.eval()
+    config: dict[str, Any] = {}
+    for state_name in ("offload", "onload", "preparing", "computation"):
+        config[f"{state_name}_dtype"] = BFLOAT16 if state_name == "computation" else dtype
+        config[f"{state_name}_device"] = device
+    names = VRAM_MANAGEMENT_MODULE_MAPS["diffsynth.models.flux_dit.FluxDiT"]
+    module = enable_vram_management(
+        module, {_named(a): _named(b) for a, b in names.items()}, config, vram_limit=None
+    )
+    return module.eval()
+
+
+def _named(path: str) -> Any:
+    owner, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(owner), name)
+
+
+def _diffsynth_names(state: State) -> State:
+    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+
+    return FluxDiTStateDictConverter(state)
+
+
+def _difference(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -58,6 +59,21 @@ def build_flux_dit(
 ) -> OffloadedModule:
     """The transformer with uninitialised weights, each stored as its kind in `precision` or as
     `storage_of` its name."""
+    from .blocks import JointBlock, SingleBlock
+
+    def stored_as(name: str) -> Storage:
+        return getattr(precision, kind_of_layer(name))
+
+    dit = sized_flux_dit(geometry, JointBlock, SingleBlock)
+    store(dit, storage_of or stored_as)
+    return OffloadedModule(dit, [*dit.blocks, *dit.single_blocks])
+
+
+def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) -> Any:
+    """DiffSynth's FluxDiT of this geometry, with these classes for its blocks, on the meta device.
+
+    FluxDiT's own constructor builds one size only.
+    """
     from diffsynth.core.vram.initialization import skip_model_initialization
     from diffsynth.models.flux_dit import (
         AdaLayerNormContinuous,
@@ -66,13 +82,11 @@ def build_flux_dit(
         TimestepEmbeddings,
     )
 
-    from .blocks import JointBlock, SingleBlock
-
     g = geometry
 
     class SizedFluxDiT(FluxDiT):
         def __init__(self) -> None:
-            nn.Module.__init__(self)  # FluxDiT's own constructor builds one size only
+            nn.Module.__init__(self)
             self.pos_embedder = RoPEEmbedding(g.hidden, ROPE_THETA, ROPE_AXES)
             self.time_embedder = TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden)
             self.guidance_embedder = (
@@ -84,19 +98,14 @@ def build_flux_dit(
             self.context_embedder = nn.Linear(g.text_width, g.hidden)
             self.x_embedder = nn.Linear(g.in_channels, g.hidden)
             self.blocks = nn.ModuleList(
-                JointBlock(g.hidden, g.heads) for _ in range(g.double_blocks)
+                joint_block(g.hidden, g.heads) for _ in range(g.double_blocks)
             )
             self.single_blocks = nn.ModuleList(
-                SingleBlock(g.hidden, g.heads) for _ in range(g.single_blocks)
+                single_block(g.hidden, g.heads) for _ in range(g.single_blocks)
             )
             self.final_norm_out = AdaLayerNormContinuous(g.hidden)
             self.final_proj_out = nn.Linear(g.hidden, g.out_channels)
             self.input_dim = g.in_channels
 
-    def stored_as(name: str) -> Storage:
-        return getattr(precision, kind_of_layer(name))
-
     with skip_model_initialization():
-        dit = SizedFluxDiT()
-    store(dit, storage_of or stored_as)
-    return OffloadedModule(dit, [*dit.blocks, *dit.single_blocks])
+        return SizedFluxDiT()

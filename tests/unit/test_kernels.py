@@ -1,0 +1,173 @@
+"""The operations between products: fused kernels against the plain ones, both against float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from majicflux.engine import kernels
+from majicflux.engine.rows import Rows, Wanted, prepare, rms_rope_
+from majicflux.engine.stored_linear import LIMITS, StoredNorm, hadamard, rotate
+
+CUDA = pytest.param(
+    torch.device("cuda", 0),
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
+    ),
+)
+DEVICES = [torch.device("cpu"), CUDA]
+WIDTH, TOKENS, BATCH = 512, 37, 2
+FORMATS = [
+    None,
+    Wanted(torch.int8, LIMITS[torch.int8], 256),
+    Wanted(torch.int8, LIMITS[torch.int8], 0),
+    Wanted(torch.float8_e4m3fn, LIMITS[torch.float8_e4m3fn], 0),
+]
+# What is prepared: rows alone, normed rows, GELU alone, rows beside GELU.
+CASES = {"plain": (1, 0, 0), "norm": (1, 1, 0), "gelu": (0, 0, 1), "beside": (1, 0, 1)}
+
+
+def random(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(shape, generator=generator)).to(device, torch.bfloat16)
+
+
+def inputs(case: str, device: torch.device) -> tuple:
+    """Strided, as slices of a wider product are."""
+    with_x, with_norm, with_gelu = CASES[case]
+    wide = random(BATCH, TOKENS + 3, 3 * WIDTH, device=device)
+    x = wide[:, 3:, :WIDTH] if with_x else None
+    gelu = wide[:, 3:, WIDTH:] if with_gelu else None
+    modulation = random(BATCH, 1, 6 * WIDTH, device=device, seed=1).chunk(6, dim=-1)
+    return x, modulation[1:3] if with_norm else None, gelu
+
+
+def in_float64(x, norm, gelu, group: int) -> torch.Tensor:
+    parts = []
+    if x is not None:
+        x = x.double()
+        if norm is not None:
+            shift, scale = (part.double() for part in norm)
+            x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        parts.append(x)
+    if gelu is not None:
+        parts.append(torch.nn.functional.gelu(gelu.double(), approximate="tanh"))
+    return rotate(torch.cat(parts, dim=-1), group)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("case", "wanted"), list(itertools.product(CASES, FORMATS)))
+def test_prepared_rows_are_those_of_float64(device, case: str, wanted: Wanted | None) -> None:
+    x, norm, gelu = inputs(case, device)
+    found = prepare(x, norm, gelu, wanted)
+    exact = in_float64(x, norm, gelu, wanted.group if wanted else 0)
+    if wanted is None:
+        assert isinstance(found, torch.Tensor)
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - exact).norm() <= 5e-3 * exact.norm()
+        return
+    assert isinstance(found, Rows)
+    assert found.values.dtype == wanted.dtype
+    # Every row uses the whole range of its format, and each value is off by half a step at most.
+    assert (found.values.float().abs().amax(-1) >= 0.99 * wanted.limit).all()
+    back = found.values.double() * found.scale.double()
+    step = found.scale.double() if wanted.dtype == torch.int8 else (exact.abs() / 8 + found.scale)
+    # The norm and GELU are rounded to bfloat16 where they are not fused.
+    rounding = 0.008 * exact.abs().amax(-1, keepdim=True) if norm or gelu is not None else 0
+    assert ((back - exact).abs() <= 0.501 * step + rounding).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_zeros_and_outliers(device) -> None:
+    for wanted in FORMATS[1:]:
+        x = torch.zeros(1, 3, WIDTH, device=device, dtype=torch.bfloat16)
+        x[0, 1, 7] = 1e4
+        rows = prepare(x, wanted=wanted)
+        assert isinstance(rows, Rows)
+        back = rotate(rows.values.float() * rows.scale, wanted.group)
+        assert torch.isfinite(back).all()
+        assert not back[0, 0].any()
+        assert back[0, 1, 7] == pytest.approx(1e4, rel=0.04)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_norm_and_rope_are_those_of_float64(device, batch: int) -> None:
+    heads, half = 2, 64
+    qkv = random(batch, TOKENS, 3 * heads * 2 * half + 64, device=device)[..., :-64]
+    angle = torch.rand(1, 1, TOKENS, half, device=device) * 6
+    rope = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
+    rope = rope.unflatten(-1, (2, 2))
+    norms = []
+    for seed in (3, 4):
+        norm = StoredNorm(2 * half, 1e-6, torch.bfloat16).to_empty(device=device)
+        norm.weight.data.copy_(random(2 * half, device=device, seed=seed))
+        norms.append(norm)
+    exact = []
+    for part, norm in zip(qkv.double().chunk(3, dim=-1), norms, strict=False):
+        x = part.unflatten(-1, (heads, half, 2))
+        x = x / (x.square().mean((-1, -2), keepdim=True) + 1e-6).sqrt()
+        x = x * norm.weight.double().view(half, 2)
+        cos, sin = (f(angle.double())[:, 0, :, None] for f in (torch.cos, torch.sin))
+        turned = (cos * x[..., 0] - sin * x[..., 1], sin * x[..., 0] + cos * x[..., 1])
+        exact.append(torch.stack(turned, -1).flatten(2))
+    values = qkv.chunk(3, dim=-1)[2].clone()
+    rms_rope_(qkv, *norms, rope, heads)
+    q, k, v = qkv.double().chunk(3, dim=-1)
+    for found, right in ((q, exact[0]), (k, exact[1])):
+        assert (found - right).norm() <= 5e-3 * right.norm()
+    assert torch.equal(v, values.double())
+
+
+def test_the_hadamard_matrix_is_its_own_inverse_and_comfyuis() -> None:
+    for size in (4, 16, 64, 256):
+        matrix = hadamard(size, torch.device("cpu"), torch.float64)
+        assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64))
+        assert torch.equal(matrix, matrix.to(torch.bfloat16).double())
+    utils = pytest.importorskip("comfy_kitchen.tensor.int8_utils")
+    theirs = utils._build_hadamard(256, "cpu", torch.float64)
+    assert torch.equal(hadamard(256, torch.device("cpu"), torch.float64), theirs)
+
+
+INTERPRETED = """
+import torch
+from majicflux.engine import triton_kernels as fused
+from majicflux.engine.rows import Wanted, prepare
+from majicflux.engine.stored_linear import LIMITS
+generator = torch.Generator().manual_seed(0)
+wide = torch.randn(2, 5, 1536, generator=generator)
+x, gelu = wide[..., :512], wide[..., 512:]
+norm = tuple(torch.randn(2, 1, 512, generator=generator) for _ in range(2))
+for case in ((x, None, None), (x, norm, None), (None, None, gelu), (x, None, gelu)):
+    plain = prepare(*case)
+    assert (fused.prepare(*case, 1e-6, None)[0] - plain).abs().max() < 1e-4
+    for group in (0, 256):
+        rows = prepare(*case, Wanted(torch.int8, 127.0, group))
+        values, scale = fused.prepare(*case, 1e-6, (torch.int8, 127.0, group))
+        assert torch.allclose(scale, rows.scale, rtol=1e-3)
+        # A value halfway between two steps may go either way.
+        assert (values.int() - rows.values.int()).abs().max() <= 1
+        assert (values != rows.values).float().mean() < 0.02
+print("equal")
+"""
+
+
+def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
+    """In Triton's interpreter, which needs no card."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+def test_a_cpu_has_no_fused_kernels() -> None:
+    assert not kernels.fused(torch.zeros(1))
+    assert kernels.capability(torch.device("cpu")) is None
