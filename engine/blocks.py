@@ -3,6 +3,7 @@
 Where no kernel is fused, every value is rounded when DiffSynth rounds it, so the results are
 DiffSynth's bit for bit. Attention masks and IP-adapters take DiffSynth's own forward.
 """
+# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
 
 from typing import Any
 

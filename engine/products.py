@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .rows import Rows, Wanted, quantize_activations
-from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product, rotate
+from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product
 
 log = logging.getLogger("majicflux")
 
@@ -38,8 +38,8 @@ class Dequantized:
         sizes = [layer.weight.numel() for layer in layers if layer.weight.dtype != dtype]
         self.buffer = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
 
-    def wanted(self, layer: StoredLinear) -> None:
-        return None
+    def wanted(self, layer: StoredLinear) -> Wanted | None:
+        return Wanted(None, 0.0, layer.group) if layer.group else None
 
     def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
         return dequantized_product(layer, x, self.buffer, out)
@@ -61,7 +61,7 @@ class EightBit:
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         dtype = layer.weight.dtype
         if dtype not in self.dtypes or layer in self.refused:
-            return None
+            return self.otherwise.wanted(layer)
         if self.kitchen and dtype == torch.int8:
             return None  # its kernel rotates and quantizes by itself
         return Wanted(dtype, LIMITS[dtype], layer.group)
@@ -95,7 +95,8 @@ class EightBit:
             )
         self.refused.add(layer)
         if isinstance(x, Rows):
-            x = rotate(x.values.float() * x.scale, layer.group).to(x.dtype)
+            values, scale = _flat(x)
+            x = Rows((values.float() * scale).to(x.dtype).view(x.values.shape), None, x.dtype)
         return self.otherwise(layer, x, out)
 
 
@@ -173,7 +174,7 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
 
 def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
     weight, scale = layer.weight, layer.scale
-    values, row_scale = x.values.flatten(0, -2), x.scale.reshape(-1, 1)
+    values, row_scale = _flat(x)
     if scale is None:
         scale = torch.ones(len(weight), device=weight.device)
     if not values.is_cuda:  # the same arithmetic without the units
@@ -192,7 +193,7 @@ def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
 def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
     weight, scale, bias = layer.weight, layer.scale, layer.bias
     assert scale is not None, "int8 weights have a scale"
-    values, row_scale = x.values.flatten(0, -2), x.scale.reshape(-1, 1)
+    values, row_scale = _flat(x)
     y = _result(layer, x, out)
     if kernels.fused(values):
         from . import triton_kernels
@@ -219,11 +220,17 @@ def _kitchen_product(layer: StoredLinear, x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def _flat(x: Rows) -> tuple[Tensor, Tensor]:
+    """The values [rows, n] and their scale [rows, 1]."""
+    assert x.scale is not None, "these rows have not been quantized"
+    return x.values.flatten(0, -2), x.scale.reshape(-1, 1)
+
+
 def _result(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
     """Memory for the product: `out` if its rows lie one after the other, or new."""
     if out is not None and out.is_contiguous():
         return out
-    return x.scale.new_empty(*x.values.shape[:-1], len(layer.weight), dtype=x.dtype)
+    return x.values.new_empty(*x.values.shape[:-1], len(layer.weight), dtype=x.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -21,20 +21,21 @@ EPS = 1e-6  # of every norm in Flux.1
 class Wanted:
     """The format in which a product takes its rows."""
 
-    dtype: torch.dtype  # int8 or float8_e4m3fn
+    dtype: torch.dtype | None  # int8, float8_e4m3fn, or None: as they are, only rotated
     limit: float  # largest value that is used of it
     group: int  # columns that are rotated together, 0: none
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of activations in 8 bits: values [..., n], scale float32 [..., 1], x = values * scale.
+    """Rows as a product wanted them: values [..., n], scale float32 [..., 1], x = values * scale.
 
-    dtype: what they were made from and the product's result is to be.
+    scale is None where the values are only rotated. dtype: what they were made from and the
+    product's result is to be.
     """
 
     values: Tensor
-    scale: Tensor
+    scale: Tensor | None
     dtype: torch.dtype
 
 
@@ -63,9 +64,14 @@ def prepare(
 
 
 def quantize_activations(x: Tensor, wanted: Wanted) -> Rows:
-    """One scale a row, found in float32; a row of zeros gets a scale of almost nothing."""
+    """One scale a row, found in float32; a row of zeros gets a scale of almost nothing.
+
+    Rows that are only to be rotated keep their dtype.
+    """
     from .stored_linear import rotate
 
+    if wanted.dtype is None:
+        return Rows(rotate(x, wanted.group), None, x.dtype)
     values = rotate(x.float(), wanted.group)
     scale = (values.abs().amax(dim=-1, keepdim=True) / wanted.limit).clamp_min_(1e-30)
     values = (values / scale).clamp_(-wanted.limit, wanted.limit)
@@ -110,4 +116,4 @@ def _fused(
     values, scale = triton_kernels.prepare(
         x, norm, gelu, EPS, wanted and (wanted.dtype, wanted.limit, wanted.group)
     )
-    return values if scale is None else Rows(values, scale, source.dtype)
+    return Rows(values, scale, source.dtype) if wanted else values

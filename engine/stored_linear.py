@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import kernels
 from .precision import Storage
 from .rows import Rows, prepare
 
@@ -81,25 +82,36 @@ def dequantized_product(
 ) -> Tensor:
     """The product in the dtype of x, the weight converted for its length, into `buffer` if given.
 
-    A rotated weight meets a rotated input: that is the same product, and less to rotate.
+    A rotated weight meets a rotated input: that is the same product, and less to rotate. Rows have
+    been rotated already.
     The result is `out` where that is given, contiguous, and the layer has a bias.
     """
-    assert isinstance(x, Tensor), "this product takes no quantized rows"
+    x = rotate(x, layer.group) if isinstance(x, Tensor) else x.values
     weight = layer.weight
     if weight.dtype != x.dtype:
-        if buffer is not None:
-            weight = buffer[: weight.numel()].view(weight.shape).copy_(weight)
-        else:
-            weight = weight.to(x.dtype)
-        if layer.scale is not None:
-            # The fresh copy is scaled in place; PyTorch multiplies in float32 and rounds once.
-            weight.mul_(layer.scale[:, None])
+        weight = _converted(layer, x.dtype, buffer)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    x = rotate(x, layer.group)
     if out is None or bias is None or not out.is_contiguous():
         return F.linear(x, weight, bias)
     torch.addmm(bias, x.flatten(0, -2), weight.T, out=out.flatten(0, -2))
     return out
+
+
+def _converted(layer: StoredLinear, dtype: torch.dtype, buffer: Tensor | None) -> Tensor:
+    """The weight of the layer in another dtype, still rotated."""
+    stored, scale = layer.weight, layer.scale
+    if buffer is None:
+        buffer = torch.empty(stored.numel(), dtype=dtype, device=stored.device)
+    weight = buffer[: stored.numel()].view(stored.shape)
+    if scale is None:
+        return weight.copy_(stored)
+    if kernels.fused(stored):
+        from . import triton_kernels
+
+        triton_kernels.dequantize(stored, scale, weight)
+        return weight
+    # The fresh copy is scaled in place; PyTorch multiplies in float32 and rounds once.
+    return weight.copy_(stored).mul_(scale[:, None])
 
 
 def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor, group: int = 0) -> None:

@@ -74,11 +74,11 @@ def prepare(
     norm: tuple[Tensor, Tensor] | None,
     gelu: Tensor | None,
     eps: float,
-    wanted: tuple[torch.dtype, float, int] | None,
+    wanted: tuple[torch.dtype | None, float, int] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`rows.prepare` in one kernel: the values, and their scale if they are wanted in 8 bits.
 
-    wanted: (dtype, largest value, columns that are rotated together).
+    wanted: (dtype or None, largest value, columns that are rotated together).
     """
     from .stored_linear import hadamard
 
@@ -88,10 +88,11 @@ def prepare(
     width = 0 if x is None else x.shape[-1]
     more = 0 if gelu is None else gelu.shape[-1]
     x, gelu = _unit_stride(x), _unit_stride(gelu)
-    dtype, limit, group = wanted or (source.dtype, 0.0, 0)
+    dtype, limit, group = wanted or (None, 0.0, 0)
+    dtype = dtype or source.dtype
     out = torch.empty(batch, tokens, width + more, dtype=dtype, device=source.device)
     scale = None
-    if wanted is not None:
+    if limit:
         scale = torch.empty(batch, tokens, 1, device=source.device)
     shift, factor = (_unit_stride(part) for part in norm) if norm else (None, None)
     side = round(group**0.5)
@@ -135,6 +136,26 @@ def _rms_rope(
     turned_odd = tl.load(turn + 2) * even + tl.load(turn + 3) * odd
     x = tl.reshape(tl.join(turned_even, turned_odd), (SOME, 2 * HALF))
     tl.store(qkv_ptr + place, x.to(qkv_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _dequantize(weight_ptr, scale_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = row * WIDTH + column
+    weight = tl.load(weight_ptr + place, mask=column < WIDTH, other=0.0).to(tl.float32)
+    out = weight * tl.load(scale_ptr + row)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
+
+
+def dequantize(weight: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out [rows, columns] = weight * scale[:, None], rounded once; all contiguous."""
+    rows, width = weight.shape
+    block = min(4096, triton.next_power_of_2(width))
+    with _on(weight.device):
+        _dequantize[(rows, triton.cdiv(width, block))](
+            weight, scale, out, WIDTH=width, BLOCK=block, num_warps=4
+        )
 
 
 def rms_rope_(

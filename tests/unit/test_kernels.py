@@ -75,8 +75,9 @@ def test_prepared_rows_are_those_of_float64(device, case: str, wanted: Wanted | 
     assert (found.values.float().abs().amax(-1) >= 0.99 * wanted.limit).all()
     back = found.values.double() * found.scale.double()
     step = found.scale.double() if wanted.dtype == torch.int8 else (exact.abs() / 8 + found.scale)
-    # The norm and GELU are rounded to bfloat16 where they are not fused.
-    rounding = 0.008 * exact.abs().amax(-1, keepdim=True) if norm or gelu is not None else 0
+    # The norm and GELU are rounded to bfloat16 where they are not fused, the rotation to tf32.
+    share = 0.008 if norm or gelu is not None else 0.001
+    rounding = share * exact.abs().amax(-1, keepdim=True)
     assert ((back - exact).abs() <= 0.501 * step + rounding).all()
 
 
@@ -90,7 +91,7 @@ def test_rows_of_zeros_and_outliers(device) -> None:
         back = rotate(rows.values.float() * rows.scale, wanted.group)
         assert torch.isfinite(back).all()
         assert not back[0, 0].any()
-        assert back[0, 1, 7] == pytest.approx(1e4, rel=0.04)
+        assert back[0, 1, 7].item() == pytest.approx(1e4, rel=0.04)
 
 
 @pytest.mark.parametrize("device", DEVICES)
