@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .rows import Rows, Wanted, quantize_activations
+from .rows import Rows, Wanted, prepare
 from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product
 
 log = logging.getLogger("majicflux")
@@ -74,7 +74,8 @@ class EightBit:
             if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
                 return _kitchen_product(layer, x)
             if isinstance(x, Tensor):
-                x = quantize_activations(x, Wanted(dtype, LIMITS[dtype], layer.group))
+                x = prepare(x, wanted=Wanted(dtype, LIMITS[dtype], layer.group))
+            assert isinstance(x, Rows)
             product = _int8_product if dtype == torch.int8 else _float8_product
             return product(layer, x, out)
         except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -198,7 +199,7 @@ def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
     if kernels.fused(values):
         from . import triton_kernels
 
-        triton_kernels.int8_product(values, row_scale, weight, scale, bias, y)
+        triton_kernels.int8_product(values, row_scale, weight, scale, bias, y.flatten(0, -2))
     else:
         for first in range(0, len(values), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)

@@ -100,7 +100,11 @@ def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -
 
 def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate * y; rounded once where kernels are fused, twice as in DiffSynth elsewhere."""
-    return torch.addcmul(x, gate, y) if kernels.fused(x) else x + gate * y
+    if kernels.fused(x):
+        from . import triton_kernels
+
+        return triton_kernels.add_gated(x, gate, y)
+    return x + gate * y
 
 
 def _fused(

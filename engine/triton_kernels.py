@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 has no fractions from here on: adding it rounds
 
@@ -54,9 +55,9 @@ def _prepare(
         # The Hadamard matrix of SIDE^2 is that of SIDE along both axes of a square.
         side = tl.arange(0, SIDE)
         small = tl.load(hadamard_ptr + side[:, None] * SIDE + side[None, :])
-        x = tl.dot(tl.reshape(x, (BLOCK // SIDE, SIDE)), small)
+        x = tl.dot(tl.reshape(x.to(tl.bfloat16), (BLOCK // SIDE, SIDE)), small)
         x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
-        x = tl.dot(tl.reshape(x, (BLOCK // SIDE, SIDE)), small)
+        x = tl.dot(tl.reshape(x.to(tl.bfloat16), (BLOCK // SIDE, SIDE)), small)
         x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
         x = tl.reshape(x, (BLOCK,))
     if LIMIT > 0:
@@ -96,7 +97,7 @@ def prepare(
         scale = torch.empty(batch, tokens, 1, device=source.device)
     shift, factor = (_unit_stride(part) for part in norm) if norm else (None, None)
     side = round(group**0.5)
-    small = hadamard(side, source.device, torch.float32) if side else source
+    small = hadamard(side, source.device, torch.bfloat16) if side else source
     block = triton.next_power_of_2(width + more)
     with _on(source.device):
         _prepare[(batch * tokens,)](
@@ -107,7 +108,7 @@ def prepare(
             0 if shift is None else shift.stride(0),
             WIDTH=width, MORE=more, BLOCK=block, NORM=norm is not None,
             EPS=eps, SIDE=side, LIMIT=limit, ROUND=dtype == torch.int8,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=8 if block > 8192 else 2 if side else 4,
         )  # fmt: skip
     return out, scale
 
@@ -177,40 +178,30 @@ def rms_rope_(
 
 @triton.jit
 def _int8_product(
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
     rows, columns,
-    DEPTH: tl.constexpr, BIAS: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr,
+    DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows and columns, which then stay in the cache.
     program = tl.program_id(0)
-    high, across = tl.cdiv(rows, TALL), tl.cdiv(columns, WIDE)
+    high, across = tl.cdiv(rows, SIDE), tl.cdiv(columns, SIDE)
     first = program // (GROUP * across) * GROUP
     size = min(high - first, GROUP)
-    tile_row = first + program % (GROUP * across) % size
-    tile_column = program % (GROUP * across) // size
+    top = (first + program % (GROUP * across) % size) * SIDE
+    left = program % (GROUP * across) // size * SIDE
 
-    row = (tile_row * TALL + tl.arange(0, TALL)).to(tl.int64)
-    column = (tile_column * WIDE + tl.arange(0, WIDE)).to(tl.int64)
-    depth = tl.arange(0, DEEP)
-    # Beyond the edge some rows are computed twice; their result is not stored.
-    x = x_ptr + (row % rows)[:, None] * DEPTH + depth[None, :]
-    w = w_ptr + (column % columns)[None, :] * DEPTH + depth[:, None]
-    total = tl.zeros((TALL, WIDE), tl.int32)
-    for start in range(0, DEPTH, DEEP):
-        total += tl.dot(tl.load(x + start), tl.load(w + start), out_dtype=tl.int32)
+    total = tl.zeros((SIDE, SIDE), tl.int32)
+    for start in range(0, DEPTH, SIDE):
+        x, w = x_tiles.load([top, start]), w_tiles.load([left, start])
+        total += tl.dot(x, w.T, out_dtype=tl.int32)
 
+    row, column = top + tl.arange(0, SIDE), left + tl.arange(0, SIDE)
     x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
     w_scale = tl.load(w_scale_ptr + column, mask=column < columns)
     out = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
     if BIAS:
         out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    place = out_ptr + row[:, None] * columns + column[None, :]
-    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-DEEP = 128  # columns of both factors at once; the depth of a product must be a multiple
+    out_tiles.store([top, left], out.to(out_tiles.dtype))
 
 
 def int8_product(
@@ -218,21 +209,50 @@ def int8_product(
 ) -> None:
     """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, the sums exact in int32.
 
-    x: int8 [rows, depth], x_scale: float32 [rows]; weight: int8 [columns, depth], scale: float32
-    [columns]; everything contiguous.
+    x: int8 [rows, depth], x_scale: float32 [rows, 1]; weight: int8 [columns, depth], scale:
+    float32 [columns]; everything contiguous, depth and columns multiples of 16.
     """
-    rows, depth = x.shape
-    columns = len(weight)
-    if depth % DEEP:
-        raise ValueError(f"the int8 kernel needs a depth that {DEEP} divides, not {depth}")
-    tall = wide = 128
+    (rows, depth), columns = x.shape, len(weight)
+    if depth % 16 or columns % 16:
+        raise ValueError(f"the int8 kernel needs multiples of 16, not {columns}x{depth}")
+    side = 128  # of the tiles, the best of those that were measured on an H200
+    tiles = (TensorDescriptor.from_tensor(t, [side, side]) for t in (x, weight, out))
+    x_tiles, w_tiles, out_tiles = tiles
     with _on(x.device):
-        _int8_product[(triton.cdiv(rows, tall) * triton.cdiv(columns, wide),)](
-            x, weight, x_scale, scale, bias, out,
+        _int8_product[(triton.cdiv(rows, side) * triton.cdiv(columns, side),)](
+            x_tiles, w_tiles, x_scale, scale, bias, out_tiles,
             rows, columns,
-            DEPTH=depth, BIAS=bias is not None, TALL=tall, WIDE=wide, DEEP=DEEP, GROUP=8,
-            num_warps=4, num_stages=3,
+            DEPTH=depth, BIAS=bias is not None, SIDE=side, GROUP=8, num_warps=8, num_stages=3,
         )  # fmt: skip
+
+
+@triton.jit
+def _add_gated(
+    x_ptr, gate_ptr, y_ptr, out_ptr, tokens, gate_batch, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = row * WIDTH + column
+    gate = tl.load(gate_ptr + row // tokens * gate_batch + column, mask=inside, other=0.0)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    out = x + gate.to(tl.float32) * y
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate * y, rounded once. x, y: [batch, tokens, width]; gate: [batch, 1, width]."""
+    batch, tokens, width = x.shape
+    x, y = x.contiguous(), y.contiguous()
+    assert gate.stride(-1) == 1
+    out = torch.empty_like(x)
+    with _on(x.device):
+        _add_gated[(batch * tokens,)](
+            x, gate, y, out, tokens, gate.stride(0),
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
