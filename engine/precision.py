@@ -85,7 +85,7 @@ def uniform(storage: Storage) -> Precision:
 # token: they are a quarter of the parameters, and in 8 bits a third of the error of the blocks.
 PRECISIONS = {
     "float8_e4m3fn": Precision(FLOAT8, FLOAT8, BFLOAT16, BFLOAT16),
-    "int8 rotated": Precision(INT8_ROTATED, INT8_ROTATED, INT8_ROTATED, BFLOAT16),
+    "int8 rotated": Precision(INT8_ROTATED, INT8_ROTATED, BFLOAT16, BFLOAT16),
     "bfloat16": uniform(BFLOAT16),
     "float8_e4m3fn unscaled": uniform(FLOAT8_UNSCALED),
 }

@@ -17,6 +17,7 @@ log = logging.getLogger("majicflux")
 
 INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
+FEW_ROWS = 16  # which cost nothing to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
 
 
@@ -68,7 +69,8 @@ class EightBit:
 
     def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
         dtype = layer.weight.dtype
-        if dtype not in self.dtypes or layer in self.refused:
+        few = isinstance(x, Tensor) and x.numel() <= FEW_ROWS * x.shape[-1]
+        if dtype not in self.dtypes or layer in self.refused or few:
             return self.otherwise(layer, x, out)
         try:
             if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):

@@ -55,9 +55,9 @@ def _prepare(
         # The Hadamard matrix of SIDE^2 is that of SIDE along both axes of a square.
         side = tl.arange(0, SIDE)
         small = tl.load(hadamard_ptr + side[:, None] * SIDE + side[None, :])
-        x = tl.dot(tl.reshape(x.to(tl.bfloat16), (BLOCK // SIDE, SIDE)), small)
+        x = tl.dot(tl.reshape(x.to(small.dtype), (BLOCK // SIDE, SIDE)), small)
         x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
-        x = tl.dot(tl.reshape(x.to(tl.bfloat16), (BLOCK // SIDE, SIDE)), small)
+        x = tl.dot(tl.reshape(x.to(small.dtype), (BLOCK // SIDE, SIDE)), small)
         x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
         x = tl.reshape(x, (BLOCK,))
     if LIMIT > 0:
@@ -97,7 +97,9 @@ def prepare(
         scale = torch.empty(batch, tokens, 1, device=source.device)
     shift, factor = (_unit_stride(part) for part in norm) if norm else (None, None)
     side = round(group**0.5)
-    small = hadamard(side, source.device, torch.bfloat16) if side else source
+    # Triton's interpreter, which runs on the CPU, does not multiply bfloat16.
+    turning = torch.bfloat16 if source.is_cuda else torch.float32
+    small = hadamard(side, source.device, turning) if side else source
     block = triton.next_power_of_2(width + more)
     with _on(source.device):
         _prepare[(batch * tokens,)](

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from majicflux.engine.pipeline import Request, paint
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
+from majicflux.engine.products import Dequantized, EightBit
+from majicflux.engine.stored_linear import StoredLinear, quantize_rows
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 
@@ -34,10 +36,65 @@ def test_the_card_paints_what_the_cpu_paints(make_pipeline) -> None:
     assert (on_card - on_cpu).abs().mean() < 1e-3
 
 
-def test_the_card_converts_to_the_weights_of_the_cpu(models: Path) -> None:
+@pytest.mark.parametrize("mode", ["bfloat16", "8-bit", "auto"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_paints_on_the_card_what_it_paints_on_the_cpu(
+    make_pipeline, precision: str, mode: str
+) -> None:
+    if mode == "8-bit" and not PRECISIONS[precision].eight_bit:
+        pytest.skip("there is nothing in 8 bits")
+
+    def latents(device: torch.device, precision: str = precision, mode: str = mode):
+        options = {"precision": PRECISIONS[precision], "mode": mode, "device": device}
+        return paint(make_pipeline(**options), REQUEST, lambda *_: None, lambda: None)[1]
+
+    on_card, on_cpu = latents(CUDA), latents(torch.device("cpu"))
+    exact = latents(torch.device("cpu"), "bfloat16", "bfloat16")
+    # Both round, at other places: they differ by no more than their own error.
+    error = (on_cpu - exact).norm() + 0.02 * exact.norm()
+    assert (on_card - on_cpu).norm() <= 1.5 * error
+
+
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+def test_the_product_in_8_bits_is_that_of_float64(precision: str) -> None:
+    storage = PRECISIONS[precision].mlp
+    layer = StoredLinear(512, 384, True, storage).to_empty(device=CUDA)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    weight = torch.randn(384, 512, device=CUDA, generator=generator)
+    quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
+    layer.bias.data.normal_(generator=generator)
+    x = torch.randn(1, 40, 512, device=CUDA, dtype=torch.bfloat16, generator=generator)
+    plain = Dequantized([layer], CUDA, x.dtype)
+    layer.product = EightBit([layer.weight.dtype], CUDA, plain)
+    rows = layer.rows(x)
+    found = layer(rows)
+    exact = (rows.values.double() * rows.scale.double()) @ (
+        layer.weight.double() * layer.scale.double()[:, None]
+    ).T + layer.bias.double()
+    assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
+    assert not layer.product.refused
+    assert torch.equal(found, layer(layer.rows(x), out=torch.empty_like(found)))
+
+
+def test_what_a_kernel_refuses_is_dequantized(caplog: pytest.LogCaptureFixture) -> None:
+    layer = StoredLinear(24, 40, True, INT8_ROTATED).to_empty(device=CUDA)
+    weight = torch.randn(40, 24, device=CUDA)
+    quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
+    layer.bias.data.zero_()
+    x = torch.randn(1, 64, 24, device=CUDA, dtype=torch.bfloat16)
+    layer.product = EightBit([torch.int8], CUDA, Dequantized([layer], CUDA, x.dtype))
+    for _ in range(2):
+        found = layer(layer.rows(x))
+    exact = x.double() @ weight.double().T
+    assert (found.double() - exact).norm() <= 0.03 * exact.norm()
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+def test_the_card_converts_to_the_weights_of_the_cpu(models: Path, precision: str) -> None:
     path = models / demo_models.DIT_FILE
-    on_cpu, _ = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])
-    on_card, _ = load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=CUDA)
+    on_cpu, _ = load_flux_dit(path, PRECISIONS[precision])
+    on_card, _ = load_flux_dit(path, PRECISIONS[precision], device=CUDA)
     theirs = dict(on_card.module.named_parameters())
     for name, parameter in on_cpu.module.named_parameters():
         assert parameter.device == theirs[name].device

@@ -52,7 +52,7 @@ def test_bfloat16_weights_are_those_of_the_file(models: Path) -> None:
     ("precision", "attention", "modulation"),
     [
         ("float8_e4m3fn", torch.float8_e4m3fn, torch.bfloat16),
-        ("int8 rotated", torch.int8, torch.int8),
+        ("int8 rotated", torch.int8, torch.bfloat16),
     ],
 )
 def test_eight_bits_are_for_the_matrices_of_the_blocks(
