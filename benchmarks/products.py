@@ -50,6 +50,7 @@ def main() -> None:
                     print(f"not measured: {name}: {str(problem).splitlines()[0]}")
                     continue
                 name = f"{shape} {name}, off by {error:.4f}"
+                print(f"{name}: {seconds * 1e6:.0f} us", flush=True)
                 rows.append(Row(name, seconds * 1e6, "us", plain * 1e6, "bfloat16"))
             # GELU has to pass over memory anyway: what does it cost to quantize on the way?
             activated = measure(lambda: prepare(None, gelu=x), device)  # noqa: B023

@@ -88,12 +88,35 @@ def scaled(tensors: Tensors, style: str, per_row: bool, dtype: torch.dtype = FLO
             found[name.removesuffix("weight") + "scale_weight"] = scale
         else:
             found[name + "_scale"] = scale
-            marker = json.dumps({"format": "float8_e4m3fn"}).encode()
-            layer = name.removesuffix("weight")
-            found[layer + "comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
+            found[name.removesuffix("weight") + "comfy_quant"] = marked({"format": "float8_e4m3fn"})
     if style == "old":
         found["scaled_fp8"] = torch.zeros(2, dtype=dtype)
     return found
+
+
+def int8_tensorwise(tensors: Tensors, group: int, per_row: bool = True) -> Tensors:
+    """ComfyUI's int8 of the matrices of the blocks, made by the library that it ships."""
+    from comfy_kitchen.tensor.int8 import TensorWiseINT8Layout
+
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or "blocks." not in name:
+            found[name] = tensor
+            continue
+        found[name], params = TensorWiseINT8Layout.quantize(
+            tensor.float(), per_channel=per_row, convrot=group > 0, convrot_groupsize=group or 256
+        )
+        found[name + "_scale"] = params.scale
+        marker = {"format": "int8_tensorwise"}
+        if group:
+            marker |= {"convrot": True, "convrot_groupsize": group}
+        found[name.removesuffix("weight") + "comfy_quant"] = marked(marker)
+    return found
+
+
+def marked(marker: dict) -> torch.Tensor:
+    """ComfyUI's marker of a layer's format: JSON in bytes."""
+    return torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
 
 
 def dequantized(tensors: Tensors) -> Tensors:

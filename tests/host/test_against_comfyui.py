@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from file_layouts import scaled, to_diffusers, vae_to_diffusers
+from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
 from majicflux.engine.precision import FLOAT32, uniform
@@ -94,6 +94,32 @@ def test_comfyuis_loader_reads_the_same_weights(models: Path, tmp_path: Path, la
     net = theirs.model.diffusion_model
     expected = net(latents, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5]))
     assert relative_difference(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("group", "per_row"), [(256, True), (64, True), (0, True), (0, False)])
+@torch.no_grad()
+def test_comfyuis_int8_files_hold_the_same_weights(
+    models: Path, tmp_path: Path, group: int, per_row: bool
+) -> None:
+    """Its products round the activations too, so the weights are compared."""
+    import comfy.sd
+    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+
+    source = load_file(models / demo_models.DIT_FILE)
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in source.items()}
+    path = tmp_path / "model.safetensors"
+    save_file(int8_tensorwise(plain, group, per_row), path)
+    ours = dict(load_flux_dit(path, uniform(FLOAT32))[0].module.named_parameters())
+    net = comfy.sd.load_diffusion_model(str(path)).model.diffusion_model
+    theirs = {}
+    for name, parameter in net.named_parameters():
+        values = parameter.dequantize() if hasattr(parameter, "dequantize") else parameter
+        theirs[name.replace("_norm.weight", "_norm.scale")] = values.float()
+    theirs = FluxDiTStateDictConverter(theirs)
+    assert theirs.keys() == ours.keys()
+    for name, parameter in ours.items():
+        # Theirs are dequantized to bfloat16.
+        assert relative_difference(parameter, theirs[name]) <= 4e-3, name
 
 
 @torch.no_grad()

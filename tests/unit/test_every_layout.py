@@ -8,9 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from file_layouts import FLOAT8, Tensors, dequantized, scaled, to_diffusers, vae_to_diffusers
+from file_layouts import (
+    FLOAT8,
+    Tensors,
+    dequantized,
+    int8_tensorwise,
+    marked,
+    scaled,
+    to_diffusers,
+    vae_to_diffusers,
+)
 from majicflux.engine.pipeline import Pipeline
 from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.stored_linear import rotate
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -95,6 +105,57 @@ def test_diffusers_shards_in_a_folder(plain: Tensors, saved) -> None:
     last.unlink()
     with pytest.raises(ModelFileError, match=r"lacks .*-00003-of-00003\.safetensors"):
         inspect_flux_dit(last.parent)
+
+
+@pytest.mark.parametrize("precision", ["int8 rotated", "float8_e4m3fn"])
+@pytest.mark.parametrize(("group", "per_row"), [(256, True), (64, True), (0, True), (0, False)])
+def test_comfyuis_int8_is_used_as_it_is(plain, saved, group, per_row, precision: str) -> None:
+    pytest.importorskip("comfy_kitchen")
+    tensors = int8_tensorwise(plain, group, per_row)
+    weights, _ = load_flux_dit(saved(tensors), PRECISIONS[precision])
+    for theirs, ours in (
+        ("double_blocks.1.img_mlp.0", weights.module.blocks[1].ff_a[0]),
+        ("double_blocks.0.img_mod.lin", weights.module.blocks[0].norm1_a.linear),
+        ("single_blocks.1.linear1", weights.module.single_blocks[1].to_qkv_mlp),
+    ):
+        assert torch.equal(ours.weight, tensors[f"{theirs}.weight"])
+        scale = tensors[f"{theirs}.weight_scale"].reshape(-1)
+        assert torch.equal(ours.scale, scale.expand(len(ours.weight)))
+        assert ours.group == group
+    # In bfloat16 they are the values that the file stands for.
+    plain_layer = load_flux_dit(saved(tensors), PRECISIONS["bfloat16"])[0].module.blocks[1].ff_a[0]
+    before = plain["double_blocks.1.img_mlp.0.weight"].float()
+    difference = (plain_layer.weight.float() - before).norm() / before.norm()
+    assert 0 < difference < 0.02
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [{"format": "asym_w4a8_int8"}, {"format": "int8_tensorwise", "convrot": True,
+                                    "convrot_groupsize": 96}],
+)  # fmt: skip
+def test_other_formats_in_int8_are_refused(plain, saved, marker: dict) -> None:
+    pytest.importorskip("comfy_kitchen")
+    tensors = int8_tensorwise(plain, 256)
+    tensors["single_blocks.1.linear1.comfy_quant"] = marked(marker)
+    with pytest.raises(ModelFileError, match=r"linear1.*a quantisation that MajicFlux cannot read"):
+        inspect_flux_dit(saved(tensors))
+    tensors["single_blocks.1.linear1.comfy_quant"] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(ModelFileError, match=r"damaged comfy_quant marker beside single_blocks\.1"):
+        inspect_flux_dit(saved(tensors))
+
+
+def test_float8_files_keep_every_weight_unless_int8_is_wanted(plain, saved) -> None:
+    path = saved({n: t.to(FLOAT8) for n, t in plain.items()})
+    block = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0].module.blocks[0]
+    for layer in (block.ff_a[0], block.norm1_a.linear, block.attn.a_to_qkv):
+        assert layer.weight.dtype == FLOAT8
+        assert (layer.scale == 1).all()
+    block = load_flux_dit(path, PRECISIONS["int8 rotated"])[0].module.blocks[0]
+    assert (block.ff_a[0].weight.dtype, block.ff_a[0].group) == (torch.int8, 256)
+    exact = plain["double_blocks.0.img_mlp.0.weight"].to(FLOAT8).double()
+    stored = rotate(block.ff_a[0].weight.double() * block.ff_a[0].scale.double()[:, None], 256)
+    assert (stored - exact).norm() <= 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("style", ["old", "new"])

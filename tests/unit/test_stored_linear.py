@@ -1,8 +1,14 @@
 import pytest
 import torch
 
-from majicflux.engine.precision import BFLOAT16, FLOAT8
-from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, quantize_rows
+from majicflux.engine.precision import BFLOAT16, FLOAT8, INT8_ROTATED
+from majicflux.engine.stored_linear import (
+    FLOAT8_DTYPE,
+    LIMITS,
+    StoredLinear,
+    quantize_rows,
+    rotate,
+)
 
 FLOAT8_MAX = LIMITS[FLOAT8_DTYPE]
 HALF_STEP = 2**-4  # e4m3 has 3 mantissa bits: a normal number is off by at most 1/16 of itself
@@ -97,3 +103,78 @@ def test_the_product_leaves_the_stored_weight_as_it_was() -> None:
     before = layer.weight.view(torch.uint8).clone()
     layer(torch.randn(2, 8))
     assert torch.equal(layer.weight.view(torch.uint8), before)
+
+
+def rotated_int8(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    stored, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
+    quantize_rows(weight, stored, scale, group)
+    return stored, scale
+
+
+@pytest.mark.parametrize("group", [0, 4, 64, 256])
+@pytest.mark.parametrize("shape", [(1, 256), (5, 512), (3000, 256)])
+@pytest.mark.parametrize("size", [1e-35, 1e-6, 0.02, 1e4])
+def test_int8_is_within_half_a_step_of_float64(group: int, shape, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator) * size
+    stored, scale = rotated_int8(weight, group)
+    exact = rotate(weight.double(), group)
+    back = stored.double() * scale.double()[:, None]
+    # The rotation is done in float32.
+    bound = scale.double()[:, None] * 0.5 + 1e-6 * exact.abs().amax(dim=1, keepdim=True)
+    assert ((back - exact).abs() <= bound).all()
+    assert (stored.int().abs().amax(dim=1) == 127).all()
+
+
+@pytest.mark.parametrize("group", [0, 256])
+def test_int8_of_zeros_denormals_and_one_outlier(group: int) -> None:
+    weight = torch.zeros(4, 256)
+    weight[1] = 1e-44  # a denormal: as good as zero
+    weight[2, 3] = 1000.0
+    weight[3] = torch.finfo(torch.float32).max / 512
+    stored, scale = rotated_int8(weight, group)
+    back = rotate(stored.double() * scale.double()[:, None], group)
+    assert torch.isfinite(scale).all()
+    assert not back[0].any()
+    assert back[1].abs().max() < 1e-30
+    assert back[2, 3] == pytest.approx(1000.0, rel=0.01)
+    assert (back - weight.double()).norm() <= 0.01 * weight.double().norm()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_no_scale_can_save_is_refused_rotated_too(bad: float) -> None:
+    weight = torch.ones(3, 256)
+    weight[1, 1] = bad
+    with pytest.raises(ValueError, match="infinity or a NaN"):
+        rotated_int8(weight, 256)
+
+
+def test_a_rotation_spreads_an_outlier() -> None:
+    """Why int8 needs it: beside one outlier, small weights would round to zero."""
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[:, 9] = 5.0
+    error = {}
+    for group in (0, 256):
+        stored, scale = rotated_int8(weight, group)
+        back = rotate(stored.double() * scale.double()[:, None], group)
+        error[group] = (back - weight).norm().item()
+    assert error[256] < 0.2 * error[0]
+
+
+def test_a_rotation_turns_back_and_keeps_its_length() -> None:
+    x = torch.randn(3, 5, 768, dtype=torch.float64)
+    for group in (4, 16, 64, 256):
+        assert torch.allclose(rotate(rotate(x, group), group), x)
+        assert torch.allclose(rotate(x, group).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("width", "group"), [(3072, 256), (15360, 256), (192, 64), (24, 4), (30, 0), (7, 0)]
+)
+def test_the_widest_rotation_that_fits(width: int, group: int) -> None:
+    assert StoredLinear(width, 8, False, INT8_ROTATED).group == group
+
+
+def test_float8_of_a_denormal_is_as_good_as_zero() -> None:
+    stored, scale = quantized(torch.full((2, 4), 1e-44))
+    assert torch.isfinite(stored.float() * scale[:, None]).all()
