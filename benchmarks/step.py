@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from majicflux.engine import kernels
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
 from majicflux.engine.precision import PRECISIONS
@@ -81,13 +82,16 @@ def main() -> None:
             print(f"{name}: {peers[name] * 1e3:.1f} ms, off by {_difference(latents, exact):.3f}")
         assert exact is not None
         rows = []
-        for precision, mode in (
-            ("bfloat16", "bfloat16"),
-            ("float8_e4m3fn", "bfloat16"),
-            ("float8_e4m3fn", "8-bit"),
-            ("int8 rotated", "bfloat16"),
-            ("int8 rotated", "8-bit"),
+        for precision, mode, triton in (
+            ("bfloat16", "bfloat16", True),
+            ("float8_e4m3fn", "bfloat16", True),
+            ("float8_e4m3fn", "8-bit", True),
+            ("int8 rotated", "bfloat16", True),
+            ("int8 rotated", "8-bit", True),
+            ("int8 rotated", "8-bit", False),  # as on most Windows machines
         ):
+            if not triton:
+                kernels.triton_works = lambda _: False
             start = time.perf_counter()
             weights = ours(geometry, precision, state, device)
             _wait(device)
@@ -95,14 +99,15 @@ def main() -> None:
             computing = choose(weights, device, mode, BFLOAT16)
             seconds, latents = measure(our_step(weights, computing, case, device), device)
             print(
-                f"ours {precision}, {computing.report}: {seconds * 1e3:.1f} ms, "
+                f"ours {precision}{'' if triton else ', no Triton'}, {computing.report}: {seconds * 1e3:.1f} ms, "
                 f"off by {_difference(latents, exact):.3f}, converted in {converted:.1f} s"
             )
+            name = "" if triton else ", no Triton"
             for peer, share in peers.items():
                 goal = GOALS[mode].get(peer)
-                bar = None if goal is None or chosen.quick else goal * share
+                bar = None if goal is None or chosen.quick or not triton else goal * share
                 rows.append(
-                    Row(f"{precision}, {mode} products", seconds, "s", share, peer, bar=bar)
+                    Row(f"{precision}, {mode} products{name}", seconds, "s", share, peer, bar=bar)
                 )
             del weights
     report(rows, chosen.check)

@@ -13,8 +13,13 @@ OFF = "MAJICFLUX_NO_FUSED_KERNELS"  # set to anything: every operation in plain 
 
 
 def fused(x: Tensor) -> bool:
-    """Whether operations on tensors like this one run as fused kernels."""
+    """Whether operations on tensors like this one run as our own kernels."""
     return x.device.type == "cuda" and triton_works(x.device)
+
+
+def of_kitchen(x: Tensor) -> bool:
+    """Whether they run as comfy-kitchen's, which need no Triton: it is rare on Windows."""
+    return x.device.type == "cuda" and not triton_works(x.device) and kitchen_works()
 
 
 @cache
@@ -40,6 +45,8 @@ def kitchen_is_faster(device: torch.device) -> bool:
 @cache
 def kitchen_works() -> bool:
     """Whether the kernels that ComfyUI ships (comfy-kitchen) run here, compiled ones included."""
+    if os.environ.get(OFF):
+        return False
     try:
         import comfy_kitchen
     except ImportError:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
 FEW_ROWS = 16  # which cost nothing to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
+
+
+_refused: WeakSet[StoredLinear] = WeakSet()  # no kernel takes them
 
 
 class Product(Protocol):
@@ -50,18 +54,17 @@ class EightBit:
     """Rows and weights both in 8 bits, where the weights are in one of `dtypes`.
 
     Every other layer, and every layer whose shape a kernel refuses, is left to `otherwise`. A
-    refusal holds for the rest of the run and is told once.
+    refusal holds as long as the layer lives, and is told once.
     """
 
     def __init__(self, dtypes: Collection[torch.dtype], device: torch.device, otherwise: Product):
         self.dtypes = dtypes
         self.otherwise = otherwise
         self.kitchen = torch.int8 in dtypes and kernels.kitchen_is_faster(device)
-        self.refused: set[StoredLinear] = set()
 
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         dtype = layer.weight.dtype
-        if dtype not in self.dtypes or layer in self.refused:
+        if dtype not in self.dtypes or layer in _refused:
             return self.otherwise.wanted(layer)
         if self.kitchen and dtype == torch.int8:
             return None  # its kernel rotates and quantizes by itself
@@ -70,7 +73,7 @@ class EightBit:
     def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
         dtype = layer.weight.dtype
         few = isinstance(x, Tensor) and x.numel() <= FEW_ROWS * x.shape[-1]
-        if dtype not in self.dtypes or layer in self.refused or few:
+        if dtype not in self.dtypes or layer in _refused or few:
             return self.otherwise(layer, x, out)
         try:
             if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
@@ -88,7 +91,7 @@ class EightBit:
     def _refused(
         self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, error: Exception
     ) -> Tensor:
-        if not self.refused:
+        if not _refused:
             shape, reason = "x".join(map(str, layer.weight.shape)), str(error).split("\n")[0]
             log.warning(
                 "No 8-bit product for a weight of %s here (%s). It is dequantized instead, as "
@@ -96,7 +99,7 @@ class EightBit:
                 shape,
                 reason,
             )
-        self.refused.add(layer)
+        _refused.add(layer)
         if isinstance(x, Rows):
             values, scale = _flat(x)
             x = Rows((values.float() * scale).to(x.dtype).view(x.values.shape), None, x.dtype)

@@ -1,7 +1,7 @@
 """What stands between two matrix products: norm, modulation, GELU, RoPE, quantization of rows.
 
-Each function takes the fused kernel where the device has one and otherwise says the same in
-PyTorch, in the order and with the rounding of DiffSynth's modules.
+Each function takes a fused kernel where the device has one, ours in Triton or else comfy-kitchen's,
+and otherwise says the same in PyTorch, in the order and with the rounding of DiffSynth's modules.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,12 @@ def prepare(
         return _fused(x, norm, gelu, wanted)
     if norm is not None:
         shift, scale = norm
-        x = F.layer_norm(source, source.shape[-1:], eps=EPS) * (1 + scale) + shift
+        if kernels.of_kitchen(source):
+            import comfy_kitchen
+
+            x = comfy_kitchen.adaln(source, scale, shift, EPS)
+        else:
+            x = F.layer_norm(source, source.shape[-1:], eps=EPS) * (1 + scale) + shift
     if gelu is not None:
         activated = F.gelu(gelu, approximate="tanh")
         x = activated if x is None else torch.cat([x, activated], dim=-1)
@@ -92,6 +97,12 @@ def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -
         return
     q, k, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
     rope = rope.transpose(1, 2)
+    if kernels.of_kitchen(qkv):
+        import comfy_kitchen
+
+        weights = (norm.weight.to(qkv.dtype) for norm in (q_norm, k_norm))
+        comfy_kitchen.rms_rope_(q, k, rope, *weights, EPS)
+        return
     for x, norm in ((q, q_norm), (k, k_norm)):
         pairs = norm(x).float().unflatten(-1, (-1, 1, 2))
         turned = rope[..., 0] * pairs[..., 0] + rope[..., 1] * pairs[..., 1]
@@ -104,7 +115,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         from . import triton_kernels
 
         return triton_kernels.add_gated(x, gate, y)
-    return x + gate * y
+    return torch.addcmul(x, gate, y) if kernels.of_kitchen(x) else x + gate * y
 
 
 def _fused(

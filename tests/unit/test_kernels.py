@@ -19,6 +19,18 @@ CUDA = pytest.param(
     ),
 )
 DEVICES = [torch.device("cpu"), CUDA]
+
+
+@pytest.fixture(autouse=True, params=["ours", "of comfy-kitchen"])
+def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card every test runs with each of the two sets of kernels; a CPU has none."""
+    if request.param == "of comfy-kitchen":
+        if not torch.cuda.is_available():
+            pytest.skip("NOT TESTED ON A CARD: no CUDA device")
+        monkeypatch.setattr(kernels, "triton_works", lambda _: False)
+        assert kernels.kitchen_works()
+
+
 WIDTH, TOKENS, BATCH = 512, 37, 2
 FORMATS = [
     None,

@@ -153,11 +153,10 @@ def test_a_refused_layer_is_dequantized_and_told_once(monkeypatch, caplog) -> No
 
     monkeypatch.setattr(products, "_int8_product", refuse)
     layers = [filled(INT8_ROTATED)[0] for _ in range(2)]
-    product = EightBit([torch.int8], CPU, Dequantized(layers, CPU, torch.float32))
     x = torch.randn(1, 20, 512)
     with caplog.at_level(logging.WARNING):
-        for layer in (*layers, *layers):
-            layer.product = product
+        for layer in (*layers, *layers):  # the second time in another run
+            layer.product = in_8_bits(layer)
             exact = x.double() @ stored_weight(layer).T + layer.bias.double()
             assert relative(layer(layer.rows(x)), exact) < 0.02
     assert len(calls) == 2  # each layer is tried once
