@@ -98,11 +98,11 @@ def main() -> None:
             converted = time.perf_counter() - start
             computing = choose(weights, device, mode, BFLOAT16)
             seconds, latents = measure(our_step(weights, computing, case, device), device)
+            name = "" if triton else ", no Triton"
             print(
-                f"ours {precision}{'' if triton else ', no Triton'}, {computing.report}: {seconds * 1e3:.1f} ms, "
+                f"ours {precision}{name}, {computing.report}: {seconds * 1e3:.1f} ms, "
                 f"off by {_difference(latents, exact):.3f}, converted in {converted:.1f} s"
             )
-            name = "" if triton else ", no Triton"
             for peer, share in peers.items():
                 goal = GOALS[mode].get(peer)
                 bar = None if goal is None or chosen.quick or not triton else goal * share

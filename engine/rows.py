@@ -100,8 +100,8 @@ def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -
     if kernels.of_kitchen(qkv):
         import comfy_kitchen
 
-        weights = (norm.weight.to(qkv.dtype) for norm in (q_norm, k_norm))
-        comfy_kitchen.rms_rope_(q, k, rope, *weights, EPS)
+        q_weight, k_weight = (norm.weight.to(qkv.dtype) for norm in (q_norm, k_norm))
+        comfy_kitchen.rms_rope_(q, k, rope, q_weight, k_weight, EPS)
         return
     for x, norm in ((q, q_norm), (k, k_norm)):
         pairs = norm(x).float().unflatten(-1, (-1, 1, 2))

@@ -84,8 +84,8 @@ def test_what_a_kernel_refuses_is_dequantized(caplog: pytest.LogCaptureFixture) 
     layer.bias.data.zero_()
     x = torch.randn(1, 64, 24, device=CUDA, dtype=torch.bfloat16)
     layer.product = EightBit([torch.int8], CUDA, Dequantized([layer], CUDA, x.dtype))
-    for _ in range(2):
-        found = layer(layer.rows(x))
+    layer(layer.rows(x))
+    found = layer(layer.rows(x))
     exact = x.double() @ weight.double().T
     assert (found.double() - exact).norm() <= 0.03 * exact.norm()
     assert len(caplog.records) == 1
