@@ -5,6 +5,7 @@ DiffSynth's bit for bit. Attention masks and IP-adapters take DiffSynth's own fo
 """
 # pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
@@ -15,7 +16,15 @@ from .rows import add_gated, rms_rope_
 
 
 class JointBlock(FluxJointTransformerBlock):
-    """Image (a) and text (b) with weights of their own, attending to each other."""
+    """Image (a) and text (b) with weights of their own, attending to each other.
+
+    modulation: outputs of the modulation layers for this step, or None to compute them here.
+    """
+
+    modulation: Sequence[Tensor] | None = None
+
+    def modulation_layers(self) -> list[Any]:
+        return [self.norm1_a.linear, self.norm1_b.linear]
 
     def forward(
         self,
@@ -31,9 +40,7 @@ class JointBlock(FluxJointTransformerBlock):
                 image, text, conditioning, rope, attn_mask, ipadapter_kwargs_list
             )
         attention = self.attn
-        conditioning = F.silu(conditioning)[:, None]
-        image_mod = self.norm1_a.linear(conditioning).chunk(6, dim=-1)
-        text_mod = self.norm1_b.linear(conditioning).chunk(6, dim=-1)
+        image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation_of(self, conditioning))
 
         batch, words, width = text.shape
         qkv = text.new_empty(batch, words + image.shape[1], 3 * width)
@@ -53,7 +60,15 @@ class JointBlock(FluxJointTransformerBlock):
 
 
 class SingleBlock(FluxSingleTransformerBlock):
-    """Text and image as one sequence, attention and MLP side by side."""
+    """Text and image as one sequence, attention and MLP side by side.
+
+    modulation: as in JointBlock.
+    """
+
+    modulation: Sequence[Tensor] | None = None
+
+    def modulation_layers(self) -> list[Any]:
+        return [self.norm.linear]
 
     def forward(
         self,
@@ -66,13 +81,22 @@ class SingleBlock(FluxSingleTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         if attn_mask is not None or ipadapter_kwargs_list is not None:
             return super().forward(x, text, conditioning, rope, attn_mask, ipadapter_kwargs_list)
-        shift, scale, gate = self.norm.linear(F.silu(conditioning)[:, None]).chunk(3, dim=-1)
+        (mod,) = modulation_of(self, conditioning)
+        shift, scale, gate = mod.chunk(3, dim=-1)
         both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=(shift, scale)))
         qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
         rms_rope_(qkv, self.norm_q_a, self.norm_k_a, rope, self.num_heads)
         mixed = attend(qkv, self.num_heads)
         y = self.proj_out(self.proj_out.rows(mixed, gelu=hidden))
         return add_gated(x, gate, y), text
+
+
+def modulation_of(block: JointBlock | SingleBlock, conditioning: Tensor) -> Sequence[Tensor]:
+    """[batch or 1, 1, n * width] from each modulation layer of the block."""
+    if block.modulation is not None:
+        return block.modulation
+    active = F.silu(conditioning)[:, None]
+    return [layer(active) for layer in block.modulation_layers()]
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:

@@ -66,7 +66,9 @@ def build_flux_dit(
 
     dit = sized_flux_dit(geometry, JointBlock, SingleBlock)
     store(dit, storage_of or stored_as)
-    return OffloadedModule(dit, [*dit.blocks, *dit.single_blocks])
+    blocks = [*dit.blocks, *dit.single_blocks]
+    modulation = [layer for block in blocks for layer in block.modulation_layers()]
+    return OffloadedModule(dit, blocks, rare=modulation)
 
 
 def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) -> Any:

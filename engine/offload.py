@@ -85,15 +85,20 @@ class OffloadedModule:
     module: built on the meta device, without buffers. Its parameters stay there until `allocate`
     or `live_in` gives them memory.
     blocks: submodules of `module`, in the order in which they run, none inside another.
+    rare: submodules that run once in a while, blocks of their own also where they are inside one
+    of `blocks`; the last to become resident.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module]):
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[nn.Module], rare: Sequence[nn.Module] = ()
+    ):
         self.module: Any = module.eval()  # Any: its parts are reached by name
         claimed: set[nn.Parameter] = set()
         # All parameters are shared out before the first block replaces its own by views.
-        shares = [_unclaimed_parameters(part, claimed) for part in (*blocks, module)]
-        *self.blocks, self.root = [WeightBlock(share) for share in shares]
-        self._block_modules = list(blocks)
+        shares = [_unclaimed_parameters(part, claimed) for part in (*rare, *blocks, module)]
+        *found, self.root = [WeightBlock(share) for share in shares]
+        self.blocks = [*found[len(rare) :], *found[: len(rare)]]
+        self._block_modules = [*blocks, *rare]
         self.report = ""  # what was loaded, for the log and the canvas
 
     def allocate(self) -> "OffloadedModule":
@@ -114,7 +119,7 @@ class OffloadedModule:
 
     @property
     def all_blocks(self) -> list[WeightBlock]:
-        """The root, then the blocks in the order in which they run."""
+        """The root, then the blocks in the order in which they run, then the rare ones."""
         return [self.root, *self.blocks]
 
     @property

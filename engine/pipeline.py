@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoise import OnStep, euler, flux_velocity
+from .denoise import OnStep, euler, flux_velocity, modulation_of_steps
 from .flux_dit import DiT
 from .latents import CHANNELS, draw_noise
 from .offload import BeforeBlock
@@ -125,10 +125,10 @@ def _denoise(
         dit.weights.running_on(device, before_block) as module,
         pipeline.computing.applied_to(module, device),
     ):
-        velocity = flux_velocity(module, text, request.guidance, dtype)
-        return euler(
-            velocity, noise.to(device, latents_dtype), shifted_sigmas(request.steps), on_step
-        )
+        latents, sigmas = noise.to(device, latents_dtype), shifted_sigmas(request.steps)
+        given = (module, text, request.guidance, dtype)
+        velocity = flux_velocity(*given, modulation_of_steps(*given, latents, sigmas))
+        return euler(velocity, latents, sigmas, on_step)
 
 
 def _decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> Tensor:

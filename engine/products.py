@@ -18,7 +18,7 @@ log = logging.getLogger("majicflux")
 
 INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
-FEW_ROWS = 16  # which cost nothing to multiply; quantizing them would only lose accuracy
+FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
 
 

@@ -95,7 +95,7 @@ def prepare(
     scale = None
     if limit:
         scale = torch.empty(batch, tokens, 1, device=source.device)
-    shift, factor = (_unit_stride(part) for part in norm) if norm else (None, None)
+    shift, factor = (p.expand(batch, 1, width) for p in norm) if norm else (None, None)
     side = round(group**0.5)
     # Triton's interpreter, which runs on the CPU, does not multiply bfloat16.
     turning = torch.bfloat16 if source.is_cuda else torch.float32
@@ -246,8 +246,7 @@ def _add_gated(
 def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate * y, rounded once. x, y: [batch, tokens, width]; gate: [batch, 1, width]."""
     batch, tokens, width = x.shape
-    x, y = x.contiguous(), y.contiguous()
-    assert gate.stride(-1) == 1
+    x, y, gate = x.contiguous(), y.contiguous(), gate.expand(batch, 1, width)
     out = torch.empty_like(x)
     with _on(x.device):
         _add_gated[(batch * tokens,)](
