@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -52,6 +53,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(cache)
     cache.set_defaults(command=_cache)
 
+    inspect = commands.add_parser(
+        "inspect", help="measure what each precision costs a Flux.1 transformer"
+    )
+    inspect.add_argument("file", type=Path, help="a .safetensors, or the folder of its parts")
+    inspect.add_argument(
+        "--chart",
+        type=Path,
+        metavar="PNG",
+        help="where the chart goes, by default FILE-precision.png",
+    )
+    inspect.add_argument(
+        "--rows",
+        type=_positive,
+        metavar="N",
+        help="how many rows of each matrix are measured; more are slower and a little more exact",
+    )
+    inspect.set_defaults(command=_inspect)
+
     run = commands.add_parser("run", help="run an API-format workflow")
     run.add_argument("workflow", type=Path, help="API-format JSON")
     run.add_argument(
@@ -83,6 +102,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         default=standalone.models_folder,
         help="folder with diffusion_models, text_encoders and vae in it (default: %(default)s)",
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("give a whole number, 1 or more")
+    return int(text)
 
 
 def _cache(options: argparse.Namespace) -> None:
@@ -127,6 +152,31 @@ def _demo_models(options: argparse.Namespace) -> None:
     for path in write_demo_models(options.folder):
         print(path)
     print("These weights are random: they paint noise.")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .loaders.flux_dit import inspect_flux_dit
+    from .loaders.inspection import ROWS, measure
+    from .loaders.inspection_chart import require_place, write_chart
+    from .loaders.inspection_table import table
+
+    path = Path(os.path.abspath(options.file))  # not resolved: a link may have the better name
+    stem = path.name if path.is_dir() else path.stem
+    chart = options.chart or Path(f"{stem}-precision.png")
+    require_place(chart)
+    geometry, sources = inspect_flux_dit(path)
+    with tqdm(desc="reading", unit="B", unit_scale=True, leave=False, delay=1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        inspection = measure(geometry, sources, options.rows or ROWS, progress)
+    print(table(path.name, inspection))
+    write_chart(chart, path.name, inspection)
+    print(chart)
 
 
 def _run(options: argparse.Namespace) -> None:

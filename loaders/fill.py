@@ -137,7 +137,7 @@ def _split(
     if row_bytes == 0:
         return
     entry = part.file.tensors[part.name]
-    source_scale = _read_scale(part)
+    source_scale = read_scale(part)
     step = max(1, BUFFER_BYTES // row_bytes)
     for first in range(0, part.rows, step):
         rows = slice(first, min(first + step, part.rows))
@@ -153,7 +153,7 @@ def _split(
         )
 
 
-def _read_scale(part: Part) -> "Tensor | None":
+def read_scale(part: Part) -> "Tensor | None":
     """The file's scale for the rows of this part, float32, [rows] or [1]."""
     import torch
 
@@ -168,30 +168,50 @@ def _read_scale(part: Part) -> "Tensor | None":
 def _convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
     import torch
 
-    from ..engine.stored_linear import quantize_rows, rotate
-
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
     scale = piece.source_scale
-    rotation = piece.part.rotation or 0
-    if piece.row_scale is not None and dtype == piece.weight.dtype and rotation == piece.group:
-        piece.weight.copy_(values)
-        piece.row_scale.copy_(torch.ones(1) if scale is None else scale)
+    store_rows(piece.part, values, scale, piece.weight, piece.row_scale, piece.group, device)
+
+
+def store_rows(
+    part: Part,
+    values: "Tensor",
+    scale: "Tensor | None",
+    weight: "Tensor",
+    row_scale: "Tensor | None",
+    group: int,
+    device: "torch.device | None" = None,
+) -> None:
+    """Write rows of `part` into rows of a weight, as `fill` describes.
+
+    values: [rows, n] as the file holds them, scale: [rows] or [1] if it scales them; weight:
+    [rows, n] in its dtype, row_scale: [rows] float32 if it has scales, group: columns that are
+    rotated together in it. Raises ModelFileError for an infinity or a NaN.
+    """
+    import torch
+
+    from ..engine.stored_linear import quantize_rows, rotate
+
+    rotation = part.rotation or 0
+    if row_scale is not None and values.dtype == weight.dtype and rotation == group:
+        weight.copy_(values)
+        row_scale.copy_(torch.ones(1) if scale is None else scale)
         return
     if scale is not None:
-        values = rotate(values.float().mul_(scale[:, None]), rotation)
-    if piece.row_scale is None:
-        piece.weight.copy_(values)
+        values = rotate(values.to(torch.float32, copy=True).mul_(scale[:, None]), rotation)
+    if row_scale is None:
+        weight.copy_(values)
         return
     values = values.to(device)
-    weight = torch.empty(values.shape, dtype=piece.weight.dtype, device=device)
-    row_scale = torch.empty(len(values), device=device)
+    quantized = torch.empty(values.shape, dtype=weight.dtype, device=device)
+    quantized_scale = torch.empty(len(values), device=device)
     try:
-        quantize_rows(values, weight, row_scale, piece.group)
+        quantize_rows(values, quantized, quantized_scale, group)
     except ValueError as error:
         raise ModelFileError(
-            f"{piece.part.file.path.name}, tensor {piece.part.name}: {error}. "
+            f"{part.file.path.name}, tensor {part.name}: {error}. "
             "The file is damaged; download it again."
         ) from error
-    piece.weight.copy_(weight)
-    piece.row_scale.copy_(row_scale)
+    weight.copy_(quantized)
+    row_scale.copy_(quantized_scale)

@@ -69,7 +69,7 @@ def load_flux_dit(
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
     renamed = FluxDiTStateDictConverter(sources)
-    weights = build_flux_dit(geometry, precision, partial(_storage, precision, renamed))
+    weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
     convert = partial(fill, weights.module, renamed, progress, device)
     mapped = False
     if prepared_folder is not None and precision.eight_bit:
@@ -88,7 +88,7 @@ def load_flux_dit(
     return weights, geometry
 
 
-def _storage(precision: Precision, sources: Sources, name: str) -> Storage:
+def storage_in(precision: Precision, sources: Sources, name: str) -> Storage:
     """How to store the layer of this name, given how the file does."""
     kind = kind_of_layer(name)
     wanted: Storage = getattr(precision, kind)

@@ -110,3 +110,12 @@ def test_demo_models_are_written_once(tmp_path: Path) -> None:
     second = majicflux(tmp_path, "demo-models", "set")
     assert second.returncode == 1
     assert "may be a real model; choose an empty folder" in second.stderr
+
+
+def test_inspect_works_offline_and_shows_its_chart(models: Path, tmp_path: Path) -> None:
+    done = majicflux(tmp_path, "inspect", models / demo_models.DIT_FILE)
+    assert done.returncode == 0, done.stderr
+    assert "up to 64 rows of each matrix" in done.stdout
+    assert "Suggested weight_precision: int8 rotated" in done.stdout
+    with Image.open(tmp_path / done.stdout.splitlines()[-1]) as picture:
+        assert picture.width == 1200
