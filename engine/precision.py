@@ -42,6 +42,14 @@ class Storage:
         return self.dtype + " unscaled" * (self.eight_bit and not self.scaled)
 
 
+def rotation_group(width: int, wanted: int) -> int:
+    """The largest power of 4 up to `wanted` that divides `width`; 0 when that is 1."""
+    group = 1
+    while group * 4 <= wanted and width % (group * 4) == 0:
+        group *= 4
+    return group if group > 1 else 0
+
+
 FLOAT32 = Storage("float32")
 BFLOAT16 = Storage("bfloat16")
 FLOAT8 = Storage("float8_e4m3fn", scaled=True)

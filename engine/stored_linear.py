@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import kernels
-from .precision import Storage
+from .precision import Storage, rotation_group
 from .rows import Rows, prepare
 
 if TYPE_CHECKING:
@@ -168,14 +168,6 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     while len(matrix) < size:
         matrix = torch.kron(matrix, four)
     return matrix.to(device, dtype)
-
-
-def rotation_group(width: int, wanted: int) -> int:
-    """The largest power of 4 up to `wanted` that divides `width`; 0 when that is 1."""
-    group = 1
-    while group * 4 <= wanted and width % (group * 4) == 0:
-        group *= 4
-    return group if group > 1 else 0
 
 
 def store(module: nn.Module, storage_of: StorageOf, prefix: str = "") -> None:

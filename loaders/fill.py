@@ -171,7 +171,15 @@ def _convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> No
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
     scale = piece.source_scale
-    store_rows(piece.part, values, scale, piece.weight, piece.row_scale, piece.group, device)
+    part, weight = piece.part, piece.weight
+    store_rows(part, values, scale, weight, piece.row_scale, piece.group, device)
+    # A cast to float8 without a scale makes a NaN of what is too large for the format.
+    cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
+    if cast and weight.float().isnan().any():
+        raise ModelFileError(
+            f"{part.file.path.name}, tensor {part.name}: a value is too large for float8 without "
+            "a scale. Choose float8_e4m3fn or int8 rotated."
+        )
 
 
 def store_rows(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..engine.precision import rotation_group
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile
 
@@ -134,7 +135,7 @@ def _is_int8(part: Part) -> bool:
     group, width = part.rotation, math.prod(part.row_shape)
     if part.dtype != "I8" or part.scale_name is None or group is None:
         return False
-    return group == 0 or (width % group == 0 and round(math.log(group, 4), 6).is_integer())
+    return group == 0 or group == rotation_group(width, group)
 
 
 def _rotations(file: SafetensorsFile) -> dict[str, int]:

@@ -12,6 +12,7 @@ from majicflux.engine.precision import PRECISIONS
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
 from majicflux.loaders.tokenizers import T5_TOKENIZER, load_tokenizer
 from majicflux.loaders.vae import load_vae
@@ -191,3 +192,13 @@ def test_demo_models_never_replace_a_file(models: Path) -> None:
         demo_models.write_demo_models(models)
     assert (models / demo_models.DIT_FILE).read_bytes() == before
     assert sum(p.stat().st_size for p in models.rglob("*") if p.is_file()) < 300e6
+
+
+def test_a_value_too_large_for_a_plain_cast_is_refused(models: Path, tmp_path: Path) -> None:
+    tensors = load_file(models / demo_models.DIT_FILE)
+    tensors["model.diffusion_model.single_blocks.0.linear1.weight"][3, 5] = 1000.0
+    path = dit_with(tmp_path, tensors)
+    with pytest.raises(ModelFileError, match=r"linear1\.weight: a value is too large for float8"):
+        load_flux_dit(path, PRECISIONS["float8_e4m3fn unscaled"])
+    layer = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0].module.single_blocks[0].to_qkv_mlp
+    assert layer.weight[3, 5].float() * layer.scale[3] == pytest.approx(1000.0, rel=0.07)

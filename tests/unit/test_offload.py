@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from majicflux.engine.offload import CPU, OffloadedModule
+from majicflux.engine.offload import CPU, OffloadedModule, WeightBlock
 from majicflux.engine.pipeline import Request, paint
 from majicflux.engine.precision import PRECISIONS
 
@@ -177,3 +177,38 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
     streamed = picture(device=ACCELERATOR, budget_bytes=1)
     assert torch.equal(resident, streamed)
     assert torch.equal(resident, picture())
+
+
+def test_modulation_travels_once_and_changes_nothing(make_pipeline, monkeypatch) -> None:
+    """Its layers are a quarter of the parameters, and depend on the step alone."""
+    pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], device=ACCELERATOR,
+                             budget_bytes=1)  # fmt: skip
+    weights = pipeline.dit.weights
+    moved: list[WeightBlock] = []
+    move = WeightBlock.move_to
+    monkeypatch.setattr(
+        WeightBlock, "move_to", lambda self, device: (moved.append(self), move(self, device))
+    )
+    request = Request("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)
+    _, latents = paint(pipeline, request, lambda *_: None, lambda: None)
+    geometry = pipeline.dit.geometry
+    each_step = weights.blocks[: geometry.double_blocks + geometry.single_blocks]
+    rare = weights.blocks[len(each_step) :]
+    assert len(rare) == 2 * geometry.double_blocks + geometry.single_blocks
+    assert [moved.count(block) for block in each_step] == [3] * len(each_step)
+    assert [moved.count(block) for block in rare] == [1] * len(rare)
+
+    monkeypatch.setattr("majicflux.engine.pipeline.modulation_of_steps", lambda *_: {})
+    assert torch.equal(paint(pipeline, request, lambda *_: None, lambda: None)[1], latents)
+    assert [moved.count(block) for block in rare] == [1 + 3] * len(rare)
+
+
+def test_what_runs_rarely_is_the_last_to_become_resident() -> None:
+    parts = [torch.nn.Linear(8, 8, device="meta") for _ in range(4)]
+    inner = torch.nn.Sequential(parts[0], parts[1])
+    module = torch.nn.Sequential(inner, parts[2], parts[3])
+    weights = OffloadedModule(module, [inner, parts[2]], rare=[parts[0]]).allocate()
+    outer, last, rare = weights.blocks
+    assert (outer.nbytes, last.nbytes, rare.nbytes) == (512, 512, 512)  # weight, bias, aligned
+    weights.keep_resident(ACCELERATOR, 3 * 512)
+    assert [block.resident for block in (weights.root, outer, last, rare)] == [True] * 3 + [False]
