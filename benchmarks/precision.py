@@ -1,0 +1,242 @@
+"""Relative L2 error of a Flux.1 transformer's output in each weight format, against float32.
+
+Random weights and inputs that bfloat16 holds exactly, the same ones for every scheme. All schemes
+advance together, part by part, so that 12 billion weights need a few GB of memory. The same seed
+gives other numbers on a card than on a CPU. --quick takes a small transformer.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffsynth.core.vram.layers import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
+from diffsynth.models.flux_dit import FluxSingleTransformerBlock, RoPEEmbedding
+from diffsynth.models.general_modules import RMSNorm
+from torch import Tensor, nn
+
+from majicflux.dev import find_comfyui
+from majicflux.engine.flux_dit import ROPE_AXES, ROPE_THETA, FluxGeometry, kind_of_layer
+from majicflux.engine.precision import PRECISIONS, Precision
+from majicflux.engine.products import Computing
+from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, StoredNorm, store
+
+from .random_flux import Draw, Part, heavy_tailed, mixed, normal, parts
+from .table import Row, report
+
+SMALL = FluxGeometry(hidden=512, double_blocks=2, single_blocks=4, text_width=512)
+SEED = 1
+TEXT_STD = 0.2  # about that of T5's output
+COLUMNS = 16  # of the picture, in tokens
+
+JUDGED = "heavy-tailed"  # the distribution that the bars are about
+DISTRIBUTIONS: dict[str, Draw] = {"normal": normal, JUDGED: heavy_tailed, "mixed": mixed}
+EXACT = "float32"
+CAST, FAST = "DiffSynth's cast to float8_e4m3fn", "ComfyUI fp8_e4m3fn_fast"
+FLOAT8_BOTH, INT8_BOTH = "float8_e4m3fn, 8x8 bit", "int8 rotated, 8x8 bit"
+BARS = (  # ours, peer, share of the peer's error that is allowed
+    ("float8_e4m3fn", CAST, 0.45),
+    ("int8 rotated", CAST, 0.2),
+    (FLOAT8_BOTH, FAST, 0.6),
+    (INT8_BOTH, FAST, 0.3),
+)
+
+BFLOAT16 = Computing(torch.bfloat16)
+State = tuple[Tensor, ...]  # image, text, conditioning
+Errors = dict[str, float]  # by scheme
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to store weights and to compute. make: the module of a part, with its weights."""
+
+    name: str
+    make: Callable[[Part], nn.Module]
+    computing: Computing = BFLOAT16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small version, for any CPU")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--tokens", type=int, default=256, help="a quarter of them are text")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    chosen = parser.parse_args()
+    g = SMALL if chosen.quick else FluxGeometry()
+    schemes = [exact(), *peers(chosen.device), *ours()]
+    found = {}
+    for name, draw in DISTRIBUTIONS.items():
+        print(f"{name} weights", file=sys.stderr)
+        found[name] = errors(draw, g, schemes, chosen.tokens, chosen.device)
+    print(
+        f"\n{g.double_blocks} + {g.single_blocks} blocks of width {g.hidden}, {chosen.tokens} "
+        f"tokens, {chosen.device.type}; in brackets: of the image after the last block\n\n"
+        f"| scheme | {' | '.join(found)} |\n|{'---|' * (1 + len(found))}"
+    )
+    for scheme in schemes[1:]:
+        pairs = [(output[scheme.name], blocks[scheme.name]) for blocks, output in found.values()]
+        cells = [f"{output:.4f} ({blocks:.4f})" for output, blocks in pairs]
+        print(f"| {scheme.name} | {' | '.join(cells)} |")
+    print(f"\n{JUDGED} weights\n")
+    _, judged = found[JUDGED]
+    rows = [
+        Row(f"{name}, bar {share:g} × the peer's", judged[name], "", judged[peer], peer,
+            bar=share * judged[peer])
+        for name, peer, share in BARS
+        if peer in judged
+    ]  # fmt: skip
+    report(rows, chosen.check)
+
+
+def plain(dtype: torch.dtype, part: Part, change: Callable[[nn.Module], None] | None = None):
+    """DiffSynth's module, after `change`, with every parameter in `dtype`."""
+    module = part.module()
+    if change is not None:
+        change(module)
+    weights = {name: weight.to(dtype) for name, weight in part.weights.items()}
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def exact() -> Scheme:
+    """What the others are compared with."""
+    return Scheme(EXACT, partial(plain, torch.float32), Computing(torch.float32))
+
+
+def peers(device: torch.device) -> Iterator[Scheme]:
+    yield Scheme("bfloat16 (DiffSynth's blocks)", partial(plain, torch.bfloat16))
+    stages = ("offload", "onload", "preparing")
+    config: dict[str, object] = {f"{stage}_dtype": FLOAT8_DTYPE for stage in stages}
+    config |= {f"{stage}_device": device.type for stage in (*stages, "computation")}
+    config["computation_dtype"] = torch.bfloat16
+    wrappers = {nn.Linear: AutoWrappedLinear, RMSNorm: AutoWrappedModule}
+
+    def cast(part: Part) -> nn.Module:
+        return enable_vram_management(plain(FLOAT8_DTYPE, part), wrappers, config)
+
+    yield Scheme(CAST, cast)
+    comfyui = find_comfyui()
+    if comfyui is None:
+        print(f"not measured: no ComfyUI, so neither its fp8_e4m3fn nor {FAST}")
+        return
+    sys.path.append(str(comfyui))
+    from comfy.cli_args import args
+
+    if device.type == "cpu":
+        args.cpu = True
+        # It says at every product that the rounded operands are multiplied in bfloat16 here.
+        logging.getLogger("comfy_kitchen").setLevel(logging.ERROR)
+    from comfy import ops
+
+    class FastLinear(ops.fp8_ops.Linear):
+        def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
+            y = ops.fp8_linear(self, input)  # its own forward hides when this fails
+            if y is None:
+                raise RuntimeError(f"ComfyUI refuses an input of {tuple(input.shape)} in float8")
+            return y
+
+    def replace(linear: type[nn.Module], module: nn.Module) -> None:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                new = linear(child.in_features, child.out_features, device="meta")
+            elif isinstance(child, RMSNorm):
+                width = child.weight.numel()  # pyright: ignore[reportOptionalMemberAccess]
+                new = ops.manual_cast.RMSNorm(width, eps=child.eps, device="meta")
+            else:
+                replace(linear, child)
+                continue
+            setattr(module, name, new)
+
+    for name, linear in (("ComfyUI fp8_e4m3fn", ops.manual_cast.Linear), (FAST, FastLinear)):
+        yield Scheme(name, partial(plain, FLOAT8_DTYPE, change=partial(replace, linear)))
+
+
+def ours() -> Iterator[Scheme]:
+    float8, int8 = PRECISIONS["float8_e4m3fn"], PRECISIONS["int8 rotated"]
+    unscaled = PRECISIONS["float8_e4m3fn unscaled"]
+    precisions = {
+        **PRECISIONS,
+        "float8_e4m3fn unscaled, rest bfloat16": unscaled.with_kinds(rest=float8.rest),
+        "float8_e4m3fn, modulation int8 rotated": float8.with_kinds(modulation=int8.modulation),
+        "float8_e4m3fn, modulation float8_e4m3fn": float8.with_kinds(modulation=float8.mlp),
+        "int8 rotated, modulation bfloat16": int8.with_kinds(modulation=float8.modulation),
+    }
+    for name, precision in precisions.items():
+        yield Scheme(name, partial(stored, precision))
+    both = Computing(torch.bfloat16, frozenset(LIMITS))
+    yield Scheme(FLOAT8_BOTH, partial(stored, float8), both)
+    yield Scheme(INT8_BOTH, partial(stored, int8), both)
+
+
+def stored(precision: Precision, part: Part) -> nn.Module:
+    """Our module, its weights stored as a loader does."""
+    module = part.module(ours=True)
+    store(module, lambda name: getattr(precision, kind_of_layer(name)), part.prefix)
+    for name, layer in module.named_modules():
+        if isinstance(layer, StoredLinear | StoredNorm):
+            _fill(layer, name, part)
+    return module
+
+
+@torch.inference_mode()
+def errors(
+    draw: Draw, g: FluxGeometry, schemes: list[Scheme], tokens: int, device: torch.device
+) -> tuple[Errors, Errors]:
+    """Relative L2 errors of the image after the last block, and of the transformer's output."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    words = tokens // 4
+    randn = partial(torch.randn, generator=generator, device=device)
+    latents, pooled = randn(1, tokens - words, g.in_channels), randn(1, g.pooled_width)
+    start = (latents, randn(1, words, g.text_width) * TEXT_STD, pooled)
+    states = {s.name: tuple(x.bfloat16().to(s.computing.dtype) for x in start) for s in schemes}
+    places = torch.arange(tokens - words, device=device)
+    ids = torch.zeros(1, tokens, 3, device=device)
+    ids[0, words:, 1:] = torch.stack([places // COLUMNS, places % COLUMNS], dim=-1).float()
+    rope = RoPEEmbedding(g.hidden, ROPE_THETA, ROPE_AXES)(ids)
+    found: list[Errors] = []
+    for part in parts(g):
+        part.draw(draw, generator)
+        for scheme in schemes:
+            module = scheme.make(part)
+            with scheme.computing.applied_to(module, device):
+                states[scheme.name] = advance(module, states[scheme.name], rope)
+        images = {name: image for name, (image, _, _) in states.items()}
+        found.append({name: _relative(x, images[EXACT]) for name, x in images.items()})
+        rms = ", ".join(f"{x.square().mean().sqrt():.3f}" for x in states[EXACT])
+        print(f"{part.prefix or 'ends'} rms of image, text, conditioning: {rms}", file=sys.stderr)
+    return found[-2], found[-1]
+
+
+def advance(module: nn.Module, state: State, rope: Tensor) -> State:
+    image, text, conditioning = state
+    if isinstance(module, FluxSingleTransformerBlock):
+        both, _ = module(torch.cat([text, image], dim=1), text, conditioning, rope)
+        text, image = both.split([text.shape[1], image.shape[1]], dim=1)
+        return image, text, conditioning
+    return (*module(image, text, conditioning, rope), conditioning)[:3]
+
+
+def _fill(layer: StoredLinear | StoredNorm, name: str, part: Part) -> None:
+    weight, dtype = part.weights[f"{name}.weight"], layer.weight.dtype
+    if isinstance(layer, StoredLinear):
+        if layer.scale is not None:
+            weight, scale = part.in_eight_bits(f"{name}.weight", dtype, layer.group)
+            layer.scale = _fixed(scale)
+        if layer.bias is not None:
+            layer.bias = _fixed(part.weights[f"{name}.bias"].to(layer.bias.dtype))
+    layer.weight = _fixed(weight.to(dtype))
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _relative(x: Tensor, reference: Tensor) -> float:
+    return ((x.float() - reference).norm() / reference.norm()).item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What the measurements rest on, at a size that takes a second."""
+
+import pytest
+import torch
+
+from majicflux.benchmarks import precision
+from majicflux.benchmarks.random_flux import normal
+from majicflux.engine.flux_dit import FluxGeometry
+
+TINY = FluxGeometry(
+    hidden=256, double_blocks=1, single_blocks=1, text_width=64, pooled_width=64, out_channels=16
+)
+
+
+def test_equal_weights_have_equal_errors_and_scaled_ones_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "find_comfyui", lambda: None)  # it would stay in this process
+    device = torch.device("cpu")
+    schemes = [precision.exact(), *precision.peers(device), *precision.ours()]
+
+    def draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        return 4 * normal(shape, generator)  # so narrow a block would hardly change its input
+
+    _, error = precision.errors(draw, TINY, schemes, tokens=32, device=device)
+    assert error["bfloat16"] == error["bfloat16 (DiffSynth's blocks)"] > 0
+    assert error["float8_e4m3fn unscaled"] == error[precision.CAST]
+    assert error["int8 rotated"] < error["float8_e4m3fn"] < error[precision.CAST]
+    assert error[precision.FLOAT8_BOTH] > error["float8_e4m3fn"]
