@@ -160,9 +160,9 @@ def ours() -> Iterator[Scheme]:
     precisions = {
         **PRECISIONS,
         "float8_e4m3fn unscaled, rest bfloat16": unscaled.with_kinds(rest=float8.rest),
-        "float8_e4m3fn, modulation int8 rotated": float8.with_kinds(modulation=int8.modulation),
+        "float8_e4m3fn, modulation int8 rotated": float8.with_kinds(modulation=int8.mlp),
         "float8_e4m3fn, modulation float8_e4m3fn": float8.with_kinds(modulation=float8.mlp),
-        "int8 rotated, modulation bfloat16": int8.with_kinds(modulation=float8.modulation),
+        "int8 rotated, modulation int8 rotated": int8.with_kinds(modulation=int8.mlp),
     }
     for name, precision in precisions.items():
         yield Scheme(name, partial(stored, precision))

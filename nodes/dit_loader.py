@@ -9,12 +9,11 @@ io = host.io
 FOLDER = "diffusion_models"
 SAME = "as weight_precision"
 PRECISION_HELP = (
-    "float8_e4m3fn: 15 GB of CPU memory (8.6 of them travel to the card at every step), one scale "
-    "per output channel, any card; 8-bit products on RTX 40 and newer. "
-    "int8 rotated: 12 GB, a third of float8's error; 8-bit products on RTX 20 and newer. "
-    "bfloat16: 24 GB, the weights as published. "
-    "float8_e4m3fn unscaled: 12 GB, the published recipe, with twice to three times the error of "
-    "float8_e4m3fn."
+    "float8_e4m3fn: 15 GB of CPU memory, of which 8.6 travel at every step; one scale per output "
+    "channel, under half of a plain cast's error; any card, 8-bit products on RTX 40 and newer. "
+    "int8 rotated: the same size, half of that error; any card, 8-bit products on RTX 20 and "
+    "newer. bfloat16: 24 GB, the weights as published; any card. float8_e4m3fn unscaled: 12 GB, "
+    "the published recipe, a plain cast; any card."
 )
 
 
