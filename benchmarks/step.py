@@ -7,18 +7,17 @@ CPU, which only shows that the script works.
 """
 
 import importlib
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from majicflux.dev import find_comfyui
 from majicflux.engine import kernels
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
@@ -33,7 +32,6 @@ from .table import Row, options, report
 
 WARM_UP, STEPS = 3, 7
 GB = 2**30
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 BFLOAT16 = torch.bfloat16
 Step = Callable[[], Tensor]
 State = dict[str, Tensor]
@@ -177,10 +175,11 @@ def peer_steps(
             lambda m=module: flux_velocity(m, case.text, 3.5, BFLOAT16)(case.latents, case.sigma),
         )
         del module
-    if not (COMFYUI / "comfy").is_dir():
-        print(f"not measured: no ComfyUI in {COMFYUI}")
+    comfyui = find_comfyui()
+    if comfyui is None:
+        print("not measured: no ComfyUI")
         return
-    sys.path.append(str(COMFYUI))
+    sys.path.append(str(comfyui))
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = device.type == "cpu"

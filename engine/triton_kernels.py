@@ -26,10 +26,10 @@ def _gelu(x):
 
 @triton.jit
 def _prepare(
-    x_ptr, more_ptr, shift_ptr, scale_ptr, hadamard_ptr, out_ptr, row_scale_ptr,
+    x_ptr, more_ptr, shift_ptr, scale_ptr, out_ptr, row_scale_ptr,
     tokens, x_batch, x_row, more_batch, more_row, mod_batch,
     WIDTH: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, SIDE: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr,
+    EPS: tl.constexpr, ROTATE: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
@@ -51,14 +51,14 @@ def _prepare(
         scale = tl.load(scale_ptr + modulation, mask=columns < WIDTH, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + modulation, mask=columns < WIDTH, other=0.0).to(tl.float32)
         x = centred / deviation * (1.0 + scale) + shift
-    if SIDE > 0:
-        # The Hadamard matrix of SIDE^2 is that of SIDE along both axes of a square.
-        side = tl.arange(0, SIDE)
-        small = tl.load(hadamard_ptr + side[:, None] * SIDE + side[None, :])
-        x = tl.dot(tl.reshape(x.to(small.dtype), (BLOCK // SIDE, SIDE)), small)
-        x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
-        x = tl.dot(tl.reshape(x.to(small.dtype), (BLOCK // SIDE, SIDE)), small)
-        x = tl.permute(tl.reshape(x, (BLOCK // (SIDE * SIDE), SIDE, SIDE)), (0, 2, 1))
+    if ROTATE:
+        # The regular Hadamard matrix of 4 is half the sum of all four less the one in the mirror;
+        # that of 256 is the same along each of four axes. The mirrors are left to the end.
+        x = tl.reshape(x, (BLOCK // 256, 4, 4, 4, 4))
+        x = 0.5 * tl.sum(x, axis=4, keep_dims=True) - x
+        x = 0.5 * tl.sum(x, axis=3, keep_dims=True) - x
+        x = 0.5 * tl.sum(x, axis=2, keep_dims=True) - x
+        x = 0.5 * tl.sum(x, axis=1, keep_dims=True) - x
         x = tl.reshape(x, (BLOCK,))
     if LIMIT > 0:
         row_scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, 1e-30)
@@ -66,7 +66,7 @@ def _prepare(
         x = tl.clamp(x * (1.0 / row_scale), -LIMIT, LIMIT)
         if ROUND:
             x = (x + ROUNDER) - ROUNDER
-    place = out_ptr + row * (WIDTH + MORE) + columns
+    place = out_ptr + row * (WIDTH + MORE) + (columns ^ 255 if ROTATE else columns)
     tl.store(place, x.to(out_ptr.dtype.element_ty), mask=columns < WIDTH + MORE)
 
 
@@ -79,10 +79,8 @@ def prepare(
 ) -> tuple[Tensor, Tensor | None]:
     """`rows.prepare` in one kernel: the values, and their scale if they are wanted in 8 bits.
 
-    wanted: (dtype or None, largest value, columns that are rotated together).
+    wanted: (dtype or None, largest value, columns that are rotated together: 0 or 256).
     """
-    from .stored_linear import hadamard
-
     source = x if x is not None else gelu
     assert source is not None
     batch, tokens, _ = source.shape
@@ -96,21 +94,17 @@ def prepare(
     if limit:
         scale = torch.empty(batch, tokens, 1, device=source.device)
     shift, factor = (p.expand(batch, 1, width) for p in norm) if norm else (None, None)
-    side = round(group**0.5)
-    # Triton's interpreter, which runs on the CPU, does not multiply bfloat16.
-    turning = torch.bfloat16 if source.is_cuda else torch.float32
-    small = hadamard(side, source.device, turning) if side else source
     block = triton.next_power_of_2(width + more)
     with _on(source.device):
         _prepare[(batch * tokens,)](
-            x, gelu, shift, factor, small, out, scale,
+            x, gelu, shift, factor, out, scale,
             tokens,
             0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
             0 if gelu is None else gelu.stride(0), 0 if gelu is None else gelu.stride(1),
             0 if shift is None else shift.stride(0),
             WIDTH=width, MORE=more, BLOCK=block, NORM=norm is not None,
-            EPS=eps, SIDE=side, LIMIT=limit, ROUND=dtype == torch.int8,
-            num_warps=8 if block > 8192 else 2 if side else 4,
+            EPS=eps, ROTATE=group > 0, LIMIT=limit, ROUND=dtype == torch.int8,
+            num_warps=8 if block > 8192 else 4,
         )  # fmt: skip
     return out, scale
 

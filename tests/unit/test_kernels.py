@@ -87,8 +87,9 @@ def test_prepared_rows_are_those_of_float64(device, case: str, wanted: Wanted | 
     assert (found.values.float().abs().amax(-1) >= 0.99 * wanted.limit).all()
     back = found.values.double() * found.scale.double()
     step = found.scale.double() if wanted.dtype == torch.int8 else (exact.abs() / 8 + found.scale)
-    # The norm and GELU are rounded to bfloat16 where they are not fused, the rotation where it is.
-    rounding = 0.008 * exact.abs().amax(-1, keepdim=True)
+    # The norm and GELU are rounded to bfloat16 where they are not fused.
+    share = 0.008 if norm or gelu is not None else 1e-4
+    rounding = share * exact.abs().amax(-1, keepdim=True)
     assert ((back - exact).abs() <= 0.501 * step + rounding).all()
 
 
@@ -159,10 +160,10 @@ for case in ((x, None, None), (x, norm, None), (None, None, gelu), (x, None, gel
     for group in (0, 256):
         rows = prepare(*case, Wanted(torch.int8, 127.0, group))
         values, scale = fused.prepare(*case, 1e-6, (torch.int8, 127.0, group))
-        assert torch.allclose(scale, rows.scale, rtol=1e-2)
+        assert torch.allclose(scale, rows.scale, rtol=1e-5)
         # A value halfway between two steps may go either way.
         assert (values.int() - rows.values.int()).abs().max() <= 1
-        assert (values != rows.values).float().mean() < (0.2 if group else 0.01)
+        assert (values != rows.values).float().mean() < 0.01
 gate, y = torch.randn(2, 1, 512, generator=generator), torch.randn(2, 5, 512, generator=generator)
 assert torch.allclose(fused.add_gated(x, gate, y), x + gate * y)
 print("equal")
