@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 from weakref import WeakSet
 
@@ -20,7 +21,6 @@ INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
 FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
-
 
 _refused: WeakSet[StoredLinear] = WeakSet()  # no kernel takes them
 
@@ -41,13 +41,20 @@ class Dequantized:
 
     def __init__(self, layers: Collection[StoredLinear], device: torch.device, dtype: torch.dtype):
         sizes = [layer.weight.numel() for layer in layers if layer.weight.dtype != dtype]
-        self.buffer = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+        self.largest = max(sizes, default=0)
+        self.device, self.dtype = device, dtype
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """Memory for the largest matrix that has to be converted, from the first one on."""
+        return torch.empty(self.largest, dtype=self.dtype, device=self.device)
 
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         return Wanted(None, 0.0, layer.group) if layer.group else None
 
     def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
-        return dequantized_product(layer, x, self.buffer, out)
+        buffer = None if layer.weight.dtype == self.dtype else self.buffer
+        return dequantized_product(layer, x, buffer, out)
 
 
 class EightBit:

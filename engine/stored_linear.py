@@ -171,10 +171,7 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def store(module: nn.Module, storage_of: StorageOf, prefix: str = "") -> None:
-    """Replace every linear layer and RMS norm below `module` (on the meta device) by a stored one.
-
-    A norm takes the storage of the first linear layer of the module that it is in.
-    """
+    """Replace every linear layer and RMS norm below `module`, which is on the meta device."""
     from diffsynth.models.general_modules import RMSNorm
 
     for name, child in module.named_children():

@@ -79,8 +79,10 @@ def test_one_buffer_serves_every_matrix() -> None:
         layer(torch.randn(1, 3, layer.weight.shape[1]))
         kept = product.buffer[: layer.weight.numel()].view(layer.weight.shape)
         assert torch.equal(kept, layer.weight.float() * layer.scale[:, None])
-    plain = Dequantized([filled(BFLOAT16)[0]], CPU, torch.bfloat16)
-    assert plain.buffer.numel() == 0
+    layer, _ = filled(BFLOAT16)
+    layer.product = Dequantized([layer], CPU, torch.bfloat16)
+    layer(torch.randn(1, 3, 512).bfloat16())
+    assert "buffer" not in vars(layer.product)  # nothing had to be converted
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -88,7 +90,7 @@ def test_one_buffer_serves_every_matrix() -> None:
 def test_8_bits_are_the_product_of_what_was_rounded(storage: Storage, bias: bool) -> None:
     layer, weight = filled(storage, bias=bias)
     layer.product = in_8_bits(layer)
-    x = torch.randn(2, 20, 512)
+    x = torch.randn(2, 80, 512)
     rows = layer.rows(x)
     assert isinstance(rows, Rows)
     assert rows.values.dtype == layer.weight.dtype
@@ -133,14 +135,14 @@ def test_a_low_rank_term_is_added_beside_the_stored_weight(storage, eight_bit: b
     layer, _ = filled(storage)
     before = layer.weight.clone().view(torch.uint8)
     layer.product = in_8_bits(layer) if eight_bit else Dequantized([layer], CPU, torch.float32)
-    x = torch.randn(1, 20, 512)
+    x = torch.randn(1, 160, 512)
     plain = layer(layer.rows(x))
     down, up = torch.randn(4, 512), torch.randn(48, 4)
     layer.low_rank = (down, up)
     added = layer(layer.rows(x)) - plain
     assert relative(added, x.double() @ down.double().T @ up.double().T) < 1e-5
     assert torch.equal(layer.weight.view(torch.uint8), before)
-    out = torch.empty(1, 20, 48)
+    out = torch.empty(1, 160, 48)
     assert torch.equal(layer(layer.rows(x), out=out), out)
 
 
@@ -153,7 +155,7 @@ def test_a_refused_layer_is_dequantized_and_told_once(monkeypatch, caplog) -> No
 
     monkeypatch.setattr(products, "_int8_product", refuse)
     layers = [filled(INT8_ROTATED)[0] for _ in range(2)]
-    x = torch.randn(1, 20, 512)
+    x = torch.randn(1, 160, 512)
     with caplog.at_level(logging.WARNING):
         for layer in (*layers, *layers):  # the second time in another run
             layer.product = in_8_bits(layer)
@@ -174,7 +176,7 @@ def test_a_full_card_is_no_refusal(monkeypatch) -> None:
     layer, _ = filled(INT8_ROTATED)
     layer.product = in_8_bits(layer)
     with pytest.raises(torch.OutOfMemoryError):
-        layer(layer.rows(torch.randn(1, 20, 512)))
+        layer(layer.rows(torch.randn(1, 160, 512)))
 
 
 SMALL = FluxGeometry(hidden=256, double_blocks=1, single_blocks=1, text_width=64)
@@ -261,7 +263,7 @@ def test_kitchens_product_is_ours(group: int) -> None:
     """The library that ComfyUI ships, on its plain back end, with our weights."""
     pytest.importorskip("comfy_kitchen")
     layer, _ = filled(Storage("int8", scaled=True, rotated=group))
-    x = torch.randn(1, 20, 512)
+    x = torch.randn(1, 160, 512)
     layer.product = in_8_bits(layer)
     assert relative(products._kitchen_product(layer, x), layer(x).double()) < 2e-3
 
