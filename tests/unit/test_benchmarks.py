@@ -22,7 +22,7 @@ def test_equal_weights_have_equal_errors_and_scaled_ones_smaller(
     def draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         return 4 * normal(shape, generator)  # so narrow a block would hardly change its input
 
-    _, error = precision.errors(draw, TINY, schemes, tokens=32, device=device)
+    _, error = precision.errors(draw, TINY, schemes, tokens=32, device=device, seed=1)
     assert error["bfloat16"] == error["bfloat16 (DiffSynth's blocks)"] > 0
     assert error["float8_e4m3fn unscaled"] == error[precision.CAST]
     assert error["int8 rotated"] < error["float8_e4m3fn"] < error[precision.CAST]
