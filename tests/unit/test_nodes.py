@@ -242,3 +242,31 @@ def test_values_that_come_over_a_link_are_checked_too(change: dict, said: str) -
 
 def test_the_largest_seed_works() -> None:
     assert torch.isfinite(sampled(seed=2**64 - 1)[0]).all()
+
+
+def test_each_kind_of_layer_can_be_stored_otherwise() -> None:
+    file = "majicflus_v134.safetensors"
+    for kind, layer in (
+        ("attention", lambda dit: dit.blocks[0].attn.a_to_qkv),
+        ("mlp", lambda dit: dit.single_blocks[0].proj_out),
+        ("modulation", lambda dit: dit.blocks[0].norm1_b.linear),
+    ):
+        chosen = {f"{kind}_precision": "int8 rotated"}
+        dit = DiTLoader.execute(file, "float8_e4m3fn", **chosen).args[0]
+        assert layer(dit.weights.module).weight.dtype == torch.int8, kind
+        others = {p.dtype for p in dit.weights.module.parameters() if p.ndim == 2}
+        assert torch.float8_e4m3fn in others
+
+
+def test_the_pipeline_shows_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(standalone, "show_on_node", lambda _, text: shown.append(text))
+    parts = handles("int8 rotated")
+    assert PipelineNode.execute(*parts, 0.0, "8-bit").args[0].computing.eight_bit == {torch.int8}
+    assert shown[-1] == "transformer: computes in int8 on CPU"
+    PipelineNode.execute(*parts, 0.0, "auto")
+    assert shown[-1] == (
+        "transformer: computes in float32 on CPU (no 8-bit matrix units for int8 weights)"
+    )
+    with pytest.raises(ValueError, match="Choose float8_e4m3fn or int8 rotated"):
+        PipelineNode.execute(*handles("bfloat16"), 0.0, "8-bit")
