@@ -225,7 +225,8 @@ def test_fewer_blocks_are_seen_in_the_names(plain: Tensors, saved) -> None:
     }
     weights, geometry = load_flux_dit(saved(lite), PRECISIONS["bfloat16"])
     assert (geometry.double_blocks, geometry.single_blocks) == (1, 3)
-    assert len(weights.blocks) == 4
+    assert len(weights.module.blocks) == 1
+    assert len(weights.module.single_blocks) == 3
 
 
 def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipeline) -> None:
