@@ -1,13 +1,15 @@
 """Small models in the real layouts, components without a host, and a ComfyUI process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from comfyui_server import Server
+from file_layouts import Tensors
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline
@@ -75,6 +77,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     demo_models.write_demo_models(folder)
     return folder
+
+
+@pytest.fixture
+def plain(models: Path) -> Tensors:
+    """The demo transformer under the names of Black Forest Labs."""
+    tensors = load_file(models / demo_models.DIT_FILE)
+    return {name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes tensors to a file below `tmp_path`."""
+
+    def save(tensors: Tensors, name: str = "model.safetensors") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+        return path
+
+    return save
 
 
 @pytest.fixture

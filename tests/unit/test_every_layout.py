@@ -1,12 +1,11 @@
 """Every layout that people have their files in, through the loaders, against the plain one."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from file_layouts import (
     FLOAT8,
@@ -36,24 +35,6 @@ def parameters(weights) -> Tensors:
 
 def bits(tensors: Tensors) -> dict[str, bytes]:
     return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
-
-
-@pytest.fixture
-def plain(models: Path) -> Tensors:
-    """The demo transformer under the names of Black Forest Labs."""
-    tensors = load_file(models / demo_models.DIT_FILE)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[Tensors], Path]:
-    def save(tensors: Tensors, name: str = "model.safetensors") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
-        return path
-
-    return save
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.bfloat16) -> Tensors:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageColor
-from safetensors.torch import load_file, save_file
 
 from file_layouts import FLOAT8, Tensors, scaled, sparse_file, to_diffusers
 from majicflux import cli
@@ -38,24 +37,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def plain(models: Path) -> Tensors:
-    """The demo transformer under the names of Black Forest Labs."""
-    tensors = load_file(models / demo_models.DIT_FILE)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[Tensors], Path]:
-    def save(tensors: Tensors, name: str = "model.safetensors") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
-        return path
-
-    return save
 
 
 def inspected(path: Path, rows: int = ALL) -> Inspection:
