@@ -18,10 +18,15 @@ ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 has no fractions from here on: ad
 
 
 @triton.jit
-def _gelu(x):
-    # tanh(u) = 1 - 2 / (exp(2u) + 1), which neither overflows nor loses the sign.
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+def _gelu(x, PTX: tl.constexpr):
+    # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)); the factor is -2 / log(2).
+    u = x * (0.7978845608028654 + 0.035677408136300125 * (x * x))
+    e = tl.exp2(u * -2.8853900817779268) + 1.0
+    if PTX:  # a division that also guards denormals takes several times as long
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x / e
 
 
 @triton.jit
@@ -30,6 +35,7 @@ def _prepare(
     tokens, x_batch, x_row, more_batch, more_row, mod_batch,
     WIDTH: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, ROTATE: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
@@ -42,7 +48,7 @@ def _prepare(
     if MORE > 0:
         place = more_ptr + batch * more_batch + token * more_row + columns - WIDTH
         inside = (columns >= WIDTH) & (columns < WIDTH + MORE)
-        x += _gelu(tl.load(place, mask=inside, other=0.0).to(tl.float32))
+        x += _gelu(tl.load(place, mask=inside, other=0.0).to(tl.float32), PTX)
     if NORM:
         mean = tl.sum(x, axis=0) / WIDTH
         centred = tl.where(columns < WIDTH, x - mean, 0.0)
@@ -50,7 +56,7 @@ def _prepare(
         modulation = batch * mod_batch + columns
         scale = tl.load(scale_ptr + modulation, mask=columns < WIDTH, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + modulation, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        x = centred / deviation * (1.0 + scale) + shift
+        x = centred * (1.0 / deviation) * (1.0 + scale) + shift
     if ROTATE:
         # The regular Hadamard matrix of 4 is half the sum of all four less the one in the mirror;
         # that of 256 is the same along each of four axes. The mirrors are left to the end.
@@ -63,11 +69,25 @@ def _prepare(
     if LIMIT > 0:
         row_scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, 1e-30)
         tl.store(row_scale_ptr + row, row_scale)
-        x = tl.clamp(x * (1.0 / row_scale), -LIMIT, LIMIT)
-        if ROUND:
-            x = (x + ROUNDER) - ROUNDER
-    place = out_ptr + row * (WIDTH + MORE) + (columns ^ 255 if ROTATE else columns)
-    tl.store(place, x.to(out_ptr.dtype.element_ty), mask=columns < WIDTH + MORE)
+        x = x * (1.0 / row_scale)
+        if ROUND:  # the integer is then the low byte, which costs less than a conversion
+            x = (x + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+        else:
+            x = tl.clamp(x, -LIMIT, LIMIT)
+    place = columns
+    inside = columns < WIDTH + MORE
+    if ROTATE and ROUND and PTX:
+        # Mirror the 8 bytes that a thread has among themselves, and the place of all 8, so that
+        # they are stored at once.
+        x = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $3, 0, 0x0123; prmt.b32 $1, $2, 0, 0x0123;", "=r,=r,r,r", [x],
+            dtype=tl.int8, is_pure=True, pack=8,
+        )  # fmt: skip
+        place = tl.max_contiguous(tl.multiple_of(columns ^ 248, 8), 8)
+        inside = tl.max_constancy(place < WIDTH + MORE, 8)
+    elif ROTATE:
+        place = columns ^ 255
+    tl.store(out_ptr + row * (WIDTH + MORE) + place, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def prepare(
@@ -95,6 +115,9 @@ def prepare(
         scale = torch.empty(batch, tokens, 1, device=source.device)
     shift, factor = (p.expand(batch, 1, width) for p in norm) if norm else (None, None)
     block = triton.next_power_of_2(width + more)
+    warps = 8 if block > 8192 else 4
+    # The assembly takes 8 neighbours of one thread, which has them from so many columns on.
+    ptx = source.is_cuda and block >= 8 * 32 * warps
     with _on(source.device):
         _prepare[(batch * tokens,)](
             x, gelu, shift, factor, out, scale,
@@ -103,8 +126,8 @@ def prepare(
             0 if gelu is None else gelu.stride(0), 0 if gelu is None else gelu.stride(1),
             0 if shift is None else shift.stride(0),
             WIDTH=width, MORE=more, BLOCK=block, NORM=norm is not None,
-            EPS=eps, ROTATE=group > 0, LIMIT=limit, ROUND=dtype == torch.int8,
-            num_warps=8 if block > 8192 else 4,
+            EPS=eps, ROTATE=group > 0, LIMIT=limit, ROUND=dtype == torch.int8, PTX=ptx,
+            num_warps=warps,
         )  # fmt: skip
     return out, scale
 
@@ -224,30 +247,29 @@ def int8_product(
 
 @triton.jit
 def _add_gated(
-    x_ptr, gate_ptr, y_ptr, out_ptr, tokens, gate_batch, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, gate_ptr, y_ptr, tokens, x_batch, gate_batch, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    place = row * WIDTH + column
+    place = x_ptr + row // tokens * x_batch + row % tokens * WIDTH + column
     gate = tl.load(gate_ptr + row // tokens * gate_batch + column, mask=inside, other=0.0)
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     out = x + gate.to(tl.float32) * y
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(place, out.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """x + gate * y, rounded once. x, y: [batch, tokens, width]; gate: [batch, 1, width]."""
+def add_gated_(x: Tensor, gate: Tensor, y: Tensor) -> None:
+    """Add gate * y, rounded once. x, y: [batch, tokens, width]; gate: [batch, 1, width]."""
     batch, tokens, width = x.shape
-    x, y, gate = x.contiguous(), y.contiguous(), gate.expand(batch, 1, width)
-    out = torch.empty_like(x)
+    assert x[0].is_contiguous()
+    y, gate = y.contiguous(), gate.expand(batch, 1, width)
     with _on(x.device):
         _add_gated[(batch * tokens,)](
-            x, gate, y, out, tokens, gate.stride(0),
+            x, gate, y, tokens, x.stride(0), gate.stride(0),
             WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         )  # fmt: skip
-    return out
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
