@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .engine.precision import PRECISIONS
 from .host import standalone
 from .host.canvas import to_graph, with_values
 from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
+from .host.schema import ComfyNode
 from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .nodes import NODES
 
@@ -71,6 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(command=_inspect)
 
+    plan = commands.add_parser("plan", help="say what a VRAM budget allows, without a card")
+    plan.add_argument("--vram", type=float, metavar="GB", help="the budget; none: no limit")
+    plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
+    plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="pictures at once")
+    plan.add_argument("--steps", type=_positive, default=20, metavar="N")
+    plan.add_argument(
+        "--file", type=Path, help="a transformer, by default one of FLUX.1-dev's sizes"
+    )
+    plan.add_argument("--precision", choices=PRECISIONS, default="float8_e4m3fn")
+    plan.add_argument(
+        "--compute",
+        choices=["8-bit", "bfloat16"],
+        default="8-bit",
+        help="products of 8-bit weights",
+    )
+    plan.add_argument(
+        "--copy-rate", type=float, metavar="GB/S", help="of the card, from pinned memory"
+    )
+    plan.add_argument("--matrix-rate", type=float, metavar="TFLOP/S", help="of the card, in 8 bits")
+    plan.add_argument("--json", action="store_true", help="everything, for programs")
+    plan.set_defaults(command=_plan)
+
     run = commands.add_parser("run", help="run an API-format workflow")
     run.add_argument("workflow", type=Path, help="API-format JSON")
     run.add_argument(
@@ -108,6 +132,35 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("give a whole number, 1 or more")
     return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError("give a size such as 1024x768")
+    return int(width), int(height)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .engine.plan_alone import plan_alone
+    from .engine.sizes import size_problem
+    from .loaders.flux_dit import inspect_flux_dit
+
+    for name, side in zip(("Width", "Height"), options.size, strict=True):
+        if problem := size_problem(name, side):
+            raise ValueError(problem)
+    geometry = None if options.file is None else inspect_flux_dit(options.file)[0]
+    plan = plan_alone(
+        geometry,
+        PRECISIONS[options.precision],
+        (*options.size, options.batch, options.steps),
+        options.vram,
+        options.compute == "8-bit",
+        options.copy_rate,
+        options.matrix_rate,
+    )
+    print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
+    plan.require_budget()
 
 
 def _cache(options: argparse.Namespace) -> None:
@@ -202,6 +255,7 @@ def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folde
     standalone.set_up_torch()
     standalone.models_folder = models
     metadata: dict[str, Any] = {"prompt": graph}
+    ComfyNode.hidden.extra_pnginfo = metadata
     classes = {node.define_schema().node_id: node for node in NODES}
     classes |= image_nodes(output, input_folder, metadata)
     canvas = _canvas_of(workflow)

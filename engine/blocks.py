@@ -1,114 +1,132 @@
-"""Flux.1's two kinds of transformer block: DiffSynth's modules, run in fewer passes over memory.
+"""Flux.1's two kinds of transformer block: DiffSynth's modules, run in little memory.
 
+One picture at a time, the residual in place, and whatever is not attention in chunks of tokens.
 Where no kernel is fused, every value is rounded when DiffSynth rounds it, so the results are
-DiffSynth's bit for bit. Attention masks and IP-adapters take DiffSynth's own forward.
+DiffSynth's bit for bit.
 """
 # pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rows import add_gated, rms_rope_
+from .offload import at_hand
+from .rows import add_gated_, rms_rope_
+from .work import Work
 
 
 class JointBlock(FluxJointTransformerBlock):
-    """Image (a) and text (b) with weights of their own, attending to each other.
-
-    modulation: outputs of the modulation layers for this step, or None to compute them here.
-    """
-
-    modulation: Sequence[Tensor] | None = None
+    """Image (a) and text (b) with weights of their own, attending to each other."""
 
     def modulation_layers(self) -> list[Any]:
         return [self.norm1_a.linear, self.norm1_b.linear]
 
+    def weight_blocks(self) -> list[list[Any]]:
+        """The layers that are needed together, in their order."""
+        a, b = self.attn.a_to_out, self.attn.b_to_out
+        return [
+            [self.attn.b_to_qkv, self.attn.a_to_qkv],
+            [b, self.ff_b[0], self.ff_b[2]],
+            [a, self.ff_a[0], self.ff_a[2]],
+        ]
+
     def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        conditioning: Tensor,
-        rope: Tensor,
-        attn_mask: Tensor | None = None,
-        ipadapter_kwargs_list: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        if attn_mask is not None or ipadapter_kwargs_list is not None:
-            return super().forward(
-                image, text, conditioning, rope, attn_mask, ipadapter_kwargs_list
-            )
+        self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
+    ) -> None:
+        """x: [1, words + image tokens, width], changed in place; modulation: what each of
+        `modulation_layers` gave, [1, 1, 6 * width]; rope: as RoPEEmbedding gives it."""
         attention = self.attn
-        image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation_of(self, conditioning))
-
-        batch, words, width = text.shape
-        qkv = text.new_empty(batch, words + image.shape[1], 3 * width)
+        image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
+        text, image = slice(0, words), slice(words, x.shape[1])
         parts = (
-            (text, text_mod, attention.b_to_qkv, attention.norm_q_b, attention.norm_k_b, 0),
-            (image, image_mod, attention.a_to_qkv, attention.norm_q_a, attention.norm_k_a, words),
+            (text, text_mod, attention.b_to_qkv, attention.norm_q_b, attention.norm_k_b),
+            (image, image_mod, attention.a_to_qkv, attention.norm_q_a, attention.norm_k_a),
         )
-        for x, mod, to_qkv, q_norm, k_norm, first in parts:
-            tokens = slice(first, first + x.shape[1])
-            to_qkv(to_qkv.rows(x, norm=mod[:2]), out=qkv[:, tokens])
-            rms_rope_(qkv[:, tokens], q_norm, k_norm, rope[:, :, tokens], attention.num_heads)
-        mixed = attend(qkv, attention.num_heads)
-
-        text = _rest(text, mixed[:, :words], text_mod, attention.b_to_out, self.ff_b)
-        image = _rest(image, mixed[:, words:], image_mod, attention.a_to_out, self.ff_a)
-        return image, text
+        qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * x.shape[2]))
+        with at_hand(attention.b_to_qkv):
+            for tokens, mod, to_qkv, q_norm, k_norm in parts:
+                for some in work.chunks(tokens):
+                    _write_qkv(x, some, mod[:2], to_qkv, qkv, work)
+                    rms_rope_(qkv[:, some], q_norm, k_norm, rope[:, :, some], attention.num_heads)
+        mixed = work.attempt(partial(attend, qkv, attention.num_heads))
+        del qkv
+        _rest(x, text, mixed, text_mod, attention.b_to_out, self.ff_b, work)
+        _rest(x, image, mixed, image_mod, attention.a_to_out, self.ff_a, work)
 
 
 class SingleBlock(FluxSingleTransformerBlock):
-    """Text and image as one sequence, attention and MLP side by side.
-
-    modulation: as in JointBlock.
-    """
-
-    modulation: Sequence[Tensor] | None = None
+    """Text and image as one sequence, attention and MLP side by side."""
 
     def modulation_layers(self) -> list[Any]:
         return [self.norm.linear]
 
+    def weight_blocks(self) -> list[list[Any]]:
+        return [[self.to_qkv_mlp, self.proj_out]]
+
     def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        conditioning: Tensor,
-        rope: Tensor,
-        attn_mask: Tensor | None = None,
-        ipadapter_kwargs_list: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        if attn_mask is not None or ipadapter_kwargs_list is not None:
-            return super().forward(x, text, conditioning, rope, attn_mask, ipadapter_kwargs_list)
-        (mod,) = modulation_of(self, conditioning)
-        shift, scale, gate = mod.chunk(3, dim=-1)
-        both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=(shift, scale)))
-        qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
-        rms_rope_(qkv, self.norm_q_a, self.norm_k_a, rope, self.num_heads)
-        mixed = attend(qkv, self.num_heads)
-        y = self.proj_out(self.proj_out.rows(mixed, gelu=hidden))
-        return add_gated(x, gate, y), text
+        self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
+    ) -> None:
+        """As of JointBlock."""
+        shift, scale, gate = modulation[0].chunk(3, dim=-1)
+        into, out_of, width = self.to_qkv_mlp, self.proj_out, self.dim
+        tokens = slice(0, x.shape[1])
+        qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
+        with at_hand(into):
+            for some in work.chunks(tokens):
+                _write_qkv(x, some, (shift, scale), into, qkv, work)
+                rms_rope_(
+                    qkv[:, some], self.norm_q_a, self.norm_k_a, rope[:, :, some], self.num_heads
+                )
+            mixed = work.attempt(partial(attend, qkv, self.num_heads))
+            del qkv
 
+            def rest(some: slice) -> None:
+                rows = into.rows(x[:, some], norm=(shift, scale))
+                hidden = into(rows, columns=slice(3 * width, None))
+                del rows
+                rows = out_of.rows(mixed[:, some], gelu=hidden)
+                del hidden
+                add_gated_(x[:, some], gate, out_of(rows))
 
-def modulation_of(block: JointBlock | SingleBlock, conditioning: Tensor) -> Sequence[Tensor]:
-    """[batch or 1, 1, n * width] from each modulation layer of the block."""
-    if block.modulation is not None:
-        return block.modulation
-    active = F.silu(conditioning)[:, None]
-    return [layer(active) for layer in block.modulation_layers()]
+            for some in work.chunks(tokens):
+                work.attempt(partial(rest, some))
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of [batch, tokens, 3 * width], queries, keys and values side by side."""
+    """Attention of [1, tokens, 3 * width], queries, keys and values side by side."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _rest(x: Tensor, mixed: Tensor, mod: Any, to_out: Any, mlp: Any) -> Tensor:
+def _write_qkv(x: Tensor, some: slice, norm: Any, layer: Any, qkv: Tensor, work: Work) -> None:
+    """The first columns of the layer, which are queries, keys and values, for some tokens."""
+    columns = slice(0, qkv.shape[-1])
+    work.attempt(
+        lambda: layer(layer.rows(x[:, some], norm=norm), out=qkv[:, some], columns=columns)
+    )
+
+
+def _rest(
+    x: Tensor, tokens: slice, mixed: Tensor, mod: Any, to_out: Any, mlp: Any, work: Work
+) -> None:
     """What follows the attention, for one of the two streams."""
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
-    x = add_gated(x, gate, to_out(to_out.rows(mixed)))
     into, _, out_of = mlp
-    hidden = into(into.rows(x, norm=(mlp_shift, mlp_scale)))
-    return add_gated(x, mlp_gate, out_of(out_of.rows(None, gelu=hidden)))
+
+    def after_attention(some: slice) -> None:
+        add_gated_(x[:, some], gate, to_out(to_out.rows(mixed[:, some])))
+
+    def feed_forward(some: slice) -> None:
+        hidden = into(into.rows(x[:, some], norm=(mlp_shift, mlp_scale)))
+        rows = out_of.rows(None, gelu=hidden)
+        del hidden
+        add_gated_(x[:, some], mlp_gate, out_of(rows))
+
+    with at_hand(to_out):
+        for some in work.chunks(tokens):
+            work.attempt(partial(after_attention, some))
+            work.attempt(partial(feed_forward, some))

@@ -1,21 +1,21 @@
-"""The denoising loop and the call into DiffSynth's Flux forward."""
+"""The denoising loop and the forward of the Flux transformer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .offload import CPU, at_hand
 from .text_encoders import TextEmbedding
+from .work import Work
 
 # velocity(latents, sigma) -> d(latents)/d(sigma), same shape as latents
 Velocity = Callable[[Tensor, Tensor], Tensor]
 # on_step(steps done, estimate of the clean latents)
 OnStep = Callable[[int, Tensor], None]
-# for each block, what each of its modulation layers gives, [1, 1, n * width]
-Modulation = Sequence[Sequence[Tensor]]
 
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
@@ -32,99 +32,115 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) 
     return latents
 
 
-def flux_velocity(
-    dit: Any,
-    text: TextEmbedding,
-    guidance: float,
-    compute_dtype: torch.dtype,
-    modulation: Mapping[float, Modulation] | None = None,
-) -> Velocity:
-    """DiffSynth's `model_fn_flux_image` as a function of the latents and sigma.
+@dataclass
+class Conditions:
+    """What the transformer is told besides the latents, computed once for a whole run.
 
-    The timestep and the guidance take the dtype of the latents, as in DiffSynth, where bfloat16
-    latents therefore mean a guidance of 3504 instead of 3500; float32 latents keep both exact.
-    modulation: what `modulation_of_steps` gave, by sigma; other sigmas compute their own.
+    text: [1, words, width]; modulation: by sigma, what each modulation layer of each block gives,
+    [1, 1, n * width], the final norm's last.
     """
-    from diffsynth.pipelines.flux_image import model_fn_flux_image
 
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        batch, _, height, width = latents.shape
-        device = latents.device
-        prompt = text.tokens.to(device, compute_dtype).expand(batch, -1, -1)
-        with _modulated(dit, (modulation or {}).get(sigma.item())):
-            return model_fn_flux_image(
-                dit=dit,
-                latents=latents.to(compute_dtype),
-                timestep=_timestep(sigma, latents),
-                prompt_emb=prompt,
-                pooled_prompt_emb=text.pooled.to(device, compute_dtype).expand(batch, -1),
-                guidance=torch.full((batch,), guidance, device=device, dtype=latents.dtype),
-                text_ids=torch.zeros(batch, prompt.shape[1], 3, device=device),
-                image_ids=_image_ids(batch, height // 2, width // 2, device),
-            )
-
-    return velocity
+    text: Tensor
+    modulation: dict[float, list[list[Tensor]]] = field(default_factory=dict)
 
 
-def modulation_of_steps(
+def conditions_of(
     dit: Any,
     text: TextEmbedding,
     guidance: float,
     compute_dtype: torch.dtype,
     latents: Tensor,
     sigmas: Tensor,
-) -> dict[float, Modulation]:
-    """The modulation of every block for every sigma, by sigma; one call of each layer.
+) -> Conditions:
+    """The conditions for every sigma, with one call of each layer.
 
-    It depends on the step, the guidance and the pooled text alone, while its layers are a quarter
-    of the parameters: computed before the first step, they need not travel at every step.
+    Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
+    quarter of the parameters: computed before the first step, they need not travel at every step.
+    The timestep and the guidance take the dtype of the latents, as in DiffSynth, where bfloat16
+    latents therefore mean a guidance of 3504 instead of 3500; float32 latents keep both exact.
     """
-    pooled = dit.pooled_text_embedder(text.pooled.to(latents.device, compute_dtype))
-    strength = torch.full((1,), guidance, device=latents.device, dtype=latents.dtype) * 1000
+    device = latents.device
+    strength = torch.full((1,), guidance, device=device, dtype=latents.dtype) * 1000
+    with at_hand(dit.context_embedder):
+        tokens = dit.context_embedder(text.tokens.to(device, compute_dtype))
+        pooled = dit.pooled_text_embedder(text.pooled.to(device, compute_dtype))
 
-    def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
-        found = dit.time_embedder(_timestep(sigma, latents), compute_dtype) + pooled
-        if dit.guidance_embedder is None:
-            return found
-        return found + dit.guidance_embedder(strength, compute_dtype)
+        def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
+            timestep = (sigma * 1000).to(device, latents.dtype).reshape(1)
+            found = dit.time_embedder(timestep, compute_dtype) + pooled
+            if dit.guidance_embedder is None:
+                return found
+            return found + dit.guidance_embedder(strength, compute_dtype)
 
-    active = F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
-    found = [[layer(active) for layer in block.modulation_layers()] for block in _blocks(dit)]
-    return {
-        sigma.item(): [[layer[step, None] for layer in block] for block in found]
-        for step, sigma in enumerate(sigmas)
-    }
+        active = F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
+    layers = [block.modulation_layers() for block in _blocks(dit)]
+    found = [[layer(active) for layer in of_block] for of_block in layers]
+    found.append([dit.final_norm_out.linear(active)])
+    return Conditions(
+        tokens,
+        {
+            sigma.item(): [[layer[step, None] for layer in of_block] for of_block in found]
+            for step, sigma in enumerate(sigmas)
+        },
+    )
 
 
-@contextmanager
-def _modulated(dit: Any, modulation: Modulation | None) -> Iterator[None]:
-    if modulation is None:
-        yield
-        return
-    for block, values in zip(_blocks(dit), modulation, strict=True):
-        block.modulation = values
-    try:
-        yield
-    finally:
-        for block in _blocks(dit):
-            block.modulation = None
+def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) -> Velocity:
+    """The transformer as a function of the latents and one of the sigmas of `conditions`.
+
+    The arithmetic is that of DiffSynth's `model_fn_flux_image`.
+    """
+    work = work or Work()
+    text = conditions.text
+    rope: dict[tuple[int, int], Tensor] = {}  # the same at every step
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        batch, _, height, width = latents.shape
+        size = (height // 2, width // 2)
+        if size not in rope:
+            rope[size] = _rope(dit, text.shape[1], *size).to(latents.device)
+        *modulation, (final,) = conditions.modulation[sigma.item()]
+        x = _embedded(dit, latents, text, work)
+        for block, of_block in zip(_blocks(dit), modulation, strict=True):
+            for picture in range(batch):
+                block(x[picture, None], text.shape[1], of_block, rope[size], work)
+        shift, scale = final.chunk(2, dim=-1)
+        out = text.new_empty(batch, size[0] * size[1], dit.final_proj_out.weight.shape[0])
+        layer = dit.final_proj_out
+        for picture in range(batch):
+            for some in work.chunks(slice(0, out.shape[1])):
+                tokens = x[picture, None, text.shape[1] :][:, some]
+                out[picture, some] = layer(layer.rows(tokens, norm=(shift, scale)))[0]
+        return dit.unpatchify(out, height, width)
+
+    return velocity
+
+
+def _embedded(dit: Any, latents: Tensor, text: Tensor, work: Work) -> Tensor:
+    """The words, then the latents, as tokens of the transformer: [batch, tokens, width]."""
+    patches = dit.patchify(latents.to(text.dtype))
+    words = text.shape[1]
+    x = text.new_empty(len(latents), words + patches.shape[1], text.shape[2])
+    x[:, :words] = text
+    for picture, mine in enumerate(patches):
+        for some in work.chunks(slice(0, len(mine))):
+            x[picture, words:][some] = dit.x_embedder(mine[some])
+    return x
 
 
 def _blocks(dit: Any) -> list[Any]:
     return [*dit.blocks, *dit.single_blocks]
 
 
-def _timestep(sigma: Tensor, latents: Tensor) -> Tensor:
-    return (sigma * 1000).to(latents.device, latents.dtype).reshape(1)
+def _rope(dit: Any, words: int, rows: int, columns: int) -> Tensor:
+    """RoPE of the words, at (0, 0, 0), and of each 2x2 latent patch, at (0, row, column).
 
-
-def _image_ids(batch: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Position of each 2x2 latent patch, float32 [batch, rows*columns, 3] as (0, row, column).
-
-    Float32, because DiffSynth's own ids take the latents' dtype and bfloat16 skips integers
-    above 256, which a side of 4096 pixels reaches.
+    Its sines are computed in float64, which not every device has. The positions are float32:
+    DiffSynth's own take the latents' dtype, and bfloat16 skips integers above 256, which a side
+    of 4096 pixels reaches.
     """
-    ids = torch.zeros(rows, columns, 3, device=device)
-    ids[..., 1] = torch.arange(rows, device=device)[:, None]
-    ids[..., 2] = torch.arange(columns, device=device)
-    return ids.reshape(1, rows * columns, 3).expand(batch, -1, -1)
+    ids = torch.zeros(rows, columns, 3, device=CPU)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)
+    everything = torch.cat([torch.zeros(words, 3), ids.reshape(rows * columns, 3)])
+    return dit.pos_embedder(everything[None])

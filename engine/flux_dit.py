@@ -14,6 +14,7 @@ ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 ROPE_THETA = 10000
 HEAD_DIM = sum(ROPE_AXES)
 TIMESTEP_CHANNELS = 256
+MLP_RATIO = 4
 BLOCK = re.compile(r"(single_)?blocks\.\d+\.")  # in DiffSynth's names
 
 
@@ -66,9 +67,15 @@ def build_flux_dit(
 
     dit = sized_flux_dit(geometry, JointBlock, SingleBlock)
     store(dit, storage_of or stored_as)
+    for block in dit.single_blocks:
+        block.to_qkv_mlp.most_columns = MLP_RATIO * geometry.hidden
     blocks = [*dit.blocks, *dit.single_blocks]
-    modulation = [layer for block in blocks for layer in block.modulation_layers()]
-    return OffloadedModule(dit, blocks, rare=modulation)
+    passes = [part for block in blocks for part in block.weight_blocks()]
+    modulation = [[layer] for block in blocks for layer in block.modulation_layers()]
+    embedders = [dit.context_embedder, dit.pooled_text_embedder, dit.time_embedder]
+    if dit.guidance_embedder is not None:
+        embedders.append(dit.guidance_embedder)
+    return OffloadedModule(dit, passes, [embedders, *modulation, [dit.final_norm_out.linear]])
 
 
 def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) -> Any:

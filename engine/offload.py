@@ -1,16 +1,22 @@
-"""Weights that live in CPU memory and visit the compute device block by block."""
+"""Weights that live in CPU memory: some resident on the compute device, the others visiting it."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .streaming import BeforeBlock, Stream, Transfers
+from .work import Work
+
 CPU = torch.device("cpu")
-BeforeBlock = Callable[[], None]  # called before each block runs; may raise to stop there
 ALIGNMENT = 256  # bytes; what CUDA's allocator and vector loads expect of a tensor's start
+GOLDEN = (5**0.5 - 1) / 2
+
+Blocks = Sequence[Sequence[nn.Module]]
 
 
 class Patcher(Protocol):
@@ -23,6 +29,13 @@ class Patcher(Protocol):
 
     def release(self, weight_bytes: int) -> None:
         """Move at least `weight_bytes` of resident weights back to CPU memory."""
+
+    def available(self) -> int | None:
+        """Bytes of the device that this component could have if all others gave way; None on a
+        device whose memory is not counted."""
+
+    def pin(self) -> None:
+        """Pin the weights' CPU memory as far as the host allows, until they leave the device."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class WeightBlock:
 
     def __init__(self, parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]):
         self.resident = False
+        self.visitors = 0  # forwards that are computing with it now
         self._views: list[_View] = []
         end = 0
         for owner, name, meta in parameters:
@@ -59,18 +73,23 @@ class WeightBlock:
     def live_in(self, buffer: Tensor) -> None:
         """Make `buffer`, uint8 [nbytes] in CPU memory, the place where the parameters are kept."""
         self.home = buffer
-        self._point_into(buffer)
+        self.point_into(buffer)
 
-    def move_to(self, device: torch.device) -> None:
+    def stay_on(self, device: torch.device) -> None:
         assert self.home is not None, "the weights have not been given memory"
-        if device != CPU:
-            self._point_into(self.home.to(device, copy=True))
+        self.point_into(self.home.to(device, copy=True))
+        self.resident = True
 
-    def move_home(self) -> None:
+    def leave(self) -> None:
+        self.point_home()
+        self.resident = False
+
+    def point_home(self) -> None:
         assert self.home is not None, "the weights have not been given memory"
-        self._point_into(self.home)
+        self.point_into(self.home)
 
-    def _point_into(self, buffer: Tensor) -> None:
+    def point_into(self, buffer: Tensor) -> None:
+        """Let the parameters be views of `buffer`, which holds their bytes."""
         for view in self._views:
             view.point_into(buffer)
 
@@ -78,129 +97,232 @@ class WeightBlock:
 class OffloadedModule:
     """A module whose weights live in CPU memory, one buffer per block.
 
-    Some blocks may be resident on a compute device; the others are copied there when their
-    forward begins and dropped when it ends. What belongs to no block (embedders, last layers)
-    is the root, which stays on the device for the length of a run.
+    A block is what is needed at the same time. Some may be resident on a compute device; the
+    others visit it. What belongs to no block (norms, a last layer) is the root, which is on the
+    device for the length of a run.
 
     module: built on the meta device, without buffers. Its parameters stay there until `allocate`
     or `live_in` gives them memory.
-    blocks: submodules of `module`, in the order in which they run, none inside another.
-    rare: submodules that run once in a while, blocks of their own also where they are inside one
-    of `blocks`; the last to become resident.
+    blocks: the submodules of each block, in the order in which a pass through the module needs
+    them, none inside another.
+    once: blocks that a run needs once, before its passes; the last to become resident.
+    at_home: submodules that compute on the CPU.
     """
 
     def __init__(
-        self, module: nn.Module, blocks: Sequence[nn.Module], rare: Sequence[nn.Module] = ()
+        self,
+        module: nn.Module,
+        blocks: Blocks,
+        once: Blocks = (),
+        at_home: Sequence[nn.Module] = (),
     ):
         self.module: Any = module.eval()  # Any: its parts are reached by name
+        self._modules = [*map(tuple, blocks), *map(tuple, once)]
         claimed: set[nn.Parameter] = set()
         # All parameters are shared out before the first block replaces its own by views.
-        shares = [_unclaimed_parameters(part, claimed) for part in (*rare, *blocks, module)]
-        *found, self.root = [WeightBlock(share) for share in shares]
-        self.blocks = [*found[len(rare) :], *found[: len(rare)]]
-        self._block_modules = [*blocks, *rare]
+        parts = [*self._modules, tuple(at_home), (module,)]
+        *found, self.home_only, self.root = [
+            WeightBlock([p for part in parts_of for p in _unclaimed_parameters(part, claimed)])
+            for parts_of in parts
+        ]
+        self.blocks, self.once = found[: len(blocks)], found[len(blocks) :]
+        self.anonymous = False  # whether the weights are in memory of the process, not in a file
+        self._pinned: list[Tensor] = []
         self.report = ""  # what was loaded, for the log and the canvas
 
     def allocate(self) -> "OffloadedModule":
         """Give the weights CPU memory of their own, uninitialised."""
         for block in self.all_blocks:
             block.live_in(torch.empty(block.nbytes, dtype=torch.uint8))
+        self.anonymous = True
         return self
 
     def live_in(self, buffers: Sequence[Tensor]) -> None:
         """Let the weights live in these buffers, one for each of `all_blocks`, filled already."""
         for block, buffer in zip(self.all_blocks, buffers, strict=True):
             block.live_in(buffer)
+        self.anonymous = False
 
     def forget(self) -> None:
         """Give up the memory of the weights, which are then on the meta device again."""
         for block in self.all_blocks:
             block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, device="meta"))
 
+    def pin(self, pin: Callable[[Tensor], bool], unpin: Callable[[Tensor], object]) -> None:
+        """Pin the CPU memory of what can visit, block by block until `pin` refuses.
+
+        `unpin` is called for each block when `unpin` is, or when the weights are dropped. Mapped
+        weights are not pinned: that would take the memory that mapping them saves.
+        """
+        if self._pinned or not self.anonymous:
+            return
+        for block in self.travelling:
+            if block.nbytes and block.home is not None and not block.home.is_pinned():
+                if not pin(block.home):
+                    break
+                self._pinned.append(block.home)
+        self._unpin = weakref.finalize(self, _unpin_all, self._pinned, unpin)
+
+    def unpin(self) -> None:
+        """Give pinned memory back to the system's free use."""
+        if self._pinned:
+            self._unpin()
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(home.nbytes for home in self._pinned)
+
+    @property
+    def travelling(self) -> list[WeightBlock]:
+        """What may be resident, in the order of preference.
+
+        The root comes first, then the blocks of every pass, then those that a run needs once. The
+        golden ratio spreads the resident ones evenly over the pass, however many there are: while
+        they compute, the others are copied.
+        """
+        spread = sorted(range(len(self.blocks)), key=lambda index: index * GOLDEN % 1)
+        return [self.root, *(self.blocks[index] for index in spread), *self.once]
+
     @property
     def all_blocks(self) -> list[WeightBlock]:
-        """The root, then the blocks in the order in which they run, then the rare ones."""
-        return [self.root, *self.blocks]
+        """The root, the blocks of a pass in their order, those of once, what stays at home."""
+        return [self.root, *self.blocks, *self.once, self.home_only]
 
     @property
     def total_bytes(self) -> int:
         return sum(block.nbytes for block in self.all_blocks)
 
     @property
+    def travelling_bytes(self) -> int:
+        return self.total_bytes - self.home_only.nbytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of a block that can visit."""
+        return max((block.nbytes for block in [*self.blocks, *self.once]), default=0)
+
+    @property
     def resident_bytes(self) -> int:
         return sum(block.nbytes for block in self.all_blocks if block.resident)
 
-    @property
-    def largest_block_bytes(self) -> int:
-        return max((block.nbytes for block in self.blocks), default=0)
-
-    def keep_resident(self, device: torch.device, budget_bytes: float) -> None:
-        """Keep the root and the first blocks on `device`, as many as fit into `budget_bytes`."""
+    def fitting(self, budget_bytes: float) -> list[WeightBlock]:
+        """The blocks that `keep_resident` would keep in that many bytes."""
         used = 0
         chosen = []
-        for block in self.all_blocks:
-            used += block.nbytes
-            if used <= budget_bytes:
+        for block in self.travelling:
+            if used + block.nbytes <= budget_bytes:
+                used += block.nbytes
                 chosen.append(block)
-            elif block.resident:  # leave before others come
-                self._send_home(block)
+        return chosen
+
+    def keep_resident(self, device: torch.device, budget_bytes: float) -> None:
+        """Keep the root and as many blocks as fit into `budget_bytes` on `device`.
+
+        Fewer become resident when the device has less memory than that.
+        """
+        chosen = self.fitting(budget_bytes)
+        for block in {*self.all_blocks} - {*chosen}:  # leave before others come
+            if block.resident:
+                block.leave()
         for block in chosen:
             if not block.resident:
-                block.move_to(device)
-                block.resident = True
+                try:
+                    block.stay_on(device)
+                except torch.OutOfMemoryError:
+                    return
 
     def release(self, weight_bytes: float) -> int:
-        """Give back residency from the last block on; returns the bytes that left the device."""
+        """Give back residency, the least preferred block first; returns the bytes that left.
+
+        A block that is being computed with stays.
+        """
         freed = 0
-        for block in reversed(self.all_blocks):
+        for block in reversed(self.travelling):
             if freed >= weight_bytes:
                 break
-            if block.resident:
-                self._send_home(block)
+            if block.resident and not block.visitors:
+                block.leave()
                 freed += block.nbytes
         return freed
 
     @contextmanager
     def running_on(
-        self, device: torch.device, before_block: BeforeBlock | None = None
-    ) -> Iterator[Any]:
-        """The module, ready to run on `device`."""
+        self,
+        device: torch.device,
+        before_block: BeforeBlock | None = None,
+        passes: int = 1,
+        ring_bytes: int = 0,
+        work: Work | None = None,
+        transfers: Transfers | None = None,
+    ) -> Iterator[Stream]:
+        """The module can run on `device`, `passes` times.
+
+        ring_bytes: memory for visiting blocks, taken when the first comes; 0: as little as lets
+        one be copied while another computes.
+        """
+        ring_bytes = ring_bytes or 2 * self.largest_bytes
+        order = [*self.once, *self.blocks * passes]
+        stream = Stream(order, device, ring_bytes, before_block, work, transfers)
         hooks = []
+        root_was_resident = self.root.resident
         try:
-            if not self.root.resident:
-                self.root.move_to(device)
-            for block, module in zip(self.blocks, self._block_modules, strict=True):
-                arrive, leave = _visit(block, device, before_block)
-                hooks.append(module.register_forward_pre_hook(arrive))
-                hooks.append(module.register_forward_hook(leave))
-            yield self.module
-        finally:  # a block that was interrupted has not left by itself
+            if not root_was_resident and device != CPU:
+                self.root.stay_on(device)
+                stream.moved_bytes += self.root.nbytes
+            self.root.visitors += 1
+            for block, modules in zip([*self.blocks, *self.once], self._modules, strict=True):
+                for module in modules:
+                    enter, leave = _visit(stream, block)
+                    module.visit = _Visit(stream, block)  # pyright: ignore[reportArgumentType]
+                    hooks.append(module.register_forward_pre_hook(enter))
+                    hooks.append(module.register_forward_hook(leave, always_call=True))
+            yield stream
+        finally:
             for hook in hooks:
                 hook.remove()
-            for block in self.all_blocks:
-                if not block.resident:
-                    block.move_home()
+            for modules in self._modules:
+                for module in modules:
+                    module.__dict__.pop("visit", None)
+            stream.close()
+            self.root.visitors = 0
+            if not root_was_resident:
+                self.root.leave()
 
-    @staticmethod
-    def _send_home(block: WeightBlock) -> None:
-        block.move_home()
-        block.resident = False
+
+def _unpin_all(pinned: list[Tensor], unpin: Callable[[Tensor], object]) -> None:
+    while pinned:
+        unpin(pinned.pop())
 
 
-def _visit(
-    block: WeightBlock, device: torch.device, before_block: BeforeBlock | None
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    def arrive(*_: object) -> None:
-        if before_block is not None:
-            before_block()
-        if not block.resident:
-            block.move_to(device)
+class _Visit:
+    """A block is on the device inside `with`."""
+
+    def __init__(self, stream: Stream, block: WeightBlock):
+        self.stream, self.block = stream, block
+
+    def __enter__(self) -> None:
+        self.stream.enter(self.block)
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.leave(self.block)
+
+
+def at_hand(module: nn.Module) -> Any:
+    """A context in which the whole block that `module` belongs to is on the device.
+
+    For layers of one block that take turns; a layer's own forward looks after itself.
+    """
+    return getattr(module, "visit", None) or nullcontext()
+
+
+def _visit(stream: Stream, block: WeightBlock) -> tuple[Callable[..., None], Callable[..., None]]:
+    def enter(*_: object) -> None:
+        stream.enter(block)
 
     def leave(*_: object) -> None:
-        if not block.resident:
-            block.move_home()
+        stream.leave(block)
 
-    return arrive, leave
+    return enter, leave
 
 
 def _unclaimed_parameters(

@@ -16,6 +16,7 @@ from .rows import Rows, Wanted, prepare
 from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product
 
 log = logging.getLogger("majicflux")
+CPU = torch.device("cpu")
 
 INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
@@ -31,8 +32,10 @@ class Product(Protocol):
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         """The format in which the rows should come; None: as they are."""
 
-    def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
-        """x W^T + b, which is `out` [..., out features] if it could be written there."""
+    def __call__(
+        self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, columns: slice
+    ) -> Tensor:
+        """These columns of x W^T + b, which are `out` if they could be written there."""
         ...
 
 
@@ -40,7 +43,8 @@ class Dequantized:
     """The weight in the dtype of the activations, one matrix at a time in one buffer."""
 
     def __init__(self, layers: Collection[StoredLinear], device: torch.device, dtype: torch.dtype):
-        sizes = [layer.weight.numel() for layer in layers if layer.weight.dtype != dtype]
+        stored = [layer for layer in layers if layer.weight.dtype != dtype]
+        sizes = [layer.most_columns * layer.weight.shape[1] for layer in stored]
         self.largest = max(sizes, default=0)
         self.device, self.dtype = device, dtype
 
@@ -52,9 +56,11 @@ class Dequantized:
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         return Wanted(None, 0.0, layer.group) if layer.group else None
 
-    def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
+    def __call__(
+        self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, columns: slice
+    ) -> Tensor:
         buffer = None if layer.weight.dtype == self.dtype else self.buffer
-        return dequantized_product(layer, x, buffer, out)
+        return dequantized_product(layer, x, buffer, out, columns)
 
 
 class EightBit:
@@ -77,26 +83,33 @@ class EightBit:
             return None  # its kernel rotates and quantizes by itself
         return Wanted(dtype, LIMITS[dtype], layer.group)
 
-    def __call__(self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None) -> Tensor:
+    def __call__(
+        self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, columns: slice
+    ) -> Tensor:
         dtype = layer.weight.dtype
         few = isinstance(x, Tensor) and x.numel() <= FEW_ROWS * x.shape[-1]
         if dtype not in self.dtypes or layer in _refused or few:
-            return self.otherwise(layer, x, out)
+            return self.otherwise(layer, x, out, columns)
         try:
             if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
-                return _kitchen_product(layer, x)
+                return _kitchen_product(layer, x, columns)
             if isinstance(x, Tensor):
                 x = prepare(x, wanted=Wanted(dtype, LIMITS[dtype], layer.group))
             assert isinstance(x, Rows)
             product = _int8_product if dtype == torch.int8 else _float8_product
-            return product(layer, x, out)
+            return product(layer, x, out, columns)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            return self._refused(layer, x, out, error)
+            return self._refused(layer, x, out, columns, error)
 
     def _refused(
-        self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, error: Exception
+        self,
+        layer: StoredLinear,
+        x: Tensor | Rows,
+        out: Tensor | None,
+        columns: slice,
+        error: Exception,
     ) -> Tensor:
         if not _refused:
             shape, reason = "x".join(map(str, layer.weight.shape)), str(error).split("\n")[0]
@@ -110,7 +123,7 @@ class EightBit:
         if isinstance(x, Rows):
             values, scale = _flat(x)
             x = Rows((values.float() * scale).to(x.dtype).view(x.values.shape), None, x.dtype)
-        return self.otherwise(layer, x, out)
+        return self.otherwise(layer, x, out, columns)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,11 @@ class Computing:
     dtype: torch.dtype
     eight_bit: frozenset[torch.dtype] = frozenset()
     report: str = ""
+
+    def conversion_bytes(self, module: nn.Module) -> int:
+        """Of the buffer for matrices that are multiplied in another format than they are kept."""
+        others = [x for x in stored_linears(module) if x.weight.dtype not in self.eight_bit]
+        return Dequantized(others, CPU, self.dtype).largest * self.dtype.itemsize
 
     @contextmanager
     def applied_to(self, module: nn.Module, device: torch.device) -> Iterator[None]:
@@ -185,29 +203,28 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
     return f"no fused kernels for {name}: Triton is not installed or does not work"
 
 
-def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
-    weight, scale = layer.weight, layer.scale
+def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
+    weight, scale, bias = layer.matrix(columns)
     values, row_scale = _flat(x)
     if scale is None:
         scale = torch.ones(len(weight), device=weight.device)
     if not values.is_cuda:  # the same arithmetic without the units
-        bias = None if layer.bias is None else layer.bias.float()
         y = (values.float() @ weight.float().T).mul_(row_scale).mul_(scale)
-        y = y if bias is None else y.add_(bias)
+        y = y if bias is None else y.add_(bias.float())
         return y.to(x.dtype).view(*x.values.shape[:-1], -1)
-    y = _result(layer, x, out)
+    y = _result(weight, x, out)
     torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        values, weight.T, row_scale, scale[None], bias=layer.bias, out_dtype=x.dtype,
+        values, weight.T, row_scale, scale[None], bias=bias, out_dtype=x.dtype,
         use_fast_accum=True, out=y.flatten(0, -2),
     )  # fmt: skip
     return y
 
 
-def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
-    weight, scale, bias = layer.weight, layer.scale, layer.bias
+def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
+    weight, scale, bias = layer.matrix(columns)
     assert scale is not None, "int8 weights have a scale"
     values, row_scale = _flat(x)
-    y = _result(layer, x, out)
+    y = _result(weight, x, out)
     if kernels.fused(values):
         from . import triton_kernels
 
@@ -222,13 +239,14 @@ def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
     return y
 
 
-def _kitchen_product(layer: StoredLinear, x: Tensor) -> Tensor:
+def _kitchen_product(layer: StoredLinear, x: Tensor, columns: slice) -> Tensor:
     import comfy_kitchen
 
-    assert layer.scale is not None, "int8 weights have a scale"
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    weight, scale, bias = layer.matrix(columns)
+    assert scale is not None, "int8 weights have a scale"
+    bias = None if bias is None else bias.to(x.dtype)
     return comfy_kitchen.int8_linear(
-        x, layer.weight, layer.scale, bias, x.dtype,
+        x, weight, scale, bias, x.dtype,
         convrot=layer.group > 0, convrot_groupsize=layer.group or 256,
     )  # fmt: skip
 
@@ -239,11 +257,11 @@ def _flat(x: Rows) -> tuple[Tensor, Tensor]:
     return x.values.flatten(0, -2), x.scale.reshape(-1, 1)
 
 
-def _result(layer: StoredLinear, x: Rows, out: Tensor | None) -> Tensor:
+def _result(weight: Tensor, x: Rows, out: Tensor | None) -> Tensor:
     """Memory for the product: `out` if its rows lie one after the other, or new."""
     if out is not None and out.is_contiguous():
         return out
-    return x.values.new_empty(*x.values.shape[:-1], len(layer.weight), dtype=x.dtype)
+    return x.values.new_empty(*x.values.shape[:-1], len(weight), dtype=x.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -47,7 +47,8 @@ def prepare(
 ) -> Tensor | Rows:
     """The rows [x | GELU(gelu)], or layer norm(x) * (1 + scale) + shift, quantized if wanted.
 
-    x, gelu: [batch, tokens, width], either may be absent; norm: (shift, scale) [batch, 1, width].
+    x, gelu: [batch, tokens, width], either may be absent, and gelu may be used up; norm: (shift,
+    scale) [batch, 1, width].
     """
     source = x if x is not None else gelu
     assert source is not None
@@ -60,9 +61,9 @@ def prepare(
 
             x = comfy_kitchen.adaln(source, scale, shift, EPS)
         else:
-            x = F.layer_norm(source, source.shape[-1:], eps=EPS) * (1 + scale) + shift
+            x = F.layer_norm(source, source.shape[-1:], eps=EPS).mul_(1 + scale).add_(shift)
     if gelu is not None:
-        activated = F.gelu(gelu, approximate="tanh")
+        activated = torch.ops.aten.gelu_(gelu, approximate="tanh")
         x = activated if x is None else torch.cat([x, activated], dim=-1)
     assert x is not None
     return x if wanted is None else quantize_activations(x, wanted)
@@ -78,8 +79,10 @@ def quantize_activations(x: Tensor, wanted: Wanted) -> Rows:
     if wanted.dtype is None:
         return Rows(rotate(x, wanted.group), None, x.dtype)
     values = rotate(x.float(), wanted.group)
-    scale = (values.abs().amax(dim=-1, keepdim=True) / wanted.limit).clamp_min_(1e-30)
-    values = (values / scale).clamp_(-wanted.limit, wanted.limit)
+    largest = torch.linalg.vector_norm(values, ord=float("inf"), dim=-1, keepdim=True)
+    scale = (largest / wanted.limit).clamp_min_(1e-30)
+    values = torch.div(values, scale, out=None if values is x else values)
+    values.clamp_(-wanted.limit, wanted.limit)
     if not wanted.dtype.is_floating_point:
         values.round_()
     return Rows(values.to(wanted.dtype), scale, x.dtype)
@@ -109,13 +112,19 @@ def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -
         x.copy_(turned.flatten(-2))
 
 
-def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """x + gate * y; rounded once where kernels are fused, twice as in DiffSynth elsewhere."""
+def add_gated_(x: Tensor, gate: Tensor, y: Tensor) -> None:
+    """Add gate * y to x, which is changed last of all; y may be used up.
+
+    Rounded once where kernels are fused, twice as in DiffSynth elsewhere.
+    """
     if kernels.fused(x):
         from . import triton_kernels
 
-        return triton_kernels.add_gated(x, gate, y)
-    return torch.addcmul(x, gate, y) if kernels.of_kitchen(x) else x + gate * y
+        triton_kernels.add_gated_(x, gate, y)
+    elif kernels.of_kitchen(x):
+        x.addcmul_(gate, y)
+    else:
+        x.add_(y.mul_(gate))
 
 
 def _fused(

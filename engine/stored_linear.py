@@ -19,6 +19,7 @@ FLOAT8_DTYPE = torch.float8_e4m3fn
 LIMITS = {FLOAT8_DTYPE: 448.0, torch.int8: 127.0}  # largest value that is used of each format
 VALUES_AT_ONCE = 256 * 3072  # of a conversion: few enough for the processor's cache
 
+ALL = slice(None)
 StorageOf = Callable[[str], Storage]  # of the linear layer of that name
 
 
@@ -41,6 +42,7 @@ class StoredLinear(nn.Module):
         self.group = rotation_group(in_features, storage.rotated)
         self.low_rank: tuple[Tensor, Tensor] | None = None
         self.product: Product | None = None
+        self.most_columns = out_features  # that are computed at once
 
     def rows(
         self,
@@ -52,13 +54,24 @@ class StoredLinear(nn.Module):
         wanted = None if self.product is None or self.low_rank else self.product.wanted(self)
         return prepare(x, norm, gelu, wanted)
 
-    def forward(self, x: Tensor | Rows, out: Tensor | None = None) -> Tensor:
-        """x: [..., in], or what `rows` gave. The result is written to `out` when that is given."""
-        y = dequantized_product(self, x) if self.product is None else self.product(self, x, out)
+    def matrix(self, columns: slice = ALL) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, scale and bias of these output columns."""
+        scale, bias = (None if v is None else v[columns] for v in (self.scale, self.bias))
+        return self.weight[columns], scale, bias
+
+    def forward(self, x: Tensor | Rows, out: Tensor | None = None, columns: slice = ALL) -> Tensor:
+        """These columns of the result, written to `out` when that is given.
+
+        x: [..., in], or what `rows` gave.
+        """
+        if self.product is None:
+            y = dequantized_product(self, x, columns=columns)
+        else:
+            y = self.product(self, x, out, columns)
         if self.low_rank is not None:
             assert isinstance(x, Tensor), "rows() leaves the input of a low-rank term as it is"
             down, up = (factor.to(x.dtype) for factor in self.low_rank)
-            y += F.linear(F.linear(x, down), up)
+            y += F.linear(F.linear(x, down), up[columns])
         if out is not None and y is not out:
             out.copy_(y)
         return y
@@ -78,7 +91,11 @@ class StoredNorm(nn.Module):
 
 
 def dequantized_product(
-    layer: StoredLinear, x: Tensor | Rows, buffer: Tensor | None = None, out: Tensor | None = None
+    layer: StoredLinear,
+    x: Tensor | Rows,
+    buffer: Tensor | None = None,
+    out: Tensor | None = None,
+    columns: slice = ALL,
 ) -> Tensor:
     """The product in the dtype of x, the weight converted for its length, into `buffer` if given.
 
@@ -87,19 +104,20 @@ def dequantized_product(
     The result is `out` where that is given, contiguous, and the layer has a bias.
     """
     x = rotate(x, layer.group) if isinstance(x, Tensor) else x.values
-    weight = layer.weight
+    weight, scale, bias = layer.matrix(columns)
     if weight.dtype != x.dtype:
-        weight = _converted(layer, x.dtype, buffer)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        weight = _converted(weight, scale, x.dtype, buffer)
+    bias = None if bias is None else bias.to(x.dtype)
     if out is None or bias is None or not out.is_contiguous():
         return F.linear(x, weight, bias)
     torch.addmm(bias, x.flatten(0, -2), weight.T, out=out.flatten(0, -2))
     return out
 
 
-def _converted(layer: StoredLinear, dtype: torch.dtype, buffer: Tensor | None) -> Tensor:
-    """The weight of the layer in another dtype, still rotated."""
-    stored, scale = layer.weight, layer.scale
+def _converted(
+    stored: Tensor, scale: Tensor | None, dtype: torch.dtype, buffer: Tensor | None
+) -> Tensor:
+    """The weight in another dtype, still rotated."""
     if buffer is None:
         buffer = torch.empty(stored.numel(), dtype=dtype, device=stored.device)
     weight = buffer[: stored.numel()].view(stored.shape)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .offload import BeforeBlock, OffloadedModule, Patcher
+from .work import Work
 
 CLIP_TOKENS = 77
 T5_TOKENS = 512
@@ -61,32 +63,76 @@ class TextEncoders:
             self._remembered.move_to_end(prompt)
         return self._remembered.get(prompt)
 
-    def encode(self, prompt: str, before_block: BeforeBlock | None = None) -> TextEmbedding:
-        """Run both encoders; the caller has made room on `patcher.device`. Result on the CPU."""
-        device = self.patcher.device
-        with self.weights.running_on(device, before_block) as module:
+    @property
+    def t5_geometry(self) -> T5Geometry:
+        config = self.weights.module.t5.config
+        return T5Geometry(
+            config.d_model, config.d_ff, config.num_layers, config.num_heads, config.d_kv,
+            config.vocab_size, config.relative_attention_num_buckets,
+        )  # fmt: skip
+
+    @property
+    def itemsize(self) -> int:
+        return self.weights.module.t5.shared.weight.itemsize
+
+    def encode(
+        self,
+        prompt: str,
+        before_block: BeforeBlock | None = None,
+        ring_bytes: int = 0,
+        work: Work | None = None,
+    ) -> tuple[TextEmbedding, int]:
+        """Run both encoders; the caller has made room on `patcher.device`.
+
+        Returns the embedding, on the CPU, and the bytes of weights that were moved.
+        """
+        device, module, work = self.patcher.device, self.weights.module, work or Work()
+        visits = self.weights.running_on(device, before_block, 1, ring_bytes, work)
+        with visits as stream:
             clip_ids = _token_ids(self.clip_tokenizer, prompt, CLIP_TOKENS, device)
-            pooled, _ = module.clip(clip_ids)
+            pooled, _ = work.attempt(lambda: module.clip(clip_ids))
             t5_ids = _token_ids(self.t5_tokenizer, prompt, T5_TOKENS, device)
-            embedding = TextEmbedding(module.t5(t5_ids).cpu(), pooled.cpu())
+            tokens = work.attempt(lambda: module.t5(t5_ids))
+            embedding = TextEmbedding(tokens.cpu(), pooled.cpu())
         self._remembered[prompt] = embedding
         if len(self._remembered) > REMEMBERED_PROMPTS:
             self._remembered.popitem(last=False)
-        return embedding
+        return embedding, stream.moved_bytes
 
 
 def build_text_encoders(
     clip_geometry: ClipGeometry, t5_geometry: T5Geometry, dtype: torch.dtype
 ) -> OffloadedModule:
-    """Both encoders with uninitialised weights, as one component that streams T5 by layers."""
+    """Both encoders with uninitialised weights, as one component.
+
+    T5's matrices travel one by one, CLIP's layers too. The tables of token vectors stay at home.
+    """
     from diffsynth.core.vram.initialization import skip_model_initialization
 
     with skip_model_initialization():
-        clip = _build_clip(clip_geometry).to(dtype)
+        clip: Any = _build_clip(clip_geometry).to(dtype)
         t5 = _build_t5(t5_geometry).to(dtype)
+    t5.shared = HomeEmbedding(t5.shared)
     t5.encoder.embed_tokens = t5.shared  # one table under two names
+    clip.token_embedding = HomeEmbedding(clip.token_embedding)
     both = nn.ModuleDict({"clip": clip, "t5": t5})
-    return OffloadedModule(both, [clip, t5.shared, *t5.encoder.block])
+    blocks = [[layer] for layer in clip.encoders]
+    for layer in t5.encoder.block:
+        attention, mlp = layer.layer[0].SelfAttention, layer.layer[1].DenseReluDense
+        blocks += [[attention.q], [attention.k], [attention.v], [attention.o]]
+        blocks += [[mlp.wi_0], [mlp.wi_1], [mlp.wo]]
+    return OffloadedModule(both, blocks, at_home=[clip.token_embedding, t5.shared])
+
+
+class HomeEmbedding(nn.Module):
+    """A table whose rows are looked up in CPU memory, where it stays."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.weight = table.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input.to(self.weight.device), self.weight).to(input.device)
 
 
 def _build_clip(g: ClipGeometry) -> nn.Module:

@@ -1,14 +1,14 @@
 """Latents -> picture."""
 
-import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .offload import BeforeBlock, OffloadedModule, Patcher
-
-log = logging.getLogger("majicflux")
+from . import vae_bands
+from .offload import BeforeBlock, OffloadedModule, Patcher, at_hand
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,49 @@ class VAE:
     patcher: Patcher
     dtype: torch.dtype
 
-    def decode(self, latents: Tensor, before_block: BeforeBlock | None = None) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        before_block: BeforeBlock | None = None,
+        limit_bytes: float = float("inf"),
+        ring_bytes: int = 0,
+        work: Work | None = None,
+    ) -> tuple[Tensor, int]:
         """Model-space latents [batch, 16, h, w] -> float32 RGB [batch, 8h, 8w, 3] in 0..1, CPU.
 
-        One picture at a time. When the device runs out of memory the picture is decoded in
-        overlapping tiles, which changes it slightly.
+        One picture at a time, in bands of rows that take `limit_bytes` of the device beside the
+        weights, or in the smallest ones if it is short of memory. The picture is the same with any,
+        up to rounding. Returns it and the bytes of weights that were moved.
         """
-        with self.weights.running_on(self.patcher.device, before_block) as module:
-            pictures = [self._decode_one(module.decoder, latent[None]) for latent in latents]
-        return torch.cat(pictures)
+        work = work or Work()
+        rows, columns = latents.shape[2:]
 
-    def _decode_one(self, decoder: nn.Module, latent: Tensor) -> Tensor:
-        latent = latent.to(self.patcher.device, self.dtype)
-        try:
-            picture = decoder(latent)
-        except torch.OutOfMemoryError:
-            picture = None  # retried below, once the traceback has let go of the tensors
-        if picture is None:
-            log.warning("The VAE did not fit into memory at once; decoding in tiles instead.")
-            picture = decoder(latent, tiled=True)
-        return (picture.float().cpu() / 2 + 0.5).clamp_(0, 1).movedim(1, -1)
+        def bands_in(limit: float) -> vae_bands.Bands:
+            return vae_bands.plan_decode(rows, columns, self.dtype.itemsize, limit)
+
+        visits = self.weights.running_on(self.patcher.device, before_block, 1, ring_bytes, work)
+        with visits as stream:
+            decoder = self.weights.module["decoder"]
+
+            def decoded(latent: Tensor, bands: vae_bands.Bands) -> Tensor:
+                latent = latent[None].to(self.patcher.device, self.dtype)
+                with at_hand(decoder):
+                    if limit_bytes == float("inf"):
+                        picture = decoder(latent)
+                    else:
+                        picture = vae_bands.decode(decoder, latent, bands, before_block)
+                return (picture.float().cpu() / 2 + 0.5).clamp_(0, 1).movedim(1, -1)
+
+            bands = bands_in(limit_bytes)
+            pictures = []
+            for latent in latents:
+                try:
+                    pictures.append(decoded(latent, bands))
+                    continue
+                except torch.OutOfMemoryError:
+                    bands = bands_in(0)
+                pictures.append(work.attempt(partial(decoded, latent, bands)))
+        return torch.cat(pictures), stream.moved_bytes
 
 
 def build_vae(dtype: torch.dtype) -> OffloadedModule:
@@ -48,4 +71,4 @@ def build_vae(dtype: torch.dtype) -> OffloadedModule:
 
     with skip_model_initialization():
         both = nn.ModuleDict({"encoder": FluxVAEEncoder(), "decoder": FluxVAEDecoder()}).to(dtype)
-    return OffloadedModule(both, [both["encoder"], both["decoder"]])
+    return OffloadedModule(both, [[both["decoder"]]], once=[[both["encoder"]]])

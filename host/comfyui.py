@@ -160,6 +160,17 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
     def release(self, weight_bytes: int) -> None:
         self.weights.release(weight_bytes)
 
+    def available(self) -> int | None:
+        if mm.is_device_cpu(self.load_device):
+            return None
+        loaded = (entry for entry in mm.current_loaded_models if entry.device == self.load_device)
+        givers = sum(entry.model_loaded_memory() for entry in loaded if entry.model is not None)
+        free = mm.get_free_memory(self.load_device)
+        return int(free + givers - mm.extra_reserved_memory())
+
+    def pin(self) -> None:
+        self.weights.pin(mm.pin_memory, mm.unpin_memory)
+
     # What follows is the manager's side.
 
     def model_size(self) -> int:
@@ -189,6 +200,7 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
         # The manager also calls this, with False, each time it reuses a loaded model.
         if unpatch_all:
             self.weights.release(float("inf"))
+            self.weights.unpin()
             self.model.device = self.offload_device
         return self.model
 

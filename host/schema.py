@@ -41,7 +41,8 @@ class Schema:
 class ComfyNode:
     """Base class of nodes: `define_schema` and `execute`, both class methods."""
 
-    hidden = SimpleNamespace(unique_id=None)  # there is no canvas to have a node on
+    # There is no canvas to have a node on; `extra_pnginfo` is what a saved picture will carry.
+    hidden = SimpleNamespace(unique_id=None, extra_pnginfo=None)
 
     @classmethod
     def define_schema(cls) -> Schema:
@@ -71,7 +72,7 @@ io = SimpleNamespace(
     Boolean=_io_type("BOOLEAN"),
     Combo=_io_type("COMBO"),
     Float=_io_type("FLOAT"),
-    Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
+    Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO"),
     Image=_io_type("IMAGE"),
     Int=_io_type("INT"),
     Latent=_io_type("LATENT"),

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from .schema import ComfyExtension, io
@@ -39,6 +40,8 @@ MODEL_SUFFIXES = (".safetensors", ".sft")
 # Where the models are, in ComfyUI's subfolders. The command line sets it.
 models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
 
+PINNED_SHARE = 0.4  # of the machine's memory; ComfyUI allows as much on every system
+_pinned_bytes = 0
 _patchers: "WeakSet[StandalonePatcher]" = WeakSet()
 
 
@@ -148,6 +151,34 @@ def progress(steps: int, device: "torch.device") -> "Callable[[int, Tensor], Non
     return on_step
 
 
+def _cudart() -> Any:
+    import torch
+
+    return torch.cuda.cudart()
+
+
+def _pin(memory: "Tensor") -> bool:
+    """Pin this memory if all that is pinned stays below PINNED_SHARE of the machine's."""
+    global _pinned_bytes
+    import psutil
+    import torch
+
+    if _pinned_bytes + memory.nbytes > PINNED_SHARE * psutil.virtual_memory().total:
+        return False
+    if _cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
+        with suppress(RuntimeError):  # which CUDA would raise again at the next call
+            torch.cuda.synchronize()
+        return False
+    _pinned_bytes += memory.nbytes
+    return True
+
+
+def _unpin(memory: "Tensor") -> None:
+    global _pinned_bytes
+    _cudart().cudaHostUnregister(memory.data_ptr())
+    _pinned_bytes -= memory.nbytes
+
+
 class StandalonePatcher:
     """An OffloadedModule that shares the device with the other ones of this process."""
 
@@ -167,6 +198,15 @@ class StandalonePatcher:
 
     def release(self, weight_bytes: int) -> None:
         self.weights.release(weight_bytes)
+
+    def available(self) -> "int | None":
+        if self.device.type != "cuda":
+            return None
+        own = (patcher for patcher in _patchers if patcher.device == self.device)
+        return self._free_bytes() + sum(patcher.weights.resident_bytes for patcher in own)
+
+    def pin(self) -> None:
+        self.weights.pin(_pin, _unpin)
 
     def _make_room(self, wanted: int, working_bytes: int) -> int:
         """Send the other components home until `wanted` fits; returns what fits in the end."""

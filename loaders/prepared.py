@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
-FORMAT = 2  # raise it when the layout of a block or the conversion changes
+FORMAT = 3  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
@@ -162,6 +162,9 @@ def _buffers(mapped: mmap.mmap, sizes: list[int]) -> list["Tensor"]:
 
     buffers, start = [], HEADER_BYTES
     for size in sizes:
+        if not size:
+            buffers.append(torch.empty(0, dtype=torch.uint8))
+            continue
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             buffers.append(torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=start))

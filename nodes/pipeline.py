@@ -51,9 +51,10 @@ class PipelineNode(io.ComfyNode):
                     max=256.0,
                     step=0.5,
                     tooltip=(
-                        "How many GB of the card this pipeline may use for weights, once what the "
-                        "calculation itself needs (an estimate) is set aside. 0: what ComfyUI "
-                        "grants. Less is slower, never different."
+                        "How many GB of the card this pipeline may hold at most, weights and "
+                        "calculation together (the driver's own 0.3 to 0.6 GB come on top). The "
+                        "node shows the plan, the sample node what was used. 0: what ComfyUI "
+                        "grants. Less is slower; the picture is the same up to rounding."
                     ),
                 ),
                 io.Combo.Input(
@@ -85,12 +86,17 @@ class PipelineNode(io.ComfyNode):
         compute_precision: str,
     ) -> io.NodeOutput:
         from ..engine.pipeline import Pipeline
+        from ..engine.plan import GB, Job
         from ..engine.products import choose
 
-        budget_bytes = int(vram_budget_gb * 2**30) or None
+        budget_bytes = int(vram_budget_gb * GB) or None
         device = dit.patcher.device
         native = host.compute_dtype(device)
         computing = choose(dit.weights.module, device, compute_precision, native)
         log.info("transformer: %s", computing.report)
-        host.show_on_node(cls.hidden.unique_id, f"transformer: {computing.report}")
-        return io.NodeOutput(Pipeline(dit, text_encoders, vae, budget_bytes, computing))
+        pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)
+        pipeline.plan(Job(256, 256)).require_budget()  # a budget that is too small for anything
+        plan = pipeline.plan(Job(1024, 1024), rates=True)
+        log.info("%s", plan)
+        host.show_on_node(cls.hidden.unique_id, f"transformer: {computing.report}\n{plan}")
+        return io.NodeOutput(pipeline)

@@ -89,6 +89,7 @@ class Sample(io.ComfyNode):
                     tooltip="Pictures at once, each with noise of its own. Needs more memory.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The pictures."),
                 io.Latent.Output(
@@ -123,6 +124,9 @@ class Sample(io.ComfyNode):
 
         request = Request(prompt, seed, steps, guidance, width, height, batch_size)
         on_step = host.progress(steps, pipeline.dit.patcher.device)
-        image, latents = paint(pipeline, request, on_step, host.check_cancelled)
+        image, latents, report = paint(pipeline, request, on_step, host.check_cancelled)
+        host.show_on_node(cls.hidden.unique_id, str(report))
+        if cls.hidden.extra_pnginfo is not None:  # SaveImage writes it into the picture
+            cls.hidden.extra_pnginfo["majicflux"] = report.as_dict()
         device = host.result_device()
         return io.NodeOutput(image.to(device), {"samples": to_vae_space(latents).to(device)})

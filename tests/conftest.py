@@ -42,6 +42,11 @@ class RecordingPatcher:
     def release(self, weight_bytes: int) -> None:
         self.weights.release(weight_bytes)
 
+    def available(self) -> int | None:
+        return None
+
+    def pin(self) -> None: ...
+
 
 def build_pipeline(
     models: Path,

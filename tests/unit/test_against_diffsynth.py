@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from majicflux.engine.denoise import euler
+from majicflux.engine.flux_dit import sized_flux_dit
 from majicflux.engine.latents import draw_noise
 from majicflux.engine.pipeline import Pipeline, Request, paint
 from majicflux.engine.schedule import shifted_sigmas
@@ -24,7 +25,8 @@ def test_the_schedule_is_diffsynths(steps: int) -> None:
 
 
 def diffsynth_pipeline(ours: Pipeline):
-    """DiffSynth's FluxImagePipeline over the very modules of `ours`, on the CPU."""
+    """DiffSynth's FluxImagePipeline, its own transformer, the weights of `ours`, on the CPU."""
+    from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
     from diffsynth.pipelines.flux_image import FluxImagePipeline
 
     pipe = FluxImagePipeline(device="cpu", torch_dtype=torch.bfloat16)
@@ -32,7 +34,9 @@ def diffsynth_pipeline(ours: Pipeline):
     pipe.text_encoder_1 = encoders.weights.module["clip"]
     pipe.text_encoder_2 = encoders.weights.module["t5"]
     pipe.tokenizer_1, pipe.tokenizer_2 = encoders.clip_tokenizer, encoders.t5_tokenizer
-    pipe.dit = ours.dit.weights.module
+    theirs = (FluxJointTransformerBlock, FluxSingleTransformerBlock)
+    pipe.dit = sized_flux_dit(ours.dit.geometry, *theirs)
+    pipe.dit.load_state_dict(ours.dit.weights.module.state_dict(), assign=True)
     pipe.vae_decoder = ours.vae.weights.module["decoder"]
     pipe.vram_management_enabled = False
     return pipe
@@ -56,7 +60,7 @@ def test_latents_and_picture_are_diffsynths_bit_for_bit(make_pipeline) -> None:
     theirs.vae_decoder.forward = decode
 
     request = Request(PROMPT, seed=7, steps=4, guidance=3.5, width=128, height=96)
-    image, latents = paint(
+    image, latents, _ = paint(
         ours, request, lambda *_: None, lambda: None, latents_dtype=torch.bfloat16
     )
     assert torch.equal(latents, final.latents.float())

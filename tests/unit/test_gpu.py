@@ -26,9 +26,20 @@ def picture(make_pipeline, **options) -> torch.Tensor:
 
 
 def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
-    resident = picture(make_pipeline, device=CUDA)
-    streamed = picture(make_pipeline, device=CUDA, budget_bytes=1)
-    assert torch.equal(resident, streamed)
+    job = REQUEST.job
+    pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], device=CUDA)
+    smallest = pipeline.plan(job).smallest_bytes
+    _, resident, _ = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
+    for pinned in (False, True):
+        pipeline = make_pipeline(
+            precision=PRECISIONS["float8_e4m3fn"], device=CUDA, budget_bytes=smallest
+        )
+        if pinned:
+            for block in pipeline.dit.weights.all_blocks:
+                block.live_in(block.home.pin_memory())
+        _, streamed, report = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
+        assert torch.equal(resident, streamed)
+        assert report.peak_bytes <= smallest
 
 
 def test_the_card_paints_what_the_cpu_paints(make_pipeline) -> None:
@@ -105,7 +116,8 @@ def test_the_card_converts_to_the_weights_of_the_cpu(models: Path, precision: st
 
 def test_streaming_holds_less_of_the_card(make_pipeline) -> None:
     peaks = []
-    for budget in (None, 1):
+    smallest = make_pipeline(device=CUDA).plan(REQUEST.job).smallest_bytes
+    for budget in (None, smallest):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         picture(make_pipeline, device=CUDA, budget_bytes=budget)

@@ -2,9 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.offload import CPU, OffloadedModule, WeightBlock
 from majicflux.engine.pipeline import Request, paint
 from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.text_encoders import TextEmbedding
+
+REQUEST = Request("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)
 
 # On a machine without an accelerator this is another device than `cpu` to PyTorch's comparisons,
 # so weights are really copied to it and dropped again.
@@ -27,7 +31,7 @@ class Chain(nn.Module):
 def offloaded_chain(seed: int = 0) -> OffloadedModule:
     with torch.device("meta"):
         chain = Chain()
-    weights = OffloadedModule(chain, list(chain.layers)).allocate()
+    weights = OffloadedModule(chain, [[layer] for layer in chain.layers]).allocate()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in chain.parameters():
@@ -60,7 +64,8 @@ def test_blocks_are_away_from_home_only_while_they_run() -> None:
     def look() -> None:
         seen.append([now == then for now, then in zip(buffers(weights), home, strict=True)])
 
-    with weights.running_on(ACCELERATOR) as module:
+    module = weights.module
+    with weights.running_on(ACCELERATOR):
         for layer in module.layers:
             layer.register_forward_pre_hook(lambda *_: look())
         module(torch.zeros(1, 8))
@@ -78,27 +83,41 @@ def test_streamed_output_equals_resident_output_bit_for_bit(resident: float) -> 
     with torch.no_grad():
         expected = weights.module(x)
         weights.keep_resident(ACCELERATOR, resident * weights.total_bytes)
-        with weights.running_on(ACCELERATOR) as module:
-            assert torch.equal(module(x), expected)
+        with weights.running_on(ACCELERATOR) as stream:
+            assert torch.equal(weights.module(x), expected)
+        assert stream.moved_bytes == weights.total_bytes - weights.resident_bytes
 
 
-def test_as_many_of_the_first_blocks_are_resident_as_the_budget_holds() -> None:
+def test_residents_are_spread_evenly_over_the_pass() -> None:
+    """Or the copies would stand still while the resident ones compute."""
     weights = offloaded_chain()
-    block = weights.largest_block_bytes
-    weights.keep_resident(ACCELERATOR, 3.9 * block)
-    assert [b.resident for b in weights.blocks] == [True, True, False, False]
+    block = weights.largest_bytes
+    weights.keep_resident(ACCELERATOR, 3.9 * block)  # the root and two of four
+    assert [b.resident for b in weights.blocks] == [True, False, True, False]
     assert weights.resident_bytes == 3 * block
     weights.keep_resident(ACCELERATOR, 2 * block)
     assert [b.resident for b in weights.blocks] == [True, False, False, False]
 
 
-def test_residency_is_given_back_from_the_end() -> None:
+@pytest.mark.parametrize("count", [1, 2, 5, 30, 57, 90])
+def test_no_stretch_of_visitors_is_much_longer_than_another(count: int) -> None:
+    with torch.device("meta"):
+        chain = nn.Sequential(*(nn.Linear(16, 16) for _ in range(95)))
+    weights = OffloadedModule(chain, [[layer] for layer in chain])
+    chosen = weights.fitting(count * weights.largest_bytes)[1:]  # less the empty root
+    assert len(chosen) == count
+    places = [index for index, b in enumerate(weights.blocks) if b in chosen]
+    gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + 95], strict=True)]
+    assert max(gaps) <= 2.7 * 95 / count + 1
+
+
+def test_residency_is_given_back_block_by_block() -> None:
     weights = offloaded_chain()
     home = buffers(weights)
     weights.keep_resident(ACCELERATOR, float("inf"))
-    freed = weights.release(weights.largest_block_bytes + 1)
-    assert freed == 2 * weights.largest_block_bytes
-    assert [b.resident for b in weights.blocks] == [True, True, False, False]
+    freed = weights.release(weights.largest_bytes + 1)
+    assert freed == 2 * weights.largest_bytes
+    assert [b.resident for b in weights.blocks].count(True) == 2
     weights.release(float("inf"))
     assert weights.resident_bytes == 0
     assert buffers(weights) == home
@@ -117,12 +136,12 @@ def test_an_interrupted_run_leaves_nothing_behind() -> None:
             raise Cancelled
         ran.append(1)
 
-    with pytest.raises(Cancelled), weights.running_on(ACCELERATOR, before_block) as module:
-        module(torch.zeros(1, 8))
+    with pytest.raises(Cancelled), weights.running_on(ACCELERATOR, before_block):
+        weights.module(torch.zeros(1, 8))
     assert len(ran) == 2
     assert buffers(weights) == home
-    with torch.no_grad(), weights.running_on(CPU) as module:  # and it can run again
-        assert module(torch.zeros(1, 8)).shape == (1, 8)
+    with torch.no_grad(), weights.running_on(CPU):  # and it can run again
+        assert weights.module(torch.zeros(1, 8)).shape == (1, 8)
 
 
 def test_weights_can_move_inside_and_outside_inference_mode() -> None:
@@ -151,64 +170,80 @@ def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> Non
     dit, encoders = pipeline.dit, pipeline.text_encoders
     for component in (dit, encoders):
         component.weights.keep_resident(meta, share * component.weights.total_bytes)
-    with torch.inference_mode(), encoders.weights.running_on(meta) as module:
-        module.t5(torch.zeros(1, 512, dtype=torch.int64, device=meta))
-    from majicflux.engine.denoise import flux_velocity
-    from majicflux.engine.text_encoders import TextEmbedding
-
+    with torch.inference_mode(), encoders.weights.running_on(meta):
+        t5 = encoders.weights.module.t5  # its table looks tokens up on the CPU
+        t5.encoder(inputs_embeds=torch.zeros(1, 512, t5.config.d_model, device=meta).bfloat16())
     text = TextEmbedding(
         torch.zeros(1, 512, dit.geometry.text_width), torch.zeros(1, dit.geometry.pooled_width)
     )
-    with torch.inference_mode(), dit.weights.running_on(meta) as module:
-        velocity = flux_velocity(module, text, 3.5, torch.bfloat16)
-        out = velocity(torch.zeros(2, 16, 8, 8, device=meta), torch.tensor(0.5))
+    module, sigmas = dit.weights.module, torch.tensor([0.5])
+    latents = torch.zeros(2, 16, 8, 8, device=meta)
+    with torch.inference_mode(), dit.weights.running_on(meta):
+        conditions = conditions_of(module, text, 3.5, torch.bfloat16, latents, sigmas)
+        out = flux_velocity(module, conditions)(latents, sigmas[0])
     assert out.device == meta
     assert out.shape == (2, 16, 8, 8)
 
 
-def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
-    request = Request("a cat", seed=1, steps=2, guidance=3.5, width=64, height=48)
-
-    def picture(**options: object) -> torch.Tensor:
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_streamed_picture_equals_a_resident_one(make_pipeline, share: float) -> None:
+    def painted(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
         pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], **options)
-        return paint(pipeline, request, lambda *_: None, lambda: None)[0]
+        return paint(pipeline, REQUEST, lambda *_: None, lambda: None)[:2]
 
-    resident = picture(device=ACCELERATOR)
-    streamed = picture(device=ACCELERATOR, budget_bytes=1)
-    assert torch.equal(resident, streamed)
-    assert torch.equal(resident, picture())
+    picture, latents = painted(device=ACCELERATOR)
+    assert torch.equal(latents, painted()[1])
+    pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], device=ACCELERATOR)
+    smallest = pipeline.plan(REQUEST.job).smallest_bytes
+    budget = int(smallest + share * pipeline.dit.weights.total_bytes)
+    streamed, streamed_latents = painted(device=ACCELERATOR, budget_bytes=budget)
+    assert torch.equal(streamed_latents, latents)
+    assert (streamed - picture).abs().max() < 0.02  # bands of rows, in bfloat16
 
 
-def test_modulation_travels_once_and_changes_nothing(make_pipeline, monkeypatch) -> None:
+def test_modulation_travels_once(make_pipeline, monkeypatch) -> None:
     """Its layers are a quarter of the parameters, and depend on the step alone."""
-    pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], device=ACCELERATOR,
-                             budget_bytes=1)  # fmt: skip
+    pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], device=ACCELERATOR)
     weights = pipeline.dit.weights
+    weights.keep_resident(ACCELERATOR, 0.4 * weights.total_bytes)
+    monkeypatch.setattr(pipeline.dit.patcher, "load", lambda *_, **__: None)
     moved: list[WeightBlock] = []
-    move = WeightBlock.move_to
-    monkeypatch.setattr(
-        WeightBlock, "move_to", lambda self, device: (moved.append(self), move(self, device))
-    )
-    request = Request("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)
-    _, latents = paint(pipeline, request, lambda *_: None, lambda: None)
+    point = WeightBlock.point_into
+
+    def watched(block: WeightBlock, buffer: torch.Tensor) -> None:
+        if block.home is not None and buffer is not block.home:
+            moved.append(block)
+        point(block, buffer)
+
+    monkeypatch.setattr(WeightBlock, "point_into", watched)
+    resident = [block for block in weights.all_blocks if block.resident]
+    report = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[2]
     geometry = pipeline.dit.geometry
-    each_step = weights.blocks[: geometry.double_blocks + geometry.single_blocks]
-    rare = weights.blocks[len(each_step) :]
-    assert len(rare) == 2 * geometry.double_blocks + geometry.single_blocks
-    assert [moved.count(block) for block in each_step] == [3] * len(each_step)
-    assert [moved.count(block) for block in rare] == [1] * len(rare)
-
-    monkeypatch.setattr("majicflux.engine.pipeline.modulation_of_steps", lambda *_: {})
-    assert torch.equal(paint(pipeline, request, lambda *_: None, lambda: None)[1], latents)
-    assert [moved.count(block) for block in rare] == [1 + 3] * len(rare)
+    assert len(weights.once) == 2 * geometry.double_blocks + geometry.single_blocks + 2
+    once = [block for block in weights.once if block not in resident]
+    visiting = [block for block in weights.blocks if block not in resident]
+    assert {moved.count(block) for block in once} == {1}
+    assert {moved.count(block) for block in visiting} == {REQUEST.steps}
+    visits = sum(b.nbytes for b in once) + REQUEST.steps * sum(b.nbytes for b in visiting)
+    assert report.phases[1].moved_bytes == visits
 
 
-def test_what_runs_rarely_is_the_last_to_become_resident() -> None:
-    parts = [torch.nn.Linear(8, 8, device="meta") for _ in range(4)]
-    inner = torch.nn.Sequential(parts[0], parts[1])
-    module = torch.nn.Sequential(inner, parts[2], parts[3])
-    weights = OffloadedModule(module, [inner, parts[2]], rare=[parts[0]]).allocate()
-    outer, last, rare = weights.blocks
-    assert (outer.nbytes, last.nbytes, rare.nbytes) == (512, 512, 512)  # weight, bias, aligned
+def test_what_runs_once_is_the_last_to_become_resident() -> None:
+    parts = [nn.Linear(8, 8, device="meta") for _ in range(4)]
+    module = nn.Sequential(*parts)
+    weights = OffloadedModule(module, [[parts[1]], [parts[2]]], once=[[parts[0]]]).allocate()
+    first, second = weights.blocks
+    assert (first.nbytes, second.nbytes, weights.once[0].nbytes) == (512, 512, 512)
     weights.keep_resident(ACCELERATOR, 3 * 512)
-    assert [block.resident for block in (weights.root, outer, last, rare)] == [True] * 3 + [False]
+    everything = (weights.root, first, second, weights.once[0])
+    assert [block.resident for block in everything] == [True] * 3 + [False]
+
+
+def test_what_stays_at_home_never_travels() -> None:
+    parts = [nn.Linear(8, 8, device="meta") for _ in range(2)]
+    weights = OffloadedModule(nn.Sequential(*parts), [[parts[0]]], at_home=[parts[1]]).allocate()
+    weights.keep_resident(ACCELERATOR, float("inf"))
+    assert not weights.home_only.resident
+    assert [block.resident for block in weights.blocks] == [True]
+    assert weights.travelling_bytes == 512
+    assert weights.total_bytes == 1024

@@ -1,0 +1,318 @@
+"""The VRAM plan: what a run keeps on the card, before anything is moved there.
+
+A pure function of the modules' sizes, the picture, the budget and the card. Bytes are those of
+PyTorch's allocator; the CUDA context (0.3 to 0.6 GB, for every program on the card) is not in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import vae_bands
+from .flux_dit import HEAD_DIM, MLP_RATIO, FluxGeometry
+from .latents import CHANNELS
+from .sizes import PIXELS_PER_LATENT, STEP
+from .text_encoders import T5_TOKENS, T5Geometry
+from .work import Work
+
+if TYPE_CHECKING:
+    from .offload import OffloadedModule
+
+GB = 2**30
+MB = 2**20
+CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
+ROOMY_SHARE = 0.25  # of the budget, that chunks may take before they are made smaller
+RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being copied
+
+
+class BudgetError(ValueError):
+    """A run that cannot work in the memory it may use."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the plan must know of a device.
+
+    workspace_bytes: that libraries need besides the tensors. fused: whether rows
+    are prepared by fused kernels, which need no memory in between. Rates, where they are known:
+    copies from pinned memory in bytes/s, products in the weights' format and attention in FLOP/s.
+    """
+
+    workspace_bytes: int = 0
+    fused: bool = False
+    copy_rate: float | None = None
+    product_rate: float | None = None
+    attention_rate: float | None = None
+
+    def overhead(self, values: int) -> int:
+        """Bytes besides tensors of so many: for libraries, and lost between the tensors."""
+        return self.workspace_bytes + values // 16 if self.workspace_bytes else 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """The picture: pixels, pictures at once, denoising steps."""
+
+    width: int
+    height: int
+    batch_size: int = 1
+    steps: int = 20
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.width // STEP) * (self.height // STEP)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run, in bytes of the card.
+
+    values: activations and buffers; overhead: of libraries; ring: for visiting weights, 0 where all
+    stay; resident: weights that stay; visiting: weights that are copied at each pass; once: weights
+    that are copied once; tokens: computed at once, 0 for all; smallest: what the phase needs.
+    """
+
+    name: str
+    values: int
+    overhead: int
+    ring: int
+    resident: int
+    visiting: int
+    once: int
+    tokens: int
+    smallest: int
+
+    @property
+    def peak(self) -> int:
+        return self.values + self.overhead + self.ring + self.resident
+
+
+@dataclass(frozen=True)
+class Plan:
+    """phases: text encoders, denoising, VAE decode; seconds: of a denoising step, if predicted."""
+
+    job: Job
+    budget_bytes: int | None
+    phases: tuple[Phase, ...]
+    seconds: float | None
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that works."""
+        return max(phase.smallest for phase in self.phases)
+
+    def require_budget(self) -> None:
+        """Raises BudgetError when the run cannot work in its budget."""
+        if self.budget_bytes is None or self.smallest_bytes <= self.budget_bytes:
+            return
+        worst = max(self.phases, key=lambda phase: phase.smallest)
+        raise BudgetError(
+            f"{self.budget_bytes / GB:.2f} GB of VRAM are too little for {self._picture}: the "
+            f"phase '{worst.name}' needs {worst.smallest / GB:.2f} GB. Set vram_budget_gb to "
+            f"{in_gb_above(worst.smallest)} or more, or choose a smaller picture or batch."
+        )
+
+    @property
+    def _picture(self) -> str:
+        job = self.job
+        return f"{job.batch_size} x {job.width}x{job.height}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes."""
+        phases = [{**asdict(phase), "peak": phase.peak} for phase in self.phases]
+        totals = {"peak_bytes": self.peak_bytes, "smallest_bytes": self.smallest_bytes}
+        return {**asdict(self), "phases": phases, **totals}
+
+    def __str__(self) -> str:
+        budget = "no budget" if self.budget_bytes is None else f"budget {_gb(self.budget_bytes)}"
+        lines = [f"{self._picture}, {self.job.steps} steps, {budget}"]
+        for phase in self.phases:
+            streamed = ""
+            if phase.ring:
+                often = f"{_gb(phase.visiting)} visit at each pass"
+                streamed = f", {often} and {_gb(phase.once)} once, through {_gb(phase.ring)}"
+            lines.append(
+                f"{phase.name}: {_gb(phase.peak)} (weights {_gb(phase.resident)}{streamed}, "
+                f"values {_gb(phase.values)})"
+            )
+        lines.append(f"smallest budget that works: {in_gb_above(self.smallest_bytes)} GB")
+        if self.seconds is not None:
+            lines.append(f"predicted: {self.seconds:.2f} s a step")
+        return "\n".join(lines)
+
+
+def in_gb_above(size: float) -> str:
+    """GB with one digit, never less than `size`."""
+    return f"{-(-int(size) * 10 // GB) / 10:.1f}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f} GB"
+
+
+def plan_text(
+    weights: "OffloadedModule",
+    t5: T5Geometry,
+    itemsize: int,
+    budget: int | None,
+    card: Card,
+    others_bytes: int = 0,
+) -> Phase:
+    """Both encoders; one prompt.
+
+    They visit unless there is room for `others_bytes` of the other components' weights too: they
+    run once a prompt, and what made room for them would have to come back.
+    """
+    scores = t5.heads * T5_TOKENS**2
+    # The position bias, and the scores before and after the softmax.
+    values = 3 * scores * itemsize + T5_TOKENS * t5.width * itemsize
+    phase = _phase("text encoders", weights, [(0, values)], budget, card)
+    if budget is None or phase.peak + others_bytes <= budget:
+        return phase
+    return _phase("text encoders", weights, [(0, values)], budget, card, stay=False)
+
+
+def plan_denoising(
+    weights: "OffloadedModule",
+    geometry: FluxGeometry,
+    job: Job,
+    itemsize: int,
+    eight_bit: bool,
+    conversion_bytes: int,
+    budget: int | None,
+    card: Card,
+    words: int = T5_TOKENS,
+) -> Phase:
+    """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
+    the buffer in which weights are converted."""
+    pictures, tokens = job.batch_size, job.image_tokens + words
+    width = geometry.hidden
+    rows, columns = job.latent_size
+    latents = pictures * CHANNELS * rows * columns
+    modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2
+    fixed = (
+        pictures * tokens * width * itemsize  # the residual
+        + tokens * HEAD_DIM * 2 * 4  # RoPE
+        + job.steps * modulation * width * itemsize
+        + words * width * itemsize
+        + latents * (4 * 4 + 2 * itemsize)
+        + conversion_bytes
+    )
+    one_of_width = tokens * width * itemsize
+    qkv_row, joint_row, single_row = _row_bytes(geometry, itemsize, eight_bit, card.fused)
+
+    def values(chunk: int) -> int:
+        work = Work(chunk)
+        of_all = max(part.stop - part.start for part in work.chunks(slice(0, tokens)))
+        of_image = max(part.stop - part.start for part in work.chunks(slice(words, tokens)))
+        return fixed + max(
+            4 * one_of_width,  # queries, keys, values, and what they mix to
+            3 * one_of_width + max(of_all, of_image) * qkv_row,
+            one_of_width + of_image * joint_row,
+            one_of_width + of_all * single_row,
+        )
+
+    choices = [(chunk, values(chunk)) for chunk in (0, *(c for c in CHUNKS if c < tokens))]
+    return _phase("denoising", weights, choices, budget, card)
+
+
+def _row_bytes(
+    geometry: FluxGeometry, itemsize: int, eight_bit: bool, fused: bool
+) -> tuple[int, int, int]:
+    """Bytes for each token that is computed at once: before the attention, after it in a joint
+    block and in a single one."""
+    width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
+    joined = width + hidden  # the input of a single block's last layer
+    before = 20 * width  # float32 queries or keys as they are turned
+    row = itemsize
+    if fused:
+        row = 1 if eight_bit else itemsize
+        before = row * width
+    elif eight_bit:
+        row = itemsize + 8  # in float32 before they are rotated, and after
+        before = 27 * width  # sums of a product in int32, and in float32
+    return before, itemsize * hidden + row * hidden, itemsize * hidden + row * joined
+
+
+def plan_decode(
+    weights: "OffloadedModule", job: Job, itemsize: int, budget: int | None, card: Card
+) -> Phase:
+    """The VAE: its weights are there as one block, the picture in bands of rows."""
+    rows, columns = job.latent_size
+    latents = job.batch_size * CHANNELS * rows * columns * 4
+    limit = float("inf")
+    if budget is not None:
+        left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
+        limit = left - latents - card.overhead(max(0, left)) + card.workspace_bytes
+    bands = vae_bands.plan_decode(rows, columns, itemsize, limit)
+    smallest = vae_bands.smallest_decode_bytes(rows, columns, itemsize)
+    choices = [(0, bands.peak_bytes + latents), (0, smallest + latents)]
+    return _phase("VAE decode", weights, choices, budget, card, roomy_share=1.0)
+
+
+def _phase(
+    name: str,
+    weights: "OffloadedModule",
+    choices: Sequence[tuple[int, int]],
+    budget: int | None,
+    card: Card,
+    roomy_share: float = ROOMY_SHARE,
+    stay: bool = True,
+) -> Phase:
+    """choices: (tokens at once, bytes of values), from the roomiest to the tightest; stay: whether
+    weights may become resident."""
+    once = sum(block.nbytes for block in weights.once)
+    passing = sum(block.nbytes for block in weights.blocks)
+    largest = weights.largest_bytes
+    least = min(values for _, values in choices)
+    smallest = weights.root.nbytes + largest + least + card.overhead(least)
+    if budget is None:
+        tokens, values = choices[0]
+        overhead, resident = card.overhead(values), weights.travelling_bytes
+        return Phase(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
+
+    # Where attention decides the peak, smaller chunks would only be slower.
+    tokens, values = next(
+        choice for choice in choices if choice[1] <= max(roomy_share * budget, least)
+    )
+    overhead = card.overhead(values)
+    left = budget - values - overhead
+    if stay and weights.travelling_bytes <= left:
+        return Phase(name, values, overhead, 0, weights.travelling_bytes, 0, 0, tokens, smallest)
+    blocks = min(RING_BLOCKS, len(weights.blocks))
+    ring = max(largest, min(blocks * largest, left - weights.root.nbytes))
+    staying = weights.fitting(left - ring if stay else weights.root.nbytes)
+    resident = sum(block.nbytes for block in staying)
+    kept = set(staying)
+    return Phase(
+        name,
+        values,
+        overhead,
+        ring,
+        max(resident, weights.root.nbytes),
+        passing - sum(block.nbytes for block in weights.blocks if block in kept),
+        once - sum(block.nbytes for block in weights.once if block in kept),
+        tokens,
+        smallest,
+    )
+
+
+def step_seconds(phase: Phase, geometry: FluxGeometry, job: Job, card: Card) -> float | None:
+    """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
+    if card.copy_rate is None or card.product_rate is None or card.attention_rate is None:
+        return None
+    tokens, width = job.image_tokens + T5_TOKENS, geometry.hidden
+    blocks = geometry.double_blocks + geometry.single_blocks
+    products = 2 * 12 * width**2 * blocks * tokens * job.batch_size
+    attention = 4 * width * tokens**2 * blocks * job.batch_size
+    arithmetic = products / card.product_rate + attention / card.attention_rate
+    return max(phase.visiting / card.copy_rate, arithmetic)

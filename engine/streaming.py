@@ -1,0 +1,266 @@
+"""Blocks of weights that visit the compute device through one ring of its memory.
+
+The order in which blocks run is known, so the next ones are copied, on a stream of their own,
+while the present one computes. A block's place in the ring is given to a later block as soon as
+the last kernel that reads it has been launched; the copy then waits for that kernel on the device.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .work import Work
+
+if TYPE_CHECKING:
+    from .offload import WeightBlock
+
+BeforeBlock = Callable[[], None]  # called before each block runs; may raise to stop there
+STAGING_BYTES = 32 * 2**20  # of each pinned buffer that weights in pageable memory pass through
+STAGING_BUFFERS = 3
+
+
+class Transfers(Protocol):
+    """How bytes reach a device, and how copies and computations wait for each other."""
+
+    def copy(self, home: Tensor, place: Tensor, after: Sequence[Any]) -> Any:
+        """Begin to copy once everything in `after` has happened; returns what to wait for."""
+
+    def wait(self, copied: Any) -> None:
+        """Let computations that are launched from now on begin after that copy."""
+
+    def computed(self) -> Any:
+        """A point that is reached when everything launched so far has been computed."""
+
+    def close(self) -> None:
+        """Finish or drop what has begun: afterwards nothing reads or writes the memory."""
+
+
+class PlainTransfers:
+    """One thing after the other, as on a CPU or wherever there are no streams."""
+
+    def copy(self, home: Tensor, place: Tensor, after: Sequence[Any]) -> None:
+        place.copy_(home)
+
+    def wait(self, copied: Any) -> None: ...
+
+    def computed(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CudaTransfers:
+    """Copies on a stream of their own.
+
+    Pinned memory is copied by the device itself. Other memory, such as a mapped file, passes
+    through a few pinned buffers, filled by a thread, so that launching kernels never waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._thread: ThreadPoolExecutor | None = None
+        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def copy(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+        pinned = home.is_pinned()
+        if pinned and self._thread is None:
+            return self._copy(home, place, after)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "majicflux-weights")
+        # From the first staged copy on all go through the thread, which keeps them in order.
+        return self._thread.submit(self._copy if pinned else self._copy_staged, home, place, after)
+
+    def wait(self, copied: Any) -> None:
+        event = copied.result() if isinstance(copied, Future) else copied
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def computed(self) -> Any:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.stream.synchronize()  # the pinned buffers are about to be given back
+
+    @torch.inference_mode()  # which is a thread's own
+    def _copy(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+        for event in after:
+            self.stream.wait_event(event)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            place.copy_(home, non_blocking=True)
+            return self.stream.record_event()
+
+    @torch.inference_mode()
+    def _copy_staged(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+        for event in after:
+            self.stream.wait_event(event)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            for first in range(0, len(home), STAGING_BYTES):
+                some = slice(first, first + STAGING_BYTES)
+                buffer, copied = self._next_staging()
+                copied.synchronize()
+                staged = buffer[: len(home[some])].copy_(home[some])
+                place[some].copy_(staged, non_blocking=True)
+                copied.record(self.stream)
+            return self.stream.record_event()
+
+    def _next_staging(self) -> tuple[Tensor, torch.cuda.Event]:
+        if len(self._staging) < STAGING_BUFFERS:
+            buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._staging.append((buffer, torch.cuda.Event()))
+        else:
+            self._staging.append(self._staging.pop(0))
+        return self._staging[-1]
+
+
+def transfers_to(device: torch.device) -> Transfers:
+    return CudaTransfers(device) if device.type == "cuda" else PlainTransfers()
+
+
+@dataclass
+class _Place:
+    """A stretch of the ring. left: when its block was through with it, None while it is needed."""
+
+    start: int
+    end: int
+    copied: Any
+    left: Any = None
+    needed: bool = True
+
+
+class Stream:
+    """The visits of one run.
+
+    order: the blocks as they will run, to the end of the run. A block that comes out of turn is
+    fetched when it comes, which is slower and nothing else.
+    """
+
+    def __init__(
+        self,
+        order: Sequence["WeightBlock"],
+        device: torch.device,
+        ring_bytes: int,
+        before_block: BeforeBlock | None = None,
+        work: Work | None = None,
+        transfers: Transfers | None = None,
+    ):
+        self.order = order
+        self.device = device
+        self.ring_bytes = ring_bytes
+        self.moved_bytes = 0
+        self._before_block = before_block
+        self._work = work or Work()
+        self._transfers = transfers or transfers_to(device)
+        self._ring: Tensor | None = None
+        self._places: list[_Place] = []  # in the order in which they were taken
+        self._fetched: dict[WeightBlock, _Place] = {}
+        self._next = 0  # index into `order` of the block that should come
+
+    def enter(self, block: "WeightBlock") -> None:
+        """Make `block` ready to be computed with."""
+        block.visitors += 1
+        if block.visitors > 1:
+            return
+        try:
+            if self._before_block is not None:
+                self._before_block()
+            self._turn_to(block)
+            if not self._at_hand(block):
+                place = self._fetched.get(block) or self._fetch(block)
+                self._transfers.wait(place.copied)
+                block.point_into(self._bytes(place))
+            self._look_ahead()
+        except BaseException:
+            block.visitors = 0
+            raise
+
+    def leave(self, block: "WeightBlock") -> None:
+        """Nothing that is launched from now on reads `block`."""
+        if block.visitors == 0:  # entering failed
+            return
+        block.visitors -= 1
+        if block.visitors:
+            return
+        if place := self._fetched.pop(block, None):
+            block.point_home()
+            place.left, place.needed = self._transfers.computed(), False
+        self._look_ahead()
+
+    def close(self) -> None:
+        """End the run, wherever it is; every block is at home or resident again."""
+        self._transfers.close()
+        for block in self.order:
+            block.visitors = 0
+            if not block.resident:
+                block.point_home()
+        self._fetched.clear()
+        self._places.clear()
+        self._ring = None
+
+    def _turn_to(self, block: "WeightBlock") -> None:
+        """Move on in the order to where `block` comes next, if it comes at all."""
+        with suppress(ValueError):
+            self._next = self.order.index(block, self._next) + 1
+
+    def _look_ahead(self) -> None:
+        """Begin to copy the blocks that come next, as many as have room."""
+        for block in self.order[self._next :]:
+            if self._at_hand(block) or block in self._fetched:
+                continue
+            if block.visitors or self._take_place(block) is None:
+                return
+
+    def _fetch(self, block: "WeightBlock") -> _Place:
+        place = self._take_place(block)
+        while place is None:
+            waiting = [other for other in self._fetched if not other.visitors]
+            if not waiting:
+                raise RuntimeError(
+                    f"a block of {block.nbytes} bytes does not fit into a ring of {self.ring_bytes}"
+                )
+            self._drop(waiting[-1])
+            place = self._take_place(block)
+        return place
+
+    def _take_place(self, block: "WeightBlock") -> _Place | None:
+        """Begin to copy `block` to the next free stretch of the ring; None if there is none."""
+        start = self._places[-1].end if self._places else 0
+        if start + block.nbytes > self.ring_bytes:
+            start = 0
+        end = start + block.nbytes
+        below = [p for p in self._places if p.start < end and start < p.end]
+        if end > self.ring_bytes or any(place.needed for place in below):
+            return None
+        self._places = [place for place in self._places if place not in below]
+        place = _Place(start, end, None)
+        assert block.home is not None, "the weights have not been given memory"
+        after = [p.left for p in below if p.left is not None]
+        if self._ring is None:
+            self._ring = self._work.attempt(self._new_ring)
+            after = [self._transfers.computed()]  # whoever had this memory may still compute
+        place.copied = self._transfers.copy(block.home, self._bytes(place), after)
+        self.moved_bytes += block.nbytes
+        self._places.append(place)
+        self._fetched[block] = place
+        return place
+
+    def _drop(self, block: "WeightBlock") -> None:
+        """Give the place of a block up that was fetched and is not needed."""
+        self._fetched.pop(block).needed = False  # copies follow each other: no need to wait
+
+    def _bytes(self, place: _Place) -> Tensor:
+        assert self._ring is not None
+        return self._ring[place.start : place.end]
+
+    def _new_ring(self) -> Tensor:
+        return torch.empty(self.ring_bytes, dtype=torch.uint8, device=self.device)
+
+    def _at_hand(self, block: "WeightBlock") -> bool:
+        """Whether `block` can be computed with where it is."""
+        return block.resident or (block.home is not None and block.home.device == self.device)

@@ -1,0 +1,45 @@
+"""Bytes that tensors hold, counted as they come and go."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages on the meta device that are made inside `with` and are still alive.
+
+    peak: the most there were at once. A view has no storage of its own and counts nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {storage._cdata for storage in _storages((args, kwargs))} | self._alive
+        for storage in _storages(result):
+            if storage._cdata not in known:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        self._alive.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self._alive.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+def _storages(tensors: object) -> list[torch.UntypedStorage]:
+    leaves = (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))
+    return [leaf.untyped_storage() for leaf in leaves if leaf.device.type == "meta"]
