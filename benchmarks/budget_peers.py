@@ -29,6 +29,7 @@ from majicflux.engine.text_encoders import TextEmbedding
 from .step import (
     BFLOAT16,
     GB,
+    GUIDANCE,
     Case,
     State,
     Step,
@@ -37,12 +38,13 @@ from .step import (
     _name,
     _named,
     _wait,
+    diffsynth_step,
+    image_ids,
     random_weights,
 )
 
 FLOAT8 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
-GUIDANCE = 3.5
 WARM_UP, STEPS = 1, 3  # `peers` has made one step before
 AIMDO_HEADROOM = 256 * 2**20  # bytes that ComfyUI's dynamic mode leaves free on any card
 
@@ -121,25 +123,8 @@ def peers(
 
 @contextmanager
 def _diffsynth_low_vram(setup: Setup) -> Iterator[Step]:
-    from diffsynth.pipelines.flux_image import model_fn_flux_image
-
-    module, case, device = _diffsynth_module(setup), setup.case, setup.device
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def step() -> Tensor:
-        return model_fn_flux_image(
-            dit=module,
-            latents=case.latents.to(BFLOAT16),
-            timestep=(case.sigma * 1000).to(device).reshape(1),
-            prompt_emb=case.text.tokens.to(BFLOAT16),
-            pooled_prompt_emb=case.text.pooled.to(BFLOAT16),
-            guidance=torch.full((1,), GUIDANCE, device=device),
-            text_ids=torch.zeros(1, case.text.tokens.shape[1], 3, device=device),
-            image_ids=_image_ids(case.latents)[None],
-        )
-
-    yield step
+    step = diffsynth_step(_diffsynth_module(setup), setup.case, setup.device)
+    yield torch.inference_mode(False)(torch.no_grad()(step))
 
 
 @torch.inference_mode(False)
@@ -400,7 +385,7 @@ def _diffusers_step(module: Any, setup: Setup) -> Step:
             encoder_hidden_states=case.text.tokens.to(BFLOAT16),
             pooled_projections=case.text.pooled.to(BFLOAT16),
             timestep=case.sigma.to(device).reshape(1),
-            img_ids=_image_ids(case.latents),
+            img_ids=image_ids(case.latents),
             txt_ids=torch.zeros(case.text.tokens.shape[1], 3, device=device),
             guidance=torch.full((1,), GUIDANCE, device=device),
             return_dict=False,
@@ -476,15 +461,6 @@ BUILDERS: dict[str, Callable[[Setup], AbstractContextManager[Step]]] = {
     "diffusers group offload fp8, blocks": _diffusers("block_level", FLOAT8),
     "ComfyUI fp8 dynamic VRAM": _comfyui_dynamic,
 }
-
-
-def _image_ids(latents: Tensor) -> Tensor:
-    """(0, row, column) of each 2x2 patch, float32 [patches, 3]."""
-    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-    ids = torch.zeros(rows, columns, 3, device=latents.device)
-    ids[..., 1] = torch.arange(rows, device=latents.device)[:, None]
-    ids[..., 2] = torch.arange(columns, device=latents.device)
-    return ids.reshape(-1, 3)
 
 
 def _free(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from majicflux.dev import find_comfyui
 from majicflux.engine import kernels
-from majicflux.engine.denoise import flux_velocity
+from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing, choose
@@ -31,6 +31,7 @@ from majicflux.loaders.layouts import flux_dit_layout
 from .table import Row, options, report
 
 WARM_UP, STEPS = 3, 7
+GUIDANCE = 3.5
 GB = 2**30
 BFLOAT16 = torch.bfloat16
 Step = Callable[[], Tensor]
@@ -155,12 +156,45 @@ def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.dev
 
 
 def our_step(module: Any, computing: Computing, case: Case, device: torch.device) -> Step:
+    """One of the steps of a run, which computes what the conditions give once, before them."""
+    sigmas = case.sigma[None]
+    with computing.applied_to(module, device):
+        conditions = conditions_of(module, case.text, GUIDANCE, BFLOAT16, case.latents, sigmas)
+    velocity = flux_velocity(module, conditions)
+
     def step() -> Tensor:
-        velocity = flux_velocity(module, case.text, 3.5, BFLOAT16)
         with computing.applied_to(module, device):
             return velocity(case.latents, case.sigma)
 
     return step
+
+
+def diffsynth_step(module: Any, case: Case, device: torch.device) -> Step:
+    """DiffSynth's own call of its modules; positions are float32, as in a run of ours."""
+    from diffsynth.pipelines.flux_image import model_fn_flux_image
+
+    def step() -> Tensor:
+        return model_fn_flux_image(
+            dit=module,
+            latents=case.latents.to(BFLOAT16),
+            timestep=(case.sigma * 1000).to(device).reshape(1),
+            prompt_emb=case.text.tokens.to(BFLOAT16),
+            pooled_prompt_emb=case.text.pooled.to(BFLOAT16),
+            guidance=torch.full((1,), GUIDANCE, device=device),
+            text_ids=torch.zeros(1, case.text.tokens.shape[1], 3, device=device),
+            image_ids=image_ids(case.latents)[None],
+        )
+
+    return step
+
+
+def image_ids(latents: Tensor) -> Tensor:
+    """(0, row, column) of each 2x2 patch, float32 [patches, 3]."""
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    ids = torch.zeros(rows, columns, 3, device=latents.device)
+    ids[..., 1] = torch.arange(rows, device=latents.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=latents.device)
+    return ids.reshape(-1, 3)
 
 
 def peer_steps(
@@ -170,10 +204,7 @@ def peer_steps(
     for dtype in (BFLOAT16, torch.float8_e4m3fn):
         module = _diffsynth(geometry, state, dtype, device)
         name = "DiffSynth bf16" if dtype == BFLOAT16 else "DiffSynth float8 weights"
-        yield (
-            name,
-            lambda m=module: flux_velocity(m, case.text, 3.5, BFLOAT16)(case.latents, case.sigma),
-        )
+        yield name, diffsynth_step(module, case, device)
         del module
     comfyui = find_comfyui()
     if comfyui is None:
@@ -207,7 +238,7 @@ def peer_steps(
         yield name, lambda f=flux: f(
             case.latents.to(BFLOAT16), case.sigma.to(device).reshape(1),
             case.text.tokens.to(BFLOAT16), case.text.pooled.to(BFLOAT16),
-            torch.full((1,), 3.5, device=device),
+            torch.full((1,), GUIDANCE, device=device),
         )  # fmt: skip
         del flux
 

@@ -23,11 +23,11 @@ def card_of(device: torch.device, computing: Computing | None = None, rates: boo
     attention = _product_rate(device, computing.dtype)
     eight_bit = sorted(computing.eight_bit, key=str)
     product = _product_rate(device, eight_bit[0]) if eight_bit else attention
-    return Card(workspace, fused, _copy_rate(device), product, attention)
+    return Card(workspace, fused, copy_rate(device), product, attention)
 
 
 @cache
-def _copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device) -> float:
     """Bytes/s from pinned memory."""
     home = torch.empty(64 * MB, dtype=torch.uint8, pin_memory=True)
     place = torch.empty_like(home, device=device)

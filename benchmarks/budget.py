@@ -1,0 +1,280 @@
+"""The VRAM budget on a card: kept, how fast within it, and what others do with as much.
+
+Full-size random weights: a transformer in CPU memory (pinned, as far as --pinned says so), T5-XXL
+and the VAE. Whole runs at 1024x1024 under every budget, the smallest ones at 1024 and 2048, then
+steps of denoising: nothing resident against the copies and the resident step, everything resident
+against no streaming at all, and the peers of `budget_peers` under the same budget. --quick runs
+small models on the CPU, where nothing is measured, to show that the script works.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from majicflux.engine.card import copy_rate
+from majicflux.engine.denoise import conditions_of, flux_velocity
+from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
+from majicflux.engine.offload import OffloadedModule
+from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.plan import GB, RING_BLOCKS, BudgetError
+from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.products import choose
+from majicflux.engine.text_encoders import (
+    ClipGeometry,
+    T5Geometry,
+    TextEncoders,
+    build_text_encoders,
+)
+from majicflux.engine.vae import VAE, build_vae
+from majicflux.host.standalone import make_patcher
+
+from . import budget_peers
+from .step import BFLOAT16, GUIDANCE, Case, TextEmbedding, random_weights
+from .table import Row, report
+
+BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # GB
+SMALLEST = {1024: (0.6, 1.0), 2048: (1.1, 1.6)}  # side: GB allocated and reserved, at most
+STEPS = 4  # of each run
+PASSES = 6  # of a timed run of steps
+PEER_BUDGET = 8
+GOALS = {"DiffSynth low VRAM": 7.0, "ComfyUI fp8 low VRAM": 2.0}  # times our speed
+SMALL = FluxGeometry(hidden=256, double_blocks=2, single_blocks=4, text_width=64)
+SMALL_T5 = T5Geometry(width=64, mlp_width=128, layers=2, heads=2, head_dim=32, vocabulary=1000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small version, for any CPU")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float8_e4m3fn")
+    parser.add_argument("--pinned", action="store_true", help="weights in pinned memory")
+    parser.add_argument("--parts", default="budgets,steps,peers", help="what to measure")
+    chosen = parser.parse_args()
+    if not chosen.quick and not torch.cuda.is_available():
+        sys.exit("not measured: no CUDA card here; --quick shows that the script works")
+    device = torch.device("cpu", 0) if chosen.quick else torch.device("cuda", 0)
+    pipeline = random_pipeline(chosen.precision, device, chosen.quick, chosen.pinned)
+    print(pipeline.computing.report)
+    rows: list[Row] = []
+    parts = chosen.parts.split(",")
+    with torch.inference_mode():
+        if "budgets" in parts:
+            rows += budgets(pipeline, chosen.quick)
+        if "steps" in parts:
+            rows += steps(pipeline, device, chosen.quick)
+        if "peers" in parts:
+            rows += peers(pipeline, device, chosen.quick)
+    report(rows, chosen.check)
+
+
+def random_pipeline(precision: str, device: torch.device, quick: bool, pinned: bool) -> Pipeline:
+    geometry, t5 = (SMALL, SMALL_T5) if quick else (FluxGeometry(), T5Geometry())
+    clip = ClipGeometry(width=64, mlp_width=64, layers=2) if quick else ClipGeometry()
+    dit = build_flux_dit(geometry, PRECISIONS[precision])
+    parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
+    for weights in parts:
+        _fill(weights, device, pinned and weights is dit)
+    one, two, three = (make_patcher(weights, device, "") for weights in parts)
+    return Pipeline(
+        DiT(parts[0], one, geometry, PRECISIONS[precision]),
+        TextEncoders(parts[1], two, _tokens, _tokens),
+        VAE(parts[2], three, BFLOAT16),
+        None,
+        choose(dit.module, device, "auto", BFLOAT16),
+    )
+
+
+def _tokens(prompt: str, max_length: int, **_: Any) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=torch.arange(max_length)[None] % 999)
+
+
+def _fill(weights: OffloadedModule, device: torch.device, pinned: bool) -> None:
+    """Random weights that keep the values in range from block to block."""
+    for block in weights.all_blocks:
+        block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, pin_memory=pinned))
+    weights.anonymous = True
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in weights.module.named_parameters():
+        if parameter.dim() < 2:
+            value = float("norm" in name)
+            parameter.fill_(2e-4 if parameter.dtype == torch.float32 else value)
+        elif parameter.dtype == torch.int8:
+            draw = torch.randint(-127, 128, parameter.shape, device=device, generator=generator)
+            parameter.copy_(draw.to(torch.int8))
+        else:
+            draw = torch.randn(parameter.shape, device=device, generator=generator)
+            std = 90 if parameter.itemsize == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(draw.mul_(std).clamp_(-400, 400).to(parameter.dtype))
+
+
+def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
+    """Whole runs: the peak of the allocator against the budget."""
+    print("| GB | size | peak, GB | allocated | s a step | moved a step | phases: GB, s |")
+    print("|---|---|---|---|---|---|---|")
+    jobs = [(float(budget), 1024) for budget in BUDGETS]
+    jobs += [(_smallest(pipeline, side), side) for side in SMALLEST]
+    for budget, side in [(2.0, 64)] if quick else jobs:
+        request = Request(f"{budget} {side}", 1, STEPS, GUIDANCE, side, side)
+        limited = _with_budget(pipeline, budget)
+        for _ in range(2):  # the first compiles kernels, and is held to the budget too
+            if not quick:
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                _, latents, found = paint(limited, request, lambda *_: None, lambda: None)
+            except BudgetError as error:
+                print(f"| {budget:.2f} | {side} | {error} |")
+                break
+            assert torch.isfinite(latents).all()
+            if found.peak_bytes is None:
+                continue
+            peak, allocated = found.peak_bytes / GB, torch.cuda.max_memory_allocated() / GB
+            denoising = next(phase for phase in found.phases if phase.name == "denoising")
+            phases = ", ".join(
+                f"{phase.name} {(phase.peak_bytes or 0) / GB:.2f}, {phase.seconds:.2f}"
+                for phase in found.phases
+            )
+            print(
+                f"| {budget:.2f} | {side} | {peak:.3f} | {allocated:.2f} "
+                f"| {denoising.seconds / STEPS:.3f} "
+                f"| {denoising.moved_bytes / STEPS / GB:.2f} | {phases} |"
+            )
+            name = f"peak at {side}x{side} under {budget:.2f} GB"
+            bar = budget if budget in BUDGETS else SMALLEST[side][1]
+            yield Row(name, peak, "GB", bar=bar)
+            if budget not in BUDGETS:
+                yield Row(f"of it allocated, {name}", allocated, "GB", bar=SMALLEST[side][0])
+            request = Request(f"{budget} {side} again", 2, STEPS, GUIDANCE, side, side)
+
+
+def _smallest(pipeline: Pipeline, side: int) -> float:
+    request = Request("", 0, STEPS, GUIDANCE, side, side)
+    return pipeline.plan(request.job).smallest_bytes / GB
+
+
+def _with_budget(pipeline: Pipeline, budget_gb: float) -> Pipeline:
+    parts = (pipeline.dit, pipeline.text_encoders, pipeline.vae)
+    return Pipeline(*parts, int(budget_gb * GB), pipeline.computing)
+
+
+def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row]:
+    """Seconds of a step with all, a half and nothing resident."""
+    weights = pipeline.dit.weights
+    ring = RING_BLOCKS * weights.largest_bytes
+    resident = _seconds(pipeline, device, 1.0, ring, quick, streamed=False)
+    kept = _seconds(pipeline, device, 1.0, ring, quick)
+    half = _seconds(pipeline, device, 0.5, ring, quick)
+    nothing = _seconds(pipeline, device, 0.0, ring, quick)
+    print(
+        f"no streaming {resident:.4f} s, all resident {kept:.4f}, half {half:.4f}, 0 {nothing:.4f}"
+    )
+    yield Row("all resident", kept, "s", resident, "no streaming", bar=1.01 * resident)
+    if quick:
+        return
+    copy = sum(block.nbytes for block in weights.blocks) / copy_rate(device)
+    print(f"copying all blocks at the pinned rate: {copy:.4f} s")
+    bar = 1.05 * resident if copy < resident else 1.10 * copy
+    yield Row("nothing resident", nothing, "s", max(copy, resident), "copy or step", bar=bar)
+    yield Row("half resident", half, "s", max(copy / 2, resident), "half the copy or step")
+
+
+def _seconds(
+    pipeline: Pipeline,
+    device: torch.device,
+    share: float,
+    ring: int,
+    quick: bool,
+    streamed: bool = True,
+) -> float:
+    """Of one of several steps that follow each other, with this share of the blocks resident."""
+    case, weights = _case(pipeline, device, quick), pipeline.dit.weights
+    passing = sum(block.nbytes for block in weights.blocks)
+    weights.release(float("inf"))
+    weights.keep_resident(device, weights.root.nbytes + share * passing)
+    sigmas = case.sigma[None]
+    computing, module = pipeline.computing, weights.module
+    with (
+        weights.running_on(device, ring_bytes=ring),
+        computing.applied_to(module, device),
+    ):
+        given = (module, case.text, GUIDANCE, BFLOAT16, case.latents, sigmas)
+        velocity = flux_velocity(module, conditions_of(*given))
+        velocity(case.latents, case.sigma)
+    with (
+        computing.applied_to(module, device),
+        weights.running_on(device, passes=PASSES, ring_bytes=ring) if streamed else _nothing(),
+    ):
+        velocity(case.latents, case.sigma)
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(PASSES - 1):
+            velocity(case.latents, case.sigma)
+        _wait(device)
+        seconds = (time.perf_counter() - start) / (PASSES - 1)
+    weights.release(float("inf"))
+    return seconds
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row]:
+    """A step under the same budget, one process, what all have in common not counted."""
+    if quick:
+        print("not measured: peers; run `python -m benchmarks.budget_peers --quick`")
+        return
+    case, geometry = _case(pipeline, device, quick), pipeline.dit.geometry
+    plan = _with_budget(pipeline, PEER_BUDGET).plan(Request("", 0, 20, 3.5, 1024, 1024).job)
+    phase = plan.phases[1]
+    weights = pipeline.dit.weights
+    passing = sum(block.nbytes for block in weights.blocks)
+    share = (phase.resident - weights.root.nbytes) / passing
+    ours = _seconds(pipeline, device, min(1.0, share), phase.ring, quick)
+    print(f"ours under {PEER_BUDGET} GB: {ours:.4f} s, {share:.2f} of the blocks resident")
+    for part in (pipeline.dit, pipeline.text_encoders):
+        part.weights.forget()
+    torch.manual_seed(0)
+    state = {name: tensor.cpu() for name, tensor in random_weights(geometry, device).items()}
+    for peer in budget_peers.peers(geometry, state, case, device, PEER_BUDGET * GB):
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(3):
+            _wait(device)
+            start = time.perf_counter()
+            peer.step()
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
+        theirs = statistics.median(seconds)
+        held = torch.cuda.max_memory_reserved() / GB
+        print(f"{peer.name}: {theirs:.4f} s, {held:.2f} GB reserved by PyTorch")
+        goal = GOALS.get(peer.name)
+        yield Row("ours", ours, "s", theirs, peer.name, bar=None if not goal else theirs / goal)
+
+
+def _case(pipeline: Pipeline, device: torch.device, quick: bool) -> Case:
+    geometry, side = pipeline.dit.geometry, 16 if quick else 128
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    text = TextEmbedding(draw(1, 512, geometry.text_width), draw(1, geometry.pooled_width))
+    return Case(draw(1, 16, side, side), text, torch.tensor(0.7))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
