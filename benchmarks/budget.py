@@ -30,6 +30,7 @@ from majicflux.engine.products import choose
 from majicflux.engine.text_encoders import (
     ClipGeometry,
     T5Geometry,
+    TextEmbedding,
     TextEncoders,
     build_text_encoders,
 )
@@ -37,7 +38,7 @@ from majicflux.engine.vae import VAE, build_vae
 from majicflux.host.standalone import make_patcher
 
 from . import budget_peers
-from .step import BFLOAT16, GUIDANCE, Case, TextEmbedding, random_weights
+from .step import BFLOAT16, GUIDANCE, Case, random_weights
 from .table import Row, report
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # GB
@@ -77,7 +78,7 @@ def main() -> None:
 
 def random_pipeline(precision: str, device: torch.device, quick: bool, pinned: bool) -> Pipeline:
     geometry, t5 = (SMALL, SMALL_T5) if quick else (FluxGeometry(), T5Geometry())
-    clip = ClipGeometry(width=64, mlp_width=64, layers=2) if quick else ClipGeometry()
+    clip = ClipGeometry(mlp_width=64, layers=2) if quick else ClipGeometry()
     dit = build_flux_dit(geometry, PRECISIONS[precision])
     parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
     for weights in parts:
