@@ -74,8 +74,10 @@ class SingleBlock(FluxSingleTransformerBlock):
         shift, scale, gate = modulation[0].chunk(3, dim=-1)
         into, out_of, width = self.to_qkv_mlp, self.proj_out, self.dim
         tokens = slice(0, x.shape[1])
-        qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
         with at_hand(into):
+            if not work.tokens:
+                return self._at_once(x, (shift, scale), gate, rope, work)
+            qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
             for some in work.chunks(tokens):
                 _write_qkv(x, some, (shift, scale), into, qkv, work)
                 rms_rope_(
@@ -94,6 +96,18 @@ class SingleBlock(FluxSingleTransformerBlock):
 
             for some in work.chunks(tokens):
                 work.attempt(partial(rest, some))
+
+    def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> None:
+        """All tokens: one product instead of two, which is faster where there is memory for it."""
+
+        def whole() -> None:
+            both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=norm))
+            qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
+            rms_rope_(qkv, self.norm_q_a, self.norm_k_a, rope, self.num_heads)
+            mixed = attend(qkv, self.num_heads)
+            add_gated_(x, gate, self.proj_out(self.proj_out.rows(mixed, gelu=hidden)))
+
+        work.attempt(whole)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:

@@ -67,8 +67,6 @@ def build_flux_dit(
 
     dit = sized_flux_dit(geometry, JointBlock, SingleBlock)
     store(dit, storage_of or stored_as)
-    for block in dit.single_blocks:
-        block.to_qkv_mlp.most_columns = MLP_RATIO * geometry.hidden
     blocks = [*dit.blocks, *dit.single_blocks]
     passes = [part for block in blocks for part in block.weight_blocks()]
     modulation = [[layer] for block in blocks for layer in block.modulation_layers()]

@@ -1,6 +1,7 @@
 """The card's memory during a run: held to a budget, measured, and given back when it is short."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -56,12 +57,13 @@ class Report:
 class Memory:
     """The memory of one device, above what others held in it when the run began."""
 
-    def __init__(self, device: torch.device, own_bytes: int):
+    def __init__(self, device: torch.device, own_places: Collection[int]):
+        """own_places: addresses of what is there and counts nevertheless."""
         self.device = device
         self.counted = device.type == "cuda"
         if self.counted:
             self.give_back()
-            self.base = torch.cuda.memory_reserved(device) - own_bytes
+            self.base = torch.cuda.memory_reserved(device) - _reserved_for(own_places, device)
 
     @contextmanager
     def held_to(self, budget_bytes: int | None) -> Iterator[None]:
@@ -98,3 +100,15 @@ class Memory:
         if not self.counted:
             return None
         return torch.cuda.max_memory_reserved(self.device) - self.base
+
+
+def _reserved_for(places: Collection[int], device: torch.device) -> int:
+    """Bytes of the allocator's segments that any of these addresses is in."""
+    found, wanted = 0, sorted(places)
+    for segment in torch.cuda.memory_snapshot():
+        if segment["device"] == device.index:
+            start = segment["address"]
+            index = bisect_left(wanted, start)
+            if index < len(wanted) and wanted[index] < start + segment["total_size"]:
+                found += segment["total_size"]
+    return found

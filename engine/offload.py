@@ -13,6 +13,7 @@ from .streaming import BeforeBlock, Stream, Transfers
 from .work import Work
 
 CPU = torch.device("cpu")
+SMALL_BYTES, RESERVED = 2**20, 2 * 2**20  # from the one on, it reserves multiples of the other
 ALIGNMENT = 256  # bytes; what CUDA's allocator and vector loads expect of a tensor's start
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -68,6 +69,8 @@ class WeightBlock:
             self._views.append(view)
             end += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = end
+        # What PyTorch's CUDA allocator reserves for it.
+        self.footprint = end if end < SMALL_BYTES else -(-end // RESERVED) * RESERVED
         self.home: Tensor | None = None
 
     def live_in(self, buffer: Tensor) -> None:
@@ -77,7 +80,9 @@ class WeightBlock:
 
     def stay_on(self, device: torch.device) -> None:
         assert self.home is not None, "the weights have not been given memory"
-        self.point_into(self.home.to(device, copy=True))
+        place = self.home.to(device, copy=True)
+        self.address = place.data_ptr()
+        self.point_into(place)
         self.resident = True
 
     def leave(self) -> None:
@@ -194,7 +199,8 @@ class OffloadedModule:
 
     @property
     def travelling_bytes(self) -> int:
-        return self.total_bytes - self.home_only.nbytes
+        """Of the device, if all that can be resident is."""
+        return sum(block.footprint for block in self.travelling)
 
     @property
     def largest_bytes(self) -> int:
@@ -203,15 +209,20 @@ class OffloadedModule:
 
     @property
     def resident_bytes(self) -> int:
-        return sum(block.nbytes for block in self.all_blocks if block.resident)
+        return sum(block.footprint for block in self.all_blocks if block.resident)
+
+    @property
+    def resident_places(self) -> list[int]:
+        """Addresses on the device of what is resident."""
+        return [block.address for block in self.all_blocks if block.resident]
 
     def fitting(self, budget_bytes: float) -> list[WeightBlock]:
         """The blocks that `keep_resident` would keep in that many bytes."""
         used = 0
         chosen = []
         for block in self.travelling:
-            if used + block.nbytes <= budget_bytes:
-                used += block.nbytes
+            if used + block.footprint <= budget_bytes:
+                used += block.footprint
                 chosen.append(block)
         return chosen
 
@@ -242,7 +253,7 @@ class OffloadedModule:
                 break
             if block.resident and not block.visitors:
                 block.leave()
-                freed += block.nbytes
+                freed += block.footprint
         return freed
 
     @contextmanager

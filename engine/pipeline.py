@@ -209,7 +209,7 @@ class _Run:
         self.report.phases.append(report)
         start = time.perf_counter()
         own = [c for c in self.pipeline.components if c.patcher.device == device]
-        memory = Memory(device, sum(c.weights.resident_bytes for c in own))
+        memory = Memory(device, [place for c in own for place in c.weights.resident_places])
         before = component.weights.resident_bytes
         finished = False
         try:

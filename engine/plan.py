@@ -214,11 +214,13 @@ def plan_denoising(
         work = Work(chunk)
         of_all = max(part.stop - part.start for part in work.chunks(slice(0, tokens)))
         of_image = max(part.stop - part.start for part in work.chunks(slice(words, tokens)))
+        # Chunk 0 joins a single block's first products: its MLP then waits for the attention.
+        waiting = 0 if chunk else MLP_RATIO * one_of_width
         return fixed + max(
             4 * one_of_width,  # queries, keys, values, and what they mix to
-            3 * one_of_width + max(of_all, of_image) * qkv_row,
+            3 * one_of_width + waiting + max(of_all, of_image) * qkv_row,
             one_of_width + of_image * joint_row,
-            one_of_width + of_all * single_row,
+            (4 if waiting else 1) * one_of_width + of_all * single_row,
         )
 
     choices = [(chunk, values(chunk)) for chunk in (0, *(c for c in CHUNKS if c < tokens))]
@@ -291,7 +293,7 @@ def _phase(
     blocks = min(RING_BLOCKS, len(weights.blocks))
     ring = max(largest, min(blocks * largest, left - weights.root.nbytes))
     staying = weights.fitting(left - ring if stay else weights.root.nbytes)
-    resident = sum(block.nbytes for block in staying)
+    resident = sum(block.footprint for block in staying)
     kept = set(staying)
     return Phase(
         name,

@@ -43,8 +43,7 @@ class Dequantized:
     """The weight in the dtype of the activations, one matrix at a time in one buffer."""
 
     def __init__(self, layers: Collection[StoredLinear], device: torch.device, dtype: torch.dtype):
-        stored = [layer for layer in layers if layer.weight.dtype != dtype]
-        sizes = [layer.most_columns * layer.weight.shape[1] for layer in stored]
+        sizes = [layer.weight.numel() for layer in layers if layer.weight.dtype != dtype]
         self.largest = max(sizes, default=0)
         self.device, self.dtype = device, dtype
 

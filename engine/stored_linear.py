@@ -42,7 +42,6 @@ class StoredLinear(nn.Module):
         self.group = rotation_group(in_features, storage.rotated)
         self.low_rank: tuple[Tensor, Tensor] | None = None
         self.product: Product | None = None
-        self.most_columns = out_features  # that are computed at once
 
     def rows(
         self,

@@ -129,7 +129,8 @@ class _Place:
 
     start: int
     end: int
-    copied: Any
+    turn: int  # index into the order that the block was fetched for; -1: out of turn
+    copied: Any = None
     left: Any = None
     needed: bool = True
 
@@ -161,6 +162,7 @@ class Stream:
         self._places: list[_Place] = []  # in the order in which they were taken
         self._fetched: dict[WeightBlock, _Place] = {}
         self._next = 0  # index into `order` of the block that should come
+        self._ahead = 0  # and of the first that has not been looked after yet
 
     def enter(self, block: "WeightBlock") -> None:
         """Make `block` ready to be computed with."""
@@ -210,13 +212,23 @@ class Stream:
 
     def _look_ahead(self) -> None:
         """Begin to copy the blocks that come next, as many as have room."""
-        for block in self.order[self._next :]:
-            if self._at_hand(block) or block in self._fetched:
-                continue
-            if block.visitors or self._take_place(block) is None:
+        self._ahead = max(self._ahead, self._next)
+        while self._ahead < len(self.order):
+            block = self.order[self._ahead]
+            place = self._fetched.get(block)
+            if place is not None and place.turn != self._ahead:
+                return  # it is still there for an earlier turn
+            if (
+                place is None
+                and not self._at_hand(block)
+                and (block.visitors or self._take_place(block, self._ahead) is None)
+            ):
                 return
+            self._ahead += 1
 
     def _fetch(self, block: "WeightBlock") -> _Place:
+        """Copy a block that was not expected, or not expected to be away from the device."""
+        self._ahead = self._next
         place = self._take_place(block)
         while place is None:
             waiting = [other for other in self._fetched if not other.visitors]
@@ -228,7 +240,7 @@ class Stream:
             place = self._take_place(block)
         return place
 
-    def _take_place(self, block: "WeightBlock") -> _Place | None:
+    def _take_place(self, block: "WeightBlock", turn: int = -1) -> _Place | None:
         """Begin to copy `block` to the next free stretch of the ring; None if there is none."""
         start = self._places[-1].end if self._places else 0
         if start + block.nbytes > self.ring_bytes:
@@ -238,7 +250,7 @@ class Stream:
         if end > self.ring_bytes or any(place.needed for place in below):
             return None
         self._places = [place for place in self._places if place not in below]
-        place = _Place(start, end, None)
+        place = _Place(start, end, turn)
         assert block.home is not None, "the weights have not been given memory"
         after = [p.left for p in below if p.left is not None]
         if self._ring is None:
