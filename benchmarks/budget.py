@@ -196,9 +196,9 @@ def _seconds(
 ) -> float:
     """Of one of several steps that follow each other, with this share of the blocks resident."""
     case, weights = _case(pipeline, device, quick), pipeline.dit.weights
-    passing = sum(block.nbytes for block in weights.blocks)
+    passing = sum(block.footprint for block in weights.blocks)
     weights.release(float("inf"))
-    weights.keep_resident(device, weights.root.nbytes + share * passing)
+    weights.keep_resident(device, weights.root.footprint + share * passing)
     sigmas = case.sigma[None]
     computing, module = pipeline.computing, weights.module
     with (
@@ -237,8 +237,8 @@ def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
     plan = _with_budget(pipeline, PEER_BUDGET).plan(Request("", 0, 20, 3.5, 1024, 1024).job)
     phase = plan.phases[1]
     weights = pipeline.dit.weights
-    passing = sum(block.nbytes for block in weights.blocks)
-    share = (phase.resident - weights.root.nbytes) / passing
+    passing = sum(block.footprint for block in weights.blocks)
+    share = (phase.resident - weights.root.footprint) / passing
     ours = _seconds(pipeline, device, min(1.0, share), phase.ring, quick)
     print(f"ours under {PEER_BUDGET} GB: {ours:.4f} s, {share:.2f} of the blocks resident")
     for part in (pipeline.dit, pipeline.text_encoders):

@@ -73,7 +73,8 @@ def build_flux_dit(
     embedders = [dit.context_embedder, dit.pooled_text_embedder, dit.time_embedder]
     if dit.guidance_embedder is not None:
         embedders.append(dit.guidance_embedder)
-    return OffloadedModule(dit, passes, [embedders, *modulation, [dit.final_norm_out.linear]])
+    once = [embedders, *modulation, [dit.final_norm_out.linear]]
+    return OffloadedModule(dit, passes, once, scoped=True)
 
 
 def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) -> Any:

@@ -112,6 +112,8 @@ class OffloadedModule:
     them, none inside another.
     once: blocks that a run needs once, before its passes; the last to become resident.
     at_home: submodules that compute on the CPU.
+    scoped: whether whoever runs `blocks` asks for them with `at_hand`. Otherwise each of their
+    modules is at hand while its own forward runs.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class OffloadedModule:
         blocks: Blocks,
         once: Blocks = (),
         at_home: Sequence[nn.Module] = (),
+        scoped: bool = False,
     ):
         self.module: Any = module.eval()  # Any: its parts are reached by name
         self._modules = [*map(tuple, blocks), *map(tuple, once)]
@@ -131,6 +134,7 @@ class OffloadedModule:
             for parts_of in parts
         ]
         self.blocks, self.once = found[: len(blocks)], found[len(blocks) :]
+        self._scoped = scoped
         self.anonymous = False  # whether the weights are in memory of the process, not in a file
         self._pinned: list[Tensor] = []
         self.report = ""  # what was loaded, for the log and the canvas
@@ -281,12 +285,13 @@ class OffloadedModule:
                 self.root.stay_on(device)
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
-            for block, modules in zip([*self.blocks, *self.once], self._modules, strict=True):
+            for index, modules in enumerate(self._modules):
+                visit = _Visit(stream, [*self.blocks, *self.once][index])
                 for module in modules:
-                    enter, leave = _visit(stream, block)
-                    module.visit = _Visit(stream, block)  # pyright: ignore[reportArgumentType]
-                    hooks.append(module.register_forward_pre_hook(enter))
-                    hooks.append(module.register_forward_hook(leave, always_call=True))
+                    module.visit = visit  # pyright: ignore[reportArgumentType]
+                    if not self._scoped or index >= len(self.blocks):
+                        hooks.append(module.register_forward_pre_hook(visit.enter))
+                        hooks.append(module.register_forward_hook(visit.leave, always_call=True))
             yield stream
         finally:
             for hook in hooks:
@@ -311,11 +316,13 @@ class _Visit:
     def __init__(self, stream: Stream, block: WeightBlock):
         self.stream, self.block = stream, block
 
-    def __enter__(self) -> None:
+    def enter(self, *_: object) -> None:
         self.stream.enter(self.block)
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self, *_: object) -> None:
         self.stream.leave(self.block)
+
+    __enter__, __exit__ = enter, leave
 
 
 def at_hand(module: nn.Module) -> Any:
@@ -324,16 +331,6 @@ def at_hand(module: nn.Module) -> Any:
     For layers of one block that take turns; a layer's own forward looks after itself.
     """
     return getattr(module, "visit", None) or nullcontext()
-
-
-def _visit(stream: Stream, block: WeightBlock) -> tuple[Callable[..., None], Callable[..., None]]:
-    def enter(*_: object) -> None:
-        stream.enter(block)
-
-    def leave(*_: object) -> None:
-        stream.leave(block)
-
-    return enter, leave
 
 
 def _unclaimed_parameters(

@@ -173,8 +173,9 @@ def plan_text(
     run once a prompt, and what made room for them would have to come back.
     """
     scores = t5.heads * T5_TOKENS**2
-    # The position bias, and the scores before and after the softmax.
-    values = 3 * scores * itemsize + T5_TOKENS * t5.width * itemsize
+    # The position bias, the scores, and both in float32 around the softmax: no fused attention
+    # takes a bias everywhere.
+    values = scores * (2 * itemsize + 2 * 4) + T5_TOKENS * (t5.width + t5.mlp_width) * 2 * itemsize
     phase = _phase("text encoders", weights, [(0, values)], budget, card)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase
@@ -214,13 +215,14 @@ def plan_denoising(
         work = Work(chunk)
         of_all = max(part.stop - part.start for part in work.chunks(slice(0, tokens)))
         of_image = max(part.stop - part.start for part in work.chunks(slice(words, tokens)))
-        # Chunk 0 joins a single block's first products: its MLP then waits for the attention.
+        # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
+        # copies queries, keys or values that do not lie one after the other.
         waiting = 0 if chunk else MLP_RATIO * one_of_width
         return fixed + max(
             4 * one_of_width,  # queries, keys, values, and what they mix to
             3 * one_of_width + waiting + max(of_all, of_image) * qkv_row,
             one_of_width + of_image * joint_row,
-            (4 if waiting else 1) * one_of_width + of_all * single_row,
+            (5 if waiting else 1) * one_of_width + of_all * single_row,
         )
 
     choices = [(chunk, values(chunk)) for chunk in (0, *(c for c in CHUNKS if c < tokens))]
