@@ -169,8 +169,12 @@ def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
     """Seconds of a step with all, a half and nothing resident."""
     weights = pipeline.dit.weights
     ring = RING_BLOCKS * weights.largest_bytes
-    resident = _seconds(pipeline, device, 1.0, ring, quick, streamed=False)
-    kept = _seconds(pipeline, device, 1.0, ring, quick)
+    # In turns, because a card that has just begun to work is faster or slower than later on.
+    turns = [
+        [_seconds(pipeline, device, 1.0, ring, quick, streamed) for streamed in (False, True)]
+        for _ in range(1 if quick else 5)
+    ]
+    resident, kept = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
     half = _seconds(pipeline, device, 0.5, ring, quick)
     nothing = _seconds(pipeline, device, 0.0, ring, quick)
     print(
