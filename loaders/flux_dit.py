@@ -14,7 +14,7 @@ from ..engine.precision import FLOAT8, Precision, Storage
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
 from .layouts import flux_dit_layout
-from .prepared import map_prepared, prepare, prepared_file
+from .prepared import keep
 from .recognise import FLUX_DIT, require_kind
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
@@ -71,10 +71,11 @@ def load_flux_dit(
     renamed = FluxDiTStateDictConverter(sources)
     weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
     convert = partial(fill, weights.module, renamed, progress, device)
-    mapped = False
-    if prepared_folder is not None and precision.eight_bit:
-        kept = prepared_file(prepared_folder, model_parts(path), weights, str(precision))
-        mapped = map_prepared(weights, kept) or prepare(weights, kept, convert)
+    mapped = (
+        prepared_folder is not None
+        and precision.eight_bit
+        and keep(prepared_folder, model_parts(path), weights, str(precision), convert)
+    )
     if not mapped:
         weights.allocate()
         convert()

@@ -57,6 +57,21 @@ def prepared_file(
     return folder / f"{parts[0].stem}-{key}{SUFFIX}"
 
 
+def keep(
+    folder: Path,
+    parts: list[Path],
+    weights: "OffloadedModule",
+    precision: str,
+    convert: Callable[[], None],
+) -> bool:
+    """Map the weights from where they are kept, after `convert` has filled them if they are not.
+
+    False when they cannot be kept; the weights then have no memory.
+    """
+    path = prepared_file(folder, parts, weights, precision)
+    return map_prepared(weights, path) or prepare(weights, path, convert)
+
+
 def prepare(weights: "OffloadedModule", path: Path, convert: Callable[[], None]) -> bool:
     """Let `convert` fill the weights in a file, which becomes `path`, and map it from there.
 

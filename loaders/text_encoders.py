@@ -14,6 +14,7 @@ from ..engine.text_encoders import (
 )
 from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
+from .prepared import keep
 from .recognise import CLIP, T5, Kind, require_kind
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
@@ -80,9 +81,16 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
 
 
 def load_text_encoders(
-    clip_path: Path, t5_path: Path, dtype: "torch.dtype", progress: Progress | None = None
+    clip_path: Path,
+    t5_path: Path,
+    dtype: "torch.dtype",
+    progress: Progress | None = None,
+    prepared_folder: Path | None = None,
 ) -> "OffloadedModule":
-    """Read both encoders into CPU memory in `dtype`."""
+    """Read both encoders into CPU memory in `dtype`.
+
+    With a `prepared_folder` they are kept there, laid out as they travel, and mapped from there.
+    """
     from diffsynth.utils.state_dict_converters.flux_text_encoder_clip import (
         FluxTextEncoderClipStateDictConverter,
     )
@@ -90,13 +98,25 @@ def load_text_encoders(
     start = time.perf_counter()
     clip_geometry, clip_sources = inspect_clip(clip_path)
     t5_geometry, t5_sources = inspect_t5(t5_path)
-    weights = build_text_encoders(clip_geometry, t5_geometry, dtype).allocate()
+    weights = build_text_encoders(clip_geometry, t5_geometry, dtype)
     positions = clip_sources.pop(CLIP_POSITIONS)  # the converter would reshape this one
     clip_names = FluxTextEncoderClipStateDictConverter(clip_sources)
-    fill(weights.module["clip"], {**clip_names, "position_embeds": positions})
-    fill(weights.module["t5"], t5_sources, progress)
+
+    def convert() -> None:
+        fill(weights.module["clip"], {**clip_names, "position_embeds": positions})
+        fill(weights.module["t5"], t5_sources, progress)
+
+    parts = [*model_parts(t5_path), *model_parts(clip_path)]
+    mapped = prepared_folder is not None and keep(
+        prepared_folder, parts, weights, f"text encoders {dtype}", convert
+    )
+    if not mapped:
+        weights.allocate()
+        convert()
+    where = "mapped from prepared weights" if mapped else "in memory"
     weights.report = (
-        f"{clip_path.name}, {t5_path.name}: text encoders, {size_and_time(weights, dtype, start)}"
+        f"{clip_path.name}, {t5_path.name}: text encoders, "
+        f"{size_and_time(weights, dtype, start)}, {where}"
     )
     log.info(weights.report)
     return weights

@@ -54,6 +54,16 @@ class TextEncodersNode(io.ComfyNode):
                         "float32: 19 GB, a reference for comparisons."
                     ),
                 ),
+                io.Boolean.Input(
+                    "keep_prepared",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "Keep the encoders in models/majicflux_prepared (10 GB of disk in "
+                        "bfloat16) and map them from there, so that they take no memory of their "
+                        "own and the next load takes a second. Off: they stay in memory."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -75,11 +85,15 @@ class TextEncodersNode(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, clip_l: str, t5: str, precision: str) -> Any:
+    def fingerprint_inputs(
+        cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
+    ) -> Any:
         return [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
 
     @classmethod
-    def execute(cls, clip_l: str, t5: str, precision: str) -> io.NodeOutput:
+    def execute(
+        cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
+    ) -> io.NodeOutput:
         import torch
 
         from ..engine.text_encoders import TextEncoders
@@ -97,12 +111,15 @@ class TextEncodersNode(io.ComfyNode):
             t5_tokenizer = load_tokenizer(
                 T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
             )
-            weights = load_text_encoders(clip_path, t5_path, dtype, host.loading_progress())
+            prepared = host.prepared_folder() if keep_prepared else None
+            weights = load_text_encoders(
+                clip_path, t5_path, dtype, host.loading_progress(), prepared
+            )
             device = host.text_encoder_device()
             patcher = host.make_patcher(weights, device, "MajicFluxTextEncoders")
             return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
 
         files = [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
-        encoders = model_files.shared(load, files, dtype)
+        encoders = model_files.shared(load, files, dtype, keep_prepared)
         host.show_on_node(cls.hidden.unique_id, encoders.weights.report)
         return io.NodeOutput(encoders)

@@ -21,6 +21,7 @@ from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
 from majicflux.loaders.prepared import map_prepared, prepare, prepared_files
 from majicflux.loaders.safetensors_file import ModelFileError
+from majicflux.loaders.text_encoders import load_text_encoders
 
 FLOAT8 = PRECISIONS["float8_e4m3fn"]
 
@@ -241,3 +242,22 @@ def test_abandoned_files_are_cleared_by_the_next_preparation(source: Path, folde
     load(source, folder)
     assert not old.exists()
     assert new.exists(), "it may belong to a process that is still writing"
+
+
+def test_text_encoders_are_mapped_too(models: Path, tmp_path: Path) -> None:
+    """They are ten gigabytes, which a small machine does not have."""
+    clip, t5 = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
+    plain = load_text_encoders(clip, t5, torch.bfloat16)
+    assert "in memory" in plain.report
+    for again in range(2):
+        mapped = load_text_encoders(clip, t5, torch.bfloat16, prepared_folder=tmp_path)
+        assert "mapped from prepared weights" in mapped.report
+        assert not mapped.anonymous
+        (kept,) = prepared_files(tmp_path)
+        assert again == 0 or kept.stat().st_mtime_ns == written
+        written = kept.stat().st_mtime_ns
+        theirs = mapped.module.state_dict()
+        for name, tensor in plain.module.state_dict().items():
+            assert torch.equal(tensor, theirs[name]), name
+    assert load_text_encoders(clip, t5, torch.float32, prepared_folder=tmp_path).module
+    assert len(prepared_files(tmp_path)) == 2
