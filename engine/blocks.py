@@ -1,6 +1,6 @@
 """Flux.1's two kinds of transformer block: DiffSynth's modules, run in little memory.
 
-One picture at a time, the residual in place, and whatever is not attention in chunks of tokens.
+One picture after the other, the residual in place, and what is not attention in chunks of tokens.
 Where no kernel is fused, every value is rounded when DiffSynth rounds it, so the results are
 DiffSynth's bit for bit.
 """
@@ -37,7 +37,7 @@ class JointBlock(FluxJointTransformerBlock):
     def forward(
         self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
     ) -> None:
-        """x: [1, words + image tokens, width], changed in place; modulation: what each of
+        """x: [batch, words + image tokens, width], changed in place; modulation: what each of
         `modulation_layers` gave, [1, 1, 6 * width]; rope: as RoPEEmbedding gives it."""
         attention = self.attn
         image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
@@ -46,16 +46,26 @@ class JointBlock(FluxJointTransformerBlock):
             (text, text_mod, attention.b_to_qkv, attention.norm_q_b, attention.norm_k_b),
             (image, image_mod, attention.a_to_qkv, attention.norm_q_a, attention.norm_k_a),
         )
-        qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * x.shape[2]))
-        with at_hand(attention.b_to_qkv):
+
+        def mix(picture: Tensor) -> Tensor:
+            qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * x.shape[2]))
             for tokens, mod, to_qkv, q_norm, k_norm in parts:
                 for some in work.chunks(tokens):
-                    _write_qkv(x, some, mod[:2], to_qkv, qkv, work)
+                    _write_qkv(picture, some, mod[:2], to_qkv, qkv, work)
                     rms_rope_(qkv[:, some], q_norm, k_norm, rope[:, :, some], attention.num_heads)
-        mixed = work.attempt(partial(attend, qkv, attention.num_heads))
-        del qkv
-        _rest(x, text, mixed, text_mod, attention.b_to_out, self.ff_b, work)
-        _rest(x, image, mixed, image_mod, attention.a_to_out, self.ff_a, work)
+            return work.attempt(partial(attend, qkv, attention.num_heads))
+
+        # Each block of weights is asked for once, for all pictures: it may have to travel.
+        pictures = x.split(1)
+        with at_hand(attention.b_to_qkv):
+            mixed = [mix(picture) for picture in pictures]
+        for tokens, mod, to_out, mlp in (
+            (text, text_mod, attention.b_to_out, self.ff_b),
+            (image, image_mod, attention.a_to_out, self.ff_a),
+        ):
+            with at_hand(to_out):
+                for picture, of_picture in zip(pictures, mixed, strict=True):
+                    _rest(picture, tokens, of_picture, mod, to_out, mlp, work)
 
 
 class SingleBlock(FluxSingleTransformerBlock):
@@ -71,43 +81,42 @@ class SingleBlock(FluxSingleTransformerBlock):
         self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
     ) -> None:
         """As of JointBlock."""
-        shift, scale, gate = modulation[0].chunk(3, dim=-1)
+        norm, gate = modulation[0].chunk(3, dim=-1)[:2], modulation[0].chunk(3, dim=-1)[2]
+        with at_hand(self.to_qkv_mlp):
+            for picture in x.split(1):
+                if work.tokens:
+                    self._in_chunks(picture, norm, gate, rope, work)
+                else:
+                    work.attempt(partial(self._at_once, picture, norm, gate, rope))
+
+    def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor) -> None:
+        """All tokens: one product instead of two, which is faster where there is memory for it."""
+        both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=norm))
+        qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
+        rms_rope_(qkv, self.norm_q_a, self.norm_k_a, rope, self.num_heads)
+        mixed = attend(qkv, self.num_heads)
+        add_gated_(x, gate, self.proj_out(self.proj_out.rows(mixed, gelu=hidden)))
+
+    def _in_chunks(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> None:
         into, out_of, width = self.to_qkv_mlp, self.proj_out, self.dim
         tokens = slice(0, x.shape[1])
-        with at_hand(into):
-            if not work.tokens:
-                return self._at_once(x, (shift, scale), gate, rope, work)
-            qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
-            for some in work.chunks(tokens):
-                _write_qkv(x, some, (shift, scale), into, qkv, work)
-                rms_rope_(
-                    qkv[:, some], self.norm_q_a, self.norm_k_a, rope[:, :, some], self.num_heads
-                )
-            mixed = work.attempt(partial(attend, qkv, self.num_heads))
-            del qkv
+        qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
+        for some in work.chunks(tokens):
+            _write_qkv(x, some, norm, into, qkv, work)
+            rms_rope_(qkv[:, some], self.norm_q_a, self.norm_k_a, rope[:, :, some], self.num_heads)
+        mixed = work.attempt(partial(attend, qkv, self.num_heads))
+        del qkv
 
-            def rest(some: slice) -> None:
-                rows = into.rows(x[:, some], norm=(shift, scale))
-                hidden = into(rows, columns=slice(3 * width, None))
-                del rows
-                rows = out_of.rows(mixed[:, some], gelu=hidden)
-                del hidden
-                add_gated_(x[:, some], gate, out_of(rows))
+        def rest(some: slice) -> None:
+            rows = into.rows(x[:, some], norm=norm)
+            hidden = into(rows, columns=slice(3 * width, None))
+            del rows
+            rows = out_of.rows(mixed[:, some], gelu=hidden)
+            del hidden
+            add_gated_(x[:, some], gate, out_of(rows))
 
-            for some in work.chunks(tokens):
-                work.attempt(partial(rest, some))
-
-    def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> None:
-        """All tokens: one product instead of two, which is faster where there is memory for it."""
-
-        def whole() -> None:
-            both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=norm))
-            qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
-            rms_rope_(qkv, self.norm_q_a, self.norm_k_a, rope, self.num_heads)
-            mixed = attend(qkv, self.num_heads)
-            add_gated_(x, gate, self.proj_out(self.proj_out.rows(mixed, gelu=hidden)))
-
-        work.attempt(whole)
+        for some in work.chunks(tokens):
+            work.attempt(partial(rest, some))
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -140,7 +149,6 @@ def _rest(
         del hidden
         add_gated_(x[:, some], mlp_gate, out_of(rows))
 
-    with at_hand(to_out):
-        for some in work.chunks(tokens):
-            work.attempt(partial(after_attention, some))
-            work.attempt(partial(feed_forward, some))
+    for some in work.chunks(tokens):
+        work.attempt(partial(after_attention, some))
+        work.attempt(partial(feed_forward, some))

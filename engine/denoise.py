@@ -102,8 +102,7 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
         *modulation, (final,) = conditions.modulation[sigma.item()]
         x = _embedded(dit, latents, text, work)
         for block, of_block in zip(_blocks(dit), modulation, strict=True):
-            for picture in range(batch):
-                block(x[picture, None], text.shape[1], of_block, rope[size], work)
+            block(x, text.shape[1], of_block, rope[size], work)
         shift, scale = final.chunk(2, dim=-1)
         out = text.new_empty(batch, size[0] * size[1], dit.final_proj_out.weight.shape[0])
         layer = dit.final_proj_out

@@ -270,13 +270,13 @@ class OffloadedModule:
         work: Work | None = None,
         transfers: Transfers | None = None,
     ) -> Iterator[Stream]:
-        """The module can run on `device`, `passes` times.
+        """The module can run on `device`, `passes` times; 0: some of its blocks, in any order.
 
         ring_bytes: memory for visiting blocks, taken when the first comes; 0: as little as lets
         one be copied while another computes.
         """
         ring_bytes = ring_bytes or 2 * self.largest_bytes
-        order = [*self.once, *self.blocks * passes]
+        order = [*self.once, *self.blocks * passes] if passes else []
         stream = Stream(order, device, ring_bytes, before_block, work, transfers)
         hooks = []
         root_was_resident = self.root.resident
@@ -300,7 +300,10 @@ class OffloadedModule:
                 for module in modules:
                     module.__dict__.pop("visit", None)
             stream.close()
-            self.root.visitors = 0
+            for block in self.all_blocks:
+                block.visitors = 0
+                if not block.resident:
+                    block.point_home()
             if not root_was_resident:
                 self.root.leave()
 

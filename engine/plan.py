@@ -218,10 +218,12 @@ def plan_denoising(
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.
         waiting = 0 if chunk else MLP_RATIO * one_of_width
+        mixed = (pictures - 1) * one_of_width  # of the other pictures, in a joint block
         return fixed + max(
-            4 * one_of_width,  # queries, keys, values, and what they mix to
-            3 * one_of_width + waiting + max(of_all, of_image) * qkv_row,
-            one_of_width + of_image * joint_row,
+            mixed + 4 * one_of_width,  # queries, keys, values, and what they mix to
+            mixed + 3 * one_of_width + of_image * qkv_row,
+            3 * one_of_width + waiting + of_all * qkv_row,
+            mixed + one_of_width + of_image * joint_row,
             (5 if waiting else 1) * one_of_width + of_all * single_row,
         )
 

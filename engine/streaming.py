@@ -195,12 +195,8 @@ class Stream:
         self._look_ahead()
 
     def close(self) -> None:
-        """End the run, wherever it is; every block is at home or resident again."""
+        """End the run, wherever it is: no copy is under way, and the ring is given back."""
         self._transfers.close()
-        for block in self.order:
-            block.visitors = 0
-            if not block.resident:
-                block.point_home()
         self._fetched.clear()
         self._places.clear()
         self._ring = None

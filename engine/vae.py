@@ -1,5 +1,7 @@
-"""Latents -> picture."""
+"""Latents -> picture, and back."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from . import vae_bands
 from .offload import BeforeBlock, OffloadedModule, Patcher, at_hand
+from .streaming import Stream
 from .work import Work
 
 
@@ -33,35 +36,68 @@ class VAE:
         weights, or in the smallest ones if it is short of memory. The picture is the same with any,
         up to rounding. Returns it and the bytes of weights that were moved.
         """
-        work = work or Work()
-        rows, columns = latents.shape[2:]
+        decoder = self.weights.module["decoder"]
 
-        def bands_in(limit: float) -> vae_bands.Bands:
-            return vae_bands.plan_decode(rows, columns, self.dtype.itemsize, limit)
+        def decoded(latent: Tensor, limit: float) -> Tensor:
+            latent = latent[None].to(self.patcher.device, self.dtype)
+            rows, columns = latent.shape[2:]
+            if limit == float("inf"):
+                picture = decoder(latent)
+            else:
+                bands = vae_bands.plan_decode(rows, columns, self.dtype.itemsize, limit)
+                picture = vae_bands.decode(decoder, latent, bands, before_block)
+            return (picture.float().cpu() / 2 + 0.5).clamp_(0, 1).movedim(1, -1)
 
-        visits = self.weights.running_on(self.patcher.device, before_block, 1, ring_bytes, work)
-        with visits as stream:
-            decoder = self.weights.module["decoder"]
+        visits = self.weights.running_on(self.patcher.device, before_block, 0, ring_bytes, work)
+        return self._each(decoder, latents, decoded, visits, limit_bytes, work or Work())
 
-            def decoded(latent: Tensor, bands: vae_bands.Bands) -> Tensor:
-                latent = latent[None].to(self.patcher.device, self.dtype)
-                with at_hand(decoder):
-                    if limit_bytes == float("inf"):
-                        picture = decoder(latent)
-                    else:
-                        picture = vae_bands.decode(decoder, latent, bands, before_block)
-                return (picture.float().cpu() / 2 + 0.5).clamp_(0, 1).movedim(1, -1)
+    def encode(
+        self,
+        pictures: Tensor,
+        before_block: BeforeBlock | None = None,
+        limit_bytes: float = float("inf"),
+        ring_bytes: int = 0,
+        work: Work | None = None,
+    ) -> tuple[Tensor, int]:
+        """RGB [batch, height, width, 3] in 0..1 -> float32 latents in model space, on the CPU.
 
-            bands = bands_in(limit_bytes)
-            pictures = []
-            for latent in latents:
+        The reverse of `decode`, and in the same way; sides are multiples of 8.
+        """
+        encoder = self.weights.module["encoder"]
+
+        def encoded(picture: Tensor, limit: float) -> Tensor:
+            picture = picture[None].movedim(-1, 1) * 2 - 1
+            height, width = picture.shape[2:]
+            if limit == float("inf"):
+                latent = encoder(picture.to(self.patcher.device, self.dtype))
+            else:
+                bands = vae_bands.plan_encode(height, width, self.dtype.itemsize, limit)
+                latent = vae_bands.encode(encoder, picture, bands, before_block)
+            return latent.float().cpu()
+
+        visits = self.weights.running_on(self.patcher.device, before_block, 0, ring_bytes, work)
+        return self._each(encoder, pictures, encoded, visits, limit_bytes, work or Work())
+
+    @staticmethod
+    def _each(
+        part: nn.Module,
+        batch: Tensor,
+        run: Callable[[Tensor, float], Tensor],
+        visits: AbstractContextManager[Stream],
+        limit_bytes: float,
+        work: Work,
+    ) -> tuple[Tensor, int]:
+        """`run` for each item and the limit, or 0 as the limit once memory was short."""
+        done = []
+        with visits as stream, at_hand(part):
+            for item in batch:
                 try:
-                    pictures.append(decoded(latent, bands))
+                    done.append(run(item, limit_bytes))
                     continue
                 except torch.OutOfMemoryError:
-                    bands = bands_in(0)
-                pictures.append(work.attempt(partial(decoded, latent, bands)))
-        return torch.cat(pictures), stream.moved_bytes
+                    limit_bytes = 0
+                done.append(work.attempt(partial(run, item, limit_bytes)))
+        return torch.cat(done), stream.moved_bytes
 
 
 def build_vae(dtype: torch.dtype) -> OffloadedModule:

@@ -1,5 +1,6 @@
 """What only a CUDA card can show. Skipped where there is none."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from majicflux.engine import products
 from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.plan import Job
 from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
 from majicflux.engine.products import Dequantized, EightBit
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows
@@ -123,3 +125,38 @@ def test_streaming_holds_less_of_the_card(make_pipeline) -> None:
         picture(make_pipeline, device=CUDA, budget_bytes=budget)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0]
+
+
+def test_fifty_runs_of_mixed_sizes_leave_the_card_as_they_found_it(make_pipeline) -> None:
+    pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], mode="auto", device=CUDA)
+    budget = int(1.2 * pipeline.plan(Job(512, 512, 2, 2)).smallest_bytes)
+    pipeline = dataclasses.replace(pipeline, budget_bytes=budget)
+    held = []
+    for run in range(50):
+        side, batch = (128, 256, 384, 512)[run % 4], 1 + run % 2
+        request = Request(f"cat {run % 3}", run, 2, 3.5, side, side, batch)
+        report = paint(pipeline, request, lambda *_: None, lambda: None)[2]
+        assert report.peak_bytes <= budget
+        if run % 8 == 7:  # the same sizes have run since
+            torch.cuda.empty_cache()
+            held.append(torch.cuda.memory_reserved())
+    assert held[-1] <= held[1]
+
+
+def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline, caplog) -> None:
+    options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
+    expected = paint(make_pipeline(**options), REQUEST, lambda *_: None, lambda: None)[1]
+    pipeline = make_pipeline(**options)
+    smallest = pipeline.plan(REQUEST.job).smallest_bytes
+    everything = pipeline.dit.weights.travelling_bytes
+    pipeline = dataclasses.replace(pipeline, budget_bytes=smallest + everything)
+    taken: list[torch.Tensor] = []
+
+    def take(step: int, _: torch.Tensor) -> None:
+        if step == 1:  # within the budget, so that the allocator refuses the run's own
+            free = pipeline.budget_bytes - torch.cuda.memory_reserved()
+            taken.append(torch.empty(max(0, free) + everything // 2, device=CUDA, dtype=torch.int8))
+
+    latents = paint(pipeline, REQUEST, take, lambda: None)[1]
+    assert torch.equal(latents, expected)
+    assert taken
