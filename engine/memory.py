@@ -22,10 +22,11 @@ class PhaseReport:
     moved_bytes: int = 0
 
     def __str__(self) -> str:
-        held = f"planned {self.planned_bytes / GB:.2f} GB"
+        text = f"{self.name}: {self.seconds:.1f} s"
         if self.peak_bytes is not None:
-            held += f", used {self.peak_bytes / GB:.2f} GB"
-        return f"{self.name}: {self.seconds:.1f} s, {held}, moved {self.moved_bytes / GB:.2f} GB"
+            used, planned = self.peak_bytes / GB, self.planned_bytes / GB
+            text += f", used {used:.2f} of {planned:.2f} GB, moved {self.moved_bytes / GB:.1f}"
+        return text
 
 
 @dataclass

@@ -80,7 +80,7 @@ class WeightBlock:
 
     def stay_on(self, device: torch.device) -> None:
         assert self.home is not None, "the weights have not been given memory"
-        place = self.home.to(device, copy=True)
+        place = self.home if device == CPU else self.home.to(device, copy=True)
         self.address = place.data_ptr()
         self.point_into(place)
         self.resident = True
@@ -165,12 +165,13 @@ class OffloadedModule:
         """
         if self._pinned or not self.anonymous:
             return
+        self._unpin = weakref.finalize(self, _unpin_all, self._pinned, unpin)
+        self._unpin.atexit = False  # CUDA may be gone by then, and the memory goes anyway
         for block in self.travelling:
             if block.nbytes and block.home is not None and not block.home.is_pinned():
                 if not pin(block.home):
                     break
                 self._pinned.append(block.home)
-        self._unpin = weakref.finalize(self, _unpin_all, self._pinned, unpin)
 
     def unpin(self) -> None:
         """Give pinned memory back to the system's free use."""

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,7 +91,13 @@ class Pipeline:
             card_of(self.vae.patcher.device),
         )  # fmt: skip
         seconds = step_seconds(denoising, dit.geometry, job, card)
-        return Plan(job, budget, (text, denoising, decode), seconds)
+        phases = tuple(
+            phase if component.patcher.device == device else replace(phase, smallest=0)
+            for phase, component in zip(
+                (text, denoising, decode), (encoders, dit, self.vae), strict=True
+            )
+        )
+        return Plan(job, budget, phases, seconds, budget == self.budget_bytes)
 
     def _budget(self, component: DiT | TextEncoders | VAE) -> int | None:
         """Bytes for weights and working memory; None where nothing is counted, as on a CPU."""
@@ -229,7 +235,8 @@ class _Run:
         finally:
             report.peak_bytes = memory.peak_bytes()
             report.seconds = time.perf_counter() - start
-            report.moved_bytes += max(0, component.weights.resident_bytes - before)
+            if device != CPU:  # where weights are computed with at home
+                report.moved_bytes += max(0, component.weights.resident_bytes - before)
             if finished:
                 log.info("%s", report)
 

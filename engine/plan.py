@@ -100,6 +100,7 @@ class Plan:
     budget_bytes: int | None
     phases: tuple[Phase, ...]
     seconds: float | None
+    chosen: bool = True  # whether the budget was set by the user, not by what the device has left
 
     @property
     def peak_bytes(self) -> int:
@@ -115,6 +116,12 @@ class Plan:
         if self.budget_bytes is None or self.smallest_bytes <= self.budget_bytes:
             return
         worst = max(self.phases, key=lambda phase: phase.smallest)
+        if not self.chosen:
+            raise BudgetError(
+                f"Only {self.budget_bytes / GB:.2f} GB of VRAM can be had, too little for "
+                f"{self._picture}: the phase '{worst.name}' needs {in_gb_above(worst.smallest)} "
+                "GB. Close other programs that use the card, or choose a smaller picture or batch."
+            )
         raise BudgetError(
             f"{self.budget_bytes / GB:.2f} GB of VRAM are too little for {self._picture}: the "
             f"phase '{worst.name}' needs {worst.smallest / GB:.2f} GB. Set vram_budget_gb to "
@@ -133,17 +140,14 @@ class Plan:
         return {**asdict(self), "phases": phases, **totals}
 
     def __str__(self) -> str:
-        budget = "no budget" if self.budget_bytes is None else f"budget {_gb(self.budget_bytes)}"
-        lines = [f"{self._picture}, {self.job.steps} steps, {budget}"]
+        """Short lines, for a node of the canvas."""
+        budget = "" if self.budget_bytes is None else f", budget {_gb(self.budget_bytes)}"
+        lines = [f"{self._picture}, {self.job.steps} steps{budget}"]
         for phase in self.phases:
-            streamed = ""
-            if phase.ring:
-                often = f"{_gb(phase.visiting)} visit at each pass"
-                streamed = f", {often} and {_gb(phase.once)} once, through {_gb(phase.ring)}"
-            lines.append(
-                f"{phase.name}: {_gb(phase.peak)} (weights {_gb(phase.resident)}{streamed}, "
-                f"values {_gb(phase.values)})"
-            )
+            visits = ""
+            if phase.visiting:
+                visits = f"; {_gb(phase.visiting)} of weights visit at each pass"
+            lines.append(f"{phase.name}: {_gb(phase.peak)}{visits}")
         lines.append(f"smallest budget that works: {in_gb_above(self.smallest_bytes)} GB")
         if self.seconds is not None:
             lines.append(f"predicted: {self.seconds:.2f} s a step")

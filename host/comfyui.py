@@ -112,6 +112,12 @@ def progress(steps: int, device: torch.device) -> Callable[[int, Tensor], None]:
     return on_step
 
 
+def _pin(memory: Tensor) -> bool:
+    # pin_memory makes room for itself among the host's models, and goes on when it found none.
+    fits = mm.TOTAL_PINNED_MEMORY + memory.nbytes <= mm.MAX_PINNED_MEMORY
+    return fits and mm.pin_memory(memory)
+
+
 class _Owner(nn.Module):
     """What ComfyUI's manager holds weakly as "the model". Nothing inside refers back to it."""
 
@@ -153,6 +159,8 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
 
     def load(self, working_bytes: int, weight_cap: int | None) -> None:
         self.weight_cap = weight_cap
+        if weight_cap is not None:  # before the manager looks for room among the others
+            self.weights.release(self.weights.resident_bytes - weight_cap)
         mm.load_models_gpu(
             [self], memory_required=working_bytes, minimum_memory_required=working_bytes
         )
@@ -169,12 +177,12 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
         return int(free + givers - mm.extra_reserved_memory())
 
     def pin(self) -> None:
-        self.weights.pin(mm.pin_memory, mm.unpin_memory)
+        self.weights.pin(_pin, mm.unpin_memory)
 
     # What follows is the manager's side.
 
     def model_size(self) -> int:
-        total = self.weights.total_bytes
+        total = self.weights.travelling_bytes
         return total if self.weight_cap is None else min(total, self.weight_cap)
 
     def loaded_size(self) -> int:

@@ -190,7 +190,7 @@ class StandalonePatcher:
     def load(self, working_bytes: int, weight_cap: int | None) -> None:
         import torch
 
-        wanted = self.weights.total_bytes if weight_cap is None else weight_cap
+        wanted = self.weights.travelling_bytes if weight_cap is None else weight_cap
         if self.device.type == "cuda":
             wanted = min(wanted, self._make_room(wanted, working_bytes))
             torch.cuda.empty_cache()

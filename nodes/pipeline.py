@@ -1,5 +1,5 @@
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from .sockets import CATEGORY, DiTHandle, PipelineHandle, TextEncodersHandle, VAEHandle
@@ -95,8 +95,10 @@ class PipelineNode(io.ComfyNode):
         computing = choose(dit.weights.module, device, compute_precision, native)
         log.info("transformer: %s", computing.report)
         pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)
-        pipeline.plan(Job(256, 256)).require_budget()  # a budget that is too small for anything
-        plan = pipeline.plan(Job(1024, 1024), rates=True)
+        pipeline.plan(Job(64, 64)).require_budget()  # a budget that is too small for anything
+        plan: Any = "on the CPU: no VRAM is used"
+        if device.type != "cpu":
+            plan = pipeline.plan(Job(1024, 1024), rates=True)
         log.info("%s", plan)
         host.show_on_node(cls.hidden.unique_id, f"transformer: {computing.report}\n{plan}")
         return io.NodeOutput(pipeline)

@@ -85,7 +85,9 @@ class Server:
             "--disable-auto-launch", "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
         ]  # fmt: skip
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # Threads that spin while they wait take the processor from the tests and the browser.
+        policy = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, **policy}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -132,10 +134,16 @@ class Server:
         graph: dict[str, Any],
         preview_method: str | None = None,
         on_message: Callable[[dict[str, Any]], None] = lambda _: None,
+        workflow: dict[str, Any] | None = None,
     ) -> Run:
-        """Queue a graph and follow it to its end, however it ends."""
+        """Queue a graph and follow it to its end, however it ends.
+
+        workflow: what the canvas sends with it, for the pictures' metadata.
+        """
         client = uuid.uuid4().hex
-        extra = {"preview_method": preview_method} if preview_method else {}
+        extra: dict[str, Any] = {"preview_method": preview_method} if preview_method else {}
+        if workflow is not None:
+            extra["extra_pnginfo"] = {"workflow": workflow}
         channel = websocket.create_connection(f"ws://{self.address}/ws?clientId={client}")
         channel.settimeout(300)
         with contextlib.closing(channel):

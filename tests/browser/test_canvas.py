@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from comfyui_server import Server
+from majicflux.engine.memory import PhaseReport, Report
+from majicflux.engine.plan_alone import plan_alone
+from majicflux.engine.precision import PRECISIONS
 
+PHASES = ("text encoders", "denoising", "VAE decode")
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 ERROR_BANNER = "text=/errors? found/"
@@ -49,6 +53,46 @@ def test_it_runs_and_the_picture_appears(open_canvas, server: Server) -> None:
     assert page.locator(ERROR_BANNER).count() == 0
     page.get_by_text("Flux.1 transformer, 2 + 4 blocks").first.wait_for(timeout=10_000)
     assert page.evaluate(graph) == before, "what a loader reports is no part of the workflow"
+
+
+CUT_OFF = """words => {
+    const shows = element => element.textContent.includes(words);
+    let element = [...document.querySelectorAll("div, span, p")].filter(shows).at(-1);
+    for (; element; element = element.parentElement)
+        if (element.scrollHeight > element.clientHeight + 1
+                && getComputedStyle(element).overflowY !== "visible")
+            return true;
+    return false;
+}"""
+LAST_WIDGET = "app.rootGraph.getNodeById({node}).widgets.at(-1).value"
+
+
+def a_real_plan() -> str:
+    """The longest text: a transformer of which a part visits, and a prediction."""
+    plan = plan_alone(
+        None, PRECISIONS["float8_e4m3fn"], (1024, 1024, 1, 20), 8.0, True, 25.0, 300.0
+    )
+    computing = "computes in float8_e4m3fn, bfloat16 on NVIDIA GeForce RTX 4060 Laptop GPU"
+    return f"transformer: {computing}\n{plan}"
+
+
+def a_real_report() -> str:
+    phases = [PhaseReport(name, 8 * 10**9, 8 * 10**9, 123.4, 98 * 10**9) for name in PHASES]
+    return str(Report(8 * 10**9, phases))
+
+
+def test_the_plan_and_the_report_fit_on_their_nodes(open_canvas, server: Server) -> None:
+    server.post("/free", {"unload_models": True, "free_memory": True})  # so that all nodes run
+    page = open_canvas(made_small(read(WORKFLOWS / "text_to_image.json")))
+    page.get_by_role("button", name="Run").first.click()
+    page.wait_for_function("app.rootGraph.getNodeById(6).imgs?.length === 1", timeout=120_000)
+    for node, text in ((4, a_real_plan()), (5, a_real_report())):
+        last = text.splitlines()[-1]
+        page.wait_for_function(f"{LAST_WIDGET.format(node=node)}?.includes('VAE decode: ')")
+        page.evaluate(f"text => {{ {LAST_WIDGET.format(node=node)} = text }}", text)
+        page.get_by_text(last).first.wait_for(timeout=10_000)
+        page.wait_for_timeout(500)
+        assert not page.evaluate(CUT_OFF, last)
 
 
 def test_it_opens_as_an_app_with_prompt_seed_and_steps(open_canvas, server: Server) -> None:

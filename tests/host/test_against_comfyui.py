@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
-from majicflux.engine.denoise import flux_velocity
+from majicflux.engine.denoise import Velocity, conditions_of, flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
 from majicflux.engine.precision import FLOAT32, uniform
 from majicflux.engine.text_encoders import TextEmbedding
@@ -24,6 +24,11 @@ FLOAT = torch.float32
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     ours, theirs = ours.double(), theirs.double()
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def velocity_of(dit, text: TextEmbedding, guidance: float, latents, sigma) -> Velocity:
+    given = (dit, text, guidance, FLOAT, latents, sigma.reshape(1))
+    return flux_velocity(dit, conditions_of(*given))
 
 
 def float_state(path: Path) -> dict[str, torch.Tensor]:
@@ -44,7 +49,8 @@ def test_one_forward_of_the_transformer(models: Path, sigma: float, guidance: fl
         torch.randn(1, CLIP.width, generator=generator),
     )
     weights, _ = load_flux_dit(path, uniform(FLOAT32))
-    ours = flux_velocity(weights.module, text, guidance, FLOAT)(latents, torch.tensor(sigma))
+    at = torch.tensor(sigma)
+    ours = velocity_of(weights.module, text, guidance, latents, at)(latents, at)
 
     theirs = Flux(
         in_channels=16, out_channels=16, vec_in_dim=CLIP.width, context_in_dim=T5.width,
@@ -88,8 +94,8 @@ def test_comfyuis_loader_reads_the_same_weights(models: Path, tmp_path: Path, la
     pooled = torch.randn(1, CLIP.width, generator=generator)
 
     weights, _ = load_flux_dit(path, uniform(FLOAT32))
-    velocity = flux_velocity(weights.module, TextEmbedding(tokens, pooled), 3.5, FLOAT)
-    ours = velocity(latents, torch.tensor(0.5))
+    text, at = TextEmbedding(tokens, pooled), torch.tensor(0.5)
+    ours = velocity_of(weights.module, text, 3.5, latents, at)(latents, at)
     theirs = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": FLOAT})
     net = theirs.model.diffusion_model
     expected = net(latents, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5]))

@@ -2,50 +2,66 @@
 
 import copy
 import gc
-import json
 import shutil
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
-API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
+CPU = torch.device("cpu")
 MB = 2**20
+RESERVED = 100 * MB  # by the manager, for other programs
+
+
+class Driver:
+    """CUDA's pinning of memory."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+        self.most = float("inf")
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert address not in self.pinned
+        if sum(self.pinned.values()) + size > self.most:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
 
 
 @pytest.fixture
-def small_graph() -> dict:
-    graph = json.loads(API.read_text(encoding="utf-8"))
-    graph["5"]["inputs"].update(width=64, height=64, steps=2)
-    return graph
+def driver(manager, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(manager, "MAX_PINNED_MEMORY", 3000 * MB)
+    monkeypatch.setattr(manager, "TOTAL_PINNED_MEMORY", 0)
+    monkeypatch.setattr(manager, "PINNED_MEMORY", {})
+    return driver
 
 
 @pytest.fixture
-def manager(comfy, monkeypatch: pytest.MonkeyPatch):
-    """The real manager on a simulated card, which holds what the loaded models say they hold."""
-    mm = comfy.manager
-    mm.unload_all_models()
-    monkeypatch.setattr(mm, "current_loaded_models", [])
-    card = {"total": 3000 * MB}
+def moves(comfy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each block that went to the card. Whole modules may not move at all."""
+    block = comfy.pack("engine.offload").WeightBlock
+    stay_on, sizes = block.stay_on, []
 
-    def free(device=None, torch_free_too=False):
-        held = {id(m.model): m.model.loaded_size() for m in mm.current_loaded_models if m.model}
-        left = card["total"] - sum(held.values())
-        return (left, 0) if torch_free_too else left
+    def watched(self, device: torch.device) -> None:
+        sizes.append(self.nbytes)
+        stay_on(self, device)
 
-    monkeypatch.setattr(mm, "get_free_memory", free)
-    monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
-    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 100 * MB)
-    monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", 0)
-    mm.card = card
-    yield mm
-    del mm.card
+    def refused(self, *_: object, **__: object) -> None:
+        raise AssertionError(f"the whole of {type(self).__name__} was moved")
+
+    monkeypatch.setattr(block, "stay_on", watched)
+    monkeypatch.setattr(torch.nn.Module, "_apply", refused)
+    return sizes
 
 
-def component(comfy, blocks: int, block_mb: int):
+def component(comfy, blocks: int, block_mb: int, device: torch.device = ACCELERATOR):
     """A patcher over a chain of equal blocks."""
     offload, door = comfy.pack("engine.offload"), comfy.pack("host.comfyui")
     with torch.device("meta"):
@@ -53,8 +69,8 @@ def component(comfy, blocks: int, block_mb: int):
         chain = torch.nn.Sequential(
             *(torch.nn.Linear(width, width, bias=False) for _ in range(blocks))
         )
-    weights = offload.OffloadedModule(chain, list(chain)).allocate()
-    return door.make_patcher(weights, ACCELERATOR, "Chain")
+    weights = offload.OffloadedModule(chain, [[layer] for layer in chain]).allocate()
+    return door.make_patcher(weights, device, "Chain")
 
 
 def resident(patcher) -> int:
@@ -68,8 +84,8 @@ def test_a_component_that_fits_is_resident(comfy, manager) -> None:
     assert patcher.loaded_size() == patcher.model_size()
 
 
-def test_what_does_not_fit_streams(comfy, manager) -> None:
-    manager.card["total"] = 400 * MB
+def test_what_does_not_fit_streams(comfy, manager, card) -> None:
+    card.total = 400 * MB + RESERVED
     patcher = component(comfy, blocks=8, block_mb=64)
     patcher.load(working_bytes=200 * MB, weight_cap=None)
     assert resident(patcher) == 3
@@ -85,37 +101,107 @@ def test_the_users_budget_is_a_cap_on_what_the_host_grants(comfy, manager) -> No
     assert resident(patcher) == 1
 
 
-def test_one_component_makes_room_for_the_next(comfy, manager) -> None:
-    manager.card["total"] = 700 * MB
+def test_a_smaller_cap_is_kept_without_sending_others_home(comfy, manager, card) -> None:
+    card.total = 1060 * MB + RESERVED
+    ours, other = component(comfy, 8, 64), component(comfy, 6, 64)
+    other.load(100 * MB, None)
+    ours.load(100 * MB, None)
+    assert (resident(ours), resident(other)) == (8, 6)
+    ours.load(300 * MB, weight_cap=128 * MB)
+    assert (resident(ours), resident(other)) == (2, 6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_others_hold_counts_as_available(comfy, manager, card, dynamic: bool) -> None:
+    card.total = 1000 * MB
+    ours, idle = component(comfy, 4, 64), component(comfy, 4, 64)
+    other = native(200, dynamic)
+    manager.load_models_gpu([other])
+    ours.load(100 * MB, None)
+    assert card.free == 1000 * MB - ours.loaded_size() - other.loaded_size()
+    for patcher in (ours, idle):
+        assert patcher.available() == 1000 * MB - RESERVED
+
+
+def test_memory_of_a_cpu_is_not_counted(comfy, manager) -> None:
+    assert component(comfy, 1, 1, CPU).available() is None
+
+
+def test_on_a_cpu_no_second_copy_of_the_weights_is_made(comfy, manager, moves) -> None:
+    patcher = component(comfy, 4, 1, CPU)
+    homes = [p.data_ptr() for p in patcher.weights.module.parameters()]
+    patcher.load(1 * MB, None)
+    assert [p.data_ptr() for p in patcher.weights.module.parameters()] == homes
+
+
+def test_one_component_makes_room_for_the_next(comfy, manager, card, moves) -> None:
+    card.total = 800 * MB + RESERVED
     first, second = component(comfy, 8, 64), component(comfy, 8, 64)
     first.load(100 * MB, None)
     assert resident(first) == 8
     second.load(100 * MB, None)
     assert resident(second) == 8
-    assert resident(first) < 8
+    assert 0 < resident(first) < 8, "what still fits beside the other stays"
     first.load(100 * MB, None)
     assert resident(first) == 8
+    assert max(moves) == 64 * MB
 
 
-def test_a_native_model_takes_our_memory_and_we_take_it_back(comfy, manager) -> None:
-    manager.card["total"] = 700 * MB
-    ours = component(comfy, 8, 64)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_native_model_takes_what_it_needs_and_we_grow_back(
+    comfy, manager, card, moves, dynamic: bool
+) -> None:
+    card.total = 1000 * MB + RESERVED
+    ours, other = component(comfy, 8, 64), native(400, dynamic)
     ours.load(100 * MB, None)
-    net = torch.nn.Linear(10_000, 10_000, bias=False)  # 400 MB
-    native = comfy_patcher(net)
-    manager.load_models_gpu([native], memory_required=100 * MB)
-    assert resident(ours) < 8
+    # It asks for a tenth more than its size, so 52 MB are lacking.
+    manager.load_models_gpu([other], memory_required=100 * MB)
+    assert other.loaded == 400 * MB
+    assert resident(ours) == 7
+    assert ours in [entry.model for entry in manager.current_loaded_models]
     ours.load(100 * MB, None)
     assert resident(ours) == 8
+    # A dynamic model gives back what is lacking, a plain one that cannot leaves.
+    assert 300 * MB < other.loaded < 400 * MB if dynamic else other.loaded == 0
+    assert max(moves) == 64 * MB
 
 
-def comfy_patcher(net: torch.nn.Module):
+def test_a_native_model_as_large_as_the_card_sends_all_blocks_home(comfy, manager, card) -> None:
+    card.total = 600 * MB + RESERVED
+    ours = component(comfy, 8, 64)
+    ours.load(10 * MB, None)
+    assert resident(ours) == 8
+    manager.load_models_gpu([native(500)], memory_required=50 * MB)
+    assert resident(ours) == 0
+    assert ours not in [entry.model for entry in manager.current_loaded_models]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_full_card_grants_nothing_and_takes_what_was_granted(
+    comfy, manager, card, dynamic: bool
+) -> None:
+    """As when another program fills it: everything visits then."""
+    ours, other = component(comfy, 4, 64), native(100, dynamic)
+    ours.load(100 * MB, None)
+    card.total = 100 * MB
+    ours.load(100 * MB, None)
+    assert resident(ours) == 0
+    manager.load_models_gpu([other])
+
+
+def native(size_mb: int, dynamic: bool = False):
     from comfy.model_patcher import ModelPatcher
 
     class Native(ModelPatcher):
         """ComfyUI's own patcher, with the moving of weights to the simulated card left out."""
 
         loaded = 0
+
+        def is_dynamic(self) -> bool:
+            return dynamic
+
+        def loaded_ram_size(self) -> int:
+            return self.model_size() - self.loaded
 
         def loaded_size(self) -> int:
             return self.loaded
@@ -125,39 +211,95 @@ def comfy_patcher(net: torch.nn.Module):
             return self.loaded
 
         def partially_unload(self, device, memory_to_free=0, force_patch_weights=False):
-            return 0
+            freed = min(int(memory_to_free) + 1, self.loaded) if dynamic else 0
+            self.loaded -= freed
+            return freed
 
         def detach(self, unpatch_all=True):
             self.loaded = 0 if unpatch_all else self.loaded
             return self.model
 
-    return Native(net, ACCELERATOR, torch.device("cpu"))
+    with torch.device("meta"):
+        net = torch.nn.Linear(512, size_mb * 512, bias=False)
+    return Native(net, ACCELERATOR, CPU)
 
 
-def test_reuse_moves_no_weights(comfy, manager) -> None:
+def test_reuse_moves_no_weights(comfy, manager, driver, moves) -> None:
     patcher = component(comfy, 4, 64)
     patcher.load(100 * MB, None)
+    patcher.pin()
     before = [p.data_ptr() for p in patcher.weights.module.parameters()]
+    moved, pinned = len(moves), dict(driver.pinned)
     patcher.load(100 * MB, None)
+    patcher.detach(unpatch_all=False)
     assert [p.data_ptr() for p in patcher.weights.module.parameters()] == before
+    assert (len(moves), driver.pinned) == (moved, pinned)
 
 
-def test_unload_all_models_releases_us(comfy, manager) -> None:
+def test_unload_all_models_releases_us(comfy, manager, driver) -> None:
     patcher = component(comfy, 4, 64)
     patcher.load(100 * MB, None)
-    manager.free_memory(1e30, ACCELERATOR)
+    patcher.pin()
+    assert manager.TOTAL_PINNED_MEMORY == patcher.weights.pinned_bytes == 4 * 64 * MB
+    manager.unload_all_models()
     assert resident(patcher) == 0
     assert not manager.current_loaded_models
+    assert manager.TOTAL_PINNED_MEMORY == patcher.weights.pinned_bytes == 0
+    assert not driver.pinned
+    patcher.load(100 * MB, None)
+    patcher.pin()
+    assert (resident(patcher), len(driver.pinned)) == (4, 4)
 
 
-def test_a_dropped_component_is_freed_without_the_garbage_collector(comfy, manager) -> None:
+def test_memory_is_pinned_until_the_system_refuses(comfy, manager, driver) -> None:
+    driver.most = 150 * MB
+    patcher = component(comfy, 4, 64)
+    for _ in range(3):
+        patcher.pin()
+        assert patcher.weights.pinned_bytes == manager.TOTAL_PINNED_MEMORY == 2 * 64 * MB
+    patcher.detach()
+    assert not driver.pinned
+
+
+def test_memory_is_pinned_up_to_the_managers_limit(comfy, manager, driver, monkeypatch) -> None:
+    monkeypatch.setattr(manager, "MAX_PINNED_MEMORY", 150 * MB)
+    first, second = component(comfy, 2, 64), component(comfy, 2, 64)
+    first.pin()
+    second.pin()
+    assert manager.TOTAL_PINNED_MEMORY == 2 * 64 * MB
+    first.detach()
+    second.pin()
+    assert second.weights.pinned_bytes == 2 * 64 * MB
+
+
+def test_a_manager_that_does_not_pin_is_no_error(comfy, manager) -> None:
+    patcher = component(comfy, 2, 1)
+    patcher.pin()
+    assert patcher.weights.pinned_bytes == 0
+
+
+def test_what_another_model_takes_stays_pinned(comfy, manager, driver, card) -> None:
+    """It visits from now on, which is what pinning is for."""
+    card.total = 1000 * MB + RESERVED
+    patcher = component(comfy, 8, 64)
+    patcher.load(100 * MB, None)
+    patcher.pin()
+    manager.load_models_gpu([native(400)], memory_required=100 * MB)
+    assert resident(patcher) == 7
+    assert len(driver.pinned) == 8
+
+
+def test_a_dropped_component_is_freed_without_the_garbage_collector(comfy, manager, driver) -> None:
     patcher = component(comfy, 4, 1)
     patcher.load(1 * MB, None)
+    patcher.pin()
+    assert driver.pinned
     alive = weakref.ref(patcher.weights)
     gc.disable()
     try:
         del patcher
         assert alive() is None
+        assert not driver.pinned
     finally:
         gc.enable()
 
@@ -168,8 +310,8 @@ def test_handles_show_their_patcher_to_the_cache(comfy, small_graph) -> None:
     executor = comfy.executor()
     messages = comfy.run(executor, small_graph)
     assert messages[-1][0] == "execution_success", messages[-1]
-    outputs = [entry.outputs[0][0] for entry in executor.caches.outputs.cache.values()]
-    patchers = [h.patcher for h in outputs if hasattr(h, "patcher")]
+    outputs = comfy.outputs(executor, small_graph)
+    patchers = [h.patcher for h in outputs.values() if hasattr(h, "patcher")]
     assert len(patchers) == 3
     assert all(isinstance(p, ModelPatcher) for p in patchers)
     loaded = {id(m.model) for m in comfy.manager.current_loaded_models}
@@ -214,11 +356,7 @@ def test_two_loaders_of_one_file_hold_it_once(comfy, small_graph, monkeypatch, c
 def test_interrupt_ends_the_run_before_the_next_block(comfy, small_graph) -> None:
     executor = comfy.executor()
     comfy.run(executor, small_graph)
-    dit = next(
-        entry.outputs[0][0]
-        for entry in executor.caches.outputs.cache.values()
-        if hasattr(entry.outputs[0][0], "geometry")
-    )
+    dit = comfy.outputs(executor, small_graph)["1"]
     ran: list[int] = []
 
     def forward_begins(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ from comfyui_server import Refused, Server
 
 API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 ALL_NODES = {"1", "2", "3", "4", "5", "6"}
-STEPS = 6
+STEPS = 3
+SIZE = (64, 48)  # width, height
+PHASES = ["text encoders", "denoising", "VAE decode"]
 
 
 @pytest.fixture
 def graph() -> dict:
     graph = json.loads(API.read_text(encoding="utf-8"))
-    graph["5"]["inputs"].update(width=128, height=96, steps=STEPS)
+    graph["5"]["inputs"].update(width=SIZE[0], height=SIZE[1], steps=STEPS)
     return graph
 
 
@@ -38,6 +41,14 @@ def refusal(server: Server, graph: dict) -> dict[str, list[str]]:
     return caught.value.errors
 
 
+def let_go(server: Server, *flags: str) -> None:
+    server.post("/free", dict.fromkeys(flags, True))
+    empty = {"1": {"class_type": "EmptyImage", "inputs": {
+        "width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}  # fmt: skip
+    server.run(empty)  # the flags are handled between prompts
+
+
 def test_the_shipped_graph_paints_with_progress_and_previews(server: Server, graph: dict) -> None:
     run = server.run(seeded(graph, 100), preview_method="latent2rgb")
     assert not run.of("execution_error")
@@ -47,8 +58,9 @@ def test_the_shipped_graph_paints_with_progress_and_previews(server: Server, gra
     assert run.previews == STEPS
     (path,) = server.outputs(run)
     with Image.open(path) as picture:
-        assert picture.size == (128, 96)
+        assert picture.size == SIZE
         assert json.loads(picture.text["prompt"])["5"]["inputs"]["seed"] == 100
+        assert "majicflux" not in picture.text, "a client that sends no workflow gets no metadata"
 
 
 def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
@@ -58,8 +70,50 @@ def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
     assert "0.01 GB as float8_e4m3fn" in texts["1"]
     assert texts["2"].startswith("clip_l.safetensors, t5xxl_fp16.safetensors: text encoders")
     assert texts["3"].startswith("ae.safetensors: Flux VAE, 0.17 GB as bfloat16")
+    log = server.log()
     for text in texts.values():
-        assert text in server.log()
+        for line in text.splitlines():
+            assert line in log
+
+
+def test_a_run_says_what_it_planned_and_used(server: Server, graph: dict) -> None:
+    let_go(server, "unload_models")
+    graph["4"]["inputs"]["vram_budget_gb"] = 7.5  # so that it was not executed before
+    graph["5"]["inputs"]["prompt"] = "a prompt that is new"
+    run = server.run(graph, workflow={"nodes": []})
+
+    computing, plan = run.texts["4"].splitlines()
+    assert computing.startswith("transformer: computes in float32 on CPU")
+    assert plan == "on the CPU: no VRAM is used"
+    used = run.texts["5"].splitlines()
+    assert [line.split(":")[0] for line in used] == PHASES
+    assert all(re.search(r": \d+\.\d s$", line) for line in used)
+
+    (path,) = server.outputs(run)
+    with Image.open(path) as picture:
+        assert json.loads(picture.text["workflow"]) == {"nodes": []}
+        report = json.loads(picture.text["majicflux"])
+    assert (report["budget_bytes"], report["peak_bytes"]) == (None, None)
+    assert [phase["name"] for phase in report["phases"]] == PHASES
+    for phase in report["phases"]:
+        assert phase["planned_bytes"] > 0
+        assert phase["peak_bytes"] is None, "nothing is measured on a CPU"
+        assert phase["seconds"] > 0
+        assert phase["moved_bytes"] == 0, "weights are computed with where they are"
+
+
+def test_two_pictures_of_one_graph_carry_their_own_reports(server: Server, graph: dict) -> None:
+    graph["5"]["inputs"].update(prompt="one more new prompt", seed=180)
+    graph["15"], graph["16"] = copy.deepcopy(graph["5"]), copy.deepcopy(graph["6"])
+    graph["15"]["inputs"]["seed"] = 181
+    graph["16"]["inputs"]["images"] = ["15", 0]
+    phases = []
+    for path in server.outputs(server.run(graph, workflow={})):
+        with Image.open(path) as picture:
+            report = json.loads(picture.text["majicflux"])
+            phases.append([phase["name"] for phase in report["phases"]])
+    # Whichever was painted first encoded the prompt for both.
+    assert sorted(phases, key=len) == [PHASES[1:], PHASES]
 
 
 def test_the_same_prompt_again_is_cached_and_a_new_seed_runs_only_sample(
@@ -83,7 +137,10 @@ def test_the_same_seed_gives_the_same_picture_as_without_comfyui(
     server: Server, graph: dict, models: Path, tmp_path: Path
 ) -> None:
     (ours,) = server.outputs(server.run(seeded(graph, 300)))
-    arguments = [f"--set={name}" for name in ("seed=300", "width=128", "height=96", "steps=6")]
+    arguments = [
+        f"--set={name}"
+        for name in ("seed=300", f"width={SIZE[0]}", f"height={SIZE[1]}", f"steps={STEPS}")
+    ]
     # In a process of its own, which knows nothing of what ComfyUI sets for a whole process.
     command = [sys.executable, "-m", "majicflux.cli", "run", API, "--models", models]
     subprocess.run([*command, "--output", ".", *arguments], check=True, cwd=tmp_path)
@@ -110,11 +167,7 @@ def test_free_lets_the_weights_go(server: Server, graph: dict) -> None:
     server.run(seeded(graph, 500))
     process = psutil.Process(server.process.pid)
     held = process.memory_info().rss
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    empty = {"1": {"class_type": "EmptyImage", "inputs": {
-        "width": 8, "height": 8, "batch_size": 1, "color": 0}},
-        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}  # fmt: skip
-    server.run(empty)  # the flags are handled between prompts
+    let_go(server, "unload_models", "free_memory")
     assert held - process.memory_info().rss > 100e6  # the VAE alone is 168 MB
     again = server.run(seeded(graph, 500))
     assert {"1", "2", "3"} <= again.executed_nodes

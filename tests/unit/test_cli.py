@@ -1,6 +1,8 @@
 """The command line as a user meets it, in a process of its own and with the network cut."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,13 +94,21 @@ def test_a_canvas_file_is_told_from_an_api_file(models: Path, tmp_path: Path) ->
 
 
 def test_prepared_weights_are_listed_and_cleared(models: Path, tmp_path: Path) -> None:
-    folder = models / "majicflux_prepared"
+    # Other tests prepare weights in the folder that they share.
+    own = tmp_path / "models"
+    others = shutil.ignore_patterns("majicflux_prepared")
+    shutil.copytree(models, own, copy_function=os.link, ignore=others)
+    models, folder = own, own / "majicflux_prepared"
     run = ["run", WORKFLOW, "--models", models, "--set=width=32", "--set=height=32"]
     assert majicflux(tmp_path, *run, "--set=steps=1").returncode == 0
     listed = majicflux(tmp_path, "cache", "list", "--models", models).stdout
+    kept = sorted(folder.iterdir())
+    assert [line.split(maxsplit=2)[2] for line in listed.splitlines()] == [*map(str, kept)]
+    assert any(path.name.startswith(Path(demo_models.DIT_FILE).stem) for path in kept)
     assert f"0.01 GB  {folder}" in listed
+    everything = sum(path.stat().st_size for path in kept)
     cleared = majicflux(tmp_path, "cache", "clear", "--models", models).stdout
-    assert cleared.startswith("0.01 GB freed")
+    assert cleared.startswith(f"{everything / 1e9:.2f} GB freed")
     assert not list(folder.iterdir())
     assert majicflux(tmp_path, "cache", "list", "--models", models).stdout == ""
 

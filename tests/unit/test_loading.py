@@ -159,7 +159,7 @@ def test_loading_keeps_no_second_copy(models: Path) -> None:
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for p in weights.module.parameters()
     }
-    assert len(storages) == len(weights.blocks) + 1
+    assert len(storages) == len(weights.blocks) + len(weights.once) + 1
     assert sum(storages.values()) == weights.total_bytes
 
 

@@ -263,9 +263,11 @@ def test_the_pipeline_shows_what_it_computes_in(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(standalone, "show_on_node", lambda _, text: shown.append(text))
     parts = handles("int8 rotated")
     assert PipelineNode.execute(*parts, 0.0, "8-bit").args[0].computing.eight_bit == {torch.int8}
-    assert shown[-1] == "transformer: computes in int8 on CPU"
+    report, *plan = shown[-1].splitlines()
+    assert report == "transformer: computes in int8 on CPU"
+    assert plan == ["on the CPU: no VRAM is used"]
     PipelineNode.execute(*parts, 0.0, "auto")
-    assert shown[-1] == (
+    assert shown[-1].splitlines()[0] == (
         "transformer: computes in float32 on CPU (no 8-bit matrix units for int8 weights)"
     )
     with pytest.raises(ValueError, match="Choose float8_e4m3fn or int8 rotated"):

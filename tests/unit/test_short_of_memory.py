@@ -1,0 +1,457 @@
+"""What a run does when the card has less memory than was planned, or when it is stopped."""
+
+import gc
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from majicflux.engine import blocks, products, streaming, vae_bands
+from majicflux.engine.flux_dit import DiT
+from majicflux.engine.offload import OffloadedModule
+from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.plan import BudgetError, Job
+from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.stored_linear import StoredLinear
+from majicflux.engine.vae import VAE
+
+ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
+REQUEST = Request("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
+ROOMY = 2**31
+PHASES = ["text encoders", "denoising", "VAE decode"]
+
+
+def run(
+    pipeline: Pipeline,
+    request: Request = REQUEST,
+    on_step: Callable[[int, Tensor], None] = lambda *_: None,
+    before_block: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The latents."""
+    return paint(pipeline, request, on_step, before_block)[1]
+
+
+def resident(pipeline: Pipeline) -> int:
+    return sum(c.weights.resident_bytes for c in pipeline.components)
+
+
+def homes(weights: OffloadedModule) -> list[int]:
+    return [block.home.data_ptr() for block in weights.all_blocks if block.home is not None]
+
+
+def assert_at_rest(pipeline: Pipeline) -> None:
+    """Every block is at home or resident, and nothing of a run hangs on to it."""
+    for component in pipeline.components:
+        weights = component.weights
+        for block in weights.all_blocks:
+            assert block.visitors == 0
+            assert block.home is not None
+            home = block.home.untyped_storage().data_ptr()
+            at = {getattr(v.owner, v.name).untyped_storage().data_ptr() for v in block._views}
+            assert (home not in at) if block.resident else at <= {home}
+        for module in weights.module.modules():
+            assert not {"visit"} & module.__dict__.keys()
+            assert getattr(module, "product", None) is None
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in _blocks_of(weights))
+
+
+def _blocks_of(weights: OffloadedModule) -> list[torch.nn.Module]:
+    return [module for modules in weights._modules for module in modules]
+
+
+def streaming_budget(pipeline: Pipeline, share: float = 0.0, job=REQUEST.job) -> int:
+    """Which lets about `share` of the transformer stay, and never all components."""
+    smallest = pipeline.plan(job).smallest_bytes
+    return int(smallest + share * pipeline.dit.weights.travelling_bytes)
+
+
+class Shortage:
+    """Calls of a function of the engine find no memory; which ones, `short` says by their number.
+
+    A call is made first, so that it may change what it should not before it fails.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: object,
+        name: str,
+        short: Callable[[int], bool],
+        after: bool = False,
+        where: Callable[..., bool] = lambda *_, **__: True,
+    ):
+        self.calls = self.failures = 0
+        original = getattr(owner, name)
+
+        def found_none(*args: object, **kwargs: object) -> object:
+            if not where(*args, **kwargs):
+                return original(*args, **kwargs)
+            self.calls += 1
+            fails = short(self.calls - 1)
+            result = original(*args, **kwargs) if after or not fails else None
+            if fails:
+                self.failures += 1
+                raise torch.OutOfMemoryError("simulated")
+            return result
+
+        monkeypatch.setattr(owner, name, found_none)
+
+
+# Where a run takes memory: the layer of the transformer whose product it is.
+LAYERS: dict[str, Callable[[DiT], StoredLinear]] = {
+    "embedding of the text": lambda dit: dit.weights.module.context_embedder,
+    "modulation": lambda dit: dit.weights.module.blocks[1].norm1_a.linear,
+    "embedding of the latents": lambda dit: dit.weights.module.x_embedder,
+    "queries of a joint block": lambda dit: dit.weights.module.blocks[0].attn.a_to_qkv,
+    "after the attention": lambda dit: dit.weights.module.blocks[1].attn.b_to_out,
+    "into the MLP": lambda dit: dit.weights.module.blocks[1].ff_a[0],
+    "out of the MLP": lambda dit: dit.weights.module.blocks[1].ff_a[2],
+    "into a single block": lambda dit: dit.weights.module.single_blocks[0].to_qkv_mlp,
+    "out of a single block": lambda dit: dit.weights.module.single_blocks[3].proj_out,
+    "final layer": lambda dit: dit.weights.module.final_proj_out,
+}
+
+
+def no_memory_for(
+    layer: StoredLinear, monkeypatch: pytest.MonkeyPatch, short: Callable[[int], bool]
+) -> Shortage:
+    """The products of one layer fail, after they were written where they belong."""
+
+    def where(_: object, called: StoredLinear, *__: object) -> bool:
+        return called is layer
+
+    return Shortage(monkeypatch, products.Dequantized, "__call__", short, after=True, where=where)
+
+
+PLACES: dict[str, tuple[object, str]] = {
+    "attention": (blocks, "attend"),
+    "queries and keys": (blocks, "rms_rope_"),
+    "rows of an MLP": (StoredLinear, "rows"),
+}
+
+
+def assert_survived(
+    pipeline: Pipeline, shortage: Shortage, before: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert shortage.failures == 1
+    assert resident(pipeline) < before
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert re.match(r"The card has less memory than planned; [\d.]+ GB of weights", warnings[0])
+    assert_at_rest(pipeline)
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder, which takes most of the time, does nothing."""
+    monkeypatch.setattr(VAE, "decode", lambda *_: (torch.zeros(1), 0))
+
+
+@pytest.fixture
+def expected(make_pipeline, unseen) -> Tensor:
+    return run(make_pipeline(device=ACCELERATOR))
+
+
+@pytest.mark.parametrize("place", LAYERS)
+def test_a_shortage_at_any_layer_is_survived(
+    unseen, make_pipeline, monkeypatch, caplog, place: str
+) -> None:
+    precision = PRECISIONS["float8_e4m3fn"]  # some layers are converted, others are not
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY, precision=precision)
+    expected = run(pipeline)
+    before = resident(pipeline)
+    layer = LAYERS[place](pipeline.dit)
+    shortage = no_memory_for(layer, monkeypatch, lambda call: call == 0)
+    assert torch.equal(run(pipeline), expected)
+    assert_survived(pipeline, shortage, before, caplog)
+
+
+@pytest.mark.parametrize("call", [0, 1, 5])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_shortage_between_the_layers_is_survived(
+    unseen, make_pipeline, monkeypatch, caplog, place: str, call: int
+) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    expected = run(pipeline)
+    before = resident(pipeline)
+    shortage = Shortage(monkeypatch, *PLACES[place], lambda number: number == call, after=True)
+    assert torch.equal(run(pipeline), expected)
+    assert_survived(pipeline, shortage, before, caplog)
+
+
+@pytest.mark.parametrize("encoder", ["clip", "t5"])
+def test_a_shortage_in_the_text_encoders_is_survived(
+    unseen, make_pipeline, monkeypatch, caplog, expected: Tensor, encoder: str
+) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    run(pipeline, replace(REQUEST, prompt="a dog"))
+    before = resident(pipeline)
+    module = pipeline.text_encoders.weights.module[encoder]
+    shortage = Shortage(monkeypatch, module, "forward", lambda call: call == 0, after=True)
+    assert torch.equal(run(pipeline), expected)
+    assert_survived(pipeline, shortage, before + 1, caplog)
+
+
+def test_a_shortage_of_the_ring_is_survived(unseen, make_pipeline, monkeypatch, caplog) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR)
+    expected = run(pipeline)
+    for component in pipeline.components:
+        component.weights.release(float("inf"))
+    weights = pipeline.dit.weights
+    planned: list[int] = []
+
+    def some_stay(working: int, weight_cap: int | None) -> None:
+        planned.append(working)
+        assert weight_cap is None
+        weights.keep_resident(ACCELERATOR, 0.6 * weights.travelling_bytes)
+
+    monkeypatch.setattr(pipeline.dit.patcher, "load", some_stay)
+    monkeypatch.setattr(pipeline.vae.patcher, "load", lambda *_, **__: None)
+    shortage = Shortage(monkeypatch, streaming.Stream, "_new_ring", lambda call: call == 0)
+    before = 0.6 * weights.travelling_bytes - 2 * weights.largest_bytes
+    caplog.clear()
+    assert torch.equal(run(pipeline), expected)
+    assert planned
+    assert_survived(pipeline, shortage, int(before), caplog)
+
+
+@pytest.mark.parametrize("budget", [ROOMY, None])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_shortage_in_the_decoder_is_survived(
+    make_pipeline, monkeypatch, caplog, budget: int | None, failures: int
+) -> None:
+    """In the smallest bands, and if that is not enough with fewer weights."""
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
+    picture = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
+    decoder = pipeline.vae.weights.module["decoder"]
+    bands: list[vae_bands.Bands | None] = []  # None: no bands
+    decode = vae_bands.decode
+    whole = decoder.forward
+
+    def in_bands(*args: Any) -> Tensor:
+        bands.append(args[2])
+        if len(bands) <= failures:
+            raise torch.OutOfMemoryError("simulated")
+        return decode(*args)
+
+    def at_once(latent: Tensor) -> Tensor:
+        bands.append(None)
+        if len(bands) <= failures:
+            raise torch.OutOfMemoryError("simulated")
+        return whole(latent)
+
+    monkeypatch.setattr(decoder, "forward", at_once)
+    monkeypatch.setattr(vae_bands, "decode", in_bands)
+    before = resident(pipeline)
+    found = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
+    smallest = vae_bands.plan_decode(*REQUEST.job.latent_size, 2, 0)
+    assert len(bands) == failures + 1
+    assert (bands[0] is None) == (budget is None)
+    assert bands[1:] == [smallest] * failures
+    assert (found - picture).abs().max() < 0.02
+    assert (resident(pipeline) < before) == (failures == 2)
+    assert caplog.text.count("less memory than planned") == failures - 1
+    assert_at_rest(pipeline)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_when_nothing_is_left_to_free_the_run_ends(
+    make_pipeline, monkeypatch, caplog, phase: str
+) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    expected = run(pipeline)
+    dog = replace(REQUEST, prompt="a dog")
+    owner, name = {
+        "text encoders": (pipeline.text_encoders.weights.module.t5, "forward"),
+        "denoising": (blocks, "attend"),
+        "VAE decode": (vae_bands, "decode"),
+    }[phase]
+    with monkeypatch.context() as context:
+        shortage = Shortage(context, owner, name, lambda _: True)
+        with pytest.raises(BudgetError) as ended:
+            run(pipeline, dog)
+    said = str(ended.value)
+    smallest = pipeline.plan(REQUEST.job).phases[PHASES.index(phase)].smallest
+    assert f"the phase '{phase}', which needs {smallest / 2**30:.2f} GB at least" in said
+    assert "Close other programs that use the card, or choose a smaller picture or batch." in said
+    assert shortage.failures == shortage.calls > 1
+    # What computes stays; nothing else does.
+    used = pipeline.components[[1, 0, 2][PHASES.index(phase)]].weights
+    largest = max(block.footprint for block in used.blocks)
+    assert resident(pipeline) == used.resident_bytes <= used.root.footprint + largest
+    assert_at_rest(pipeline)
+    caplog.clear()
+    assert torch.equal(run(pipeline), expected)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert_at_rest(pipeline)
+
+
+def test_memory_that_another_program_takes_in_the_middle_is_made_up_for(
+    unseen, make_pipeline, monkeypatch, caplog
+) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    request = replace(REQUEST, steps=4)
+    expected = run(pipeline, request)
+    left = pipeline.dit.weights.travelling_bytes // 2
+    taken = False
+    seen: list[int] = []
+
+    def on_step(step: int, _: Tensor) -> None:
+        nonlocal taken
+        taken = step >= 2
+        seen.append(resident(pipeline))
+
+    shortage = Shortage(
+        monkeypatch, blocks, "attend", lambda _: taken and resident(pipeline) > left
+    )
+    assert torch.equal(run(pipeline, request, on_step), expected)
+    assert seen[:2] == [seen[0]] * 2
+    assert seen[2] == seen[3] <= left
+    assert seen[2] > 0, "no more than it took"
+    warnings = caplog.text.count("less memory than planned")
+    assert warnings == shortage.failures > 1
+    assert_at_rest(pipeline)
+
+
+class Cancelled(BaseException):
+    pass
+
+
+class Stop:
+    """Called before each visit; stops the run at one of them."""
+
+    def __init__(self, allowed: float = float("inf")):
+        self.visits = 0
+        self.allowed = allowed
+
+    def __call__(self) -> None:
+        self.visits += 1
+        if self.visits > self.allowed:
+            raise Cancelled
+
+
+@pytest.mark.parametrize("budget", ["small", "roomy"])
+@pytest.mark.parametrize("phase", PHASES[:2])
+def test_a_run_may_be_stopped_at_every_visit(
+    unseen, make_pipeline, phase: str, budget: str
+) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR)
+    encoders, dit = pipeline.text_encoders.weights, pipeline.dit.weights
+    request = replace(REQUEST, steps=1)
+    if budget == "small":
+        for component in (pipeline.dit, pipeline.text_encoders):
+            keep = component.patcher.load
+            component.patcher.load = lambda working, weight_cap, keep=keep: keep(working, 0)
+    else:
+        pipeline = replace(pipeline, budget_bytes=ROOMY)
+    expected = run(pipeline, request)
+    assert bool(encoders.resident_bytes and dit.resident_bytes) == (budget == "roomy")
+    texts = len(encoders.blocks)
+    passes = len(dit.once) + len(dit.blocks)
+    remembered = pipeline.text_encoders._remembered
+    for stop in range(texts if phase == "text encoders" else passes):
+        if phase == "text encoders":
+            remembered.clear()
+        stopper = Stop(stop)
+        with pytest.raises(Cancelled):
+            run(pipeline, request, before_block=stopper)
+        assert stopper.visits == stop + 1
+        assert_at_rest(pipeline)
+        if stop % 8 == 5:
+            assert torch.equal(run(pipeline, request), expected)
+    remembered.clear()
+    assert torch.equal(run(pipeline, request, before_block=(every := Stop())), expected)
+    assert every.visits == texts + passes
+    assert_at_rest(pipeline)
+
+
+def test_a_decode_may_be_stopped_at_every_band(make_pipeline) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR)
+    latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, moved = pipeline.vae.decode(latents, every := Stop(), 0)
+        assert every.visits > 60
+        assert moved == pipeline.vae.weights.blocks[0].nbytes
+        for stop in range(0, every.visits, 5):
+            with pytest.raises(Cancelled):
+                pipeline.vae.decode(latents, Stop(stop), 0)
+            assert_at_rest(pipeline)
+        assert torch.equal(pipeline.vae.decode(latents, None, 0)[0], expected)
+
+
+def test_two_pipelines_share_a_transformer(make_pipeline) -> None:
+    one = make_pipeline(device=ACCELERATOR)
+    expected = run(one)
+    small = replace(make_pipeline(device=ACCELERATOR), dit=one.dit)
+    small = replace(small, budget_bytes=streaming_budget(one))
+    roomy = replace(one, budget_bytes=ROOMY)
+    home = homes(one.dit.weights)
+    for _ in range(3):
+        for pipeline in (roomy, small):
+            assert torch.equal(run(pipeline), expected)
+            assert_at_rest(one)
+            assert_at_rest(small)
+            assert resident(pipeline) <= pipeline.budget_bytes
+    assert homes(one.dit.weights) == home
+
+
+def count_tensors() -> Counter:
+    gc.collect()
+    found: Counter = Counter()
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, torch.nn.Parameter):
+            found[(tuple(thing.shape), thing.dtype)] += 1
+    return found
+
+
+def test_many_runs_with_changing_budgets_leave_as_much_as_one(make_pipeline) -> None:
+    first = make_pipeline(device=ACCELERATOR)
+    expected = run(first)
+    home = [homes(c.weights) for c in first.components]
+    sizes = [(32, 48), (64, 16), (48, 48)]
+    jobs = [Job(*size, batch_size=2) for size in sizes]
+    small = max(streaming_budget(first, job=job) for job in jobs)
+    budgets = [ROOMY, small, int(1.2 * small), small + 10**6]
+    kept: list[dict[str, int]] = []
+    tensors: list[Counter] = []
+    for turn in range(12):
+        pipeline = replace(first, budget_bytes=budgets[turn % 4])
+        width, height = sizes[turn % 3]
+        request = replace(REQUEST, width=width, height=height, batch_size=1 + turn % 2, seed=turn)
+        run(pipeline, request)
+        assert resident(pipeline) <= budgets[turn % 4]
+        pipeline = replace(first, budget_bytes=budgets[0])
+        if turn in (3, 11):  # after every budget
+            first.text_encoders._remembered.clear()
+            assert torch.equal(run(pipeline), expected)
+            kept.append({type(c).__name__: c.weights.resident_bytes for c in first.components})
+            tensors.append(count_tensors())
+    assert [homes(c.weights) for c in first.components] == home
+    assert kept[0] == kept[1]
+    assert tensors[0] == tensors[1]
+    assert_at_rest(first)
+
+
+def test_a_shortage_never_costs_more_than_the_weights(unseen, make_pipeline, monkeypatch) -> None:
+    """However often memory is short, a run of `attempt` ends: every relief frees something."""
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    run(pipeline)
+    freed: list[int] = []
+    release = OffloadedModule.release
+
+    def watched(weights: OffloadedModule, size: float) -> int:
+        freed.append(release(weights, size))
+        return freed[-1]
+
+    monkeypatch.setattr(OffloadedModule, "release", watched)
+    shortage = Shortage(monkeypatch, blocks, "attend", lambda _: True)
+    everything = len(pipeline.dit.weights.travelling)
+    with pytest.raises(BudgetError):
+        run(pipeline)
+    assert shortage.calls <= everything + 3
