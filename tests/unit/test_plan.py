@@ -520,3 +520,14 @@ def test_a_fused_8_bit_plan_needs_less_than_a_plain_one() -> None:
 
     assert found("int8 rotated", "fused") < 0.6 * found("int8 rotated", "plain")
     assert found("float8", "fused") < found("float8 dequantized", "fused")
+
+
+def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small() -> None:
+    phase = Phase("denoising", 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB + 1)
+    plan = Plan(Job(64, 48, 2), 2 * GB, (phase,), None, chosen=False)
+    with pytest.raises(BudgetError, match=r"Only 2\.00 GB of VRAM can be had") as refused:
+        plan.require_budget()
+    assert "2 x 64x48: the phase 'denoising' needs 3.1 GB. Close other programs" in str(
+        refused.value
+    )
+    assert "vram_budget_gb" not in str(refused.value), "no budget would help"
