@@ -14,6 +14,7 @@ from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTrans
 from torch import Tensor
 from torch.nn import functional as F
 
+from .flux_dit import HEAD_DIM
 from .offload import at_hand
 from .rows import add_gated_, rms_rope_
 from .work import Work
@@ -43,16 +44,15 @@ class JointBlock(FluxJointTransformerBlock):
         image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
         text, image = slice(0, words), slice(words, x.shape[1])
         parts = (
-            (text, text_mod, attention.b_to_qkv, attention.norm_q_b, attention.norm_k_b),
-            (image, image_mod, attention.a_to_qkv, attention.norm_q_a, attention.norm_k_a),
+            (text, text_mod, attention.b_to_qkv, (attention.norm_q_b, attention.norm_k_b)),
+            (image, image_mod, attention.a_to_qkv, (attention.norm_q_a, attention.norm_k_a)),
         )
 
         def mix(picture: Tensor) -> Tensor:
             qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * x.shape[2]))
-            for tokens, mod, to_qkv, q_norm, k_norm in parts:
+            for tokens, mod, to_qkv, norms in parts:
                 for some in work.chunks(tokens):
-                    _write_qkv(picture, some, mod[:2], to_qkv, qkv, work)
-                    rms_rope_(qkv[:, some], q_norm, k_norm, rope[:, :, some], attention.num_heads)
+                    _write_qkv(picture, some, mod[:2], to_qkv, norms, rope, qkv, work)
             return work.attempt(partial(attend, qkv, attention.num_heads))
 
         # Each block of weights is asked for once, for all pictures: it may have to travel.
@@ -99,11 +99,11 @@ class SingleBlock(FluxSingleTransformerBlock):
 
     def _in_chunks(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> None:
         into, out_of, width = self.to_qkv_mlp, self.proj_out, self.dim
+        norms = (self.norm_q_a, self.norm_k_a)
         tokens = slice(0, x.shape[1])
         qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
         for some in work.chunks(tokens):
-            _write_qkv(x, some, norm, into, qkv, work)
-            rms_rope_(qkv[:, some], self.norm_q_a, self.norm_k_a, rope[:, :, some], self.num_heads)
+            _write_qkv(x, some, norm, into, norms, rope, qkv, work)
         mixed = work.attempt(partial(attend, qkv, self.num_heads))
         del qkv
 
@@ -125,12 +125,18 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _write_qkv(x: Tensor, some: slice, norm: Any, layer: Any, qkv: Tensor, work: Work) -> None:
-    """The first columns of the layer, which are queries, keys and values, for some tokens."""
-    columns = slice(0, qkv.shape[-1])
-    work.attempt(
-        lambda: layer(layer.rows(x[:, some], norm=norm), out=qkv[:, some], columns=columns)
-    )
+def _write_qkv(
+    x: Tensor, some: slice, norm: Any, layer: Any, norms: Any, rope: Tensor, qkv: Tensor, work: Work
+) -> None:
+    """The first columns of the layer, which are queries, keys and values, for some tokens; queries
+    and keys are normed by `norms` and rotated."""
+    columns, heads = slice(0, qkv.shape[-1]), qkv.shape[-1] // (3 * HEAD_DIM)
+
+    def part() -> None:
+        layer(layer.rows(x[:, some], norm=norm), out=qkv[:, some], columns=columns)
+        rms_rope_(qkv[:, some], *norms, rope[:, :, some], heads)
+
+    work.attempt(part)
 
 
 def _rest(

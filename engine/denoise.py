@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,24 +96,28 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
     rope: dict[tuple[int, int], Tensor] = {}  # the same at every step
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        batch, _, height, width = latents.shape
+        height, width = latents.shape[2:]
         size = (height // 2, width // 2)
         if size not in rope:
             rope[size] = _rope(dit, text.shape[1], *size).to(latents.device)
         *modulation, (final,) = conditions.modulation[sigma.item()]
-        x = _embedded(dit, latents, text, work)
+        x = work.attempt(partial(_embedded, dit, latents, text, work))
         for block, of_block in zip(_blocks(dit), modulation, strict=True):
             block(x, text.shape[1], of_block, rope[size], work)
-        shift, scale = final.chunk(2, dim=-1)
-        out = text.new_empty(batch, size[0] * size[1], dit.final_proj_out.weight.shape[0])
-        layer = dit.final_proj_out
-        for picture in range(batch):
-            for some in work.chunks(slice(0, out.shape[1])):
-                tokens = x[picture, None, text.shape[1] :][:, some]
-                out[picture, some] = layer(layer.rows(tokens, norm=(shift, scale)))[0]
+        out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], final, work))
         return dit.unpatchify(out, height, width)
 
     return velocity
+
+
+def _final(dit: Any, image: Tensor, modulation: Tensor, work: Work) -> Tensor:
+    """The last layer, for [batch, tokens, width]."""
+    layer, norm = dit.final_proj_out, modulation.chunk(2, dim=-1)
+    out = image.new_empty(*image.shape[:2], len(layer.weight))
+    for picture, tokens in zip(out, image.split(1), strict=True):
+        for some in work.chunks(slice(0, out.shape[1])):
+            picture[some] = layer(layer.rows(tokens[:, some], norm=norm))[0]
+    return out
 
 
 def _embedded(dit: Any, latents: Tensor, text: Tensor, work: Work) -> Tensor:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 GB = 2**30
 MB = 2**20
 CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
-ROOMY_SHARE = 0.25  # of the budget, that chunks may take before they are made smaller
 RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being copied
 
 
@@ -179,7 +178,7 @@ def plan_text(
     scores = t5.heads * T5_TOKENS**2
     # The position bias, the scores, and both in float32 around the softmax: no fused attention
     # takes a bias everywhere.
-    values = scores * (2 * itemsize + 2 * 4) + T5_TOKENS * (t5.width + t5.mlp_width) * 2 * itemsize
+    values = scores * (2 * itemsize + 2 * 4) + T5_TOKENS * (t5.width + 4 * t5.mlp_width) * itemsize
     phase = _phase("text encoders", weights, [(0, values)], budget, card)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase
@@ -199,6 +198,7 @@ def plan_denoising(
 ) -> Phase:
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
+    rotated = any(getattr(layer, "group", 0) for layer in weights.module.modules())
     pictures, tokens = job.batch_size, job.image_tokens + words
     width = geometry.hidden
     rows, columns = job.latent_size
@@ -213,7 +213,7 @@ def plan_denoising(
         + conversion_bytes
     )
     one_of_width = tokens * width * itemsize
-    qkv_row, joint_row, single_row = _row_bytes(geometry, itemsize, eight_bit, card.fused)
+    qkv_row, joint_row, single_row = _row_bytes(geometry, itemsize, eight_bit, rotated, card)
 
     def values(chunk: int) -> int:
         work = Work(chunk)
@@ -236,21 +236,23 @@ def plan_denoising(
 
 
 def _row_bytes(
-    geometry: FluxGeometry, itemsize: int, eight_bit: bool, fused: bool
+    geometry: FluxGeometry, itemsize: int, eight_bit: bool, rotated: bool, card: Card
 ) -> tuple[int, int, int]:
     """Bytes for each token that is computed at once: before the attention, after it in a joint
     block and in a single one."""
     width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
     joined = width + hidden  # the input of a single block's last layer
-    before = 20 * width  # float32 queries or keys as they are turned
-    row = itemsize
-    if fused:
+    if card.fused:  # straight into the format that the product takes
         row = 1 if eight_bit else itemsize
-        before = row * width
-    elif eight_bit:
-        row = itemsize + 8  # in float32 before they are rotated, and after
+        return row * width, (itemsize + row) * hidden, itemsize * hidden + row * joined
+    before = 20 * width  # float32 queries or keys as they are turned
+    more = itemsize * rotated
+    if eight_bit:
         before = 27 * width  # sums of a product in int32, and in float32
-    return before, itemsize * hidden + row * hidden, itemsize * hidden + row * joined
+        more = 8  # in float32 before they are rotated, and after
+    # GELU is computed in place; only beside the attention it is copied.
+    joint = (itemsize + more) * hidden + 2 * itemsize * width
+    return before, joint, itemsize * hidden + (itemsize + more) * joined
 
 
 def plan_decode(
@@ -258,15 +260,15 @@ def plan_decode(
 ) -> Phase:
     """The VAE: its weights are there as one block, the picture in bands of rows."""
     rows, columns = job.latent_size
-    latents = job.batch_size * CHANNELS * rows * columns * 4
+    latents = CHANNELS * rows * columns * (4 * job.batch_size + 2 * itemsize)
     limit = float("inf")
     if budget is not None:
         left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
         limit = left - latents - card.overhead(max(0, left)) + card.workspace_bytes
     bands = vae_bands.plan_decode(rows, columns, itemsize, limit)
     smallest = vae_bands.smallest_decode_bytes(rows, columns, itemsize)
-    choices = [(0, bands.peak_bytes + latents), (0, smallest + latents)]
-    return _phase("VAE decode", weights, choices, budget, card, roomy_share=1.0)
+    choices = [(0, bands.peak_bytes + latents)]
+    return _phase("VAE decode", weights, choices, budget, card, least=smallest + latents)
 
 
 def _phase(
@@ -275,25 +277,29 @@ def _phase(
     choices: Sequence[tuple[int, int]],
     budget: int | None,
     card: Card,
-    roomy_share: float = ROOMY_SHARE,
+    least: int | None = None,
     stay: bool = True,
 ) -> Phase:
-    """choices: (tokens at once, bytes of values), from the roomiest to the tightest; stay: whether
-    weights may become resident."""
+    """choices: (tokens at once, bytes of values), from the roomiest to the tightest; least: bytes
+    of values that would do; stay: whether weights may become resident."""
     once = sum(block.nbytes for block in weights.once)
     passing = sum(block.nbytes for block in weights.blocks)
     largest = weights.largest_bytes
-    least = min(values for _, values in choices)
+    tightest = min(values for _, values in choices)
+    least = tightest if least is None else least
     smallest = weights.root.nbytes + largest + least + card.overhead(least)
     if budget is None:
         tokens, values = choices[0]
         overhead, resident = card.overhead(values), weights.travelling_bytes
         return Phase(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
 
-    # Where attention decides the peak, smaller chunks would only be slower.
-    tokens, values = next(
-        choice for choice in choices if choice[1] <= max(roomy_share * budget, least)
-    )
+    # Everything at once where all weights stay beside it; else the largest chunks that cost no
+    # residency, because attention decides the peak anyway.
+    def fits(values: int) -> bool:
+        needed = weights.travelling_bytes + values + card.overhead(values)
+        return values <= tightest or (stay and needed <= budget)
+
+    tokens, values = next(choice for choice in choices if fits(choice[1]))
     overhead = card.overhead(values)
     left = budget - values - overhead
     if stay and weights.travelling_bytes <= left:

@@ -105,6 +105,15 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small products, whose threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def make_pipeline(models: Path):
     def make(**options: object) -> Pipeline:
         return build_pipeline(models, **options)  # type: ignore[arg-type]

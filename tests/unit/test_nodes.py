@@ -30,7 +30,7 @@ CONTRACT = {
     ),
     "MajicFluxTextEncoders": (
         "bf16 text encoders",
-        ["clip_l:COMBO", "t5:COMBO", "precision:COMBO"],
+        ["clip_l:COMBO", "t5:COMBO", "precision:COMBO", "keep_prepared:BOOLEAN"],
         ["MAJICFLUX_TEXT_ENCODERS"],
     ),
     "MajicFluxVAELoader": ("Flux VAE", ["file:COMBO"], ["MAJICFLUX_VAE"]),
@@ -91,7 +91,7 @@ def test_everything_shown_is_explained(node: type) -> None:
 def test_files_come_from_the_models_folder() -> None:
     file = DiTLoader.define_schema().inputs[0]
     assert file.options["options"] == ["majicflus_v134.safetensors"]
-    clip, t5, _ = TextEncodersNode.define_schema().inputs
+    clip, t5, *_ = TextEncodersNode.define_schema().inputs
     assert clip.options["default"] == "clip_l.safetensors"
     assert t5.options["default"] == "t5xxl_fp16.safetensors"
 

@@ -10,6 +10,7 @@ from majicflux.engine.pipeline import Pipeline, Request, paint
 from majicflux.engine.plan import BudgetError
 from majicflux.engine.text_encoders import REMEMBERED_PROMPTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 

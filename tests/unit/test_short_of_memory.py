@@ -21,6 +21,8 @@ from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.stored_linear import StoredLinear
 from majicflux.engine.vae import VAE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 REQUEST = Request("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
 ROOMY = 2**31

@@ -17,6 +17,8 @@ from majicflux.engine.products import Computing
 from majicflux.engine.schedule import shifted_sigmas
 from majicflux.engine.text_encoders import TextEmbedding
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 WIDTH = 4
 POISON = 0x7F  # four of them are a float32 of 3.4e38
@@ -502,7 +504,7 @@ def moved_for(dit: DiT, batch: int, steps: int, ring_blocks: int) -> int:
     """Bytes of weights that move in the denoising of a batch."""
     weights, geometry = dit.weights, dit.geometry
     text = TextEmbedding(
-        torch.zeros(1, 512, geometry.text_width), torch.zeros(1, geometry.pooled_width)
+        torch.zeros(1, 16, geometry.text_width), torch.zeros(1, geometry.pooled_width)
     )
     sigmas, latents = shifted_sigmas(steps), torch.ones(batch, 16, 4, 4)
     module, computing = weights.module, Computing(torch.bfloat16)
