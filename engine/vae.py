@@ -44,7 +44,8 @@ class VAE:
             if limit == float("inf"):
                 picture = decoder(latent)
             else:
-                bands = vae_bands.plan_decode(rows, columns, self.dtype.itemsize, limit)
+                beside = 2 * latent.nbytes  # it, and what the decoder makes of it first
+                bands = vae_bands.plan_decode(rows, columns, latent.itemsize, limit - beside)
                 picture = vae_bands.decode(decoder, latent, bands, before_block)
             return (picture.float().cpu() / 2 + 0.5).clamp_(0, 1).movedim(1, -1)
 

@@ -190,7 +190,7 @@ def test_a_budget_that_is_too_small_for_anything_stops_at_the_pipeline(comfy, ca
     assert error["node_type"] == "MajicFluxPipeline"
     assert error["exception_type"].endswith("BudgetError")
     said = error["exception_message"]
-    assert said.startswith("0.05 GB of VRAM are too little for 1 x 256x256: the phase 'VAE decode'")
+    assert said.startswith("0.05 GB of VRAM are too little for 1 x 64x64: the phase 'VAE decode'")
     assert "Set vram_budget_gb to 0." in said
     assert card.free == card.total, "nothing was moved"
     succeed(comfy, executor, with_budget(graph, 0))
