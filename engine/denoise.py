@@ -1,6 +1,5 @@
-"""The denoising loop and the forward of the Flux transformer."""
+"""The forward of the Flux transformer, as a velocity for solvers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,27 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .offload import CPU, at_hand
+from .solvers import Velocity
 from .text_encoders import TextEmbedding
 from .work import Work
-
-# velocity(latents, sigma) -> d(latents)/d(sigma), same shape as latents
-Velocity = Callable[[Tensor, Tensor], Tensor]
-# on_step(steps done, estimate of the clean latents)
-OnStep = Callable[[int, Tensor], None]
-
-
-def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
-    """Integrate from sigmas[0] down to 0. The dtype of `latents` is kept between steps.
-
-    latents: [batch, 16, h, w] in model space; sigmas: float32 [steps], falling, on the CPU.
-    """
-    following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas, following, strict=True), start=1):
-        slope = velocity(latents, sigma).to(latents.dtype)
-        clean = latents - slope * sigma
-        latents = latents + slope * (sigma_next - sigma)
-        on_step(step, clean)
-    return latents
 
 
 @dataclass
@@ -50,24 +31,26 @@ def conditions_of(
     text: TextEmbedding,
     guidance: float,
     compute_dtype: torch.dtype,
-    latents: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
     sigmas: Tensor,
 ) -> Conditions:
-    """The conditions for every sigma, with one call of each layer.
+    """The conditions for every sigma but 0, with one call of each layer.
 
     Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
     quarter of the parameters: computed before the first step, they need not travel at every step.
-    The timestep and the guidance take the dtype of the latents, as in DiffSynth, where bfloat16
+    The timestep and the guidance take `dtype`, that of the latents, as in DiffSynth, where bfloat16
     latents therefore mean a guidance of 3504 instead of 3500; float32 latents keep both exact.
     """
-    device = latents.device
-    strength = torch.full((1,), guidance, device=device, dtype=latents.dtype) * 1000
+    sigmas = sigmas[sigmas > 0]
+    own = guidance if text.guidance is None else text.guidance
+    strength = torch.full((1,), own, device=device, dtype=dtype) * 1000
     with at_hand(dit.context_embedder):
         tokens = dit.context_embedder(text.tokens.to(device, compute_dtype))
         pooled = dit.pooled_text_embedder(text.pooled.to(device, compute_dtype))
 
         def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
-            timestep = (sigma * 1000).to(device, latents.dtype).reshape(1)
+            timestep = (sigma * 1000).to(device, dtype).reshape(1)
             found = dit.time_embedder(timestep, compute_dtype) + pooled
             if dit.guidance_embedder is None:
                 return found
@@ -105,7 +88,7 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
         for block, of_block in zip(_blocks(dit), modulation, strict=True):
             block(x, text.shape[1], of_block, rope[size], work)
         out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], final, work))
-        return dit.unpatchify(out, height, width)
+        return dit.unpatchify(out, height, width).to(latents.dtype)
 
     return velocity
 

@@ -2,17 +2,19 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .card import card_of
-from .denoise import OnStep, conditions_of, euler, flux_velocity
+from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT
-from .latents import CHANNELS, draw_noise
+from .latents import CHANNELS, draw_noise, latent_mask
 from .memory import Memory, PhaseReport, Report
 from .offload import CPU, BeforeBlock
 from .plan import (
@@ -23,21 +25,28 @@ from .plan import (
     Plan,
     plan_decode,
     plan_denoising,
+    plan_encode,
     plan_text,
     step_seconds,
 )
 from .products import Computing
-from .schedule import shifted_sigmas
-from .sizes import PATCH, size_problem
+from .sampling import OnPass, Task, sample
+from .schedule import Schedule, diffsynth_sigmas
+from .sizes import PATCH, PIXELS_PER_LATENT, STEP, size_problem
+from .solvers import Solver, euler, passes
 from .text_encoders import TextEmbedding, TextEncoders
 from .vae import VAE
 from .work import Work
 
 log = logging.getLogger("majicflux")
 
+TEXT, ENCODE, DENOISING, DECODE = "text encoders", "VAE encode", "denoising", "VAE decode"
+PAINTING = (TEXT, DENOISING, DECODE)
 MAX_STEPS = 100
 MAX_SEED = 2**64 - 1
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
+
+Component: TypeAlias = DiT | TextEncoders | VAE
 
 
 @dataclass(frozen=True)
@@ -63,43 +72,52 @@ class Pipeline:
             )
 
     @property
-    def components(self) -> tuple[DiT, TextEncoders, VAE]:
+    def components(self) -> tuple[Component, ...]:
         return self.dit, self.text_encoders, self.vae
 
-    def plan(self, job: Job, rates: bool = False) -> Plan:
-        """How the three phases would use the device, as far as it is free now.
+    def plan(self, job: Job, names: Sequence[str] = PAINTING, rates: bool = False) -> Plan:
+        """How the phases of these names would use the device, as far as it is free now.
 
         rates: predict the seconds of a step too, from rates that are measured the first time.
         """
-        dit, computing = self.dit, self.computing
-        device = dit.patcher.device
-        itemsize = computing.dtype.itemsize
-        card = card_of(device, computing, rates)
-        budget = self._budget(dit)
-        others = dit.weights.travelling_bytes + self.vae.weights.travelling_bytes
-        encoders = self.text_encoders
-        text = plan_text(
-            encoders.weights, encoders.t5_geometry, encoders.itemsize, self._budget(encoders),
-            card_of(encoders.patcher.device), others,
-        )  # fmt: skip
-        denoising = plan_denoising(
-            dit.weights, dit.geometry, job, itemsize, bool(computing.eight_bit),
-            computing.conversion_bytes(dit.weights.module), budget, card,
-        )  # fmt: skip
-        decode = plan_decode(
-            self.vae.weights, job, self.vae.dtype.itemsize, self._budget(self.vae),
-            card_of(self.vae.patcher.device),
-        )  # fmt: skip
-        seconds = step_seconds(denoising, dit.geometry, job, card)
-        phases = tuple(
-            phase if component.patcher.device == device else replace(phase, smallest=0)
-            for phase, component in zip(
-                (text, denoising, decode), (encoders, dit, self.vae), strict=True
-            )
-        )
+        phases = tuple(self._plan_phase(name, job, rates) for name in names)
+        seconds = None
+        if rates:
+            card = card_of(self.dit.patcher.device, self.computing, rates)
+            denoising = next(phase for phase in phases if phase.name == DENOISING)
+            seconds = step_seconds(denoising, self.dit.geometry, job, card)
+        budgets = (self._budget(self.component(name)) for name in names)
+        budget = min((budget for budget in budgets if budget is not None), default=None)
         return Plan(job, budget, phases, seconds, budget == self.budget_bytes)
 
-    def _budget(self, component: DiT | TextEncoders | VAE) -> int | None:
+    def component(self, name: str) -> Component:
+        """The one that a phase runs."""
+        return {TEXT: self.text_encoders, DENOISING: self.dit}.get(name, self.vae)
+
+    def _plan_phase(self, name: str, job: Job, rates: bool) -> Phase:
+        component, computing = self.component(name), self.computing
+        device, budget = component.patcher.device, self._budget(component)
+        if name == TEXT:
+            encoders = self.text_encoders
+            others = self.dit.weights.travelling_bytes + self.vae.weights.travelling_bytes
+            phase = plan_text(
+                encoders.weights, encoders.t5_geometry, encoders.itemsize, budget,
+                card_of(device), others,
+            )  # fmt: skip
+        elif name == DENOISING:
+            dit = self.dit
+            phase = plan_denoising(
+                dit.weights, dit.geometry, job, computing.dtype.itemsize,
+                bool(computing.eight_bit), computing.conversion_bytes(dit.weights.module), budget,
+                card_of(device, computing, rates),
+            )  # fmt: skip
+        else:
+            plan_vae = plan_decode if name == DECODE else plan_encode
+            vae = self.vae
+            phase = plan_vae(vae.weights, job, vae.dtype.itemsize, budget, card_of(device))
+        return replace(phase, smallest=0) if device == CPU else phase
+
+    def _budget(self, component: Component) -> int | None:
         """Bytes for weights and working memory; None where nothing is counted, as on a CPU."""
         if component.patcher.device == CPU:
             return None
@@ -109,15 +127,33 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Request:
-    """What to paint. Sizes in pixels, multiples of 16."""
+    """What to paint. Sizes in pixels, multiples of 16.
 
-    prompt: str
+    prompt, negative: a text, or what an encoder made of one; negative is used unless cfg is 1.
+    picture: RGB [n, height, width, 3] in 0..1 to begin from, or latents: the same as float32
+    [n, 16, h, w] in model space; each is painted `batch_size` times, from a noise level that
+    `strength` lowers. mask: [m, rows, columns] in 0..1, 1 where the picture may change.
+    noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
+    to go on with the noise that `latents` have.
+    """
+
+    prompt: str | TextEmbedding
     seed: int
     steps: int
     guidance: float
     width: int
     height: int
     batch_size: int = 1
+    negative: str | TextEmbedding = ""
+    cfg: float = 1.0
+    schedule: Schedule = diffsynth_sigmas
+    solver: Solver = euler
+    picture: Tensor | None = None
+    latents: Tensor | None = None
+    strength: float = 1.0
+    mask: Tensor | None = None
+    noise_of: Sequence[int] | None = None
+    add_noise: bool = True
 
     def __post_init__(self) -> None:
         for name, size in (("Width", self.width), ("Height", self.height)):
@@ -129,17 +165,56 @@ class Request:
             raise ValueError(f"The seed must be 0 to {MAX_SEED}, not {self.seed}.")
         if self.batch_size < 1:
             raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"Strength must be above 0 and at most 1, not {self.strength}.")
+        if self.mask is not None and self.picture is None and self.latents is None:
+            raise ValueError("A mask needs a picture: connect an image or a latent too.")
+        if self.picture is not None and self.latents is not None:
+            raise ValueError("Connect an image or a latent to begin from, not both.")
+
+    @property
+    def pictures(self) -> int:
+        begun = self.picture if self.picture is not None else self.latents
+        return self.batch_size * (1 if begun is None else len(begun))
+
+    @property
+    def sigmas(self) -> Tensor:
+        return self.schedule(self.steps, self.width, self.height, self.strength)
+
+    @property
+    def passes(self) -> int:
+        """Of the transformer, for each picture."""
+        return len(self.prompts) * passes(self.solver, self.sigmas)
 
     @property
     def job(self) -> Job:
-        return Job(self.width, self.height, self.batch_size, self.steps)
+        steps, prompts = len(self.sigmas) - 1, len(self.prompts)
+        return Job(self.width, self.height, self.pictures, steps, prompts)
+
+    @property
+    def prompts(self) -> list[str | TextEmbedding]:
+        """The positive one, and the negative one where it is used."""
+        return [self.prompt] if self.cfg == 1 else [self.prompt, self.negative]
+
+    def task(self, clean: Tensor | None) -> Task:
+        """clean: latents of the pictures to begin from."""
+        shape = (self.pictures, CHANNELS, *self.job.latent_size)
+        if clean is not None:
+            clean = clean.repeat(self.batch_size, 1, 1, 1)
+        mask = None if self.mask is None else latent_mask(self.mask, shape)
+        which = self.noise_of
+        if which is not None:  # as ComfyUI's RepeatLatentBatch numbers them
+            apart = max(which) - min(which) + 1
+            which = [n + again * apart for again in range(self.batch_size) for n in which]
+        noise = draw_noise(self.seed, shape, which) if self.add_noise else torch.zeros(shape)
+        return Task(self.sigmas, noise, clean, mask, self.cfg, self.solver)
 
 
 @torch.inference_mode()
 def paint(
     pipeline: Pipeline,
     request: Request,
-    on_step: OnStep,
+    on_pass: OnPass,
     before_block: BeforeBlock,
     latents_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Report]:
@@ -150,66 +225,144 @@ def paint(
     Raises BudgetError when the memory does not suffice for a phase, before that phase has begun
     where that can be known.
     """
-    run = _Run(pipeline, request.job)
-    text_plan, dit_plan, vae_plan = run.plan.phases
-    encoders, dit, vae = pipeline.text_encoders, pipeline.dit, pipeline.vae
-
-    text = encoders.recall(request.prompt)
-    if text is None:
-        with run.phase(encoders, text_plan) as work:
-            text, moved = encoders.encode(request.prompt, before_block, text_plan.ring, work)
-            run.report.phases[-1].moved_bytes += moved
-
-    with run.phase(dit, dit_plan) as work:
-        latents = _denoise(run, request, text, work, on_step, before_block, latents_dtype)
-
-    with run.phase(vae, vae_plan) as work:
-        limit = float("inf") if run.plan.budget_bytes is None else vae_plan.values - latents.nbytes
-        picture, moved = vae.decode(latents, before_block, limit, vae_plan.ring, work)
-        run.report.phases[-1].moved_bytes += moved
+    names = PAINTING if request.picture is None else (TEXT, ENCODE, DENOISING, DECODE)
+    run = Run(pipeline, request.job, names, before_block)
+    prompts = run.encode_prompts(request.prompts)
+    clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
+    latents = run.denoise(request.task(clean), prompts, request.guidance, on_pass, latents_dtype)
+    picture = run.decode(latents)
     if run.report.peak_bytes is not None:
         log.info(run.report.summary)
-    return picture, latents.float().cpu(), run.report
+    return picture, latents, run.report
 
 
-def _denoise(
-    run: "_Run",
-    request: Request,
-    text: TextEmbedding,
-    work: Work,
-    on_step: OnStep,
-    before_block: BeforeBlock,
-    latents_dtype: torch.dtype,
-) -> Tensor:
-    pipeline, plan = run.pipeline, run.plan.phases[1]
-    dit, computing = pipeline.dit, pipeline.computing
-    device, module = dit.patcher.device, dit.weights.module
-    sigmas = shifted_sigmas(request.steps)
-    noise = draw_noise(request.seed, request.batch_size, request.width, request.height)
-    latents = noise.to(device, latents_dtype)
-    visits = dit.weights.running_on(device, before_block, request.steps, plan.ring, work)
-    with visits as stream:
-        with computing.applied_to(module, device):
-            given = (module, text, request.guidance, computing.dtype, latents, sigmas)
-            conditions = work.attempt(lambda: conditions_of(*given))
-        with computing.applied_to(module, device):  # with a new buffer for what is converted
-            latents = euler(flux_velocity(module, conditions, work), latents, sigmas, on_step)
-        run.report.phases[-1].moved_bytes += stream.moved_bytes
-    return latents
+# Each part of `paint` alone: what it gives, on the CPU, and what it used.
 
 
-class _Run:
-    """A run of a pipeline: its plan, its report, and the memory that it moves about."""
+@torch.inference_mode()
+def encode_prompts(
+    pipeline: Pipeline, prompts: Sequence[str], before_block: BeforeBlock
+) -> tuple[list[TextEmbedding], Report]:
+    run = Run(pipeline, Job(STEP, STEP), [TEXT], before_block)
+    return run.encode_prompts(prompts), run.report
 
-    def __init__(self, pipeline: Pipeline, job: Job):
+
+@torch.inference_mode()
+def encode_pictures(
+    pipeline: Pipeline, pictures: Tensor, before_block: BeforeBlock
+) -> tuple[Tensor, Report]:
+    """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space."""
+    height, width = pictures.shape[1:3]
+    run = Run(pipeline, Job(width, height, len(pictures)), [ENCODE], before_block)
+    return run.encode_pictures(pictures), run.report
+
+
+@torch.inference_mode()
+def denoise(
+    pipeline: Pipeline, request: Request, on_pass: OnPass, before_block: BeforeBlock
+) -> tuple[Tensor, Report]:
+    """The request's latents; its prompts are encoded, and it has no picture."""
+    run = Run(pipeline, request.job, [DENOISING], before_block)
+    prompts = run.encode_prompts(request.prompts)
+    task = request.task(request.latents)
+    return run.denoise(task, prompts, request.guidance, on_pass), run.report
+
+
+@torch.inference_mode()
+def decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> tuple[Tensor, Report]:
+    """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1."""
+    height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
+    run = Run(pipeline, Job(width, height, len(latents)), [DECODE], before_block)
+    return run.decode(latents), run.report
+
+
+class Run:
+    """A run of a pipeline: its plan, its report, and the memory that it moves about.
+
+    names: the phases it will have; before_block: called before each block of weights, may raise.
+    Raises BudgetError when the budget is too small for one of them.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, job: Job, names: Sequence[str], before_block: BeforeBlock
+    ):
         self.pipeline = pipeline
-        self.plan = pipeline.plan(job)
+        self.plan = pipeline.plan(job, names)
         self.plan.require_budget()
         self.report = Report(self.plan.budget_bytes)
+        self.before_block = before_block
+
+    def encode_prompts(self, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
+        """The embedding of each, without running an encoder for those that are remembered."""
+        encoders = self.pipeline.text_encoders
+
+        def known(prompt: str | TextEmbedding) -> TextEmbedding | None:
+            return encoders.recall(prompt) if isinstance(prompt, str) else prompt
+
+        found = [known(prompt) for prompt in prompts]
+        if all(embedding is not None for embedding in found):
+            return [embedding for embedding in found if embedding is not None]
+        with self.phase(TEXT) as (plan, work):
+            for index, prompt in enumerate(prompts):
+                if isinstance(prompt, str):
+                    found[index], moved = encoders.encode(
+                        prompt, self.before_block, plan.ring, work
+                    )
+                    self.report.phases[-1].moved_bytes += moved
+        return [embedding for embedding in found if embedding is not None]
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space, on the CPU."""
+        return self._through_vae(ENCODE, self.pipeline.vae.encode, pictures)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1, on the CPU."""
+        return self._through_vae(DECODE, self.pipeline.vae.decode, latents)
+
+    def _through_vae(self, name: str, through: Callable[..., Any], given: Tensor) -> Tensor:
+        with self.phase(name) as (plan, work):
+            limit = plan.values if self._budget(self.pipeline.vae) else float("inf")
+            result, moved = through(given, self.before_block, limit, plan.ring, work)
+            self.report.phases[-1].moved_bytes += moved
+        return result
+
+    def denoise(
+        self,
+        task: Task,
+        prompts: Sequence[TextEmbedding],
+        guidance: float,
+        on_pass: OnPass,
+        latents_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The task's latents, float32 on the CPU; prompts: the positive one, and the negative one
+        unless cfg is 1."""
+        dit, computing = self.pipeline.dit, self.pipeline.computing
+        device, module = dit.patcher.device, dit.weights.module
+        with self.phase(DENOISING) as (plan, work):
+            through = len(prompts) * passes(task.solver, task.sigmas)
+            visits = dit.weights.running_on(device, self.before_block, through, plan.ring, work)
+            with visits as stream:
+                with computing.applied_to(module, device):
+                    given = (guidance, computing.dtype, device, latents_dtype, task.sigmas)
+                    conditions = [
+                        work.attempt(partial(conditions_of, module, prompt, *given))
+                        for prompt in prompts
+                    ]
+                with computing.applied_to(module, device):  # with a new buffer for conversions
+                    ways = [flux_velocity(module, each, work) for each in conditions]
+                    positive, negative = [*ways, None][:2]
+                    latents = sample(task, positive, negative, on_pass, device, latents_dtype)
+                self.report.phases[-1].moved_bytes += stream.moved_bytes
+        return latents.float().cpu()
+
+    def _budget(self, component: Component) -> int | None:
+        return None if component.patcher.device == CPU else self.plan.budget_bytes
 
     @contextmanager
-    def phase(self, component: DiT | TextEncoders | VAE, plan: Phase) -> Iterator[Work]:
+    def phase(self, name: str) -> Iterator[tuple[Phase, Work]]:
         """Memory as planned for one component; the others give way as far as it takes."""
+        plan = next(phase for phase in self.plan.phases if phase.name == name)
+        component = self.pipeline.component(name)
         device = component.patcher.device
         report = PhaseReport(plan.name, plan.peak)
         self.report.phases.append(report)
@@ -219,12 +372,12 @@ class _Run:
         before = component.weights.resident_bytes
         finished = False
         try:
-            with memory.held_to(self.plan.budget_bytes):
+            with memory.held_to(self._budget(component)):
                 self._make_room(component, plan, own)
                 if component is self.pipeline.dit and plan.visiting and memory.counted:
                     component.patcher.pin()  # the text encoders and the VAE run once: not worth it
                 memory.begin()
-                yield Work(plan.tokens, lambda: self._relieve(component, own, memory))
+                yield plan, Work(plan.tokens, lambda: self._relieve(component, own, memory))
             finished = True
         except torch.OutOfMemoryError as error:
             raise BudgetError(
@@ -242,11 +395,11 @@ class _Run:
 
     def _make_room(
         self,
-        component: DiT | TextEncoders | VAE,
+        component: Component,
         plan: Phase,
-        own: list[DiT | TextEncoders | VAE],
+        own: list[Component],
     ) -> None:
-        budget = self.plan.budget_bytes
+        budget = self._budget(component)
         working = plan.values + plan.overhead + plan.ring
         if budget is None:
             component.patcher.load(working, weight_cap=None)
@@ -261,8 +414,8 @@ class _Run:
 
     def _relieve(
         self,
-        component: DiT | TextEncoders | VAE,
-        own: list[DiT | TextEncoders | VAE],
+        component: Component,
+        own: list[Component],
         memory: Memory,
     ) -> bool:
         """Free memory for a phase that found less than was planned. False: there is none."""

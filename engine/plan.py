@@ -4,8 +4,9 @@ A pure function of the modules' sizes, the picture, the budget and the card. Byt
 PyTorch's allocator; the CUDA context (0.3 to 0.6 GB, for every program on the card) is not in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import vae_bands
@@ -50,12 +51,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Job:
-    """The picture: pixels, pictures at once, denoising steps."""
+    """The picture: pixels, pictures at once, denoising steps, prompts that each step follows."""
 
     width: int
     height: int
     batch_size: int = 1
     steps: int = 20
+    prompts: int = 1
 
     @property
     def image_tokens(self) -> int:
@@ -207,9 +209,8 @@ def plan_denoising(
     fixed = (
         pictures * tokens * width * itemsize  # the residual
         + tokens * HEAD_DIM * 2 * 4  # RoPE
-        + job.steps * modulation * width * itemsize
-        + words * width * itemsize
-        + latents * (4 * 4 + 2 * itemsize)
+        + job.prompts * (job.steps * modulation + words) * width * itemsize
+        + latents * (8 * 4 + 2 * itemsize)
         + conversion_bytes
     )
     one_of_width = tokens * width * itemsize
@@ -260,15 +261,34 @@ def plan_decode(
 ) -> Phase:
     """The VAE: its weights are there as one block, the picture in bands of rows."""
     rows, columns = job.latent_size
-    latents = CHANNELS * rows * columns * (4 * job.batch_size + 2 * itemsize)
+    latents = CHANNELS * rows * columns * 2 * itemsize
+    plan = partial(vae_bands.plan_decode, rows, columns, itemsize)
+    return _plan_vae("VAE decode", plan, latents, weights, budget, card)
+
+
+def plan_encode(
+    weights: "OffloadedModule", job: Job, itemsize: int, budget: int | None, card: Card
+) -> Phase:
+    """As of `plan_decode`."""
+    plan = partial(vae_bands.plan_encode, job.height, job.width, itemsize)
+    return _plan_vae("VAE encode", plan, 0, weights, budget, card)
+
+
+def _plan_vae(
+    name: str,
+    plan: Callable[[float], vae_bands.Bands],
+    beside: int,
+    weights: "OffloadedModule",
+    budget: int | None,
+    card: Card,
+) -> Phase:
+    """plan: bands within a limit; beside: bytes of values besides."""
     limit = float("inf")
     if budget is not None:
         left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
-        limit = left - latents - card.overhead(max(0, left)) + card.workspace_bytes
-    bands = vae_bands.plan_decode(rows, columns, itemsize, limit)
-    smallest = vae_bands.smallest_decode_bytes(rows, columns, itemsize)
-    choices = [(0, bands.peak_bytes + latents)]
-    return _phase("VAE decode", weights, choices, budget, card, least=smallest + latents)
+        limit = left - beside - card.overhead(max(0, left)) + card.workspace_bytes
+    choices = [(0, plan(limit).peak_bytes + beside)]
+    return _phase(name, weights, choices, budget, card, least=plan(0).peak_bytes + beside)
 
 
 def _phase(
@@ -328,7 +348,8 @@ def step_seconds(phase: Phase, geometry: FluxGeometry, job: Job, card: Card) -> 
         return None
     tokens, width = job.image_tokens + T5_TOKENS, geometry.hidden
     blocks = geometry.double_blocks + geometry.single_blocks
-    products = 2 * 12 * width**2 * blocks * tokens * job.batch_size
-    attention = 4 * width * tokens**2 * blocks * job.batch_size
+    passes = job.batch_size * job.prompts
+    products = 2 * 12 * width**2 * blocks * tokens * passes
+    attention = 4 * width * tokens**2 * blocks * passes
     arithmetic = products / card.product_rate + attention / card.attention_rate
-    return max(phase.visiting / card.copy_rate, arithmetic)
+    return max(job.prompts * phase.visiting / card.copy_rate, arithmetic)

@@ -45,6 +45,7 @@ class T5Geometry:
 class TextEmbedding:
     tokens: Tensor  # T5 states [1, 512, width]
     pooled: Tensor  # CLIP vector [1, width]
+    guidance: float | None = None  # where it has one of its own
 
 
 @dataclass(frozen=True)

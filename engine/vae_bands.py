@@ -63,16 +63,6 @@ def plan_encode(height: int, width: int, itemsize: int, limit_bytes: float) -> B
     return _plan("encoder", (3, height, width), itemsize, limit_bytes)
 
 
-def smallest_decode_bytes(height: int, width: int, itemsize: int) -> int:
-    """The least `peak_bytes` there is for latents of `height` x `width`."""
-    return plan_decode(height, width, itemsize, 0).peak_bytes
-
-
-def smallest_encode_bytes(height: int, width: int, itemsize: int) -> int:
-    """The least `peak_bytes` there is for a picture of `height` x `width` pixels."""
-    return plan_encode(height, width, itemsize, 0).peak_bytes
-
-
 @torch.no_grad()
 def decode(
     decoder: Any, latent: Tensor, bands: Bands, before_band: BeforeBand | None = None

@@ -1,5 +1,7 @@
 """The pack inside ComfyUI. Everything that the pack asks of it is asked here."""
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ __all__ = [
     "text_encoder_device",
     "vae_device",
 ]
+
+log = logging.getLogger("majicflux")
 
 check_cancelled = mm.throw_exception_if_processing_interrupted
 compute_device = mm.get_torch_device
@@ -97,19 +101,31 @@ def show_on_node(node_id: str | None, text: str) -> None:
         instance.send_progress_text(text, node_id)
 
 
-def progress(steps: int, device: torch.device) -> Callable[[int, Tensor], None]:
-    """A function to call after each step with the steps done and the clean latents so far.
+def progress(
+    passes: int, steps: int, device: torch.device, node_id: str | None
+) -> Callable[[Tensor | None], None]:
+    """A function to call after each pass, with the clean latents so far where they are known.
 
-    The bar raises ComfyUI's interrupt exception when the user has cancelled.
+    The bar raises ComfyUI's interrupt exception when the user has cancelled. The node shows how
+    long a step takes.
     """
-    bar = comfy.utils.ProgressBar(steps)
+    bar = comfy.utils.ProgressBar(passes)
     previewer = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
+    start = time.perf_counter()
 
-    def on_step(done: int, clean: Tensor) -> None:
-        preview = previewer and previewer.decode_latent_to_preview_image("JPEG", clean)
-        bar.update_absolute(done, steps, preview or None)
+    def on_pass(clean: Tensor | None) -> None:
+        preview = None
+        if previewer and clean is not None:
+            try:
+                preview = previewer.decode_latent_to_preview_image("JPEG", clean)
+            except torch.OutOfMemoryError:
+                log.debug("no preview: the card is short of memory")
+        bar.update_absolute(bar.current + 1, passes, preview)
+        seconds = (time.perf_counter() - start) * passes / steps / bar.current
+        done = bar.current * steps // passes
+        show_on_node(node_id, f"step {done} of {steps}, {seconds:.2f} s a step")
 
-    return on_step
+    return on_pass
 
 
 def _pin(memory: Tensor) -> bool:

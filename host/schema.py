@@ -42,7 +42,7 @@ class ComfyNode:
     """Base class of nodes: `define_schema` and `execute`, both class methods."""
 
     # There is no canvas to have a node on; `extra_pnginfo` is what a saved picture will carry.
-    hidden = SimpleNamespace(unique_id=None, extra_pnginfo=None)
+    hidden = SimpleNamespace(unique_id=None, extra_pnginfo=None, prompt=None)
 
     @classmethod
     def define_schema(cls) -> Schema:
@@ -71,10 +71,13 @@ io = SimpleNamespace(
     Custom=_io_type,
     Boolean=_io_type("BOOLEAN"),
     Combo=_io_type("COMBO"),
+    Conditioning=_io_type("CONDITIONING"),
     Float=_io_type("FLOAT"),
-    Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO"),
+    Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO", prompt="PROMPT"),
     Image=_io_type("IMAGE"),
     Int=_io_type("INT"),
     Latent=_io_type("LATENT"),
+    Mask=_io_type("MASK"),
+    Sigmas=_io_type("SIGMAS"),
     String=_io_type("STRING"),
 )

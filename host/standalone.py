@@ -137,18 +137,20 @@ def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
 
 
-def progress(steps: int, device: "torch.device") -> "Callable[[int, Tensor], None]":
-    """A function to call after each step with the steps done and the clean latents so far."""
+def progress(
+    passes: int, steps: int, device: "torch.device", node_id: str | None
+) -> "Callable[[Tensor | None], None]":
+    """A function to call after each pass of the transformer."""
     from tqdm import tqdm
 
-    bar = tqdm(total=steps, desc="sampling", unit="step")
+    bar = tqdm(total=passes, desc="sampling", unit="step", unit_scale=steps / passes)
 
-    def on_step(done: int, clean: "Tensor") -> None:
-        bar.update(done - bar.n)
-        if done == steps:
+    def on_pass(clean: "Tensor | None") -> None:
+        bar.update()
+        if bar.n == passes:
             bar.close()
 
-    return on_step
+    return on_pass
 
 
 def _cudart() -> Any:

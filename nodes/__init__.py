@@ -1,13 +1,27 @@
 """What the canvas sees."""
 
 from ..host import current as host
+from .decode import Decode
+from .denoise import Denoise
 from .dit_loader import DiTLoader
+from .encode_image import EncodeImage
+from .encode_prompt import EncodePrompt
 from .pipeline import PipelineNode
 from .sample import Sample
 from .text_encoders import TextEncodersNode
 from .vae_loader import VAELoader
 
-NODES = [DiTLoader, TextEncodersNode, VAELoader, PipelineNode, Sample]
+NODES = [
+    DiTLoader,
+    TextEncodersNode,
+    VAELoader,
+    PipelineNode,
+    Sample,
+    EncodePrompt,
+    EncodeImage,
+    Denoise,
+    Decode,
+]
 
 
 class MajicFlux(host.ComfyExtension):

@@ -1,12 +1,38 @@
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from . import sampling
 from .sockets import CATEGORY, PipelineHandle
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..engine.pipeline import Pipeline
 
 io = host.io
+CUSTOM = "width x height"
+SIZES = [
+    "1024x1024 (1:1)",
+    "1152x896 (9:7)",
+    "896x1152 (7:9)",
+    "1216x832 (3:2)",
+    "832x1216 (2:3)",
+    "1344x768 (16:9)",
+    "768x1344 (9:16)",
+    "1536x640 (21:9)",
+    "640x1536 (9:21)",
+]
+
+
+def _side(name: str) -> Any:
+    return io.Int.Input(
+        name,
+        default=1024,
+        min=16,
+        max=8192,
+        step=16,
+        tooltip="Pixels, a multiple of 16. An image or latent brings its own size.",
+    )
 
 
 class Sample(io.ComfyNode):
@@ -23,10 +49,15 @@ class Sample(io.ComfyNode):
                 "sampler",
                 "text to image",
                 "txt2img",
+                "image to image",
+                "img2img",
+                "inpaint",
                 "generate",
                 "采样",
                 "采样器",
                 "文生图",
+                "图生图",
+                "局部重绘",
                 "生成图片",
                 "麦橘超然",
             ],
@@ -37,50 +68,16 @@ class Sample(io.ComfyNode):
                     default="",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What to paint, in English or Chinese. Empty is allowed.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Chooses the noise. The same seed and settings give the same picture.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=100,
-                    tooltip="Denoising steps. 20 is the published setting; more is slower.",
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=3.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
                     tooltip=(
-                        "How closely to follow the prompt, built into Flux.1-dev models. 3.5 is "
-                        "usual; lower looks more natural. schnell models ignore it."
+                        "What to paint, in English or Chinese. Empty is allowed. "
+                        "(words:1.3) weighs them more, \\( and \\) are plain brackets."
                     ),
                 ),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels, a multiple of 16.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels, a multiple of 16.",
-                ),
+                sampling.seed(),
+                sampling.steps(),
+                sampling.guidance(),
+                _side("width"),
+                _side("height"),
                 io.Int.Input(
                     "batch_size",
                     default=1,
@@ -88,8 +85,69 @@ class Sample(io.ComfyNode):
                     max=64,
                     tooltip="Pictures at once, each with noise of its own. Needs more memory.",
                 ),
+                io.String.Input(
+                    "negative_prompt",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    optional=True,
+                    tooltip="What not to paint. Used when cfg is not 1.",
+                ),
+                sampling.cfg(),
+                sampling.solver(),
+                sampling.schedule(),
+                io.Combo.Input(
+                    "size",
+                    options=[CUSTOM, *SIZES],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip="A size that Flux paints well, or the width and height above.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "A picture to begin from, for image to image and inpainting. Its size is "
+                        "that of the result; sides that are no multiple of 16 lose their edges."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The same as a LATENT, instead of an image. Its noise mask counts.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White: what may change of the image or latent. Soft edges blend.",
+                ),
+                sampling.strength(),
+                io.Boolean.Input(
+                    "keep_unmasked",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "With an image and a mask: outside the mask return the image's own "
+                        "pixels, bit for bit. Off: as the VAE decodes them."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip=(
+                        "A prompt that was encoded elsewhere, such as by CLIPTextEncode, instead "
+                        "of the text. Its guidance, if it has one, comes first."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The same for the negative prompt. Used when cfg is not 1.",
+                ),
+                sampling.sigmas(),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The pictures."),
                 io.Latent.Output(
@@ -108,6 +166,10 @@ class Sample(io.ComfyNode):
         return next(filter(None, problems), True)
 
     @classmethod
+    def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:
+        return sampling.fingerprint(seed)
+
+    @classmethod
     def execute(
         cls,
         pipeline: "Pipeline",
@@ -118,15 +180,71 @@ class Sample(io.ComfyNode):
         width: int,
         height: int,
         batch_size: int,
+        negative_prompt: str = "",
+        cfg: float = 1.0,
+        solver: str = "euler",
+        schedule: str = sampling.SCHEDULES[0],
+        size: str = CUSTOM,
+        image: "Tensor | None" = None,
+        latent: Any = None,
+        mask: "Tensor | None" = None,
+        strength: float = 1.0,
+        keep_unmasked: bool = True,
+        positive: Any = None,
+        negative: Any = None,
+        sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.latents import to_vae_space
         from ..engine.pipeline import Request, paint
+        from ..engine.sizes import PIXELS_PER_LATENT
+        from ..engine.solvers import SOLVERS
+        from ..host import native
 
-        request = Request(prompt, seed, steps, guidance, width, height, batch_size)
-        on_step = host.progress(steps, pipeline.dit.patcher.device)
-        image, latents, report = paint(pipeline, request, on_step, host.check_cancelled)
-        host.show_on_node(cls.hidden.unique_id, str(report))
+        picture = None if image is None else native.from_image(image)
+        latents = None if latent is None else native.from_latent(latent)
+        if mask is None and latent is not None:
+            mask = latent.get("noise_mask")
+        if mask is not None:
+            mask = native.from_mask(mask, image)
+        if picture is not None:
+            height, width = picture.shape[1:3]
+        elif latents is not None:
+            height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
+        elif size != CUSTOM:
+            width, height = map(int, size.partition(" ")[0].split("x"))
+        geometry = pipeline.dit.geometry
+
+        def prompt_of(name: str, text: str, conditioning: Any) -> Any:
+            if conditioning is None:
+                return text
+            return native.from_conditioning(name, conditioning, geometry)
+
+        seed = sampling.resolved_seed(cls, seed)
+        request = Request(
+            prompt_of("positive", prompt, positive),
+            seed,
+            steps,
+            guidance,
+            width,
+            height,
+            batch_size,
+            prompt_of("negative", negative_prompt, negative),
+            cfg,
+            sampling.schedule_of(schedule, sigmas),
+            SOLVERS[solver],
+            picture,
+            latents,
+            strength,
+            mask,
+            None if latent is None else latent.get("batch_index"),
+        )
+        on_pass = host.progress(
+            request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
+        )
+        painted, found, report = paint(pipeline, request, on_pass, host.check_cancelled)
+        if picture is not None and mask is not None and keep_unmasked:
+            painted = native.pasted(painted, picture, mask)
+        host.show_on_node(cls.hidden.unique_id, f"seed {seed}\n{report}")
         if cls.hidden.extra_pnginfo is not None:  # SaveImage writes it into the picture
-            cls.hidden.extra_pnginfo["majicflux"] = report.as_dict()
+            cls.hidden.extra_pnginfo["majicflux"] = {"seed": seed, **report.as_dict()}
         device = host.result_device()
-        return io.NodeOutput(image.to(device), {"samples": to_vae_space(latents).to(device)})
+        return io.NodeOutput(painted.to(device), native.to_latent(found, device))

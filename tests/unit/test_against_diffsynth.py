@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from majicflux.engine.denoise import euler
 from majicflux.engine.flux_dit import sized_flux_dit
 from majicflux.engine.latents import draw_noise
 from majicflux.engine.pipeline import Pipeline, Request, paint
-from majicflux.engine.schedule import shifted_sigmas
+from majicflux.engine.sampling import Task, sample
+from majicflux.engine.schedule import diffsynth_sigmas
 
 PROMPT = "a cat on a roof 屋顶上的猫"
 
@@ -21,7 +21,7 @@ def test_the_schedule_is_diffsynths(steps: int) -> None:
 
     scheduler = FlowMatchScheduler("FLUX.1")
     scheduler.set_timesteps(steps)
-    assert torch.equal(shifted_sigmas(steps), scheduler.sigmas)
+    assert torch.equal(diffsynth_sigmas(steps, 64, 64)[:-1], scheduler.sigmas)
 
 
 def diffsynth_pipeline(ours: Pipeline):
@@ -87,18 +87,15 @@ def test_float32_latents_stay_closer_to_exact_arithmetic(make_pipeline) -> None:
 def test_noise_is_torchs_for_the_seed() -> None:
     torch.manual_seed(123)
     expected = torch.randn(2, 16, 12, 8)
-    assert torch.equal(draw_noise(123, batch_size=2, width=64, height=96), expected)
+    assert torch.equal(draw_noise(123, (2, 16, 12, 8)), expected)
 
 
 def test_euler_integrates_a_straight_line_exactly() -> None:
     clean, noise = torch.full((1, 16, 2, 2), 3.0), torch.full((1, 16, 2, 2), -1.0)
-    seen: list[tuple[int, torch.Tensor]] = []
-    end = euler(
-        lambda x, sigma: noise - clean,
-        noise.clone(),
-        shifted_sigmas(5),
-        lambda step, x0: seen.append((step, x0)),
-    )
+    seen: list[torch.Tensor] = []
+    task = Task(diffsynth_sigmas(5, 16, 16), noise)
+    given = (seen.append, torch.device("cpu"), torch.float32)
+    end = sample(task, lambda x, sigma: noise - clean, None, *given)
     assert torch.allclose(end, clean, atol=1e-5)
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
-    assert all(torch.allclose(x0, clean, atol=1e-5) for _, x0 in seen)
+    assert len(seen) == 5
+    assert all(torch.allclose(x0, clean, atol=1e-5) for x0 in seen)

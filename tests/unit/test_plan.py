@@ -15,7 +15,7 @@ from torch import Tensor
 from majicflux import engine
 from majicflux.cli import main
 from majicflux.engine import blocks, kernels, plan_alone, products, vae_bands
-from majicflux.engine.denoise import conditions_of, euler, flux_velocity
+from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.plan import (
@@ -32,7 +32,8 @@ from majicflux.engine.plan import (
 )
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing
-from majicflux.engine.schedule import shifted_sigmas
+from majicflux.engine.sampling import Task, sample
+from majicflux.engine.schedule import diffsynth_sigmas
 from majicflux.engine.stored_linear import LIMITS
 from majicflux.engine.text_encoders import (
     CLIP_TOKENS,
@@ -158,15 +159,15 @@ def denoised(name: str, job: Job, tokens: int, is_fused: bool) -> int:
     text = TextEmbedding(
         torch.empty(1, T5_TOKENS, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
-    sigmas = shifted_sigmas(job.steps)
+    noise = torch.empty(job.batch_size, 16, *job.latent_size)
+    task = Task(diffsynth_sigmas(job.steps, job.width, job.height), noise)
     with torch.inference_mode(), LiveBytes() as live:
-        latents = torch.empty(job.batch_size, 16, *job.latent_size, device=META)
         with computing.applied_to(module, META):
-            given = (module, text, 3.5, torch.bfloat16, latents, sigmas)
-            conditions = conditions_of(*given)
+            given = (torch.bfloat16, META, torch.float32, task.sigmas)
+            conditions = conditions_of(module, text, 3.5, *given)
         with computing.applied_to(module, META):
             velocity = flux_velocity(module, conditions, Work(tokens))
-            euler(velocity, latents, sigmas, lambda *_: None)
+            sample(task, velocity, None, lambda _: None, META, torch.float32)
     return live.peak
 
 
@@ -223,10 +224,10 @@ def test_the_modulation_of_all_steps_is_planned(as_cuda, steps: int) -> None:
     text = TextEmbedding(
         torch.empty(1, T5_TOKENS, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
-    sigmas = shifted_sigmas(steps)
+    given = (torch.bfloat16, META, torch.float32, diffsynth_sigmas(steps, 256, 256))
     with torch.inference_mode(), LiveBytes() as live:
         latents = torch.empty(1, 16, 32, 32, device=META)
-        kept = conditions_of(weights.module, text, 3.5, torch.bfloat16, latents, sigmas)
+        kept = conditions_of(weights.module, text, 3.5, *given)
         held = live.now
     assert len(kept.modulation) == steps
     one, more = (

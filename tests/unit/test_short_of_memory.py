@@ -32,11 +32,11 @@ PHASES = ["text encoders", "denoising", "VAE decode"]
 def run(
     pipeline: Pipeline,
     request: Request = REQUEST,
-    on_step: Callable[[int, Tensor], None] = lambda *_: None,
+    on_pass: Callable[[Tensor | None], None] = lambda _: None,
     before_block: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The latents."""
-    return paint(pipeline, request, on_step, before_block)[1]
+    return paint(pipeline, request, on_pass, before_block)[1]
 
 
 def resident(pipeline: Pipeline) -> int:
@@ -304,15 +304,15 @@ def test_memory_that_another_program_takes_in_the_middle_is_made_up_for(
     taken = False
     seen: list[int] = []
 
-    def on_step(step: int, _: Tensor) -> None:
+    def on_pass(_: Tensor | None) -> None:
         nonlocal taken
-        taken = step >= 2
         seen.append(resident(pipeline))
+        taken = len(seen) >= 2
 
     shortage = Shortage(
         monkeypatch, blocks, "attend", lambda _: taken and resident(pipeline) > left
     )
-    assert torch.equal(run(pipeline, request, on_step), expected)
+    assert torch.equal(run(pipeline, request, on_pass), expected)
     assert seen[:2] == [seen[0]] * 2
     assert seen[2] == seen[3] <= left
     assert seen[2] > 0, "no more than it took"

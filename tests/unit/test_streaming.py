@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from majicflux.engine import streaming
-from majicflux.engine.denoise import conditions_of, euler, flux_velocity
+from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule, WeightBlock, at_hand
 from majicflux.engine.pipeline import Request, paint
 from majicflux.engine.products import Computing
-from majicflux.engine.schedule import shifted_sigmas
+from majicflux.engine.sampling import Task, sample
+from majicflux.engine.schedule import diffsynth_sigmas
 from majicflux.engine.text_encoders import TextEmbedding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -506,7 +507,7 @@ def moved_for(dit: DiT, batch: int, steps: int, ring_blocks: int) -> int:
     text = TextEmbedding(
         torch.zeros(1, 16, geometry.text_width), torch.zeros(1, geometry.pooled_width)
     )
-    sigmas, latents = shifted_sigmas(steps), torch.ones(batch, 16, 4, 4)
+    task = Task(diffsynth_sigmas(steps, 32, 32), torch.ones(batch, 16, 4, 4))
     module, computing = weights.module, Computing(torch.bfloat16)
     ring = ring_blocks * weights.largest_bytes
     with (
@@ -514,8 +515,10 @@ def moved_for(dit: DiT, batch: int, steps: int, ring_blocks: int) -> int:
         weights.running_on(ACCELERATOR, None, steps, ring) as stream,
         computing.applied_to(module, ACCELERATOR),
     ):
-        conditions = conditions_of(module, text, 3.5, computing.dtype, latents, sigmas)
-        euler(flux_velocity(module, conditions), latents, sigmas, lambda *_: None)
+        given = (computing.dtype, ACCELERATOR, torch.float32)
+        conditions = conditions_of(module, text, 3.5, *given, task.sigmas)
+        velocity = flux_velocity(module, conditions)
+        sample(task, velocity, None, lambda _: None, *given[1:])
     return stream.moved_bytes
 
 

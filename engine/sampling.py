@@ -1,0 +1,99 @@
+"""Noise -> latents: what a run of the denoising loop is given, and the loop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .solvers import Solver, Velocity, euler
+
+# on_pass(estimate of the clean latents): called after each pass of the transformer
+OnPass = Callable[[Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run of the denoising loop. Latents are float32 in model space, on the CPU.
+
+    sigmas: float32 [steps + 1], falling; noise: [batch, 16, h, w], zeros to go on where another
+    run stopped; clean: latents to begin from, None for an empty picture; mask: [batch, 1, h, w] in
+    0..1, of what may change, None for everything; cfg: how far to go from the negative prompt to
+    the positive one, 1 for no negative prompt.
+    """
+
+    sigmas: Tensor
+    noise: Tensor
+    clean: Tensor | None = None
+    mask: Tensor | None = None
+    cfg: float = 1.0
+    solver: Solver = euler
+
+
+def sample(
+    task: Task,
+    positive: Velocity,
+    negative: Velocity | None,
+    on_pass: OnPass,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Latents at the last of the task's sigmas, of `dtype` on `device`.
+
+    Those above 0 are divided by 1 - sigma, as ComfyUI hands them from one sampler to the next.
+    """
+    noise = task.noise.to(device, dtype)
+    clean = torch.zeros_like(noise) if task.clean is None else task.clean.to(device, dtype)
+
+    def known(sigma: Tensor) -> Tensor:
+        return (1 - sigma) * clean + sigma * noise
+
+    velocity = positive if negative is None else guided(positive, negative, task.cfg, on_pass)
+    velocity = reported(velocity, on_pass)
+    if task.mask is None:
+        latents = task.solver(velocity, known(task.sigmas[0]), task.sigmas)
+    else:
+        mask = task.mask.to(device, dtype)
+        velocity = masked(velocity, mask, clean, known)
+        latents = task.solver(velocity, known(task.sigmas[0]), task.sigmas)
+        latents = torch.where(mask == 0, known(task.sigmas[-1]), latents)
+    return latents / (1 - task.sigmas[-1])
+
+
+def guided(positive: Velocity, negative: Velocity, cfg: float, on_pass: OnPass) -> Velocity:
+    """Classifier-free guidance: two passes."""
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        towards = positive(latents, sigma)
+        on_pass(None)
+        away = negative(latents, sigma)
+        return away + cfg * (towards - away)
+
+    return velocity
+
+
+def reported(velocity: Velocity, on_pass: OnPass) -> Velocity:
+    """The same velocity; `on_pass` learns where it leads."""
+
+    def and_tell(latents: Tensor, sigma: Tensor) -> Tensor:
+        slope = velocity(latents, sigma)
+        on_pass(latents - slope * sigma)
+        return slope
+
+    return and_tell
+
+
+def masked(
+    velocity: Velocity, mask: Tensor, clean: Tensor, known: Callable[[Tensor], Tensor]
+) -> Velocity:
+    """A velocity that leads to `clean` where the mask is 0, and in between where it is soft.
+
+    known(sigma): the latents there. As ComfyUI's `KSamplerX0Inpaint`, so that both paint the same.
+    """
+
+    def towards_both(latents: Tensor, sigma: Tensor) -> Tensor:
+        x = latents * mask + known(sigma) * (1 - mask)
+        estimate = x - velocity(x, sigma) * sigma
+        return (latents - (estimate * mask + clean * (1 - mask))) / sigma
+
+    return towards_both

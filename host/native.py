@@ -1,0 +1,116 @@
+"""ComfyUI's CONDITIONING, LATENT, IMAGE and MASK, and what the engine makes of them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..engine.latents import CHANNELS, to_model_space, to_vae_space
+from ..engine.sizes import STEP
+from ..engine.text_encoders import TextEmbedding
+
+if TYPE_CHECKING:
+    from ..engine.flux_dit import FluxGeometry
+
+Conditioning = list[Any]  # of [tokens, options]
+Latent = dict[str, Any]
+
+
+def to_conditioning(embedding: TextEmbedding, guidance: float) -> Conditioning:
+    options = {"pooled_output": embedding.pooled.float(), "guidance": guidance}
+    return [[embedding.tokens.float(), options]]
+
+
+def from_conditioning(
+    name: str, conditioning: Conditioning, geometry: "FluxGeometry"
+) -> TextEmbedding:
+    """name: of the input it came by. Raises ValueError, by name, for what cannot be honoured."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The CONDITIONING of {name} has {len(conditioning)} entries, and Majic nodes paint "
+            "with one. Remove Conditioning (Combine) or its like."
+        )
+    tokens, options = conditioning[0]
+    unknown = [
+        key for key, value in options.items()
+        if key not in ("pooled_output", "guidance") and value is not None
+    ]  # fmt: skip
+    if unknown:
+        raise ValueError(
+            f"The CONDITIONING of {name} carries {', '.join(sorted(unknown))}, which Majic nodes "
+            "cannot honour. Remove the node that adds it, or sample with KSampler."
+        )
+    pooled = options.get("pooled_output")
+    if pooled is None:
+        pooled = tokens.new_zeros(len(tokens), geometry.pooled_width)
+    for what, found, width in (
+        ("tokens", tokens, geometry.text_width),
+        ("a pooled vector", pooled, geometry.pooled_width),
+    ):
+        if found.shape[0] != 1 or found.shape[-1] != width:
+            raise ValueError(
+                f"The CONDITIONING of {name} has {what} of shape {tuple(found.shape)}, but Flux.1 "
+                f"takes one prompt of width {width}. Encode it with CLIP-L and T5-XXL (type flux)."
+            )
+    return TextEmbedding(tokens.cpu(), pooled.cpu(), options.get("guidance"))
+
+
+def to_latent(latents: Tensor, device: torch.device) -> Latent:
+    """Model-space latents as other nodes expect them."""
+    return {"samples": to_vae_space(latents).to(device)}
+
+
+def from_latent(latent: Latent) -> Tensor:
+    """Float32 model-space latents [batch, 16, h, w] on the CPU; an empty latent stays zeros.
+
+    Raises ValueError when they are another model's.
+    """
+    samples = latent["samples"].float().cpu()
+    empty = not samples.any()
+    if samples.ndim == 4 and empty:  # of any number of channels, as in ComfyUI
+        return samples.new_zeros(len(samples), CHANNELS, *samples.shape[2:])
+    if samples.ndim != 4 or samples.shape[1] != CHANNELS:
+        raise ValueError(
+            f"This LATENT has the shape {tuple(samples.shape)}, but Flux.1's are [batch, "
+            f"{CHANNELS}, height/8, width/8]. Encode the picture with the VAE of Flux.1."
+        )
+    return to_model_space(samples)
+
+
+def from_image(image: Tensor) -> Tensor:
+    """Float32 RGB [n, height, width, 3] on the CPU, cropped to sides that Flux can paint."""
+    return cropped(image[..., :3].float().cpu(), *image.shape[1:3])
+
+
+def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
+    """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to."""
+    mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
+    return mask if image is None else cropped(mask, *image.shape[1:3])
+
+
+def cropped(values: Tensor, height: int, width: int) -> Tensor:
+    """The middle of values [n, height, width, ...], with sides that are multiples of 16.
+
+    Values of another size are of something else, and left as they are.
+    """
+    rows, columns = (side // STEP * STEP for side in (height, width))
+    if values.shape[1:3] != (height, width) or not rows or not columns:
+        return values
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return values[:, top : top + rows, left : left + columns]
+
+
+def pasted(painted: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """`painted` where the mask is 1, the image's own pixels, bit for bit, where it is 0.
+
+    painted: [batch, height, width, 3]; image: [n, height, width, 3]; mask: [m, rows, columns].
+    """
+    size = painted.shape[1:3]
+    if mask.shape[1:] != size:
+        mask = torch.nn.functional.interpolate(mask[:, None], tuple(size), mode="bilinear")[:, 0]
+
+    def for_all(values: Tensor) -> Tensor:
+        return values.repeat(-(-len(painted) // len(values)), 1, 1, 1)[: len(painted)]
+
+    part = for_all(mask[..., None])
+    return painted * part + for_all(image) * (1 - part)

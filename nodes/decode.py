@@ -1,0 +1,39 @@
+from typing import TYPE_CHECKING, Any
+
+from ..host import current as host
+from .sockets import CATEGORY, PipelineHandle
+
+if TYPE_CHECKING:
+    from ..engine.pipeline import Pipeline
+
+io = host.io
+
+
+class Decode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxDecode",
+            display_name="decode",
+            category=CATEGORY,
+            description=(
+                "Decodes LATENT to pictures with the pipeline's VAE, in bands that keep to its "
+                "VRAM budget, without seams."
+            ),
+            search_aliases=["majicflux", "vae decode", "tiled decode", "解码", "VAE解码"],
+            inputs=[
+                PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
+                io.Latent.Input("latent", tooltip="Of any Flux.1 sampler or VAE encoder."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.Image.Output(display_name="image", tooltip="As ComfyUI's VAEDecode.")],
+        )
+
+    @classmethod
+    def execute(cls, pipeline: "Pipeline", latent: Any) -> io.NodeOutput:
+        from ..engine.pipeline import decode
+        from ..host import native
+
+        picture, report = decode(pipeline, native.from_latent(latent), host.check_cancelled)
+        host.show_on_node(cls.hidden.unique_id, str(report))
+        return io.NodeOutput(picture.to(host.result_device()))

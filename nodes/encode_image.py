@@ -1,0 +1,44 @@
+from typing import TYPE_CHECKING
+
+from ..host import current as host
+from .sockets import CATEGORY, PipelineHandle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.pipeline import Pipeline
+
+io = host.io
+
+
+class EncodeImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxEncodeImage",
+            display_name="encode image",
+            category=CATEGORY,
+            description=(
+                "Encodes pictures as LATENT with the pipeline's VAE, in bands that keep to its "
+                "VRAM budget, without seams."
+            ),
+            search_aliases=["majicflux", "vae encode", "图片编码", "VAE编码"],
+            inputs=[
+                PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
+                io.Image.Input(
+                    "image", tooltip="Sides that are no multiple of 16 lose their edges."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="As ComfyUI's VAEEncode.")],
+        )
+
+    @classmethod
+    def execute(cls, pipeline: "Pipeline", image: "Tensor") -> io.NodeOutput:
+        from ..engine.pipeline import encode_pictures
+        from ..host import native
+
+        picture = native.from_image(image)
+        latents, report = encode_pictures(pipeline, picture, host.check_cancelled)
+        host.show_on_node(cls.hidden.unique_id, str(report))
+        return io.NodeOutput(native.to_latent(latents, host.result_device()))

@@ -1,0 +1,51 @@
+from typing import TYPE_CHECKING
+
+from ..host import current as host
+from . import sampling
+from .sockets import CATEGORY, PipelineHandle
+
+if TYPE_CHECKING:
+    from ..engine.pipeline import Pipeline
+
+io = host.io
+
+
+class EncodePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxEncodePrompt",
+            display_name="encode prompt",
+            category=CATEGORY,
+            description=(
+                "Encodes a prompt as CONDITIONING, inside the pipeline's VRAM budget, for denoise, "
+                "sample or ComfyUI's own samplers."
+            ),
+            search_aliases=["majicflux", "clip text encode", "prompt", "提示词", "编码提示词"],
+            inputs=[
+                PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="As of the sample node: (words:1.3) weighs them more.",
+                ),
+                sampling.guidance(),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="The prompt and its guidance."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, pipeline: "Pipeline", prompt: str, guidance: float) -> io.NodeOutput:
+        from ..engine.pipeline import encode_prompts
+        from ..host import native
+
+        (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled)
+        host.show_on_node(cls.hidden.unique_id, str(report))
+        return io.NodeOutput(native.to_conditioning(embedding, guidance))

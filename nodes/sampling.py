@@ -1,0 +1,147 @@
+"""Inputs that the nodes which sample have in common, and what they mean."""
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from ..host import current as host
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.schedule import Schedule
+
+io = host.io
+NEW_SEED = -1
+# Names are part of saved workflows; test_nodes compares them with the engine's.
+SOLVERS = ["euler", "heun", "dpmpp_2m"]
+SCHEDULES = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
+
+
+def seed() -> Any:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=NEW_SEED,
+        max=2**64 - 1,
+        control_after_generate=True,
+        tooltip=(
+            "Chooses the noise. The same seed and settings give the same picture. "
+            "-1: another one each time; the node and the saved picture say which."
+        ),
+    )
+
+
+def steps() -> Any:
+    return io.Int.Input(
+        "steps",
+        default=20,
+        min=1,
+        max=100,
+        tooltip="Denoising steps. 20 is the published setting; more is slower.",
+    )
+
+
+def guidance() -> Any:
+    return io.Float.Input(
+        "guidance",
+        default=3.5,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip=(
+            "How closely to follow the prompt, built into Flux.1-dev models. 3.5 is usual; lower "
+            "looks more natural. schnell models ignore it. Not the same as cfg."
+        ),
+    )
+
+
+def cfg() -> Any:
+    return io.Float.Input(
+        "cfg",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        optional=True,
+        tooltip=(
+            "Classifier-free guidance: how far to go away from the negative prompt. 1: not at "
+            "all, which is what Flux.1-dev was made for, as its guidance is built in. Any other "
+            "value takes two passes a step, twice the time; 1.5 to 3 with a guidance of 1 to 2 "
+            "is usual."
+        ),
+    )
+
+
+def solver() -> Any:
+    return io.Combo.Input(
+        "solver",
+        options=SOLVERS,
+        default="euler",
+        optional=True,
+        tooltip=(
+            "How one step leads to the next. euler: the published one. dpmpp_2m: as fast a step, "
+            "closer with few steps. heun: closest, two passes a step."
+        ),
+    )
+
+
+def schedule() -> Any:
+    return io.Combo.Input(
+        "schedule",
+        options=SCHEDULES,
+        default=SCHEDULES[0],
+        optional=True,
+        tooltip=(
+            "The noise level of each step. DiffSynth (shift 3): the published one, the same at "
+            "every size. resolution-aware (BFL): Black Forest Labs' own, which stays longer at "
+            "high noise the larger the picture is."
+        ),
+    )
+
+
+def strength() -> Any:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip=(
+            "With an image or latent: how much of it is painted anew. 1: everything; 0.5: about "
+            "half. All steps are made with any strength."
+        ),
+    )
+
+
+def sigmas() -> Any:
+    return io.Sigmas.Input(
+        "sigmas",
+        optional=True,
+        tooltip=(
+            "Noise levels from a scheduler node such as BasicScheduler, instead of steps, "
+            "schedule and strength."
+        ),
+    )
+
+
+def resolved_seed(cls: Any, seed: int) -> int:
+    """The seed to use, which the API graph that is saved with the picture then has too."""
+    if seed != NEW_SEED:
+        return seed
+    seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
+    node = (cls.hidden.prompt or {}).get(cls.hidden.unique_id)
+    if node is not None:
+        node["inputs"]["seed"] = seed
+    return seed
+
+
+def fingerprint(seed: int | None) -> Any:
+    """Equal for equal seeds, and never for a new one."""
+    return random.random() if seed == NEW_SEED else seed
+
+
+def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":
+    from ..engine.schedule import SCHEDULES, given_sigmas
+
+    return SCHEDULES[name] if sigmas is None else given_sigmas(sigmas)
