@@ -88,6 +88,7 @@ def test_a_weight_moves_t5s_vectors_from_those_of_no_words(encoders: TextEncoder
         big = slice(len(parts[0]), len(parts[0]) + len(parts[1]))
         expected[:, big] = empty[:, big] + 1.5 * (expected[:, big] - empty[:, big])
     torch.testing.assert_close(found.tokens, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.tokens[:, big.stop :], expected[:, big.stop :])
     other = encode(encoders, "a (big:1.2) cat")
     assert (other.tokens - expected).abs().max() > 0.01
     assert torch.equal(other.pooled, found.pooled), "as in ComfyUI"
@@ -161,8 +162,8 @@ def test_tokens_are_counted_as_they_are_read(encoders: TextEncoders) -> None:
     assert encoders.count("a (cat:1.3)") == TokenCounts(4, 6, 4)  # T5 marks the start of a word
     long = encoders.count("word " * 30)
     assert (long.clip, long.clip_read) == (120, 75)
-    # Three letters after 73 are not cut within, as ComfyUI does not.
-    assert encoders.count("a" * 73 + "(cat:1.3)").clip_read == 73
+    # A short text that does not fit ends what is read, as in ComfyUI.
+    assert encoders.count("a" * 73 + "(cat:1.3)(b)").clip_read == 73
     assert encoders.count("a" * 72 + "(cat:1.3)").clip_read == 75
 
 
