@@ -1,7 +1,10 @@
 """Prompt -> embeddings, by CLIP-L (pooled vector) and T5 (one vector per token)."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +91,7 @@ class TextEncoders:
         """
         device, module, work = self.patcher.device, self.weights.module, work or Work()
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, work)
-        with visits as stream:
+        with visits as stream, _attempted(module, work):
             clip_ids = _token_ids(self.clip_tokenizer, prompt, CLIP_TOKENS, device)
             pooled, _ = work.attempt(lambda: module.clip(clip_ids))
             t5_ids = _token_ids(self.t5_tokenizer, prompt, T5_TOKENS, device)
@@ -122,6 +125,23 @@ def build_text_encoders(
         blocks += [[attention.q], [attention.k], [attention.v], [attention.o]]
         blocks += [[mlp.wi_0], [mlp.wi_1], [mlp.wo]]
     return OffloadedModule(both, blocks, at_home=[clip.token_embedding, t5.shared])
+
+
+@contextmanager
+def _attempted(both: Any, work: Work) -> Iterator[None]:
+    """Each layer of CLIP, and each attention and feed forward of T5, is an attempt of its own."""
+    layers = [*both.clip.encoders, *(part for block in both.t5.encoder.block for part in block.layer)]
+    for layer in layers:
+        layer.forward = partial(_attempt, work, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _attempt(work: Work, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return work.attempt(lambda: forward(*args, **kwargs))
 
 
 class HomeEmbedding(nn.Module):
