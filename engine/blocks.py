@@ -159,7 +159,8 @@ def _write_qkv(
     if some == width:  # one product, because the three lie side by side
         layer(rows, out=out, columns=slice(0, 3 * width))
     else:
-        for first, place in zip(range(heads.start, 3 * width, width), out.split(some, dim=-1)):
+        for part, place in enumerate(out.split(some, dim=-1)):
+            first = part * width + heads.start
             layer(rows, out=place, columns=slice(first, first + some))
     del rows
     rms_rope_(out, *norms, rope[:, :, tokens], some // HEAD_DIM)

@@ -224,9 +224,7 @@ class _Run:
                 if component is self.pipeline.dit and plan.visiting and memory.counted:
                     component.patcher.pin()  # the text encoders and the VAE run once: not worth it
                 memory.begin()
-                yield Work(
-                    plan.tokens, plan.groups, lambda: self._relieve(component, own, memory)
-                )
+                yield Work(plan.tokens, plan.groups, lambda: self._relieve(component, own, memory))
             finished = True
         except torch.OutOfMemoryError as error:
             raise BudgetError(

@@ -253,8 +253,10 @@ def _row_bytes(
     joined = width + hidden  # the input of a single block's last layer
     if card.fused:  # straight into the format that the product takes
         row = 1 if eight_bit else itemsize
-        copied = itemsize * share if share < 1 else 0  # a product to where it belongs
-        return int((row + copied) * width), (itemsize + row) * hidden, itemsize * hidden + row * joined
+        before = row * width
+        if share < 1:  # a product, on its way to where it belongs
+            before += int(itemsize * share * width)
+        return before, (itemsize + row) * hidden, itemsize * hidden + row * joined
     # Rows as they are rotated, or float32 queries or keys as they are turned.
     before = int(max(2 * itemsize, 20 * share) * width)
     more = itemsize * rotated

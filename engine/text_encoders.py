@@ -130,7 +130,8 @@ def build_text_encoders(
 @contextmanager
 def _attempted(both: Any, work: Work) -> Iterator[None]:
     """Each layer of CLIP, and each attention and feed forward of T5, is an attempt of its own."""
-    layers = [*both.clip.encoders, *(part for block in both.t5.encoder.block for part in block.layer)]
+    of_t5 = (layer for block in both.t5.encoder.block for layer in block.layer)
+    layers = [*both.clip.encoders, *of_t5]
     for layer in layers:
         layer.forward = partial(_attempt, work, layer.forward)
     try:

@@ -55,9 +55,7 @@ class Work:
         while first < tokens.stop:
             first = self.attempt(following)
 
-    def attempt(
-        self, part: Callable[[], Result], less: Callable[[], bool] | None = None
-    ) -> Result:
+    def attempt(self, part: Callable[[], Result], less: Callable[[], bool] | None = None) -> Result:
         """Do `part`, again when it ran out of memory and some could be freed, or else when there is
         less to do at once: by `less`, which returns whether there is, or fewer tokens.
 

@@ -125,10 +125,10 @@ def test_any_allocation_may_fail(size: tuple[int, int], step: int) -> None:
     allocations = through_blocks(Work(*size))[1].made
     assert allocations > 50
     for failing in range(0, allocations // 2 + 1, step):
-        again = failing + allocations // 2
+        both = (failing, failing + allocations // 2)
         work = Work(*size)
-        found, live = through_blocks(work, lambda number, *_: number not in (failing, again))
-        assert live.made > again
+        found, live = through_blocks(work, lambda number, *_, both=both: number not in both)
+        assert live.made > both[1]
         assert torch.equal(found, whole), failing
         if size == (0, 1):
             assert (work.tokens, work.groups) != size, "less at once from then on"
