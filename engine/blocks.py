@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
 from torch import Tensor
 from torch.nn import functional as F
@@ -124,7 +123,7 @@ def mix(x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, work: Work) -
         nonlocal mixed
         count = work.heads(heads)
         if mixed is None and count < heads:
-            mixed = torch.empty_like(x)
+            mixed = x.new_empty(x.shape)
         some = slice(done * HEAD_DIM, (done + count) * HEAD_DIM)
         qkv = x.new_empty(1, x.shape[1], 3 * count * HEAD_DIM)
         for of_part, norm, layer, norms in parts:
@@ -137,7 +136,7 @@ def mix(x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, work: Work) -
         return done + count
 
     while done < heads:
-        done = work.attempt(some_heads, work.fewer_heads)
+        done = work.attempt(some_heads, partial(work.fewer_heads, heads))
     assert mixed is not None
     return mixed
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ log = logging.getLogger("majicflux")
 CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
 GROUPS = (2, 4, 8)  # that the heads of an attention are divided into, besides one
 ROW_MULTIPLE = 64  # of rows computed at once; what matrix units like
+SHORT = "The card has less memory than planned; from here on %s."
 Result = TypeVar("Result")
 
 
@@ -27,10 +28,12 @@ class Work:
     tokens: int = 0
     groups: int = 1
     relieve: Callable[[], bool] | None = None
+    longest: int = field(default=0, init=False)  # stretch of tokens that was divided into chunks
 
     def chunks(self, tokens: slice) -> Iterator[slice]:
         """Parts of about the same length, the first the longest, none above `self.tokens`."""
         count = tokens.stop - tokens.start
+        self.longest = max(self.longest, count)
         if self.tokens and count > self.tokens:
             parts = -(-count // self.tokens)
             size = -(-count // parts // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -71,18 +74,20 @@ class Work:
                 return part()
 
     def fewer_tokens(self) -> bool:
-        if self.tokens and self.tokens <= CHUNKS[-1]:
+        """The next smaller chunks; False: there are none, or nothing has been done in chunks."""
+        now = min(self.tokens or self.longest, self.longest)
+        fewer = next((chunk for chunk in CHUNKS if chunk < now), None)
+        if fewer is None:
             return False
-        self.tokens = self.tokens // 2 or CHUNKS[0]
-        log.warning(SHORT + "%d tokens are computed at once from here on.", self.tokens)
+        self.tokens = fewer
+        log.warning(SHORT, f"{fewer} tokens are computed at once")
         return True
 
-    def fewer_heads(self) -> bool:
-        if self.groups >= GROUPS[-1]:
+    def fewer_heads(self, of: int) -> bool:
+        """More groups; False: there can be no more of `of` heads."""
+        more = next((n for n in GROUPS if gcd(of, n) > gcd(of, self.groups)), None)
+        if more is None:
             return False
-        self.groups *= 2
-        log.warning(SHORT + "attention is computed in %d parts from here on.", self.groups)
+        self.groups = more
+        log.warning(SHORT, f"heads attend in {more} groups")
         return True
-
-
-SHORT = "The card has less memory than planned; "

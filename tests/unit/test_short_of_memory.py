@@ -280,7 +280,7 @@ def test_when_no_weights_are_left_less_is_computed_at_once(
     assert torch.equal(run(pipeline), expected)
     assert shortage.failures > 1
     assert pipeline.dit.weights.resident_bytes < 2 * pipeline.dit.weights.largest_bytes
-    assert "attention is computed in 2 parts from here on" in caplog.text
+    assert "from here on heads attend in 2 groups" in caplog.text
     caplog.clear()
     shortage.short = lambda _: False
     assert torch.equal(run(pipeline), expected)

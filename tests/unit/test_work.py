@@ -147,11 +147,11 @@ def test_weights_leave_before_less_is_computed_at_once() -> None:
     assert (left, work.tokens, work.groups) == ([0], 0, 1)
     assert torch.equal(found, whole)
     through_blocks(work, lambda number, *_: number != 5)
-    assert (left, work.tokens, work.groups) == ([-1], CHUNKS[0], 1)
+    assert (left, work.tokens, work.groups) == ([-1], 256, 1)
 
 
 @pytest.mark.parametrize(
-    ("size", "less"), [((0, 1), (4096, 1)), ((256, 1), (256, 2)), ((256, 2), None)]
+    ("size", "less"), [((0, 1), (256, 1)), ((256, 1), (256, 2)), ((256, 2), None)]
 )
 def test_a_run_that_is_short_of_memory_computes_as_little_at_once_as_it_must(
     size: tuple[int, int], less: tuple[int, int] | None
@@ -201,8 +201,7 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
     work = Work()
     assert torch.equal(run(work, pictures=pictures), whole)
     assert (work.tokens, work.groups) == (256, 1)
-    assert caplog.text.count("less memory than planned") == len(CHUNKS)
-    assert "256 tokens are computed at once from here on" in caplog.text
+    assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
 
 
 @pytest.mark.parametrize("most", [2, 1, 0])
@@ -227,9 +226,20 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
         return
     assert torch.equal(run(work, pictures=2), whole)
     assert (work.tokens, work.groups) == (512, GEOMETRY.heads // most)
-    assert "attention is computed in 2 parts from here on" in caplog.text
+    assert "from here on heads attend in 2 groups" in caplog.text
     # Two pictures in two blocks, and no group of heads twice.
     assert attended == [most] * (GEOMETRY.heads // most) * 4
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(24, [2, 4, 8]), (6, [2]), (4, [2, 4]), (5, [])])
+def test_groups_are_all_of_one_size(heads: int, groups: list[int]) -> None:
+    work = Work()
+    found = []
+    while work.fewer_heads(heads):
+        found.append(work.groups)
+        assert work.heads(heads) * work.groups == heads
+    assert found == groups
+    assert not work.fewer_tokens(), "where nothing is done in chunks there can be no smaller ones"
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 514, 1100, 4097])
