@@ -61,9 +61,9 @@ COMPUTED = {
     "int8 rotated dequantized": ("int8 rotated", False),
 }
 # All sizes of one, as many as tell something of the rest.
-CASES = [("bfloat16", size) for size in SIZES]
+CASES = [("bfloat16", size) for size in SIZES[:4]]
 CASES += [(name, size) for name in [*COMPUTED][1:] for size in ((512, 512), (1024, 1024))]
-CASES += [("int8 rotated", (2048, 2048))]
+CASES += [("int8 rotated", (1536, 640)), ("float8", (2048, 2048))]
 CARDS = {"plain": Card(), "fused": Card(128 * 2**20, True)}
 
 
@@ -267,7 +267,8 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
         phase, same = found(budget)
         assert replace(phase, smallest=same.smallest) == same
     groups = []
-    for budget in range(plain.smallest - 1, grouped.smallest, -(10**7)):
+    step = (plain.smallest - grouped.smallest) // 12
+    for budget in range(plain.smallest - 1, grouped.smallest, -step):
         phase = denoising(name, job, budget, card)
         assert phase.peak <= budget
         assert phase.tokens == CHUNKS[-1]
