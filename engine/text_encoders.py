@@ -76,6 +76,10 @@ class TextEncoders:
             self._remembered.move_to_end(key)
         return self._remembered.get(key)
 
+    def forget(self) -> None:
+        """Encode all prompts anew."""
+        self._remembered.clear()
+
     def count(self, prompt: str) -> TokenCounts:
         """Raises ValueError when the prompt is too long."""
         segments = weighted_segments(prompt)

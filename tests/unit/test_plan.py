@@ -529,7 +529,14 @@ def test_plan_says_everything_to_programs(built_once, capsys) -> None:
     code, text, errors = said(capsys, "--json", "--vram", 6, "--compute", "bfloat16")
     assert (code, errors) == (0, "")
     found = json.loads(text)
-    job = {"width": 1024, "height": 1024, "batch_size": 1, "steps": 20, "words": T5_TOKENS}
+    job = {
+        "width": 1024,
+        "height": 1024,
+        "batch_size": 1,
+        "steps": 20,
+        "prompts": 1,
+        "words": T5_TOKENS,
+    }
     assert found["job"] == job
     assert found["budget_bytes"] == 6 * GB
     assert found["peak_bytes"] == max(phase["peak"] for phase in found["phases"]) <= 6 * GB
