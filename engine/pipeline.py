@@ -259,13 +259,17 @@ def encode_pictures(
 
 @torch.inference_mode()
 def denoise(
-    pipeline: Pipeline, request: Request, on_pass: OnPass, before_block: BeforeBlock
+    pipeline: Pipeline,
+    request: Request,
+    on_pass: OnPass,
+    before_block: BeforeBlock,
+    latents_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Report]:
     """The request's latents; its prompts are encoded, and it has no picture."""
     run = Run(pipeline, request.job, [DENOISING], before_block)
     prompts = run.encode_prompts(request.prompts)
     task = request.task(request.latents)
-    return run.denoise(task, prompts, request.guidance, on_pass), run.report
+    return run.denoise(task, prompts, request.guidance, on_pass, latents_dtype), run.report
 
 
 @torch.inference_mode()

@@ -1,6 +1,8 @@
 """How the latents follow the velocity from one noise level to the next."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -34,29 +36,41 @@ def heun(velocity: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:
     return latents
 
 
-def dpmpp_2m(velocity: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:
-    """Second order; one pass a step, which looks back at the one before.
+def deis(order: int, velocity: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:
+    """Of order 2 or 3; one pass a step, which goes on as the last ones curve.
 
-    Source: DPM-Solver++(2M), algorithm 2 of Lu et al. 2022, arXiv:2211.01095, in -log(sigma), in
-    which ComfyUI's `dpmpp_2m` writes it for every model. The first step and one that ends at 0
-    are of first order.
+    The polynomial through the velocities of the last steps is integrated: Adams and Bashforth's
+    method for uneven steps. Source: tAB-DEIS of Zhang and Chen 2022, arXiv:2204.13902, in sigma,
+    in which a flow's velocity has no singularity; so that, unlike ComfyUI's `deis`, the step that
+    ends at 0 is of full order too.
     """
-    before: Tensor | None = None  # the estimate of the clean latents, one step ago
-    log = sigmas.log()
-    for step in range(len(sigmas) - 1):
-        sigma, following = sigmas[step], sigmas[step + 1]
-        clean = latents - velocity(latents, sigma) * sigma
-        towards = clean
-        if before is not None and following > 0:
-            ahead = (log[step + 1] - log[step]) / (2 * (log[step] - log[step - 1]))
-            towards = clean + ahead * (clean - before)
-        kept = following / sigma
-        latents = kept * latents + (1 - kept) * towards
-        before = clean
+    levels: list[float] = []  # of the last steps, the latest first
+    slopes: list[Tensor] = []
+    for sigma, following in pairwise(sigmas):
+        levels = [sigma.item(), *levels][:order]
+        slopes = [velocity(latents, sigma), *slopes][:order]
+        shares = _integrals(levels, sigma.item(), following.item())
+        latents = latents + sum(share * slope for share, slope in zip(shares, slopes, strict=True))
     return latents
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+def _integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
+    """Of each Lagrange polynomial of up to four nodes, from start to end."""
+    middle, half = (start + end) / 2, (end - start) / 2
+    points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))  # Gauss: exact to cubes
+
+    def polynomial(node: float, at: float) -> float:
+        return math.prod((at - other) / (node - other) for other in nodes if other != node)
+
+    return [half * sum(polynomial(node, at) for at in points) for node in nodes]
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler": euler,
+    "deis_2m": partial(deis, 2),
+    "deis_3m": partial(deis, 3),
+    "heun": heun,
+}
 
 
 def passes(solver: Solver, sigmas: Tensor) -> int:

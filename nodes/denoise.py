@@ -126,7 +126,7 @@ class Denoise(io.ComfyNode):
             if negative is None:
                 raise ValueError("A cfg other than 1 needs a negative prompt: connect negative.")
             away = native.from_conditioning("negative", negative, geometry)
-        seed = sampling.resolved_seed(cls, seed)
+        seed, drawn = sampling.resolved_seed(cls, seed)
         all_steps = sampling.schedule_of(schedule, sigmas)
         request = Request(
             towards,
@@ -149,5 +149,5 @@ class Denoise(io.ComfyNode):
             request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
         )
         found, report = denoise(pipeline, request, on_pass, host.check_cancelled)
-        host.show_on_node(cls.hidden.unique_id, f"seed {seed}\n{report}")
+        host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
         return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})

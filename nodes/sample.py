@@ -218,7 +218,7 @@ class Sample(io.ComfyNode):
                 return text
             return native.from_conditioning(name, conditioning, geometry)
 
-        seed = sampling.resolved_seed(cls, seed)
+        seed, drawn = sampling.resolved_seed(cls, seed)
         request = Request(
             prompt_of("positive", prompt, positive),
             seed,
@@ -243,7 +243,7 @@ class Sample(io.ComfyNode):
         painted, found, report = paint(pipeline, request, on_pass, host.check_cancelled)
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
-        host.show_on_node(cls.hidden.unique_id, f"seed {seed}\n{report}")
+        host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
         if cls.hidden.extra_pnginfo is not None:  # SaveImage writes it into the picture
             cls.hidden.extra_pnginfo["majicflux"] = {"seed": seed, **report.as_dict()}
         device = host.result_device()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 io = host.io
 NEW_SEED = -1
 # Names are part of saved workflows; test_nodes compares them with the engine's.
-SOLVERS = ["euler", "heun", "dpmpp_2m"]
+SOLVERS = ["euler", "deis_2m", "deis_3m", "heun"]
 SCHEDULES = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
 
 
@@ -79,8 +79,8 @@ def solver() -> Any:
         default="euler",
         optional=True,
         tooltip=(
-            "How one step leads to the next. euler: the published one. dpmpp_2m: as fast a step, "
-            "closer with few steps. heun: closest, two passes a step."
+            "How one step leads to the next. euler: the published one. deis_2m, deis_3m: as fast, "
+            "and closer to the end result with few steps. heun: two passes a step."
         ),
     )
 
@@ -125,15 +125,18 @@ def sigmas() -> Any:
     )
 
 
-def resolved_seed(cls: Any, seed: int) -> int:
-    """The seed to use, which the API graph that is saved with the picture then has too."""
+def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
+    """The seed to use, and a line about it where it was drawn.
+
+    The API graph that is saved with the picture then has it too.
+    """
     if seed != NEW_SEED:
-        return seed
+        return seed, ""
     seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
     node = (cls.hidden.prompt or {}).get(cls.hidden.unique_id)
     if node is not None:
         node["inputs"]["seed"] = seed
-    return seed
+    return seed, f"\nseed {seed}"
 
 
 def fingerprint(seed: int | None) -> Any:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
 from majicflux.engine.denoise import Velocity, conditions_of, flux_velocity
-from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_vae_space
+from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_model_space, to_vae_space
 from majicflux.engine.precision import FLOAT32, uniform
 from majicflux.engine.text_encoders import TextEmbedding
 from majicflux.loaders import demo_models
@@ -27,7 +27,7 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def velocity_of(dit, text: TextEmbedding, guidance: float, latents, sigma) -> Velocity:
-    given = (dit, text, guidance, FLOAT, latents, sigma.reshape(1))
+    given = (dit, text, guidance, FLOAT, latents.device, FLOAT, sigma.reshape(1))
     return flux_velocity(dit, conditions_of(*given))
 
 
@@ -205,8 +205,12 @@ def test_noise_and_latent_space() -> None:
     import comfy.sample
 
     empty = torch.zeros(3, 16, 128, 128)
-    noise = draw_noise(2**63 + 5, batch_size=3, width=1024, height=1024)
+    noise = draw_noise(2**63 + 5, empty.shape)
     assert torch.equal(noise, comfy.sample.prepare_noise(empty, 2**63 + 5))
+    some = [2, 0, 2]
+    expected = comfy.sample.prepare_noise(empty, 7, some)
+    assert torch.equal(draw_noise(7, empty.shape, some), expected)
     theirs = comfy.latent_formats.Flux()
     assert (theirs.scale_factor, theirs.shift_factor) == (SCALE, SHIFT)
     assert torch.equal(to_vae_space(noise), theirs.process_out(noise))
+    assert torch.equal(to_model_space(noise), theirs.process_in(noise))

@@ -32,13 +32,13 @@ class Held:
 def held(comfy, card, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
     """The phases that ran."""
     streaming = comfy.pack("engine.streaming")
-    run = comfy.pack("engine.pipeline")._Run
+    run = comfy.pack("engine.pipeline").Run
     phases: list[Held] = []
     phase, enter = run.phase, streaming.Stream.enter
 
-    def noted(self, component: Any, plan: Any):
-        phases.append(Held(self.pipeline.budget_bytes, plan.name))
-        return phase(self, component, plan)
+    def noted(self, name: str):
+        phases.append(Held(self.pipeline.budget_bytes, name))
+        return phase(self, name)
 
     def watched(self, block: Any) -> None:
         enter(self, block)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffsynth_pipeline import diffsynth_pipeline
 
-from majicflux.engine.flux_dit import sized_flux_dit
 from majicflux.engine.latents import draw_noise
 from majicflux.engine.pipeline import Pipeline, Request, paint
 from majicflux.engine.sampling import Task, sample
@@ -22,24 +22,6 @@ def test_the_schedule_is_diffsynths(steps: int) -> None:
     scheduler = FlowMatchScheduler("FLUX.1")
     scheduler.set_timesteps(steps)
     assert torch.equal(diffsynth_sigmas(steps, 64, 64)[:-1], scheduler.sigmas)
-
-
-def diffsynth_pipeline(ours: Pipeline):
-    """DiffSynth's FluxImagePipeline, its own transformer, the weights of `ours`, on the CPU."""
-    from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
-    from diffsynth.pipelines.flux_image import FluxImagePipeline
-
-    pipe = FluxImagePipeline(device="cpu", torch_dtype=torch.bfloat16)
-    encoders = ours.text_encoders
-    pipe.text_encoder_1 = encoders.weights.module["clip"]
-    pipe.text_encoder_2 = encoders.weights.module["t5"]
-    pipe.tokenizer_1, pipe.tokenizer_2 = encoders.clip_tokenizer, encoders.t5_tokenizer
-    theirs = (FluxJointTransformerBlock, FluxSingleTransformerBlock)
-    pipe.dit = sized_flux_dit(ours.dit.geometry, *theirs)
-    pipe.dit.load_state_dict(ours.dit.weights.module.state_dict(), assign=True)
-    pipe.vae_decoder = ours.vae.weights.module["decoder"]
-    pipe.vram_management_enabled = False
-    return pipe
 
 
 def test_latents_and_picture_are_diffsynths_bit_for_bit(make_pipeline) -> None:
