@@ -102,7 +102,7 @@ class Pipeline:
             others = self.dit.weights.travelling_bytes + self.vae.weights.travelling_bytes
             phase = plan_text(
                 encoders.weights, encoders.t5_geometry, encoders.itemsize, budget,
-                card_of(device), others,
+                card_of(device), others, job.words,
             )  # fmt: skip
         elif name == DENOISING:
             dit = self.dit
@@ -226,7 +226,7 @@ def paint(
     where that can be known.
     """
     names = PAINTING if request.picture is None else (TEXT, ENCODE, DENOISING, DECODE)
-    run = Run(pipeline, request.job, names, before_block)
+    run = Run(pipeline, _job_of(pipeline, request), names, before_block)
     prompts = run.encode_prompts(request.prompts)
     clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
     latents = run.denoise(request.task(clean), prompts, request.guidance, on_pass, latents_dtype)
@@ -236,6 +236,16 @@ def paint(
     return picture, latents, run.report
 
 
+def _job_of(pipeline: Pipeline, request: Request) -> Job:
+    return replace(request.job, words=_words(pipeline, request.prompts))
+
+
+def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
+    """T5's tokens of the longest. Raises ValueError for one that is too long."""
+    count = pipeline.text_encoders.count
+    return max(count(p).words if isinstance(p, str) else p.tokens.shape[1] for p in prompts)
+
+
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.
 
 
@@ -243,7 +253,7 @@ def paint(
 def encode_prompts(
     pipeline: Pipeline, prompts: Sequence[str], before_block: BeforeBlock
 ) -> tuple[list[TextEmbedding], Report]:
-    run = Run(pipeline, Job(STEP, STEP), [TEXT], before_block)
+    run = Run(pipeline, Job(STEP, STEP, words=_words(pipeline, prompts)), [TEXT], before_block)
     return run.encode_prompts(prompts), run.report
 
 
@@ -266,7 +276,7 @@ def denoise(
     latents_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Report]:
     """The request's latents; its prompts are encoded, and it has no picture."""
-    run = Run(pipeline, request.job, [DENOISING], before_block)
+    run = Run(pipeline, _job_of(pipeline, request), [DENOISING], before_block)
     prompts = run.encode_prompts(request.prompts)
     task = request.task(request.latents)
     return run.denoise(task, prompts, request.guidance, on_pass, latents_dtype), run.report

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from . import vae_bands
 from .flux_dit import HEAD_DIM, MLP_RATIO, FluxGeometry
 from .latents import CHANNELS
+from .prompts import T5_TOKENS
 from .sizes import PIXELS_PER_LATENT, STEP
-from .text_encoders import T5_TOKENS, T5Geometry
+from .text_encoders import T5Geometry
 from .work import Work
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Job:
-    """The picture: pixels, pictures at once, denoising steps, prompts that each step follows."""
+    """The picture: pixels, pictures at once, denoising steps, prompts that each step follows, and
+    T5's tokens of each."""
 
     width: int
     height: int
     batch_size: int = 1
     steps: int = 20
     prompts: int = 1
+    words: int = T5_TOKENS
 
     @property
     def image_tokens(self) -> int:
@@ -121,18 +124,23 @@ class Plan:
             raise BudgetError(
                 f"Only {self.budget_bytes / GB:.2f} GB of VRAM can be had, too little for "
                 f"{self._picture}: the phase '{worst.name}' needs {in_gb_above(worst.smallest)} "
-                "GB. Close other programs that use the card, or choose a smaller picture or batch."
+                f"GB. Close other programs that use the card, or choose {self._smaller}."
             )
         raise BudgetError(
             f"{self.budget_bytes / GB:.2f} GB of VRAM are too little for {self._picture}: the "
             f"phase '{worst.name}' needs {worst.smallest / GB:.2f} GB. Set vram_budget_gb to "
-            f"{in_gb_above(worst.smallest)} or more, or choose a smaller picture or batch."
+            f"{in_gb_above(worst.smallest)} or more, or choose {self._smaller}."
         )
 
     @property
     def _picture(self) -> str:
         job = self.job
         return f"{job.batch_size} x {job.width}x{job.height}"
+
+    @property
+    def _smaller(self) -> str:
+        prompt = ", or a shorter prompt" if self.job.words > T5_TOKENS else ""
+        return f"a smaller picture or batch{prompt}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""
@@ -171,16 +179,17 @@ def plan_text(
     budget: int | None,
     card: Card,
     others_bytes: int = 0,
+    words: int = T5_TOKENS,
 ) -> Phase:
-    """Both encoders; one prompt.
+    """Both encoders; one prompt of so many T5 tokens.
 
     They visit unless there is room for `others_bytes` of the other components' weights too: they
     run once a prompt, and what made room for them would have to come back.
     """
-    scores = t5.heads * T5_TOKENS**2
+    scores = t5.heads * words**2
     # The position bias, the scores, and both in float32 around the softmax: no fused attention
     # takes a bias everywhere.
-    values = scores * (2 * itemsize + 2 * 4) + T5_TOKENS * (t5.width + 4 * t5.mlp_width) * itemsize
+    values = scores * (2 * itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
     phase = _phase("text encoders", weights, [(0, values)], budget, card)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase
@@ -196,12 +205,12 @@ def plan_denoising(
     conversion_bytes: int,
     budget: int | None,
     card: Card,
-    words: int = T5_TOKENS,
 ) -> Phase:
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
     rotated = any(getattr(layer, "group", 0) for layer in weights.module.modules())
-    pictures, tokens = job.batch_size, job.image_tokens + words
+    pictures, words = job.batch_size, job.words
+    tokens = job.image_tokens + words
     width = geometry.hidden
     rows, columns = job.latent_size
     latents = pictures * CHANNELS * rows * columns
@@ -346,7 +355,7 @@ def step_seconds(phase: Phase, geometry: FluxGeometry, job: Job, card: Card) -> 
     """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
     if card.copy_rate is None or card.product_rate is None or card.attention_rate is None:
         return None
-    tokens, width = job.image_tokens + T5_TOKENS, geometry.hidden
+    tokens, width = job.image_tokens + job.words, geometry.hidden
     blocks = geometry.double_blocks + geometry.single_blocks
     passes = job.batch_size * job.prompts
     products = 2 * 12 * width**2 * blocks * tokens * passes

@@ -1,7 +1,7 @@
 """Prompt -> embeddings, by CLIP-L (pooled vector) and T5 (one vector per token)."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .offload import BeforeBlock, OffloadedModule, Patcher
+from .prompts import T5_TOKENS, Segments, TokenCounts, tokenize, weighted_segments
 from .work import Work
 
-CLIP_TOKENS = 77
-T5_TOKENS = 512
-REMEMBERED_PROMPTS = 32  # about 4 MB each with T5-XXL in bfloat16
+REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in bfloat16
 CLIP_HEAD_DIM = 64  # of every CLIP text encoder
 
 
@@ -43,9 +42,13 @@ class T5Geometry:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    tokens: Tensor  # T5 states [1, 512, width]
+    tokens: Tensor  # T5 states [1, words, width]
     pooled: Tensor  # CLIP vector [1, width]
     guidance: float | None = None  # where it has one of its own
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.pooled.nbytes
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,21 @@ class TextEncoders:
     patcher: Patcher
     clip_tokenizer: Any
     t5_tokenizer: Any
-    _remembered: OrderedDict[str, TextEmbedding] = field(default_factory=OrderedDict, repr=False)
+    _remembered: OrderedDict[tuple[Segments, int], TextEmbedding] = field(
+        default_factory=OrderedDict, repr=False
+    )
 
-    def recall(self, prompt: str) -> TextEmbedding | None:
+    def recall(self, prompt: str, words: int = T5_TOKENS) -> TextEmbedding | None:
         """The embedding of a prompt that was encoded before, or None."""
-        if prompt in self._remembered:
-            self._remembered.move_to_end(prompt)
-        return self._remembered.get(prompt)
+        key = weighted_segments(prompt), words
+        if key in self._remembered:
+            self._remembered.move_to_end(key)
+        return self._remembered.get(key)
+
+    def count(self, prompt: str) -> TokenCounts:
+        """Raises ValueError when the prompt is too long."""
+        segments = weighted_segments(prompt)
+        return tokenize(segments, self.clip_tokenizer, self.t5_tokenizer).counts
 
     @property
     def t5_geometry(self) -> T5Geometry:
@@ -82,23 +93,40 @@ class TextEncoders:
         before_block: BeforeBlock | None = None,
         ring_bytes: int = 0,
         work: Work | None = None,
+        words: int = T5_TOKENS,
     ) -> tuple[TextEmbedding, int]:
         """Run both encoders; the caller has made room on `patcher.device`.
 
+        Weights other than 1 mean what they mean to ComfyUI: T5's vectors are moved along the line
+        from those of an empty prompt, which is encoded too if it is not remembered; CLIP's pooled
+        vector, all that Flux takes of CLIP, is left as it is. words: T5's tokens at least.
         Returns the embedding, on the CPU, and the bytes of weights that were moved.
+        Raises ValueError when the prompt is too long.
         """
+        segments, moved_bytes = weighted_segments(prompt), 0
+        text = tokenize(segments, self.clip_tokenizer, self.t5_tokenizer, words)
+        empty = None
+        if any(weight != 1 for weight in text.weights):
+            empty = self.recall("", len(text.t5))
+            if empty is None:
+                given = (before_block, ring_bytes, work, len(text.t5))
+                empty, moved_bytes = self.encode("", *given)
         device, module, work = self.patcher.device, self.weights.module, work or Work()
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, work)
         with visits as stream:
-            clip_ids = _token_ids(self.clip_tokenizer, prompt, CLIP_TOKENS, device)
+            clip_ids = torch.tensor([text.clip], device=device)
             pooled, _ = work.attempt(lambda: module.clip(clip_ids))
-            t5_ids = _token_ids(self.t5_tokenizer, prompt, T5_TOKENS, device)
+            t5_ids = torch.tensor([text.t5], device=device)
             tokens = work.attempt(lambda: module.t5(t5_ids))
             embedding = TextEmbedding(tokens.cpu(), pooled.cpu())
-        self._remembered[prompt] = embedding
-        if len(self._remembered) > REMEMBERED_PROMPTS:
+        if empty is not None:
+            embedding = replace(
+                embedding, tokens=_weighted(embedding.tokens, empty.tokens, text.weights)
+            )
+        self._remembered[segments, words] = embedding
+        while sum(known.nbytes for known in self._remembered.values()) > REMEMBERED_BYTES:
             self._remembered.popitem(last=False)
-        return embedding, stream.moved_bytes
+        return embedding, moved_bytes + stream.moved_bytes
 
 
 def build_text_encoders(
@@ -170,8 +198,9 @@ def _build_t5(g: T5Geometry) -> Any:
     return SizedT5()
 
 
-def _token_ids(tokenizer: Any, prompt: str, length: int, device: torch.device) -> Tensor:
-    tokens = tokenizer(
-        prompt, return_tensors="pt", padding="max_length", max_length=length, truncation=True
-    )
-    return tokens.input_ids.to(device)
+def _weighted(tokens: Tensor, empty: Tensor, weights: list[float]) -> Tensor:
+    """tokens, empty: [1, words, width]; weights: of each word. As ComfyUI's
+    `ClipTokenWeightEncoder`, in float32."""
+    weight = torch.tensor(weights)[:, None]
+    moved = (tokens.float() - empty.float()) * weight + empty.float()
+    return torch.where(weight == 1, tokens, moved.to(tokens.dtype))

@@ -1,6 +1,9 @@
 """The same small files through ComfyUI's own model code, in float32."""
 
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
 from majicflux.engine.denoise import Velocity, conditions_of, flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_model_space, to_vae_space
 from majicflux.engine.precision import FLOAT32, uniform
+from majicflux.engine.prompts import weighted_segments
 from majicflux.engine.text_encoders import TextEmbedding
 from majicflux.loaders import demo_models
 from majicflux.loaders.demo_models import CLIP, DIT, T5
@@ -128,50 +132,122 @@ def test_comfyuis_int8_files_hold_the_same_weights(
         assert relative_difference(parameter, theirs[name]) <= 4e-3, name
 
 
-@torch.no_grad()
-def test_clip(models: Path) -> None:
-    import comfy.ops
-    from comfy.clip_model import CLIPTextModel
+END = CLIP.vocabulary - 1  # of a text, among CLIP's ids
 
-    path = models / demo_models.CLIP_FILE
-    weights = load_text_encoders(path, models / demo_models.T5_FILE, FLOAT)
-    end = CLIP.vocabulary - 1
-    ids = torch.full((1, 77), end)
-    ids[0, :5] = torch.tensor([end - 1, 3, 300, 44, end])
-    ours, _ = weights.module["clip"](ids)
+
+def their_clip(models: Path) -> Any:
+    from comfy.sd1_clip import SDClipModel
 
     config = {
         "num_hidden_layers": CLIP.layers, "hidden_size": CLIP.width, "num_attention_heads": 2,
-        "intermediate_size": CLIP.mlp_width, "hidden_act": "quick_gelu", "eos_token_id": end,
+        "intermediate_size": CLIP.mlp_width, "hidden_act": "quick_gelu", "eos_token_id": END,
         "vocab_size": CLIP.vocabulary, "max_position_embeddings": 77, "projection_dim": CLIP.width,
     }  # fmt: skip
-    theirs = CLIPTextModel(config, FLOAT, "cpu", comfy.ops.disable_weight_init)
-    state = float_state(path) | {"text_projection.weight": torch.eye(CLIP.width)}
+    special = {"start": END - 1, "end": END, "pad": END}
+    theirs = SDClipModel(
+        textmodel_json_config=config, dtype=FLOAT, special_tokens=special,
+        return_projected_pooled=False,
+    )  # fmt: skip
+    state = float_state(models / demo_models.CLIP_FILE)
+    state["text_projection.weight"] = torch.eye(CLIP.width)
     table = "text_model.embeddings.token_embedding.weight"  # theirs always has CLIP-L's rows
     state[table] = torch.nn.functional.pad(state[table], (0, 0, 0, 49408 - CLIP.vocabulary))
-    theirs.load_state_dict(state)
-    assert relative_difference(ours, theirs(ids)[3]) <= 1e-5
+    assert theirs.load_sd(state) == ([], [])
+    return theirs
 
 
-@torch.no_grad()
-def test_t5(models: Path) -> None:
-    import comfy.ops
+def their_t5(models: Path) -> Any:
+    from comfy.sd1_clip import SDClipModel
     from comfy.text_encoders.t5 import T5 as ComfyT5
-
-    path = models / demo_models.T5_FILE
-    weights = load_text_encoders(models / demo_models.CLIP_FILE, path, FLOAT)
-    ids = torch.zeros(1, 512, dtype=torch.int64)
-    ids[0, :4] = torch.tensor([5, 60, 7, 1])
-    ours = weights.module["t5"](ids)
 
     config = {
         "num_layers": T5.layers, "d_model": T5.width, "d_ff": T5.mlp_width, "d_kv": T5.head_dim,
         "num_heads": T5.heads, "vocab_size": T5.vocabulary, "dense_act_fn": "gelu_pytorch_tanh",
         "is_gated_act": True, "model_type": "t5",
     }  # fmt: skip
-    theirs = ComfyT5(config, FLOAT, "cpu", comfy.ops.disable_weight_init)
-    theirs.load_state_dict(float_state(path))
-    assert relative_difference(ours, theirs(ids, None)[0]) <= 1e-5
+    theirs = SDClipModel(
+        textmodel_json_config=config, dtype=FLOAT, special_tokens={"end": 1, "pad": 0},
+        model_class=ComfyT5,
+    )  # fmt: skip
+    assert theirs.load_sd(float_state(models / demo_models.T5_FILE)) == ([], [])
+    return theirs
+
+
+@torch.no_grad()
+def test_clip(models: Path) -> None:
+    weights = load_text_encoders(
+        models / demo_models.CLIP_FILE, models / demo_models.T5_FILE, FLOAT
+    )
+    ids = torch.full((1, 77), END)
+    ids[0, :5] = torch.tensor([END - 1, 3, 300, 44, END])
+    ours, _ = weights.module["clip"](ids)
+    assert relative_difference(ours, their_clip(models).transformer(ids)[3]) <= 1e-5
+
+
+@torch.no_grad()
+def test_t5(models: Path) -> None:
+    weights = load_text_encoders(
+        models / demo_models.CLIP_FILE, models / demo_models.T5_FILE, FLOAT
+    )
+    ids = torch.zeros(1, 512, dtype=torch.int64)
+    ids[0, :4] = torch.tensor([5, 60, 7, 1])
+    ours = weights.module["t5"](ids)
+    assert relative_difference(ours, their_t5(models).transformer(ids, None)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "a cat on a roof",
+        "(detailed texture:1.3), a (cat), ((oil) painting:0.4), (blurred:-0.5)",
+        r"a rose \(flower\) and (some \(red\) paint:1.7)",
+        "赛博朋克 (a cat:1.2)，屋顶上",
+        "many words, " * 40 + "(and more:1.4) " + "words, " * 60 + "(to the end:0.8)",
+        "a" * 73 + "(cat:1.3) and more",
+    ],
+)
+@torch.no_grad()
+def test_prompts_with_weights(make_pipeline, models: Path, prompt: str) -> None:
+    from comfy.sd1_clip import SDTokenizer
+    from comfy.text_encoders.flux import FluxClipModel
+    from transformers import T5TokenizerFast
+
+    encoders = make_pipeline(dtype=FLOAT).text_encoders
+    ours, _ = encoders.encode(prompt)
+    # As ComfyUI's Flux has them, but with our tokenizers, and T5's prompt filled up to our length.
+    folder = (models / demo_models.CLIP_FILE).parent
+    clip = SDTokenizer(str(folder / "tokenizer"))
+    t5 = SDTokenizer(
+        str(folder / "tokenizer_2"), tokenizer_class=T5TokenizerFast, has_start_token=False,
+        pad_with_end=False, pad_to_max_length=False, max_length=99999999,
+        min_length=ours.tokens.shape[1],
+    )  # fmt: skip
+    given = {"l": clip.tokenize_with_weights(prompt), "t5xxl": t5.tokenize_with_weights(prompt)}
+    theirs = SimpleNamespace(clip_l=their_clip(models), t5xxl=their_t5(models))
+    tokens, pooled = FluxClipModel.encode_token_weights(theirs, given)
+    assert tokens.shape == ours.tokens.shape
+    assert relative_difference(ours.tokens, tokens) <= 1e-5
+    assert relative_difference(ours.pooled, pooled) <= 1e-5
+
+
+def test_weights_are_read_as_by_comfyui() -> None:
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    def joined(segments: list[tuple[str, float]]) -> list[tuple[str, float]]:
+        found: list[tuple[str, float]] = []
+        for text, weight in segments:
+            if found and found[-1][1] == weight == 1:
+                text = found.pop()[0] + text
+            found.append((text, weight))
+        return found
+
+    random = Random(0)
+    for _ in range(20000):
+        prompt = "".join(random.choices("(()))\\\\:1.3 a猫", k=random.randrange(1, 20)))
+        theirs = token_weights(escape_important(prompt), 1.0)
+        theirs = [(unescape_important(text), weight) for text, weight in theirs]
+        assert [*weighted_segments(prompt)] == joined(theirs), prompt
 
 
 @torch.no_grad()

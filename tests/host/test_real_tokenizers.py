@@ -1,9 +1,11 @@
 """ComfyUI's bundled tokenizers, which have the vocabularies of the real text encoders."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from majicflux.engine.prompts import tokenize, weighted_segments
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
 PROMPT = "赛博朋克 a cat, (masterpiece) on the roof's edge!"
@@ -29,3 +31,25 @@ def test_ids_are_those_of_comfyuis_own_tokenizers(comfy, tmp_path: Path, prompt:
 
     assert same(clip, 77, theirs["l"])
     assert same(t5, 512, theirs["t5xxl"])
+
+
+def test_weighted_texts_are_split_as_by_comfyui(comfy, tmp_path: Path) -> None:
+    from comfy.text_encoders.flux import FluxTokenizer
+
+    door, theirs = comfy.pack("host.comfyui"), FluxTokenizer()
+    model = tmp_path / "model.safetensors"
+    clip = load_tokenizer(CLIP_TOKENIZER, model, 49408, door.clip_tokenizer_folder())
+    t5 = load_tokenizer(T5_TOKENIZER, model, 32128, door.t5_tokenizer_folder())
+    words = ["cat", "赛博朋克", "the roof's edge,", "masterpiece ", " ", r"\(blue\)", "long " * 12]
+    brackets = ["{0}", "({0}:1.3)", "(({0}) {0}:0.7)", "({0})"]
+    random, longest = Random(0), 0
+    for _ in range(200):
+        some = random.choices(words, k=random.randrange(1, 120))
+        prompt = "".join(random.choice(brackets).format(word) for word in some)
+        ours = tokenize(weighted_segments(prompt), clip, t5)
+        options = {"t5xxl_min_length": len(ours.t5)}
+        expected = theirs.tokenize_with_weights(prompt, tokenizer_options=options)
+        assert ours.clip == [token for token, _ in expected["l"][0]]
+        assert [*zip(ours.t5, ours.weights, strict=True)] == expected["t5xxl"][0]
+        longest = max(longest, ours.counts.words)
+    assert longest > 512

@@ -24,7 +24,10 @@ def test_the_schedule_is_diffsynths(steps: int) -> None:
     assert torch.equal(diffsynth_sigmas(steps, 64, 64)[:-1], scheduler.sigmas)
 
 
-def test_latents_and_picture_are_diffsynths_bit_for_bit(make_pipeline) -> None:
+@pytest.mark.parametrize(("prompt", "words"), [(PROMPT, 512), (PROMPT + " many words" * 60, 768)])
+def test_latents_and_picture_are_diffsynths_bit_for_bit(
+    make_pipeline, prompt: str, words: int
+) -> None:
     ours = make_pipeline()  # bfloat16 weights and arithmetic
     theirs = diffsynth_pipeline(ours)
     final = SimpleNamespace(latents=None)
@@ -36,12 +39,12 @@ def test_latents_and_picture_are_diffsynths_bit_for_bit(make_pipeline) -> None:
 
     theirs.vae_decoder.forward = remember
     picture = theirs(
-        prompt=PROMPT, seed=7, num_inference_steps=4, height=96, width=128, embedded_guidance=3.5,
-        progress_bar_cmd=lambda steps: steps,
+        prompt=prompt, seed=7, num_inference_steps=4, height=96, width=128, embedded_guidance=3.5,
+        t5_sequence_length=words, progress_bar_cmd=lambda steps: steps,
     )  # fmt: skip
     theirs.vae_decoder.forward = decode
 
-    request = Request(PROMPT, seed=7, steps=4, guidance=3.5, width=128, height=96)
+    request = Request(prompt, seed=7, steps=4, guidance=3.5, width=128, height=96)
     image, latents, _ = paint(
         ours, request, lambda *_: None, lambda: None, latents_dtype=torch.bfloat16
     )

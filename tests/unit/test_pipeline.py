@@ -8,7 +8,6 @@ import torch
 from majicflux.engine import vae_bands
 from majicflux.engine.pipeline import Pipeline, Request, paint
 from majicflux.engine.plan import BudgetError
-from majicflux.engine.text_encoders import REMEMBERED_PROMPTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
@@ -57,15 +56,6 @@ def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
     phases = ["text encoders", "denoising", "VAE decode"]
     finished = [name for name in phases if f"{name}: " in caplog.text]
     assert finished == phases[: phases.index(phase)]
-
-
-def test_the_memory_of_prompts_is_bounded(make_pipeline) -> None:
-    encoders = make_pipeline().text_encoders
-    with torch.inference_mode():
-        for number in range(REMEMBERED_PROMPTS + 1):
-            encoders.encode(f"prompt {number}")
-    assert encoders.recall("prompt 0") is None
-    assert encoders.recall("prompt 1") is not None
 
 
 def test_a_batch_has_one_noise_per_picture_and_one_prompt(make_pipeline) -> None:

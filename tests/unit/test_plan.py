@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
@@ -32,12 +33,11 @@ from majicflux.engine.plan import (
 )
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing
+from majicflux.engine.prompts import CLIP_TOKENS, T5_TOKENS
 from majicflux.engine.sampling import Task, sample
 from majicflux.engine.schedule import diffsynth_sigmas
 from majicflux.engine.stored_linear import LIMITS
 from majicflux.engine.text_encoders import (
-    CLIP_TOKENS,
-    T5_TOKENS,
     ClipGeometry,
     T5Geometry,
     TextEmbedding,
@@ -157,7 +157,7 @@ def denoised(name: str, job: Job, tokens: int, is_fused: bool) -> int:
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
     text = TextEmbedding(
-        torch.empty(1, T5_TOKENS, FULL.text_width), torch.empty(1, FULL.pooled_width)
+        torch.empty(1, job.words, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
     noise = torch.empty(job.batch_size, 16, *job.latent_size)
     task = Task(diffsynth_sigmas(job.steps, job.width, job.height), noise)
@@ -217,6 +217,10 @@ def test_a_fused_batch_holds_what_was_planned(as_cuda, fused, name: str) -> None
         assert_planned(name, Job(*size, batch_size, 1), "fused")
 
 
+def test_a_long_prompt_is_planned(as_cuda) -> None:
+    assert_planned("bfloat16", Job(512, 512, steps=1, words=2048), "plain")
+
+
 @pytest.mark.parametrize("steps", [20, 100])
 def test_the_modulation_of_all_steps_is_planned(as_cuda, steps: int) -> None:
     """All blocks, whose modulation is computed for every step before the first."""
@@ -239,7 +243,10 @@ def test_the_modulation_of_all_steps_is_planned(as_cuda, steps: int) -> None:
     assert live.peak <= one
 
 
-def test_the_text_encoders_hold_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [T5_TOKENS, 1280])
+def test_the_text_encoders_hold_what_was_planned(
+    monkeypatch: pytest.MonkeyPatch, words: int
+) -> None:
     """Without a fused attention that takes a bias, as on many cards: in float32, step by step."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **_: object) -> Tensor:
@@ -250,14 +257,14 @@ def test_the_text_encoders_hold_what_was_planned(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     weights = encoders(2)
-    phase = plan_text(weights, T5Geometry(layers=2), 2, None, Card())
+    phase = plan_text(weights, T5Geometry(layers=2), 2, None, Card(), words=words)
     with torch.inference_mode(), LiveBytes() as live:
         clip_ids = torch.zeros(1, CLIP_TOKENS, dtype=torch.int64, device=META)
-        t5_ids = torch.zeros(1, T5_TOKENS, dtype=torch.int64, device=META)
+        t5_ids = torch.zeros(1, words, dtype=torch.int64, device=META)
         pooled, _ = weights.module.clip(clip_ids)
         tokens = weights.module.t5(t5_ids)
     assert pooled.shape == (1, 768)
-    assert tokens.shape == (1, T5_TOKENS, 4096)
+    assert tokens.shape == (1, words, 4096)
     assert 0.85 * phase.values <= live.peak <= phase.values
 
 
@@ -424,6 +431,8 @@ def test_seconds_of_a_step_are_the_longer_of_copies_and_arithmetic() -> None:
     assert step_seconds(resident, geometry, job, card) == pytest.approx(arithmetic)
     assert arithmetic < 3e-3
     assert step_seconds(phase, geometry, job, Card(0, True, 1e9, 4e12)) is None
+    longer = replace(job, words=1024)
+    assert step_seconds(resident, geometry, longer, card) > 1030 / 518 * arithmetic
 
 
 def test_the_arithmetic_of_a_step_is_that_of_the_layers() -> None:
@@ -461,7 +470,8 @@ def test_plan_says_everything_to_programs(built_once, capsys) -> None:
     code, text, errors = said(capsys, "--json", "--vram", 6, "--compute", "bfloat16")
     assert (code, errors) == (0, "")
     found = json.loads(text)
-    assert found["job"] == {"width": 1024, "height": 1024, "batch_size": 1, "steps": 20}
+    job = {"width": 1024, "height": 1024, "batch_size": 1, "steps": 20, "words": T5_TOKENS}
+    assert found["job"] == job
     assert found["budget_bytes"] == 6 * GB
     assert found["peak_bytes"] == max(phase["peak"] for phase in found["phases"]) <= 6 * GB
     assert found["smallest_bytes"] == max(phase["smallest"] for phase in found["phases"])
@@ -535,3 +545,13 @@ def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small
         refused.value
     )
     assert "vram_budget_gb" not in str(refused.value), "no budget would help"
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_shorter_prompt_is_advised_where_the_prompt_is_long(chosen: bool) -> None:
+    phase = Phase("text encoders", 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
+    for words, advised in ((T5_TOKENS, False), (T5_TOKENS + 256, True)):
+        plan = Plan(Job(64, 48, words=words), 2 * GB, (phase,), None, chosen)
+        with pytest.raises(BudgetError) as refused:
+            plan.require_budget()
+        assert ("a shorter prompt" in str(refused.value)) == advised

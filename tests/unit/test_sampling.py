@@ -63,7 +63,7 @@ def normal_path(start: float, sigma: float) -> float:
 def error_of(solver, steps: int, start: float = 0.95, end: float = 0.2) -> float:
     levels = torch.linspace(start, end, steps + 1, dtype=torch.float64)
     # Two tiny steps first: methods that look back begin with a lower order.
-    sigmas = torch.cat([levels[:1], levels[:1] - 1e-7, levels[:1] - 2e-7, levels[1:]])
+    sigmas = torch.cat([levels[:1], levels[:1] - 1e-5, levels[:1] - 2e-5, levels[1:]])
     found = solver(normal_velocity, torch.ones(1, dtype=torch.float64), sigmas)
     return abs(found.item() - normal_path(start, end))
 
@@ -72,7 +72,7 @@ def error_of(solver, steps: int, start: float = 0.95, end: float = 0.2) -> float
     ("name", "order"), [("euler", 1), ("heun", 2), ("deis_2m", 2), ("deis_3m", 3)]
 )
 def test_the_order_of_convergence_is_the_papers(name: str, order: int) -> None:
-    errors = [error_of(SOLVERS[name], steps) for steps in (64, 128, 256)]
+    errors = [error_of(SOLVERS[name], steps) for steps in (128, 256, 512)]
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 

@@ -5,6 +5,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from majicflux.host import standalone
 from majicflux.nodes.dit_loader import DiTLoader
@@ -29,6 +30,13 @@ def models_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_second_loader_takes_what_the_first_has(load) -> None:
     first = load()
     assert load() is first
+
+
+def test_a_prompt_that_one_node_had_encoded_is_known_to_another() -> None:
+    first, other = LOADERS[1](), LOADERS[1]()
+    with torch.inference_mode():
+        embedding, _ = first.encode("a (cat:1.2)")
+    assert other.recall("a (cat:1.2)") is embedding
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["DiT", "text encoders", "VAE"])

@@ -1,0 +1,146 @@
+"""Prompt -> weighted texts -> token ids, by ComfyUI's rules (its `comfy/sd1_clip.py`)."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+CLIP_TOKENS = 77  # with those that mark start and end
+T5_TOKENS = 512  # at least, with the one that marks the end
+T5_MULTIPLE = 256  # of the tokens of a longer prompt
+MOST_T5_TOKENS = 4096  # T5's attention then takes 13 GB: it grows with the square of the tokens
+EMPHASIS = 1.1  # of brackets without a number
+WHOLE_TOKENS = 8  # CLIP's room for a text ends before it, not within it, if it is shorter than this
+
+Segments = tuple[tuple[str, float], ...]  # texts and their weights
+BRACKET = re.compile(r"\\[()]|[()]")
+
+
+def weighted_segments(prompt: str) -> Segments:
+    r"""The parts of a prompt and their weights.
+
+    `(text)` multiplies the weight of what surrounds it by 1.1, `(text:1.3)` sets its own, `\(` and
+    `\)` are brackets of the text. Brackets without partner are read as ComfyUI reads them. Other
+    than there, neighbours of weight 1 are one text, so that weights of 1 equal no weights, and
+    `inf` and `nan` are text.
+    """
+    segments: list[tuple[str, float]] = []
+    waiting = [(part, 1.0) for part in _parts(prompt)][::-1]
+    while waiting:  # no recursion: brackets may be nested deeper than Python's calls
+        text, weight = waiting.pop()
+        if text[0] == "(" and text[-1] == ")" and not text.endswith("\\)"):
+            inside, weight = _weight_of(text[1:-1], weight)
+            waiting += [(part, weight) for part in _parts(inside)][::-1]
+            continue
+        text = re.sub(r"\\([()])", r"\1", text)
+        if segments and segments[-1][1] == weight == 1:
+            text = segments.pop()[0] + text
+        segments.append((text, weight))
+    return tuple(segments)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The outermost brackets and what lies between them, none of it empty."""
+    depth = start = 0
+    for bracket in BRACKET.finditer(text):
+        if bracket[0] == "(":
+            if depth == 0 and bracket.start() > start:
+                yield text[start : bracket.start()]
+                start = bracket.start()
+            depth += 1
+        elif bracket[0] == ")":
+            depth -= 1
+            if depth == 0:
+                yield text[start : bracket.end()]
+                start = bracket.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _weight_of(inside: str, around: float) -> tuple[str, float]:
+    text, _, number = inside.rpartition(":")
+    try:
+        if text and math.isfinite(weight := float(number)):
+            return text, weight
+    except ValueError:
+        pass
+    return inside, around * EMPHASIS
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a prompt, besides those that mark its start and end and fill it up.
+
+    clip, t5: as the two encoders split it; clip_read: of those, what CLIP-L has room for.
+    """
+
+    clip: int
+    t5: int
+    clip_read: int
+
+    @property
+    def words(self) -> int:
+        """Length of T5's part of the embedding."""
+        return max(T5_TOKENS, -(-(self.t5 + 1) // T5_MULTIPLE) * T5_MULTIPLE)
+
+    def __str__(self) -> str:
+        read = f"{self.clip_read} of" if self.clip_read < self.clip else "all"
+        return f"CLIP-L read {read} {self.clip} tokens, T5 all {self.t5}"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """clip: 77 ids; t5: ids; weights: of each of T5's."""
+
+    clip: list[int]
+    t5: list[int]
+    weights: list[float]
+    counts: TokenCounts
+
+
+def tokenize(
+    segments: Segments, clip_tokenizer: Any, t5_tokenizer: Any, words: int = T5_TOKENS
+) -> Tokens:
+    """Ids for both encoders, T5's at least `words`. Each segment is split by itself.
+
+    CLIP reads what fits into its 77 tokens, as in ComfyUI, where Flux takes the vector of the first
+    77. T5 reads all. Raises ValueError for more than MOST_T5_TOKENS.
+    """
+    clip, t5 = (
+        [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text, _ in segments]
+        for tokenizer in (clip_tokenizer, t5_tokenizer)
+    )
+    read = _what_fits(clip, CLIP_TOKENS - 2)
+    t5_ids = [*chain(*t5)]
+    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read))
+    if counts.words > MOST_T5_TOKENS:
+        raise ValueError(
+            f"The prompt has {counts.t5} T5 tokens, more than the {MOST_T5_TOKENS - 1} that can "
+            "be read. Shorten it."
+        )
+    start, end = clip_tokenizer("").input_ids
+    words = max(words, counts.words)
+    weights = [weight for (_, weight), ids in zip(segments, t5, strict=True) for _ in ids]
+    return Tokens(
+        _filled([start, *read, end], CLIP_TOKENS, clip_tokenizer.pad_token_id),
+        _filled([*t5_ids, *t5_tokenizer("").input_ids], words, t5_tokenizer.pad_token_id),
+        _filled(weights, words, 1.0),
+        counts,
+    )
+
+
+def _what_fits(texts: list[list[int]], room: int) -> list[int]:
+    read: list[int] = []
+    for ids in texts:
+        left = room - len(read)
+        if len(ids) <= left or len(ids) >= WHOLE_TOKENS:
+            read += ids[:left]
+        if len(ids) > left:
+            break
+    return read
+
+
+def _filled(values: list, length: int, value: Any) -> list:
+    return values + [value] * (length - len(values))
