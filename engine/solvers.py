@@ -40,9 +40,8 @@ def deis(order: int, velocity: Velocity, latents: Tensor, sigmas: Tensor) -> Ten
     """Of order 2 or 3; one pass a step, which goes on as the last ones curve.
 
     The polynomial through the velocities of the last steps is integrated: Adams and Bashforth's
-    method for uneven steps. Source: tAB-DEIS of Zhang and Chen 2022, arXiv:2204.13902, in sigma,
-    in which a flow's velocity has no singularity; so that, unlike ComfyUI's `deis`, the step that
-    ends at 0 is of full order too.
+    method for uneven steps. Source: rhoAB-DEIS of Zhang and Chen 2022, arXiv:2204.13902, where rho
+    is sigma. The velocity of a flow has no singularity at 0, so the last step is of full order too.
     """
     levels: list[float] = []  # of the last steps, the latest first
     slopes: list[Tensor] = []

@@ -35,7 +35,7 @@ class Run:
     prompt_id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     previews: int = 0
-    texts: dict[str, str] = field(default_factory=dict)  # shown on a node, by the node's id
+    all_texts: list[tuple[str, str]] = field(default_factory=list)  # node's id, text shown on it
 
     def receive(self, data: bytes) -> None:
         """A binary message: its kind, then a preview, or the length of a node id, the id, text."""
@@ -43,10 +43,15 @@ class Run:
         self.previews += kind in BINARY_PREVIEW
         if kind == BINARY_TEXT:
             end = 8 + int.from_bytes(data[4:8], "big")
-            self.texts[data[8:end].decode()] = data[end:].decode()
+            self.all_texts.append((data[8:end].decode(), data[end:].decode()))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [m["data"] for m in self.messages if m["type"] == kind]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What each node shows in the end."""
+        return dict(self.all_texts)
 
     @property
     def executed_nodes(self) -> set[str]:

@@ -63,6 +63,37 @@ def test_the_shipped_graph_paints_with_progress_and_previews(server: Server, gra
         assert "majicflux" not in picture.text, "a client that sends no workflow gets no metadata"
 
 
+def test_progress_counts_the_passes_of_a_guided_second_order_step(
+    server: Server, graph: dict
+) -> None:
+    graph["5"]["inputs"].update(seed=110, cfg=2.0, solver="heun")
+    run = server.run(graph, preview_method="latent2rgb")
+    passes = 2 * (2 * STEPS - 1)
+    sampled = [p for p in run.of("progress") if p["node"] == "5"]
+    assert [p["value"] for p in sampled] == list(range(1, passes + 1))
+    assert run.previews == passes // 2
+    labels = [text for node, text in run.all_texts if node == "5" and text.startswith("step ")]
+    assert len(labels) == passes
+    assert re.fullmatch(rf"step {STEPS} of {STEPS}, \d+\.\d\d s a step", labels[-1])
+
+
+def test_a_new_seed_each_time_is_written_into_the_picture(server: Server, graph: dict) -> None:
+    seeds = []
+    for _ in range(2):
+        run = server.run(seeded(graph, -1), workflow={})
+        (path,) = server.outputs(run)
+        with Image.open(path) as picture:
+            seed = json.loads(picture.text["prompt"])["5"]["inputs"]["seed"]
+            assert json.loads(picture.text["majicflux"])["seed"] == seed
+            seeds.append(seed)
+            pixels = picture.tobytes()
+        assert f"seed {seed}" in run.texts["5"]
+    assert seeds[0] != seeds[1]
+    (again,) = server.outputs(server.run(seeded(graph, seeds[1])))
+    with Image.open(again) as picture:
+        assert picture.tobytes() == pixels
+
+
 def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
     server.post("/free", {"unload_models": True, "free_memory": True})
     texts = server.run(seeded(graph, 150)).texts
@@ -85,7 +116,8 @@ def test_a_run_says_what_it_planned_and_used(server: Server, graph: dict) -> Non
     computing, plan = run.texts["4"].splitlines()
     assert computing.startswith("transformer: computes in float32 on CPU")
     assert plan == "on the CPU: no VRAM is used"
-    used = run.texts["5"].splitlines()
+    *used, counts = run.texts["5"].splitlines()
+    assert counts == "CLIP-L read all 11 tokens, T5 all 13"
     assert [line.split(":")[0] for line in used] == PHASES
     assert all(re.search(r": \d+\.\d s$", line) for line in used)
 

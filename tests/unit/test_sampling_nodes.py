@@ -1,0 +1,250 @@
+"""Every option of the nodes that sample does what it says, without a host."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from majicflux.engine.pipeline import Pipeline, Run
+from majicflux.engine.schedule import SCHEDULES
+from majicflux.engine.solvers import SOLVERS
+from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.host import native
+from majicflux.nodes import sampling
+from majicflux.nodes.decode import Decode
+from majicflux.nodes.denoise import Denoise
+from majicflux.nodes.encode_image import EncodeImage
+from majicflux.nodes.encode_prompt import EncodePrompt
+from majicflux.nodes.sample import SIZES, Sample
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GEOMETRY = SimpleNamespace(text_width=8, pooled_width=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline(models) -> Pipeline:
+    from conftest import build_pipeline
+
+    return build_pipeline(models, dtype=torch.float32)
+
+
+def sampled(pipeline: Pipeline, **changes: Any) -> tuple[Tensor, Tensor]:
+    given = {
+        "prompt": "a cat", "seed": 0, "steps": 2, "guidance": 3.5, "width": 64, "height": 48,
+        "batch_size": 1, **changes,
+    }  # fmt: skip
+    image, latent = Sample.execute(pipeline, **given).args
+    return image, latent["samples"]
+
+
+def encoded(pipeline: Pipeline, prompt: str = "a cat", guidance: float = 3.5) -> Any:
+    return EncodePrompt.execute(pipeline, prompt, guidance).args[0]
+
+
+def picture(rows: int = 48, columns: int = 64) -> Tensor:
+    return torch.rand(1, rows, columns, 3, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_names_of_the_combos_are_the_engines() -> None:
+    assert [*SOLVERS] == sampling.SOLVERS
+    assert [*SCHEDULES] == sampling.SCHEDULES
+
+
+@pytest.fixture
+def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the latents are looked at."""
+    monkeypatch.setattr(Run, "decode", lambda *_: torch.zeros(1, 48, 64, 3))
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_every_option_changes_the_picture(pipeline: Pipeline) -> None:
+    image = {"image": picture()}
+    half = {**image, "mask": torch.ones(1, 48, 64), "strength": 0.5}
+    half["mask"][:, :, :32] = 0
+    sigmas = torch.tensor([1.0, 0.4, 0.0])
+    again = encoded(pipeline, "a dog")
+    pairs: dict[str, tuple[dict, dict]] = {
+        "negative_prompt": ({"cfg": 2.0}, {"cfg": 2.0, "negative_prompt": "fog"}),
+        "cfg": ({}, {"cfg": 2.0}),
+        "solver": ({"steps": 3}, {"steps": 3, "solver": "deis_2m"}),
+        "schedule": ({}, {"schedule": sampling.SCHEDULES[1]}),
+        "image": ({"strength": 0.5}, {"strength": 0.5, **image}),
+        "strength": ({"strength": 0.5, **image}, {"strength": 0.8, **image}),
+        "mask": ({"strength": 0.5, **image}, half),
+        "positive": ({}, {"positive": again}),
+        "negative": ({"cfg": 2.0}, {"cfg": 2.0, "negative": again}),
+        "sigmas": ({}, {"sigmas": sigmas}),
+        "weights": ({"prompt": "a cat"}, {"prompt": "a (cat:1.5)"}),
+    }
+    for name, (one, other) in pairs.items():
+        difference = sampled(pipeline, **one)[1] - sampled(pipeline, **other)[1]
+        assert difference.norm() > 1e-2, name
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_a_solver_and_a_schedule_are_found_by_each_name(pipeline: Pipeline) -> None:
+    options = [{"solver": name} for name in sampling.SOLVERS]
+    options += [{"schedule": name} for name in sampling.SCHEDULES[1:]]
+    found = [sampled(pipeline, steps=4, **option)[1] for option in options]
+    for index, one in enumerate(found):
+        for other in found[:index]:
+            assert not torch.equal(one, other)
+
+
+def test_a_size_from_the_list_is_taken(pipeline: Pipeline, monkeypatch) -> None:
+    for size in SIZES:
+        width, height = map(int, size.partition(" ")[0].split("x"))
+        assert width % 64 == height % 64 == 0
+        assert 0.9e6 < width * height < 1.1e6
+    monkeypatch.setattr("majicflux.nodes.sample.SIZES", ["48x32 (3:2)"])
+    assert sampled(pipeline, size="48x32 (3:2)")[0].shape == (1, 32, 48, 3)
+
+
+def test_width_and_height_are_not_used_where_a_picture_has_its_own(pipeline: Pipeline) -> None:
+    image, latents = sampled(pipeline, image=picture(50, 70), strength=0.5)
+    assert image.shape == (1, 48, 64, 3)
+    again, _ = sampled(pipeline, latent={"samples": latents}, strength=0.5)
+    assert again.shape == (1, 48, 64, 3)
+
+
+@pytest.mark.parametrize("rows", [48, 50])
+def test_outside_the_mask_the_pixels_are_the_pictures_own(pipeline: Pipeline, rows: int) -> None:
+    given, mask = picture(rows, 64), torch.zeros(1, rows, 64)
+    mask[:, :, 40:] = 1
+    mask[:, :, 32:40] = torch.linspace(0, 1, 8)
+    kept, _ = sampled(pipeline, image=given, mask=mask, strength=0.8)
+    top = (rows - 48) // 2
+    own = given[:, top : top + 48]
+    assert torch.equal(kept[:, :, :33], own[:, :, :33])
+    assert not torch.isclose(kept[:, :, 40:], own[:, :, 40:], atol=1e-3).all()
+    options = {"image": given, "mask": mask, "strength": 0.8, "keep_unmasked": False}
+    assert not torch.equal(sampled(pipeline, **options)[0][:, :, :33], own[:, :, :33])
+
+
+def test_the_noise_mask_of_a_latent_counts(pipeline: Pipeline) -> None:
+    samples = native.to_latent(torch.randn(1, 16, 6, 8), torch.device("cpu"))["samples"]
+    mask = torch.zeros(1, 1, 48, 64)
+    mask[..., 32:] = 1
+    _, found = sampled(pipeline, latent={"samples": samples, "noise_mask": mask}, strength=0.8)
+    assert torch.allclose(found[..., :3], samples[..., :3], atol=1e-5)
+    assert not torch.isclose(found[..., 4:], samples[..., 4:], atol=1e-3).any()
+
+
+def test_a_prompt_encoded_apart_paints_the_same(pipeline: Pipeline) -> None:
+    image, latents = sampled(pipeline)
+    conditioning = encoded(pipeline)
+    assert torch.equal(sampled(pipeline, prompt="not this", positive=conditioning)[0], image)
+    lower = encoded(pipeline, guidance=1.0)
+    assert torch.equal(sampled(pipeline, positive=lower)[0], sampled(pipeline, guidance=1.0)[0])
+    found = Denoise.execute(
+        pipeline, conditioning, {"samples": torch.zeros(1, 4, 6, 8)}, 0, 2, 3.5
+    ).args[0]
+    assert torch.equal(found["samples"], latents)
+    assert torch.allclose(Decode.execute(pipeline, found).args[0], image, atol=1e-5)
+
+
+def test_denoise_keeps_what_else_a_latent_has(pipeline: Pipeline) -> None:
+    latent = {"samples": torch.zeros(2, 16, 6, 8), "batch_index": [4, 1], "other": 1}
+    found = Denoise.execute(pipeline, encoded(pipeline), latent, 0, 1, 3.5).args[0]
+    assert found["batch_index"] == [4, 1]
+    assert found["other"] == 1
+    assert latent["samples"].any() == False  # noqa: E712
+
+
+def test_steps_of_denoise_are_taken_and_left_out(pipeline: Pipeline) -> None:
+    positive, empty = encoded(pipeline), {"samples": torch.zeros(1, 16, 6, 8)}
+
+    def run(latent: Any, **options: Any) -> Any:
+        return Denoise.execute(pipeline, positive, latent, 0, 4, 3.5, **options).args[0]
+
+    whole = run(empty)["samples"]
+    half = run(empty, end_at_step=2)
+    assert not torch.allclose(half["samples"], whole, atol=1e-2)
+    rest = run(half, start_at_step=2, add_noise=False)["samples"]
+    assert torch.allclose(rest, whole, atol=1e-4)
+    assert not torch.allclose(run(half, start_at_step=2)["samples"], whole, atol=1e-2)
+
+
+def test_an_image_encoded_apart_is_the_same_beginning(pipeline: Pipeline) -> None:
+    latent = EncodeImage.execute(pipeline, picture(50, 64)).args[0]
+    one = sampled(pipeline, image=picture(50, 64), strength=0.5)[1]
+    assert torch.allclose(sampled(pipeline, latent=latent, strength=0.5)[1], one, atol=1e-5)
+
+
+def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(sampling.host, "show_on_node", lambda _, text: shown.append(text))
+    prompt = {"5": {"inputs": {"seed": -1}}}
+    hidden = SimpleNamespace(unique_id="5", extra_pnginfo={}, prompt=prompt)
+    monkeypatch.setattr(Sample, "hidden", hidden)
+    one, _ = sampled(pipeline, seed=-1)
+    seed = hidden.extra_pnginfo["majicflux"]["seed"]
+    assert prompt["5"]["inputs"]["seed"] == seed >= 0
+    assert f"seed {seed}" in shown[-1]
+    assert torch.equal(sampled(pipeline, seed=seed)[0], one)
+    sampled(pipeline, seed=-1)
+    assert hidden.extra_pnginfo["majicflux"]["seed"] != seed
+    assert "seed" not in str(sampled(pipeline, seed=5) and shown[-1])
+
+
+@pytest.mark.parametrize("node", [Sample, Denoise])
+def test_a_new_seed_is_never_cached_and_others_are(node: Any) -> None:
+    assert node.fingerprint_inputs(seed=-1) != node.fingerprint_inputs(seed=-1)
+    assert node.fingerprint_inputs(seed=4) == node.fingerprint_inputs(seed=4)
+    assert node.fingerprint_inputs() is None, "when the seed comes over a link"
+
+
+def conditioning(tokens: Any = (1, 5, 8), pooled: Any = (1, 4), **options: Any) -> Any:
+    if pooled is not None:
+        options["pooled_output"] = torch.zeros(pooled)
+    return [[torch.zeros(tokens), options]]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "0 entries"),
+        (conditioning() * 2, "2 entries"),
+        (conditioning(area=(1, 2, 3, 4)), "carries area"),
+        (conditioning(hooks=object(), start_percent=0.1), "carries hooks, start_percent"),
+        (conditioning(tokens=(1, 5, 7)), r"tokens of shape \(1, 5, 7\)"),
+        (conditioning(tokens=(2, 5, 8)), "tokens of shape"),
+        (conditioning(pooled=(1, 5)), r"pooled vector of shape \(1, 5\)"),
+    ],
+)
+def test_conditioning_is_honoured_or_refused(given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        native.from_conditioning("positive", given, GEOMETRY)  # type: ignore[arg-type]
+
+
+def test_conditioning_without_a_pooled_vector_has_zeros() -> None:
+    found = native.from_conditioning("positive", conditioning(pooled=None), GEOMETRY)  # type: ignore[arg-type]
+    assert torch.equal(found.pooled, torch.zeros(1, 4))
+    assert found.guidance is None
+
+
+def test_what_is_encoded_comes_back() -> None:
+    embedding = TextEmbedding(torch.rand(1, 5, 8), torch.rand(1, 4))
+    found = native.from_conditioning("positive", native.to_conditioning(embedding, 2.5), GEOMETRY)  # type: ignore[arg-type]
+    assert torch.equal(found.tokens, embedding.tokens)
+    assert torch.equal(found.pooled, embedding.pooled)
+    assert found.guidance == 2.5
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 8), (1, 16, 1, 6, 8), (16, 6, 8)])
+def test_latents_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"LATENT has the shape"):
+        native.from_latent({"samples": torch.ones(shape)})
+
+
+def test_an_empty_latent_of_another_model_is_empty() -> None:
+    found = native.from_latent({"samples": torch.zeros(2, 4, 6, 8)})
+    assert torch.equal(found, torch.zeros(2, 16, 6, 8))
+
+
+def test_denoise_with_cfg_asks_for_a_negative_prompt(pipeline: Pipeline) -> None:
+    latent = {"samples": torch.zeros(1, 16, 6, 8)}
+    with pytest.raises(ValueError, match="connect negative"):
+        Denoise.execute(pipeline, encoded(pipeline), latent, 0, 2, 3.5, cfg=2.0)
