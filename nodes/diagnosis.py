@@ -120,7 +120,7 @@ def _copies() -> str:
 
 
 def _computing() -> str:
-    lines = [f"  {name} weights: {_said(lambda p=name: _computing_of(p))}" for name in PRECISIONS]
+    lines = [f"- {name} weights: {_said(lambda p=name: _computing_of(p))}" for name in PRECISIONS]
     return "\n".join(["", *lines])
 
 
@@ -154,15 +154,15 @@ def _models() -> str:
             what, kinds = _examined(folder, name)
             found.setdefault(what, []).append(name)
             usable |= kinds
-        lines.append(f"  {folder}: {'' if found else 'empty'}".rstrip())
+        lines.append(f"- {folder}: {'' if found else 'empty'}".rstrip())
         for what, names in found.items():
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"    {what}: {', '.join(names[:SHOWN])}{more}")
+            lines.append(f"  - {what}: {', '.join(names[:SHOWN])}{more}")
     for kind, file in NEEDED.items():
         if kind not in usable:
             places = " or ".join(f"{HUB_NAMES[p.hub]} {p.repository}" for p in file.places)
             lines.append(
-                f"  MISSING {kind.description}, such as {file.name} of {places}, in "
+                f"- MISSING {kind.description}, such as {file.name} of {places}, in "
                 f"models/{file.folder}; `majicflux download` fetches it"
             )
     return "\n".join(lines)
@@ -223,4 +223,4 @@ def _plan() -> str:
         None, PRECISIONS[PLANNED], JOB, host.free_memory(device) / GB, bool(computing.eight_bit),
         card.copy_rate / 1e9, card.product_rate / 1e12,
     )  # fmt: skip
-    return "\n  ".join(["", *str(plan).splitlines()])
+    return "\n- ".join(["", *str(plan).splitlines()])

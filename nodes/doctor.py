@@ -33,7 +33,7 @@ class Doctor(io.ComfyNode):
             outputs=[
                 io.String.Output(
                     display_name="report",
-                    tooltip="The same text, for a node that shows or saves it.",
+                    tooltip="The same text. Preview as Text shows it as a whole, to be copied.",
                 )
             ],
             is_output_node=True,

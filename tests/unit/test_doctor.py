@@ -28,8 +28,8 @@ SCREEN = 50  # lines
 
 
 def parts(text: str) -> dict[str, str]:
-    """Each part by how it begins: the rest of its line and the indented lines below."""
-    found = re.findall(r"^(\S[^:]*):(.*(?:\n .*)*)", text, re.MULTILINE)
+    """Each part by how it begins: the rest of its line and the list below."""
+    found = re.findall(r"^(\w[^:]*):(.*(?:\n[ -].*)*)", text, re.MULTILINE)
     names = [name for name, _ in found]
     assert [n for n, b in zip(names, BEGINNINGS, strict=True) if not n.startswith(b)] == []
     return dict(zip(BEGINNINGS, (rest for _, rest in found), strict=True))
@@ -203,7 +203,7 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
     ) in auto
     plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], (1024, 1024, 1, 20), 6.0, False, 12, 50)
     shown = found["plan of a FLUX.1 transformer"]
-    assert [x.strip() for x in shown.splitlines()[1:]] == str(plan).splitlines()
+    assert [x.removeprefix("- ") for x in shown.splitlines()[1:]] == str(plan).splitlines()
     assert "predicted: " in shown
 
 
