@@ -73,12 +73,14 @@ def _weight_of(inside: str, around: float) -> tuple[str, float]:
 class TokenCounts:
     """Tokens of a prompt, besides those that mark its start and end and fill it up.
 
-    clip, t5: as the two encoders split it; clip_read: of those, what CLIP-L has room for.
+    clip, t5: as the two encoders split it; clip_read: of those, what CLIP-L has room for; unknown:
+    of T5's, those that its vocabulary has no entry for.
     """
 
     clip: int
     t5: int
     clip_read: int
+    unknown: int = 0
 
     @property
     def words(self) -> int:
@@ -87,7 +89,10 @@ class TokenCounts:
 
     def __str__(self) -> str:
         read = f"{self.clip_read} of" if self.clip_read < self.clip else "all"
-        return f"CLIP-L read {read} {self.clip} tokens, T5 all {self.t5}"
+        text = f"CLIP-L read {read} {self.clip} tokens, T5 all {self.t5}"
+        if self.unknown:  # as most Chinese, which only CLIP-L spells out then
+            text += f", {self.unknown} of them unknown to it (T5 knows English)"
+        return text
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ def tokenize(
     )
     read = _what_fits(clip, CLIP_TOKENS - 2)
     t5_ids = [*chain(*t5)]
-    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read))
+    unknown = t5_ids.count(t5_tokenizer.unk_token_id)
+    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unknown)
     if counts.words > MOST_T5_TOKENS:
         raise ValueError(
             f"The prompt has {counts.t5} T5 tokens, more than the {MOST_T5_TOKENS - 1} that can "

@@ -1,5 +1,6 @@
 """Prompt -> embeddings, by CLIP-L (pooled vector) and T5 (one vector per token)."""
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from .offload import BeforeBlock, OffloadedModule, Patcher
 from .prompts import T5_TOKENS, Segments, TokenCounts, tokenize, weighted_segments
 from .work import Work
+
+log = logging.getLogger("majicflux")
 
 REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in bfloat16
 CLIP_HEAD_DIM = 64  # of every CLIP text encoder
@@ -105,6 +108,7 @@ class TextEncoders:
         """
         segments, moved_bytes = weighted_segments(prompt), 0
         text = tokenize(segments, self.clip_tokenizer, self.t5_tokenizer, words)
+        log.info("%s", text.counts)
         empty = None
         if any(weight != 1 for weight in text.weights):
             empty = self.recall("", len(text.t5))

@@ -42,6 +42,9 @@ def test_weighted_texts_are_split_as_by_comfyui(comfy, tmp_path: Path) -> None:
     t5 = load_tokenizer(T5_TOKENIZER, model, 32128, door.t5_tokenizer_folder())
     words = ["cat", "赛博朋克", "the roof's edge,", "masterpiece ", " ", r"\(blue\)", "long " * 12]
     brackets = ["{0}", "({0}:1.3)", "(({0}) {0}:0.7)", "({0})"]
+    chinese = tokenize(weighted_segments("赛博朋克, a cat"), clip, t5).counts
+    assert chinese.unknown > 0, "T5's vocabulary is English"
+    assert tokenize(weighted_segments("a cat"), clip, t5).counts.unknown == 0
     random, longest = Random(0), 0
     for _ in range(200):
         some = random.choices(words, k=random.randrange(1, 120))

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from comfyui_server import Refused, Server
+from majicflux.nodes import NODES
 
 API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 ALL_NODES = {"1", "2", "3", "4", "5", "6"}
@@ -117,7 +118,7 @@ def test_a_run_says_what_it_planned_and_used(server: Server, graph: dict) -> Non
     assert computing.startswith("transformer: computes in float32 on CPU")
     assert plan == "on the CPU: no VRAM is used"
     *used, counts = run.texts["5"].splitlines()
-    assert counts == "CLIP-L read all 11 tokens, T5 all 13"
+    assert counts == "CLIP-L read all 16 tokens, T5 all 21"
     assert [line.split(":")[0] for line in used] == PHASES
     assert all(re.search(r": \d+\.\d s$", line) for line in used)
 
@@ -291,7 +292,7 @@ def test_the_template_is_listed(server: Server) -> None:
 
 def test_every_socket_is_explained_and_found_in_chinese(server: Server) -> None:
     found = {name: info for name, info in server.get("/object_info").items() if "MajicFlux" in name}
-    assert len(found) == 5
+    assert len(found) == len(NODES)
     for info in found.values():
         assert info["description"]
         assert any("麦橘" in alias for alias in info["search_aliases"])
