@@ -82,8 +82,8 @@ def test_torch_is_no_requirement() -> None:
 
 def test_the_package_has_its_workflows_translations_and_help_pages() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"package-data\]\nmajicflux = (\[.*?\])", project, re.DOTALL)
-    packaged = {path for pattern in ast.literal_eval(listed[1]) for path in ROOT.glob(pattern)}
+    (listed,) = re.findall(r"package-data\]\nmajicflux = (\[.*?\])", project, re.DOTALL)
+    packaged = {path for pattern in ast.literal_eval(listed) for path in ROOT.glob(pattern)}
     there = {
         path
         for folder in ("workflows", "locales", "web")
