@@ -209,8 +209,9 @@ def _seconds(
         weights.running_on(device, ring_bytes=ring),
         computing.applied_to(module, device),
     ):
-        given = (module, case.text, GUIDANCE, BFLOAT16, case.latents, sigmas)
-        velocity = flux_velocity(module, conditions_of(*given))
+        given = (BFLOAT16, device, case.latents.dtype, sigmas)
+        conditions = conditions_of(module, case.text, GUIDANCE, *given)
+        velocity = flux_velocity(module, conditions)
         velocity(case.latents, case.sigma)
     with (
         computing.applied_to(module, device),

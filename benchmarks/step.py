@@ -159,7 +159,8 @@ def our_step(module: Any, computing: Computing, case: Case, device: torch.device
     """One of the steps of a run, which computes what the conditions give once, before them."""
     sigmas = case.sigma[None]
     with computing.applied_to(module, device):
-        conditions = conditions_of(module, case.text, GUIDANCE, BFLOAT16, case.latents, sigmas)
+        given = (BFLOAT16, device, case.latents.dtype, sigmas)
+        conditions = conditions_of(module, case.text, GUIDANCE, *given)
     velocity = flux_velocity(module, conditions)
 
     def step() -> Tensor:

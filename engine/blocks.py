@@ -44,21 +44,13 @@ class JointBlock(FluxJointTransformerBlock):
         image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
         text, image = slice(0, words), slice(words, x.shape[1])
         parts = (
-            (text, text_mod, attention.b_to_qkv, (attention.norm_q_b, attention.norm_k_b)),
-            (image, image_mod, attention.a_to_qkv, (attention.norm_q_a, attention.norm_k_a)),
+            (text, text_mod[:2], attention.b_to_qkv, (attention.norm_q_b, attention.norm_k_b)),
+            (image, image_mod[:2], attention.a_to_qkv, (attention.norm_q_a, attention.norm_k_a)),
         )
-
-        def mix(picture: Tensor) -> Tensor:
-            qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * x.shape[2]))
-            for tokens, mod, to_qkv, norms in parts:
-                for some in work.chunks(tokens):
-                    _write_qkv(picture, some, mod[:2], to_qkv, norms, rope, qkv, work)
-            return work.attempt(partial(attend, qkv, attention.num_heads))
-
         # Each block of weights is asked for once, for all pictures: it may have to travel.
         pictures = x.split(1)
         with at_hand(attention.b_to_qkv):
-            mixed = [mix(picture) for picture in pictures]
+            mixed = [mix(picture, parts, rope, attention.num_heads, work) for picture in pictures]
         for tokens, mod, to_out, mlp in (
             (text, text_mod, attention.b_to_out, self.ff_b),
             (image, image_mod, attention.a_to_out, self.ff_a),
@@ -84,39 +76,69 @@ class SingleBlock(FluxSingleTransformerBlock):
         norm, gate = modulation[0].chunk(3, dim=-1)[:2], modulation[0].chunk(3, dim=-1)[2]
         with at_hand(self.to_qkv_mlp):
             for picture in x.split(1):
-                if work.tokens:
-                    self._in_chunks(picture, norm, gate, rope, work)
-                else:
-                    work.attempt(partial(self._at_once, picture, norm, gate, rope))
+                given = (picture, norm, gate, rope, work)
+                if not work.attempt(partial(self._at_once, *given)):
+                    self._in_chunks(*given)
 
-    def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor) -> None:
-        """All tokens: one product instead of two, which is faster where there is memory for it."""
+    def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> bool:
+        """All tokens: one product instead of two, which is faster where there is memory for it.
+
+        False: nothing has been done, because there is not.
+        """
+        if work.tokens or work.groups > 1:
+            return False
         both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=norm))
         qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
         rms_rope_(qkv, self.norm_q_a, self.norm_k_a, rope, self.num_heads)
         mixed = attend(qkv, self.num_heads)
         add_gated_(x, gate, self.proj_out(self.proj_out.rows(mixed, gelu=hidden)))
+        return True
 
     def _in_chunks(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> None:
-        into, out_of, width = self.to_qkv_mlp, self.proj_out, self.dim
-        norms = (self.norm_q_a, self.norm_k_a)
+        into, out_of = self.to_qkv_mlp, self.proj_out
         tokens = slice(0, x.shape[1])
-        qkv = work.attempt(lambda: x.new_empty(1, x.shape[1], 3 * width))
-        for some in work.chunks(tokens):
-            _write_qkv(x, some, norm, into, norms, rope, qkv, work)
-        mixed = work.attempt(partial(attend, qkv, self.num_heads))
-        del qkv
+        part = (tokens, norm, into, (self.norm_q_a, self.norm_k_a))
+        mixed = mix(x, [part], rope, self.num_heads, work)
 
         def rest(some: slice) -> None:
             rows = into.rows(x[:, some], norm=norm)
-            hidden = into(rows, columns=slice(3 * width, None))
+            hidden = into(rows, columns=slice(3 * self.dim, None))
             del rows
             rows = out_of.rows(mixed[:, some], gelu=hidden)
             del hidden
             add_gated_(x[:, some], gate, out_of(rows))
 
-        for some in work.chunks(tokens):
-            work.attempt(partial(rest, some))
+        work.each(tokens, rest)
+
+
+def mix(x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, work: Work) -> Tensor:
+    """What all tokens of x [1, tokens, width] find in each other, which is as large as x.
+
+    parts: (tokens, what their norm is modulated by, layer whose first columns are queries, keys
+    and values, norms of queries and keys).
+    """
+    done, mixed = 0, None
+
+    def some_heads() -> int:
+        nonlocal mixed
+        count = work.heads(heads)
+        if mixed is None and count < heads:
+            mixed = x.new_empty(x.shape)
+        some = slice(done * HEAD_DIM, (done + count) * HEAD_DIM)
+        qkv = x.new_empty(1, x.shape[1], 3 * count * HEAD_DIM)
+        for of_part, norm, layer, norms in parts:
+            work.each(of_part, partial(_write_qkv, x, norm, layer, norms, rope, qkv, some))
+        found = attend(qkv, count)
+        if mixed is None:
+            mixed = found
+        else:
+            mixed[:, :, some] = found
+        return done + count
+
+    while done < heads:
+        done = work.attempt(some_heads, partial(work.fewer_heads, heads))
+    assert mixed is not None
+    return mixed
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -126,17 +148,21 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
 
 
 def _write_qkv(
-    x: Tensor, some: slice, norm: Any, layer: Any, norms: Any, rope: Tensor, qkv: Tensor, work: Work
-) -> None:
-    """The first columns of the layer, which are queries, keys and values, for some tokens; queries
-    and keys are normed by `norms` and rotated."""
-    columns, heads = slice(0, qkv.shape[-1]), qkv.shape[-1] // (3 * HEAD_DIM)
-
-    def part() -> None:
-        layer(layer.rows(x[:, some], norm=norm), out=qkv[:, some], columns=columns)
-        rms_rope_(qkv[:, some], *norms, rope[:, :, some], heads)
-
-    work.attempt(part)
+    x: Tensor, norm: Any, layer: Any, norms: Any, rope: Tensor, qkv: Tensor, heads: slice,
+    tokens: slice,
+) -> None:  # fmt: skip
+    """For some tokens and the columns of some heads: the layer's queries, keys and values, of
+    which queries and keys are normed by `norms` and rotated, to `qkv`."""
+    width, some = x.shape[2], heads.stop - heads.start
+    rows, out = layer.rows(x[:, tokens], norm=norm), qkv[:, tokens]
+    if some == width:  # one product, because the three lie side by side
+        layer(rows, out=out, columns=slice(0, 3 * width))
+    else:
+        for part, place in enumerate(out.split(some, dim=-1)):
+            first = part * width + heads.start
+            layer(rows, out=place, columns=slice(first, first + some))
+    del rows
+    rms_rope_(out, *norms, rope[:, :, tokens], some // HEAD_DIM)
 
 
 def _rest(
@@ -155,6 +181,5 @@ def _rest(
         del hidden
         add_gated_(x[:, some], mlp_gate, out_of(rows))
 
-    for some in work.chunks(tokens):
-        work.attempt(partial(after_attention, some))
-        work.attempt(partial(feed_forward, some))
+    work.each(tokens, after_attention)
+    work.each(tokens, feed_forward)

@@ -283,7 +283,7 @@ class OffloadedModule:
         root_was_resident = self.root.resident
         try:
             if not root_was_resident and device != CPU:
-                self.root.stay_on(device)
+                (work or Work()).attempt(lambda: self.root.stay_on(device))
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
             for index, modules in enumerate(self._modules):

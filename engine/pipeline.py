@@ -391,7 +391,8 @@ class Run:
                 if component is self.pipeline.dit and plan.visiting and memory.counted:
                     component.patcher.pin()  # the text encoders and the VAE run once: not worth it
                 memory.begin()
-                yield plan, Work(plan.tokens, lambda: self._relieve(component, own, memory))
+                relieve = partial(self._relieve, component, own, memory)
+                yield plan, Work(plan.tokens, plan.groups, relieve)
             finished = True
         except torch.OutOfMemoryError as error:
             raise BudgetError(

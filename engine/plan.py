@@ -15,14 +15,13 @@ from .latents import CHANNELS
 from .prompts import T5_TOKENS
 from .sizes import PIXELS_PER_LATENT, STEP
 from .text_encoders import T5Geometry
-from .work import Work
+from .work import CHUNKS, GROUPS, Work
 
 if TYPE_CHECKING:
     from .offload import OffloadedModule
 
 GB = 2**30
 MB = 2**20
-CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
 RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being copied
 
 
@@ -78,7 +77,8 @@ class Phase:
 
     values: activations and buffers; overhead: of libraries; ring: for visiting weights, 0 where all
     stay; resident: weights that stay; visiting: weights that are copied at each pass; once: weights
-    that are copied once; tokens: computed at once, 0 for all; smallest: what the phase needs.
+    that are copied once; tokens: computed at once, 0 for all; smallest: what the phase needs;
+    groups: of heads that attend one after another.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Phase:
     once: int
     tokens: int
     smallest: int
+    groups: int = 1
 
     @property
     def peak(self) -> int:
@@ -223,42 +224,54 @@ def plan_denoising(
         + conversion_bytes
     )
     one_of_width = tokens * width * itemsize
-    qkv_row, joint_row, single_row = _row_bytes(geometry, itemsize, eight_bit, rotated, card)
 
-    def values(chunk: int) -> int:
-        work = Work(chunk)
-        of_all = max(part.stop - part.start for part in work.chunks(slice(0, tokens)))
-        of_image = max(part.stop - part.start for part in work.chunks(slice(words, tokens)))
+    def values(chunk: int, groups: int = 1) -> int:
+        work = Work(chunk, groups)
+        all_at_once, image_at_once = (
+            next(work.chunks(some)).stop - some.start
+            for some in (slice(0, tokens), slice(words, tokens))
+        )
+        share = work.heads(geometry.heads) / geometry.heads  # of the heads at once
+        before_row, joint_row, single_row = _row_bytes(
+            geometry, itemsize, eight_bit, rotated, card, share
+        )
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.
-        waiting = 0 if chunk else MLP_RATIO * one_of_width
-        mixed = (pictures - 1) * one_of_width  # of the other pictures, in a joint block
+        waiting = 0 if chunk or share < 1 else MLP_RATIO * one_of_width
+        others = (pictures - 1) * one_of_width  # what the other pictures mix to, in a joint block
+        qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
         return fixed + max(
-            mixed + 4 * one_of_width,  # queries, keys, values, and what they mix to
-            mixed + 3 * one_of_width + of_image * qkv_row,
-            3 * one_of_width + waiting + of_all * qkv_row,
-            mixed + one_of_width + of_image * joint_row,
-            (5 if waiting else 1) * one_of_width + of_all * single_row,
+            others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
+            others + qkv + image_at_once * before_row,
+            qkv + waiting + all_at_once * before_row,
+            others + one_of_width + image_at_once * joint_row,
+            (5 if waiting else 1) * one_of_width + all_at_once * single_row,
         )
 
-    choices = [(chunk, values(chunk)) for chunk in (0, *(c for c in CHUNKS if c < tokens))]
-    return _phase("denoising", weights, choices, budget, card)
+    chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
+    choices = [(chunk, values(chunk)) for chunk in chunks]
+    grouped = [(groups, values(chunks[-1], groups)) for groups in GROUPS]
+    return _phase("denoising", weights, choices, budget, card, grouped=grouped)
 
 
 def _row_bytes(
-    geometry: FluxGeometry, itemsize: int, eight_bit: bool, rotated: bool, card: Card
+    geometry: FluxGeometry, itemsize: int, eight_bit: bool, rotated: bool, card: Card, share: float
 ) -> tuple[int, int, int]:
     """Bytes for each token that is computed at once: before the attention, after it in a joint
-    block and in a single one."""
+    block and in a single one. share: of the heads that attend at once."""
     width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
     joined = width + hidden  # the input of a single block's last layer
     if card.fused:  # straight into the format that the product takes
         row = 1 if eight_bit else itemsize
-        return row * width, (itemsize + row) * hidden, itemsize * hidden + row * joined
-    before = 20 * width  # float32 queries or keys as they are turned
+        before = row * width
+        if share < 1:  # a product, on its way to where it belongs
+            before += int(itemsize * share * width)
+        return before, (itemsize + row) * hidden, itemsize * hidden + row * joined
+    # Rows as they are rotated, or float32 queries or keys as they are turned.
+    before = int(max(2 * itemsize, 20 * share) * width)
     more = itemsize * rotated
-    if eight_bit:
-        before = 27 * width  # sums of a product in int32, and in float32
+    if eight_bit:  # float32 rows as they are rotated, or sums of a product in int32 and in float32
+        before = int(max(11, 27 * share) * width)
         more = 8  # in float32 before they are rotated, and after
     # GELU is computed in place; only beside the attention it is copied.
     joint = (itemsize + more) * hidden + 2 * itemsize * width
@@ -308,27 +321,35 @@ def _phase(
     card: Card,
     least: int | None = None,
     stay: bool = True,
+    grouped: Sequence[tuple[int, int]] = (),
 ) -> Phase:
     """choices: (tokens at once, bytes of values), from the roomiest to the tightest; least: bytes
-    of values that would do; stay: whether weights may become resident."""
+    of values that would do; stay: whether weights may become resident; grouped: (groups of heads,
+    bytes of values) with the tightest choice of tokens, from the fewest groups to the most."""
     once = sum(block.nbytes for block in weights.once)
     passing = sum(block.nbytes for block in weights.blocks)
     largest = weights.largest_bytes
     tightest = min(values for _, values in choices)
-    least = tightest if least is None else least
-    smallest = weights.root.nbytes + largest + least + card.overhead(least)
+    least = min([tightest, *(values for _, values in grouped)]) if least is None else least
+
+    def needed(values: int, kept: int = weights.root.nbytes + largest) -> int:
+        return kept + values + card.overhead(values)
+
+    smallest, groups = needed(least), 1
     if budget is None:
         tokens, values = choices[0]
         overhead, resident = card.overhead(values), weights.travelling_bytes
         return Phase(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
 
     # Everything at once where all weights stay beside it; else the largest chunks that cost no
-    # residency, because attention decides the peak anyway.
-    def fits(values: int) -> bool:
-        needed = weights.travelling_bytes + values + card.overhead(values)
-        return values <= tightest or (stay and needed <= budget)
-
-    tokens, values = next(choice for choice in choices if fits(choice[1]))
+    # residency, because attention decides the peak anyway. Groups of heads only where it must be.
+    tokens, values = next(
+        (tokens, values) for tokens, values in choices
+        if values <= tightest or (stay and needed(values, weights.travelling_bytes) <= budget)
+    )  # fmt: skip
+    if grouped and needed(values) > budget:
+        tokens = choices[-1][0]
+        groups, values = next((c for c in grouped if needed(c[1]) <= budget), grouped[-1])
     overhead = card.overhead(values)
     left = budget - values - overhead
     if stay and weights.travelling_bytes <= left:
@@ -348,6 +369,7 @@ def _phase(
         once - sum(block.nbytes for block in weights.once if block in kept),
         tokens,
         smallest,
+        groups,
     )
 
 

@@ -25,7 +25,10 @@ STAGING_BUFFERS = 3
 
 
 class Transfers(Protocol):
-    """How bytes reach a device, and how copies and computations wait for each other."""
+    """How bytes reach a device, and how copies and computations wait for each other.
+
+    Copies follow each other in the order in which they were begun.
+    """
 
     def copy(self, home: Tensor, place: Tensor, after: Sequence[Any]) -> Any:
         """Begin to copy once everything in `after` has happened; returns what to wait for."""

@@ -2,7 +2,10 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +111,8 @@ class TextEncoders:
         """
         segments, moved_bytes = weighted_segments(prompt), 0
         text = tokenize(segments, self.clip_tokenizer, self.t5_tokenizer, words)
-        log.info("%s", text.counts)
+        if prompt:
+            log.info("%s", text.counts)
         empty = None
         if any(weight != 1 for weight in text.weights):
             empty = self.recall("", len(text.t5))
@@ -117,7 +121,7 @@ class TextEncoders:
                 empty, moved_bytes = self.encode("", *given)
         device, module, work = self.patcher.device, self.weights.module, work or Work()
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, work)
-        with visits as stream:
+        with visits as stream, _attempted(module, work):
             clip_ids = torch.tensor([text.clip], device=device)
             pooled, _ = work.attempt(lambda: module.clip(clip_ids))
             t5_ids = torch.tensor([text.t5], device=device)
@@ -155,6 +159,24 @@ def build_text_encoders(
         blocks += [[attention.q], [attention.k], [attention.v], [attention.o]]
         blocks += [[mlp.wi_0], [mlp.wi_1], [mlp.wo]]
     return OffloadedModule(both, blocks, at_home=[clip.token_embedding, t5.shared])
+
+
+@contextmanager
+def _attempted(both: Any, work: Work) -> Iterator[None]:
+    """Each layer of CLIP, and each attention and feed forward of T5, is an attempt of its own."""
+    of_t5 = (layer for block in both.t5.encoder.block for layer in block.layer)
+    layers = [*both.clip.encoders, *of_t5]
+    for layer in layers:
+        layer.forward = partial(_attempt, work, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _attempt(work: Work, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return work.attempt(lambda: forward(*args, **kwargs))
 
 
 class HomeEmbedding(nn.Module):

@@ -152,8 +152,8 @@ def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline,
     pipeline = dataclasses.replace(pipeline, budget_bytes=smallest + everything)
     taken: list[torch.Tensor] = []
 
-    def take(step: int, _: torch.Tensor) -> None:
-        if step == 1:  # within the budget, so that the allocator refuses the run's own
+    def take(_: torch.Tensor | None) -> None:
+        if not taken:  # within the budget, so that the allocator refuses the run's own
             free = pipeline.budget_bytes - torch.cuda.memory_reserved()
             taken.append(torch.empty(max(0, free) + everything // 2, device=CUDA, dtype=torch.int8))
 

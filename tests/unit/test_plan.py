@@ -3,9 +3,10 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from majicflux import engine
 from majicflux.cli import main
-from majicflux.engine import blocks, kernels, plan_alone, products, vae_bands
+from majicflux.engine import blocks, denoise, kernels, plan, plan_alone, products, vae_bands
 from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
@@ -44,7 +45,7 @@ from majicflux.engine.text_encoders import (
     build_text_encoders,
 )
 from majicflux.engine.vae import build_vae
-from majicflux.engine.work import Work
+from majicflux.engine.work import CHUNKS, GROUPS, Work
 from majicflux.loaders import demo_models
 
 META = torch.device("meta")
@@ -59,10 +60,10 @@ COMPUTED = {
     "int8 rotated": ("int8 rotated", True),
     "int8 rotated dequantized": ("int8 rotated", False),
 }
-# All sizes of what is usual, two of the rest.
-CASES = [(name, size) for name in [*COMPUTED][:4] for size in SIZES]
-CASES += [("int8 rotated dequantized", size) for size in ((512, 512), (1024, 1024))]
-PLAIN_CASES = [c for c in CASES if c[0] != "float8"] + [("float8", (1024, 1024))]
+# All sizes of one, as many as tell something of the rest.
+CASES = [("bfloat16", size) for size in SIZES[:4]]
+CASES += [(name, size) for name in [*COMPUTED][1:] for size in ((512, 512), (1024, 1024))]
+CASES += [("int8 rotated", (1536, 640)), ("float8", (2048, 2048))]
 CARDS = {"plain": Card(), "fused": Card(128 * 2**20, True)}
 
 
@@ -96,15 +97,24 @@ def denoising(
     name: str, job: Job, budget: int | None, card: Card, geometry: FluxGeometry = FULL
 ) -> Phase:
     precision, computing = computing_of(name)
-    weights = transformer(geometry, precision)
-    converted = computing.conversion_bytes(weights.module)
+    weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
     eight_bit = bool(computing.eight_bit)
     return plan_denoising(weights, geometry, job, 2, eight_bit, converted, budget, card)
 
 
+rope_once = cache(denoise._rope)
+
+
 @pytest.fixture
 def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention and products in float8 allocate what they do on a card: only their output."""
+    """Attention and products in float8 allocate what they do on a card: only their output.
+
+    Two chunks stand for all, of which none is longer than the first.
+    """
+
+    def first_two(work: Work, tokens: slice, part: Callable[[slice], object]) -> None:
+        for some in islice(work.chunks(tokens), 2):
+            part(some)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, tokens, dim = q.shape
@@ -118,6 +128,8 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         return products._result(weight, x, out)
 
     functional = SimpleNamespace(scaled_dot_product_attention=attention)
+    monkeypatch.setattr(Work, "each", first_two)
+    monkeypatch.setattr(denoise, "_rope", rope_once)
     monkeypatch.setattr(blocks, "F", functional)
     monkeypatch.setattr(products, "_float8_product", float8_product)
 
@@ -151,7 +163,13 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def denoised(name: str, job: Job, tokens: int, is_fused: bool) -> int:
+def conversion_bytes(name: str, geometry: FluxGeometry) -> int:
+    precision, computing = computing_of(name)
+    return computing.conversion_bytes(transformer(geometry, precision).module)
+
+
+@cache
+def denoised(name: str, job: Job, tokens: int, groups: int, is_fused: bool) -> int:
     """The most bytes that are alive at once, besides the weights."""
     del is_fused  # for the cache: the fixture says it to the engine
     precision, computing = computing_of(name)
@@ -166,55 +184,97 @@ def denoised(name: str, job: Job, tokens: int, is_fused: bool) -> int:
             given = (torch.bfloat16, META, torch.float32, task.sigmas)
             conditions = conditions_of(module, text, 3.5, *given)
         with computing.applied_to(module, META):
-            velocity = flux_velocity(module, conditions, Work(tokens))
+            velocity = flux_velocity(module, conditions, Work(tokens, groups))
             sample(task, velocity, None, lambda _: None, META, torch.float32)
     return live.peak
 
 
-def assert_planned(name: str, job: Job, card: str, least: float = 0.85) -> set[int]:
-    """Every plan for up to 24 GB is kept, and not much too large; returns the chunks."""
+def assert_planned(name: str, job: Job, card: str, least: float = 0.85) -> set[tuple[int, int]]:
+    """Every plan for up to 24 GB is kept, and not much too large; returns the tokens at once and
+    the groups of heads."""
     wrong: list[str] = []
-    chunks: set[int] = set()
-    for gb in range(1, 25):
-        phase = denoising(name, job, gb * GB, CARDS[card])
-        if phase.smallest > gb * GB or phase.tokens in chunks:
+    found: set[tuple[int, int]] = set()
+    smallest = denoising(name, job, None, CARDS[card]).smallest
+    for budget in (*(smallest + n * smallest // 16 for n in range(16)), *range(GB, 25 * GB, GB)):
+        phase = denoising(name, job, budget, CARDS[card])
+        size = (phase.tokens, phase.groups)
+        if smallest > budget or size in found:
             continue
-        chunks.add(phase.tokens)
+        found.add(size)
         # The modulation of the blocks that are not there.
         absent = job.steps * (12 * 18 + 3 * 37) * FULL.hidden * 2
-        peak = denoised(name, job, phase.tokens, card == "fused") + absent
+        peak = denoised(name, job, *size, card == "fused") + absent
         share = peak / phase.values
         if not least <= share <= 1:
-            wrong.append(f"{phase.tokens} at once: {peak / 1e6:.1f} MB, {share:.3f} of the plan")
+            wrong.append(f"{size}: {peak / 1e6:.1f} MB, {share:.3f} of the plan")
     assert not wrong
-    return chunks
+    return found
 
 
-@pytest.mark.parametrize(("name", "size"), PLAIN_CASES)
+@pytest.mark.parametrize(("name", "size"), CASES)
 def test_a_picture_holds_what_was_planned(as_cuda, name: str, size: tuple[int, int]) -> None:
     # Without fused kernels float8 is multiplied in 8 bits only by force, and planned as int8 is.
     least = 0.6 if name == "float8" else 0.85
-    chunks = assert_planned(name, Job(*size, steps=1 + (size == SIZES[0])), "plain", least)
-    assert len(chunks) > 1 or min(size) < 1024, "both in chunks and at once"
+    found = assert_planned(name, Job(*size, steps=1 + (size == SIZES[0])), "plain", least)
+    assert len({tokens for tokens, _ in found}) > 1 or min(size) < 1024, "in chunks and at once"
+    assert max(groups for _, groups in found) > 1 or min(size) < 1024, "and in groups of heads"
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_fused_kernels_hold_what_was_planned(
     as_cuda, fused, name: str, size: tuple[int, int]
 ) -> None:
-    assert_planned(name, Job(*size, steps=1 + (size == SIZES[0])), "fused")
+    found = assert_planned(name, Job(*size, steps=1 + (size == SIZES[0])), "fused")
+    assert max(groups for _, groups in found) > 1
+    if size == (2048, 2048):
+        assert max(groups for _, groups in found) == GROUPS[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "batch"), [("bfloat16", 1024, 2), ("int8 rotated", 512, 4)]
+)
+def test_a_batch_holds_what_was_planned(as_cuda, name: str, side: int, batch: int) -> None:
+    assert_planned(name, Job(side, side, batch, 1), "plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "batch"), [("float8", 1024, 2), ("float8 dequantized", 512, 4)]
+)
+def test_a_fused_batch_holds_what_was_planned(
+    as_cuda, fused, name: str, side: int, batch: int
+) -> None:
+    assert_planned(name, Job(side, side, batch, 1), "fused")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8 rotated"])
-def test_a_batch_holds_what_was_planned(as_cuda, name: str) -> None:
-    for size, batch_size in (((512, 512), 4), ((1024, 1024), 2)):
-        assert_planned(name, Job(*size, batch_size, 1), "plain")
+@pytest.mark.parametrize(("side", "saved_mb"), [(1024, 60), (2048, 240), (4096, 900)])
+def test_heads_are_grouped_only_where_nothing_else_would_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, side: int, saved_mb: int
+) -> None:
+    """Queries, keys and values of 2048x2048 pixels are 311 MB, and what they mix to 104 MB."""
+    job, card = Job(side, side), CARDS["fused"]
 
+    def found(budget: int | None) -> tuple[Phase, Phase]:
+        """With groups, and as it would be without."""
+        grouped = denoising(name, job, budget, card)
+        with monkeypatch.context() as without:
+            without.setattr(plan, "GROUPS", ())
+            return grouped, denoising(name, job, budget, card)
 
-@pytest.mark.parametrize("name", ["float8", "float8 dequantized"])
-def test_a_fused_batch_holds_what_was_planned(as_cuda, fused, name: str) -> None:
-    for size, batch_size in (((512, 512), 4), ((1024, 1024), 2)):
-        assert_planned(name, Job(*size, batch_size, 1), "fused")
+    grouped, plain = found(None)
+    assert plain.smallest - grouped.smallest > saved_mb * 1e6
+    for budget in (None, plain.smallest, 2 * plain.smallest, 24 * GB):
+        phase, same = found(budget)
+        assert replace(phase, smallest=same.smallest) == same
+    groups = []
+    step = (plain.smallest - grouped.smallest) // 12
+    for budget in range(plain.smallest - 1, grouped.smallest, -step):
+        phase = denoising(name, job, budget, card)
+        assert phase.peak <= budget
+        assert phase.tokens == CHUNKS[-1]
+        groups.append(phase.groups)
+    assert groups == sorted(groups), "as few as will do"
+    assert {*groups} == {*GROUPS} or side == 1024
 
 
 def test_a_long_prompt_is_planned(as_cuda) -> None:
@@ -332,8 +392,7 @@ def planned(name: str, size: tuple[int, int], batch: int, gb: float | None) -> P
     return plan_alone.plan_alone(FULL, PRECISIONS[precision], job, gb, eight_bit, None, None)
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize(("name", "batch"), [*zip(COMPUTED, (1, 2, 4, 1, 4), strict=True)])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_budget_is_kept_or_refused(
     built_once, size: tuple[int, int], batch: int, name: str
@@ -381,12 +440,12 @@ def test_the_smallest_budget_is_enough_and_less_is_not(
 
 @pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize("size", SIZES)
-def test_more_budget_never_means_more_visits(built_once, size: tuple[int, int], name: str) -> None:
+def test_more_budget_never_means_more_visits(size: tuple[int, int], name: str) -> None:
     found: list[tuple[float, int]] = []
-    for tenths in range(10, 240, 2):
-        plan = planned(name, size, 1, tenths / 10)
-        if plan.smallest_bytes <= tenths / 10 * GB:
-            found.append((tenths / 10, plan.phases[1].visiting))
+    for gb in [n / 50 for n in range(15, 75)] + [n / 5 for n in range(8, 120)]:
+        phase = denoising(name, Job(*size), int(gb * GB), CARDS["fused"])
+        if phase.smallest <= gb * GB:
+            found.append((gb, phase.visiting))
     rises = [
         (gb, f"{(after - before) / 1e6:.0f} MB more")
         for (_, before), (gb, after) in pairwise(found)

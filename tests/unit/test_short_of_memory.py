@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 
 from majicflux.engine import blocks, products, streaming, vae_bands
 from majicflux.engine.flux_dit import DiT
-from majicflux.engine.offload import OffloadedModule
+from majicflux.engine.offload import OffloadedModule, WeightBlock
 from majicflux.engine.pipeline import Pipeline, Request, paint
 from majicflux.engine.plan import BudgetError, Job
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.stored_linear import StoredLinear
 from majicflux.engine.vae import VAE
+from majicflux.engine.work import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,13 +91,14 @@ class Shortage:
         where: Callable[..., bool] = lambda *_, **__: True,
     ):
         self.calls = self.failures = 0
+        self.short = short
         original = getattr(owner, name)
 
         def found_none(*args: object, **kwargs: object) -> object:
             if not where(*args, **kwargs):
                 return original(*args, **kwargs)
             self.calls += 1
-            fails = short(self.calls - 1)
+            fails = self.short(self.calls - 1)
             result = original(*args, **kwargs) if after or not fails else None
             if fails:
                 self.failures += 1
@@ -198,6 +201,90 @@ def test_a_shortage_in_the_text_encoders_is_survived(
     shortage = Shortage(monkeypatch, module, "forward", lambda call: call == 0, after=True)
     assert torch.equal(run(pipeline), expected)
     assert_survived(pipeline, shortage, before + 1, caplog)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "name"),
+    [("clip", "CLIPEncoderLayer"), ("t5", "T5LayerSelfAttention"), ("t5", "T5LayerFF")],
+)
+def test_a_shortage_in_the_text_encoders_costs_one_layer(
+    make_pipeline, monkeypatch, encoder: str, name: str
+) -> None:
+    encoders = make_pipeline().text_encoders
+    layers = encoders.weights.module[encoder].modules()
+    (kind,) = {type(layer) for layer in layers if type(layer).__name__ == name}
+    # The second layer of three fails, and the third.
+    shortage = Shortage(monkeypatch, kind, "forward", lambda call: call in (1, 3), after=True)
+    relieved: list[bool] = []
+
+    def relieve() -> bool:
+        relieved.append(True)
+        return True
+
+    with torch.inference_mode():
+        found, _ = encoders.encode("a cat", work=Work(relieve=relieve))
+        monkeypatch.undo()
+        expected, _ = encoders.encode("a cat")
+    assert (shortage.calls, len(relieved)) == (5, 2)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.pooled, expected.pooled)
+
+
+def test_any_allocation_in_the_text_encoders_may_fail(make_pipeline) -> None:
+    """Of what is as large as the states are; with nothing to free."""
+    encoders = make_pipeline().text_encoders
+    states = 77 * 128 * 2  # bytes of CLIP's, the smaller ones
+    with torch.inference_mode():
+        expected, _ = encoders.encode("a cat")
+        numbers: list[int] = []
+
+        def noted(number: int, size: int, _: int) -> bool:
+            if size > states:
+                numbers.append(number)
+            return True
+
+        with LiveBytes("cpu", noted):
+            encoders.encode("a cat")
+        for failing in numbers[::7]:
+            with LiveBytes("cpu", lambda number, *_, failing=failing: number != failing):
+                found, _ = encoders.encode("a cat")
+            assert torch.equal(found.tokens, expected.tokens)
+            assert torch.equal(found.pooled, expected.pooled)
+
+
+def test_a_shortage_of_the_root_is_survived(unseen, make_pipeline, monkeypatch, caplog) -> None:
+    """When the phase begins, where none of the weights become resident, and when it runs."""
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    expected = run(pipeline)
+    root = pipeline.dit.weights.root
+    pipeline.dit.weights.release(float("inf"))
+    before = resident(pipeline)
+    assert before
+    shortage = Shortage(
+        monkeypatch, WeightBlock, "stay_on", lambda call: call < 2, where=lambda b, _: b is root
+    )
+    assert torch.equal(run(pipeline), expected)
+    assert shortage.calls == 3
+    shortage.failures -= 1
+    assert_survived(pipeline, shortage, before, caplog)
+
+
+def test_when_no_weights_are_left_less_is_computed_at_once(
+    unseen, make_pipeline, monkeypatch, caplog
+) -> None:
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
+    expected = run(pipeline)
+    shortage = Shortage(
+        monkeypatch, blocks, "attend", lambda _: True, where=lambda _, heads: heads > 1
+    )
+    assert torch.equal(run(pipeline), expected)
+    assert shortage.failures > 1
+    assert pipeline.dit.weights.resident_bytes < 2 * pipeline.dit.weights.largest_bytes
+    assert "from here on heads attend in 2 groups" in caplog.text
+    caplog.clear()
+    shortage.short = lambda _: False
+    assert torch.equal(run(pipeline), expected)
+    assert "less memory" not in caplog.text, "the next run begins as planned"
 
 
 def test_a_shortage_of_the_ring_is_survived(unseen, make_pipeline, monkeypatch, caplog) -> None:

@@ -1,0 +1,271 @@
+"""How much is computed at once: the same result with any choice, and with any lack of memory."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from torch import Tensor
+
+from majicflux.engine import blocks, products
+from majicflux.engine.denoise import Conditions, flux_velocity
+from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
+from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.products import choose
+from majicflux.engine.stored_linear import StoredLinear, quantize_rows
+from majicflux.engine.work import CHUNKS, GROUPS, Work
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+GEOMETRY = FluxGeometry(512, 1, 1, text_width=64, pooled_width=64)  # 4 heads
+WORDS = 70
+LATENTS = (34, 36)  # 306 tokens: more than the smallest chunk
+TIGHTEST = (CHUNKS[-1], GROUPS[-1])
+
+
+@cache
+def transformer(precision: str) -> Any:
+    """Of random weights that keep the size of what passes through."""
+    weights = build_flux_dit(GEOMETRY, PRECISIONS[precision]).allocate()
+    drawn = torch.Generator().manual_seed(4)
+    for module in weights.module.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            size = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
+            values = size * torch.randn(parameter.shape, generator=drawn)
+            if isinstance(module, StoredLinear) and name == "weight" and module.scale is not None:
+                quantize_rows(values, parameter.data, module.scale.data, module.group)
+            elif name != "scale":
+                parameter.data.copy_(values)
+    return weights.module
+
+
+@cache
+def given(pictures: int = 1) -> tuple[Tensor, Conditions]:
+    """Latents, and what each block is told."""
+    drawn = torch.Generator().manual_seed(5)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=drawn).bfloat16()
+
+    width = GEOMETRY.hidden
+    modulation = [[0.3 * some(1, 1, n * width) for n in sizes] for sizes in ([6, 6], [3], [2])]
+    return some(pictures, 16, *LATENTS), Conditions(some(1, WORDS, width), {1.0: modulation})
+
+
+@torch.inference_mode()
+def run(work: Work, precision: str = "bfloat16", mode: str = "bfloat16", pictures=1) -> Tensor:
+    dit = transformer(precision)
+    latents, told = given(pictures)
+    with choose(dit, CPU, mode, torch.bfloat16).applied_to(dit, CPU):
+        return flux_velocity(dit, told, work)(latents, torch.tensor(1.0))
+
+
+@cache
+def expected(pictures: int = 1) -> Tensor:
+    return run(Work(), pictures=pictures)
+
+
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [
+        ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float8_e4m3fn", "bfloat16"),
+        ("float8_e4m3fn", "8-bit"), ("int8 rotated", "bfloat16"), ("int8 rotated", "8-bit"),
+    ],
+)  # fmt: skip
+def test_chunks_and_groups_change_no_bit(precision: str, mode: str) -> None:
+    at_once = run(Work(), precision, mode)
+    assert at_once.isfinite().all()
+    for size in ((256, 1), (256, 2), TIGHTEST, (0, 4), (64, 1)):
+        assert torch.equal(run(Work(*size), precision, mode), at_once), size
+
+
+@pytest.mark.parametrize("groups", [1, *GROUPS])
+def test_groups_of_heads_attend_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    """As many as there are heads, where there are fewer; queries, keys and values of one group
+    are there at a time."""
+    attended: list[tuple[int, int]] = []
+    attend = blocks.attend
+
+    def watched(qkv: Tensor, heads: int) -> Tensor:
+        attended.append((heads, qkv.shape[2]))
+        return attend(qkv, heads)
+
+    monkeypatch.setattr(blocks, "attend", watched)
+    run(Work(256, groups))
+    groups = min(groups, GEOMETRY.heads)
+    heads = GEOMETRY.heads // groups
+    assert attended == [(heads, 3 * 128 * heads)] * groups * 2  # a joint block and a single one
+
+
+@torch.inference_mode()
+def through_blocks(
+    work: Work, allowed: Callable[[int, int, int], bool] = lambda *_: True
+) -> tuple[Tensor, LiveBytes]:
+    """A joint and a single block, in which every allocation belongs to an attempt."""
+    dit, (joint, single, _) = transformer("bfloat16"), given()[1].modulation[1.0]
+    drawn = torch.Generator().manual_seed(6)
+    tokens = WORDS + 17 * 18
+    x = torch.randn(1, tokens, GEOMETRY.hidden, generator=drawn).bfloat16()
+    rope = torch.randn(1, 1, tokens, 64, 2, 2, generator=drawn)
+    with LiveBytes("cpu", allowed) as live:
+        dit.blocks[0](x, WORDS, joint, rope, work)
+        dit.single_blocks[0](x, WORDS, single, rope, work)
+    return x, live
+
+
+@pytest.mark.parametrize(("size", "step"), [((0, 1), 1), ((256, 2), 5)])
+def test_any_allocation_may_fail(size: tuple[int, int], step: int) -> None:
+    """One, and another half a run later, with nothing to free. step: 1 for every allocation."""
+    whole = through_blocks(Work())[0]
+    allocations = through_blocks(Work(*size))[1].made
+    assert allocations > 50
+    for failing in range(0, allocations // 2 + 1, step):
+        both = (failing, failing + allocations // 2)
+        work = Work(*size)
+        found, live = through_blocks(work, lambda number, *_, both=both: number not in both)
+        assert live.made > both[1]
+        assert torch.equal(found, whole), failing
+        if size == (0, 1):
+            assert (work.tokens, work.groups) != size, "less at once from then on"
+
+
+def test_weights_leave_before_less_is_computed_at_once() -> None:
+    whole = through_blocks(Work())[0]
+    left = [3]
+
+    def relieve() -> bool:
+        left[0] -= 1
+        return left[0] >= 0
+
+    work = Work(relieve=relieve)
+    found, _ = through_blocks(work, lambda number, *_: number not in (5, 9, 13))
+    assert (left, work.tokens, work.groups) == ([0], 0, 1)
+    assert torch.equal(found, whole)
+    through_blocks(work, lambda number, *_: number != 5)
+    assert (left, work.tokens, work.groups) == ([-1], 256, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "less"), [((0, 1), (256, 1)), ((256, 1), (256, 2)), ((256, 2), None)]
+)
+def test_a_run_that_is_short_of_memory_computes_as_little_at_once_as_it_must(
+    size: tuple[int, int], less: tuple[int, int] | None
+) -> None:
+    """less: when one byte is missing; None: nothing less is possible."""
+    whole = through_blocks(Work())[0]
+    peak = through_blocks(Work(*size))[1].peak
+    for limit, enough in ((peak, size), (peak - 1, less)):
+        work = Work()
+        if enough is None:
+            with pytest.raises(torch.OutOfMemoryError):
+                through_blocks(work, lambda *numbers, limit=limit: numbers[2] <= limit)
+            continue
+        found, _ = through_blocks(work, lambda *numbers, limit=limit: numbers[2] <= limit)
+        assert torch.equal(found, whole)
+        assert (work.tokens, work.groups) == enough
+
+
+LAYERS = {
+    "embedding of the latents": lambda dit: dit.x_embedder,
+    "queries of a joint block": lambda dit: dit.blocks[0].attn.a_to_qkv,
+    "after the attention": lambda dit: dit.blocks[0].attn.a_to_out,
+    "into the MLP": lambda dit: dit.blocks[0].ff_a[0],
+    "out of the MLP": lambda dit: dit.blocks[0].ff_a[2],
+    "into a single block": lambda dit: dit.single_blocks[0].to_qkv_mlp,
+    "out of a single block": lambda dit: dit.single_blocks[0].proj_out,
+    "final layer": lambda dit: dit.final_proj_out,
+}
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("place", LAYERS)
+def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
+    monkeypatch: pytest.MonkeyPatch, caplog, place: str, pictures: int
+) -> None:
+    whole = expected(pictures)
+    layer = LAYERS[place](transformer("bfloat16"))
+    multiply = products.Dequantized.__call__
+
+    def short(product, called, x, out, columns) -> Tensor:
+        y = multiply(product, called, x, out, columns)
+        if called is layer and x.shape[-2] > 256:
+            raise torch.OutOfMemoryError("simulated")
+        return y
+
+    monkeypatch.setattr(products.Dequantized, "__call__", short)
+    work = Work()
+    assert torch.equal(run(work, pictures=pictures), whole)
+    assert (work.tokens, work.groups) == (256, 1)
+    assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
+
+
+@pytest.mark.parametrize("most", [2, 1, 0])
+def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
+    monkeypatch: pytest.MonkeyPatch, caplog, most: int
+) -> None:
+    whole = expected(2)
+    attend = blocks.attend
+    attended: list[int] = []
+
+    def short(qkv: Tensor, heads: int) -> Tensor:
+        if heads > most:
+            raise torch.OutOfMemoryError("simulated")
+        attended.append(heads)
+        return attend(qkv, heads)
+
+    monkeypatch.setattr(blocks, "attend", short)
+    work = Work(tokens=512)
+    if not most:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(work, pictures=2)
+        return
+    assert torch.equal(run(work, pictures=2), whole)
+    assert (work.tokens, work.groups) == (512, GEOMETRY.heads // most)
+    assert "from here on heads attend in 2 groups" in caplog.text
+    # Two pictures in two blocks, and no group of heads twice.
+    assert attended == [most] * (GEOMETRY.heads // most) * 4
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(24, [2, 4, 8]), (6, [2]), (4, [2, 4]), (5, [])])
+def test_groups_are_all_of_one_size(heads: int, groups: list[int]) -> None:
+    work = Work()
+    found = []
+    while work.fewer_heads(heads):
+        found.append(work.groups)
+        assert work.heads(heads) * work.groups == heads
+    assert found == groups
+    assert not work.fewer_tokens(), "where nothing is done in chunks there can be no smaller ones"
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 514, 1100, 4097])
+@pytest.mark.parametrize("tokens", [0, *CHUNKS])
+def test_every_token_is_done_once(count: int, tokens: int) -> None:
+    """And no chunk is longer than the first, which is what the plan counts on; also where memory
+    runs out in the middle."""
+    for failing in (None, 0, 1, 2):
+        work = Work(tokens)
+        done: list[slice] = []
+        calls = 0
+
+        def part(some: slice, failing=failing, done=done) -> None:
+            nonlocal calls
+            calls += 1
+            if calls - 1 == failing:
+                raise torch.OutOfMemoryError("simulated")
+            done.append(some)
+
+        work.each(slice(100, 100 + count), part)
+        calls = 0
+        assert [n for some in done for n in range(some.start, some.stop)] == [
+            *range(100, 100 + count)
+        ]
+        sizes = [some.stop - some.start for some in done]
+        assert max(sizes) <= (tokens or count)
+        assert sizes == sorted(sizes, reverse=True)
+        if failing is None:
+            assert done[0] == next(work.chunks(slice(100, 100 + count)))
