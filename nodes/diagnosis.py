@@ -32,7 +32,10 @@ NEEDED = {FLUX_DIT: MAJICFLUS_BF16, CLIP: CLIP_L, T5: T5_XXL, VAE: AE}  # and a 
 
 
 def diagnosis() -> str:
-    """Never raises: what is missing or broken is said where it would stand. Shows no path."""
+    """Never raises: what is missing or broken is said where it would stand.
+
+    A file is named by its place in its models folder, so that nobody's name is in a path.
+    """
     parts = (
         ("MajicFlux", _system),
         ("torch", _torch),
@@ -170,9 +173,9 @@ def _models() -> str:
 
 def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
     """What the file is or why it cannot be read, and what of it a loader takes."""
-    path = model_files.resolve(folder, name)
-    loaders = _loaders()
+    path, loaders = Path(name), _loaders()
     try:
+        path = model_files.resolve(folder, name)
         headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
         kind = kind_of([tensor for header in headers for tensor in header])
         if kind is None:
@@ -181,7 +184,8 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
             return kind.description, set()
         loaders[kind](path)
     except ModelFileError as error:
-        return f"unusable, {str(error).replace(str(path), path.name)}", set()
+        reason = str(error).replace(str(path), path.name).removeprefix(f"{path.name} ")
+        return f"unusable ({reason.rstrip('.')})", set()
     if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
         held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}
         return kind.description, held

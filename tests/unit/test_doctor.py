@@ -83,15 +83,18 @@ def test_a_file_that_no_loader_takes_does_not_count(folder: Path) -> None:
     put(folder / "vae/sdxl.safetensors", {
         "decoder.mid.block_1.conv1.weight": torch.zeros(1),
         "decoder.conv_in.weight": torch.zeros(512, 4, 3, 3)})  # fmt: skip
-    (folder / "vae/short.safetensors").write_bytes(b"\x10")
+    for name in ("a", "b"):
+        (folder / f"vae/{name}.safetensors").write_bytes(b"PK\x03\x04")
+    (folder / "vae/gone.safetensors").symlink_to(folder / "nothing")
     demo_models.write_demo_models(folder.parent / "demo")
     t5 = folder / "vae/t5.safetensors"
     (folder.parent / "demo" / demo_models.T5_FILE).rename(t5)
     found = parts(diagnosis())["models"]
     assert "a LoRA: style.safetensors" in found
     assert "nothing that MajicFlux knows: strange.safetensors" in found
-    assert "unusable, sdxl.safetensors is a VAE of another model: its latents have 4" in found
-    assert "unusable, short.safetensors is not a safetensors file" in found
+    assert "unusable (is a VAE of another model: its latents have 4 channels" in found
+    assert "use the .safetensors): a.safetensors, b.safetensors\n" in found
+    assert "unusable (is not in models/vae" in found
     assert "a T5 text encoder, which belongs in models/text_encoders: t5.safetensors" in found
     assert found.count("MISSING") == 4
 
