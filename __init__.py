@@ -3,4 +3,6 @@
 if __package__:  # not set when pytest imports this file by its path
     from .nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "./web"  # help pages
+
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(command=_inspect)
 
+    doctor = commands.add_parser("doctor", help="say what this machine has, for a bug report")
+    _add_models(doctor)
+    doctor.set_defaults(command=_doctor)
+
     plan = commands.add_parser("plan", help="say what a VRAM budget allows, without a card")
     plan.add_argument("--vram", type=float, metavar="GB", help="the budget; none: no limit")
     plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
@@ -230,6 +234,14 @@ def _inspect(options: argparse.Namespace) -> None:
     print(table(path.name, inspection))
     write_chart(chart, path.name, inspection)
     print(chart)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .nodes.diagnosis import diagnosis
+
+    standalone.models_folder = options.models
+    encoding = sys.stdout.encoding  # of a console, which may lack the characters of a file's name
+    print(diagnosis().encode(encoding, "replace").decode(encoding))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Set-up and tests on a bare machine: `python dev.py demo` or `python dev.py test`.
 
+`python dev.py locales` writes the English texts of the canvas anew, from the nodes.
 Needs Python 3.10 to 3.12 and a package registry. Everything goes into `.venv` beside this file.
 """
 
@@ -20,7 +21,7 @@ TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test", "locales"):
         print(__doc__)
         return 2
     if not (3, 10) <= sys.version_info < (3, 13):
@@ -29,6 +30,9 @@ def main() -> int:
     if sys.argv[1] == "demo":
         install("-e", str(ROOT))
         return run(PYTHON, "-m", "majicflux.cli", "demo", *sys.argv[2:])
+    if sys.argv[1] == "locales":
+        install("-e", str(ROOT))
+        return run(PYTHON, "locales/english.py")
     return test(sys.argv[2:])
 
 

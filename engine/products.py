@@ -175,7 +175,7 @@ def choose(module: nn.Module, device: torch.device, mode: str, native: torch.dty
     chosen = frozenset(dtype for dtype, obstacle in obstacles.items() if not obstacle)
     names = " and ".join(sorted(_name(dtype) for dtype in chosen)) or _name(native)
     reasons = "; ".join(sorted(reason for reason in obstacles.values() if reason))
-    report = f"computes in {names} on {_device_name(device)}" + (f" ({reasons})" * bool(reasons))
+    report = f"computes in {names} on {device_name(device)}" + (f" ({reasons})" * bool(reasons))
     return Computing(native, chosen, report)
 
 
@@ -267,7 +267,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """With its compute capability, where it has one."""
     found = kernels.capability(device)
     if found is None:
         return device.type.upper()

@@ -23,8 +23,10 @@ __all__ = [
     "ComfyExtension",
     "check_cancelled",
     "clip_tokenizer_folder",
+    "comfyui_version",
     "compute_device",
     "compute_dtype",
+    "free_memory",
     "io",
     "loading_progress",
     "make_patcher",
@@ -46,6 +48,14 @@ compute_device = mm.get_torch_device
 text_encoder_device = mm.text_encoder_device
 vae_device = mm.vae_device
 result_device = mm.intermediate_device
+free_memory = mm.get_free_memory
+
+
+def comfyui_version() -> str | None:
+    """Of the ComfyUI that this is."""
+    from comfyui_version import __version__
+
+    return __version__
 
 
 def model_names(category: str) -> list[str]:

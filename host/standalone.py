@@ -19,8 +19,10 @@ __all__ = [
     "ComfyExtension",
     "check_cancelled",
     "clip_tokenizer_folder",
+    "comfyui_version",
     "compute_device",
     "compute_dtype",
+    "free_memory",
     "io",
     "loading_progress",
     "make_patcher",
@@ -75,6 +77,20 @@ def result_device() -> "torch.device":
     import torch
 
     return torch.device("cpu")
+
+
+def comfyui_version() -> str | None:
+    """Of the ComfyUI that the models folder belongs to, if it does."""
+    file = models_folder.absolute().parent / "comfyui_version.py"
+    return file.read_text(encoding="utf-8").split('"')[-2] if file.is_file() else None
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes of a card, with what PyTorch has reserved but does not use."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def model_names(category: str) -> list[str]:
@@ -205,7 +221,7 @@ class StandalonePatcher:
         if self.device.type != "cuda":
             return None
         own = (patcher for patcher in _patchers if patcher.device == self.device)
-        return self._free_bytes() + sum(patcher.weights.resident_bytes for patcher in own)
+        return free_memory(self.device) + sum(patcher.weights.resident_bytes for patcher in own)
 
     def pin(self) -> None:
         self.weights.pin(_pin, _unpin)
@@ -213,20 +229,12 @@ class StandalonePatcher:
     def _make_room(self, wanted: int, working_bytes: int) -> int:
         """Send the other components home until `wanted` fits; returns what fits in the end."""
         for other in (self, *_patchers):
-            fits = self._free_bytes() + self.weights.resident_bytes - working_bytes
+            fits = free_memory(self.device) + self.weights.resident_bytes - working_bytes
             if fits >= wanted:
                 break
             if other is not self:
                 other.release(wanted - fits)
-        return max(0, self._free_bytes() + self.weights.resident_bytes - working_bytes)
-
-    def _free_bytes(self) -> int:
-        """Free memory of the card, with what PyTorch has reserved but does not use."""
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(self.device)
-        reserved = torch.cuda.memory_reserved(self.device)
-        return free + reserved - torch.cuda.memory_allocated(self.device)
+        return max(0, free_memory(self.device) + self.weights.resident_bytes - working_bytes)
 
 
 def make_patcher(

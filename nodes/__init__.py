@@ -4,6 +4,7 @@ from ..host import current as host
 from .decode import Decode
 from .denoise import Denoise
 from .dit_loader import DiTLoader
+from .doctor import Doctor
 from .encode_image import EncodeImage
 from .encode_prompt import EncodePrompt
 from .pipeline import PipelineNode
@@ -21,6 +22,7 @@ NODES = [
     EncodeImage,
     Denoise,
     Decode,
+    Doctor,
 ]
 
 

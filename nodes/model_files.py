@@ -18,13 +18,18 @@ _in_use: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 def options(category: str, *preferred: str) -> dict[str, Any]:
     """`options` and `default` of a combo over the models of `category`.
 
-    A folder of shards is one choice. Whole checkpoints, which hold a part of every kind, come last.
-    The default is the first name with a preferred word in it.
+    Whole checkpoints, which hold a part of every kind, come last. The default is the first name
+    with a preferred word in it.
     """
-    names = sorted({_folder_of_shard(name) or name for name in host.model_names(category)})
+    names = choices(category)
     names += [name for name in host.model_names(CHECKPOINTS) if name not in names]
     likely = [name for word in preferred for name in names if word in name.lower()]
     return {"options": names, "default": (likely or names or [None])[0]}
+
+
+def choices(category: str) -> list[str]:
+    """The models of `category`; a folder of shards is one."""
+    return sorted({_folder_of_shard(name) or name for name in host.model_names(category)})
 
 
 def resolve(category: str, name: str) -> Path:

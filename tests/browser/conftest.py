@@ -27,12 +27,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_canvas(browser: Browser, server: Server) -> Iterator[Callable[[dict], Page]]:
+def open_canvas(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
     """Open a workflow as the canvas does when a file is dropped on it."""
     pages = []
 
-    def open_workflow(workflow: dict) -> Page:
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
+    def open_workflow(workflow: dict, language: str = "en-US") -> Page:
+        page = browser.new_page(viewport={"width": 1600, "height": 900}, locale=language)
         pages.append(page)
         page.goto(f"http://{server.address}")
         page.wait_for_function(READY, timeout=60_000)

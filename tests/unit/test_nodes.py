@@ -108,6 +108,7 @@ CONTRACT = {
         ["pipeline:MAJICFLUX_PIPELINE", "latent:LATENT"],
         ["IMAGE"],
     ),
+    "MajicFluxDoctor": ("MajicFlux doctor", [], ["STRING"]),
 }
 
 

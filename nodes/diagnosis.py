@@ -1,0 +1,230 @@
+"""What `majicflux doctor` and its node say of a machine: a screen of text for a bug report."""
+
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.precision import PRECISIONS
+from ..host import current as host
+from ..loaders.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
+from ..loaders.prepared import prepared_files
+from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of
+from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
+from ..loaders.shards import model_parts
+from . import model_files
+
+if TYPE_CHECKING:
+    from ..engine.plan import Card
+    from ..engine.products import Computing
+
+PACK = Path(__file__).parents[1]
+TRITON = "triton-windows" if sys.platform == "win32" else "triton"
+PACKAGES = ("diffsynth", "transformers", TRITON, "comfy-kitchen")
+JOB = (1024, 1024, 1, 20)  # width, height, pictures, steps
+PLANNED = "float8_e4m3fn"  # the weight_precision that the plan is made for
+SHOWN = 4  # names of each kind of file
+NEEDED = {FLUX_DIT: MAJICFLUS_BF16, CLIP: CLIP_L, T5: T5_XXL, VAE: AE}  # and a file that is one
+
+
+def diagnosis() -> str:
+    """Never raises: what is missing or broken is said where it would stand.
+
+    A file is named by its place in its models folder, so that nobody's name is in a path.
+    """
+    parts = (
+        ("MajicFlux", _system),
+        ("torch", _torch),
+        ("packages", _packages),
+        ("card", _card),
+        ("RAM", _ram),
+        ("copies to the card", _copies),
+        ("compute_precision auto", _computing),
+        ("models", _models),
+        ("prepared weights", _prepared),
+        (f"plan of a FLUX.1 transformer in {PLANNED}", _plan),
+    )
+    text = "\n".join(f"{name}: {_said(find)}" for name, find in parts).replace(": \n", ":\n")
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def _said(find: Callable[[], str]) -> str:
+    try:
+        return find()
+    except Exception as error:  # anything: to show what is broken here is what this is for
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        return f"not known ({type(error).__name__}: {reason})"
+
+
+def _system() -> str:
+    return f"{_own_version()}, Python {platform.python_version()}, {platform.platform()}"
+
+
+def _own_version() -> str:
+    project = PACK / "pyproject.toml"
+    if not project.is_file():
+        return metadata.version("majicflux")
+    found = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def _torch() -> str:
+    import torch
+
+    hip, cuda = torch.version.hip, torch.version.cuda
+    return f"{torch.__version__}, {f'ROCm {hip}' if hip else f'CUDA {cuda}' if cuda else 'no CUDA'}"
+
+
+def _packages() -> str:
+    def version(name: str) -> str:
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            return f"no {name}"
+
+    comfyui = host.comfyui_version()
+    return ", ".join([f"ComfyUI {comfyui}" if comfyui else "no ComfyUI", *map(version, PACKAGES)])
+
+
+def _card() -> str:
+    import torch
+
+    from ..engine.plan import GB
+    from ..engine.products import device_name
+
+    device = host.compute_device()
+    if device.type != "cuda":
+        return f"none that PyTorch can use here; computing on the {device_name(device)}"
+    total = torch.cuda.get_device_properties(device).total_memory
+    free = host.free_memory(device)
+    return f"{device_name(device)}; {free / GB:.1f} of {total / GB:.1f} GB of VRAM are free"
+
+
+def _ram() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB are free"
+
+
+def _copies() -> str:
+    from ..engine.card import copy_rate
+
+    device = host.compute_device()
+    if device.type != "cuda":
+        return "no card"
+    return f"{copy_rate(device) / 1e9:.1f} GB/s from pinned memory"
+
+
+def _computing() -> str:
+    lines = [f"- {name} weights: {_said(lambda p=name: _computing_of(p))}" for name in PRECISIONS]
+    return "\n".join(["", *lines])
+
+
+def _computing_of(precision: str) -> str:
+    from ..engine.products import device_name
+
+    computing, card = _measured(precision)
+    report = computing.report.replace(f" on {device_name(host.compute_device())}", "")
+    return report + (f", {card.product_rate / 1e12:.0f} TFLOP/s" if card.product_rate else "")
+
+
+def _measured(precision: str) -> "tuple[Computing, Card]":
+    """What `auto` chooses for weights in this precision, and the rates of the card, if any."""
+    from ..engine.card import card_of
+    from ..engine.flux_dit import FluxGeometry, build_flux_dit
+    from ..engine.products import choose
+
+    device = host.compute_device()
+    small = build_flux_dit(FluxGeometry(double_blocks=1, single_blocks=1), PRECISIONS[precision])
+    computing = choose(small.module, device, "auto", host.compute_dtype(device))
+    return computing, card_of(device, computing, rates=True)
+
+
+def _models() -> str:
+    """Folder by folder, what each file is, told from its header; then what is missing."""
+    usable: set[Kind] = set()
+    lines = [""]
+    for folder in ("diffusion_models", "text_encoders", "vae", model_files.CHECKPOINTS):
+        found: dict[str, list[str]] = {}
+        for name in model_files.choices(folder):
+            what, kinds = _examined(folder, name)
+            found.setdefault(what, []).append(name)
+            usable |= kinds
+        lines.append(f"- {folder}: {'' if found else 'empty'}".rstrip())
+        for what, names in found.items():
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"  - {what}: {', '.join(names[:SHOWN])}{more}")
+    for kind, file in NEEDED.items():
+        if kind not in usable:
+            places = " or ".join(f"{HUB_NAMES[p.hub]} {p.repository}" for p in file.places)
+            lines.append(
+                f"- MISSING {kind.description}, such as {file.name} of {places}, in "
+                f"models/{file.folder}; `majicflux download` fetches it"
+            )
+    return "\n".join(lines)
+
+
+def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
+    """What the file is or why it cannot be read, and what of it a loader takes."""
+    path, loaders = Path(name), _loaders()
+    try:
+        path = model_files.resolve(folder, name)
+        headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
+        kind = kind_of([tensor for header in headers for tensor in header])
+        if kind is None:
+            return "nothing that MajicFlux knows", set()
+        if kind not in loaders:
+            return kind.description, set()
+        loaders[kind](path)
+    except ModelFileError as error:
+        reason = str(error).replace(str(path), path.name).removeprefix(f"{path.name} ")
+        return f"unusable ({reason.rstrip('.')})", set()
+    if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
+        held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}
+        return kind.description, held
+    if folder != NEEDED[kind].folder:
+        return f"{kind.description}, which belongs in models/{NEEDED[kind].folder}", set()
+    return kind.description, {kind}
+
+
+def _loaders() -> dict[Kind, Callable[[Path], Any]]:
+    """How each loader looks into a file that it is to load. They raise ModelFileError."""
+    from ..loaders.flux_dit import inspect_flux_dit
+    from ..loaders.text_encoders import inspect_clip, inspect_t5
+    from ..loaders.vae import inspect_vae
+
+    return {FLUX_DIT: inspect_flux_dit, CLIP: inspect_clip, T5: inspect_t5, VAE: inspect_vae}
+
+
+def _prepared() -> str:
+    folder = host.prepared_folder().absolute()
+    kept = prepared_files(folder)
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    size = sum(path.stat().st_size for path in kept)
+    free = shutil.disk_usage(there).free
+    return f"{len(kept)} files of {size / 1e9:.1f} GB; {free / 1e9:.0f} GB of the disk are free"
+
+
+def _plan() -> str:
+    from ..engine.plan import GB, in_gb_above
+    from ..engine.plan_alone import plan_alone
+
+    device = host.compute_device()
+    if device.type != "cuda":
+        plan = plan_alone(None, PRECISIONS[PLANNED], JOB, None, True, None, None)
+        return f"on a card, 1024x1024 needs {in_gb_above(plan.smallest_bytes)} GB of VRAM or more"
+    computing, card = _measured(PLANNED)
+    assert card.copy_rate is not None
+    assert card.product_rate is not None
+    plan = plan_alone(
+        None, PRECISIONS[PLANNED], JOB, host.free_memory(device) / GB, bool(computing.eight_bit),
+        card.copy_rate / 1e9, card.product_rate / 1e12,
+    )  # fmt: skip
+    return "\n- ".join(["", *str(plan).splitlines()])

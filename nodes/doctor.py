@@ -1,0 +1,53 @@
+import logging
+import time
+
+from ..host import current as host
+from .sockets import CATEGORY
+
+log = logging.getLogger("majicflux")
+io = host.io
+
+
+class Doctor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxDoctor",
+            display_name="MajicFlux doctor",
+            category=CATEGORY,
+            description=(
+                "Looks at this machine: versions, the card, memory, the model files, and what the "
+                "card can do. Run it alone, and paste its text into a bug report."
+            ),
+            search_aliases=[
+                "majicflux",
+                "diagnose",
+                "system info",
+                "bug report",
+                "诊断",
+                "检查",
+                "系统信息",
+                "麦橘超然",
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The same text. Preview as Text shows it as a whole, to be copied.",
+                )
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls) -> float:
+        return time.time()  # the machine may have changed since
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from .diagnosis import diagnosis
+
+        text = diagnosis()
+        log.info("%s", text)
+        host.show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput(text)

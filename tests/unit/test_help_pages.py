@@ -1,0 +1,76 @@
+"""The help page of each node, in English and Chinese."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from majicflux.nodes import NODES
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "web" / "docs"
+LANGUAGES = ["en", "zh"]
+NAMES = [node.define_schema().node_id for node in NODES]
+# Of an error or a report, as a page quotes it; "…" stands for what differs.
+QUOTE = re.compile('["“]([^"”]*…[^"”]*|[A-Z][^"”]* [^"”]*)["”]')
+FIGURE = re.compile(r"\d+(?:\.\d+)?")
+
+
+def page(node: str, language: str) -> str:
+    return (DOCS / node / f"{language}.md").read_text(encoding="utf-8")
+
+
+def texts(node: str, language: str) -> dict:
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    return json.loads(path.read_text(encoding="utf-8"))[node]
+
+
+def said_by_the_code() -> str:
+    """Every string literal of the pack, those in several pieces as one."""
+    strings = []
+    for folder in ("engine", "loaders", "host", "nodes"):
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    strings.append(node.value)
+    return "\n".join(strings)
+
+
+def test_every_node_has_its_pages_and_there_are_no_others() -> None:
+    found = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
+    assert found == {f"{node}/{language}.md" for node in NAMES for language in LANGUAGES}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("node", NAMES)
+def test_a_page_names_every_input_and_output_as_the_canvas_does(node: str, language: str) -> None:
+    lines, names = page(node, language).splitlines(), texts(node, language)
+    assert lines[0] == f"# {names['display_name']}"
+    bold = re.findall(r"^- \*\*(.*?)\*\*(?:（`(\w+)`）)?[:：] ?\S", "\n".join(lines), re.MULTILINE)
+    inputs = [(i["name"], key) for key, i in names.get("inputs", {}).items()]
+    outputs = [(o["name"], "") for o in names["outputs"].values()]
+    if language == "en":
+        inputs = [(name, "") for name, _ in inputs]
+    assert bold == inputs + outputs
+
+
+@pytest.mark.parametrize("node", NAMES)
+def test_both_languages_have_the_same_parts(node: str) -> None:
+    def parts(language: str) -> list[str]:
+        starts = re.findall(r"^(#+ |- |\w)", page(node, language), re.MULTILINE)
+        return ["text" if start.isalpha() else start for start in starts]
+
+    assert parts("en") == parts("zh")
+    english, chinese = (set(FIGURE.findall(page(node, language))) for language in LANGUAGES)
+    assert english <= chinese
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("node", NAMES)
+def test_what_a_page_quotes_is_what_the_code_says(node: str, language: str) -> None:
+    code = said_by_the_code()
+    for quote in QUOTE.findall(page(node, language)):
+        for piece in filter(None, (piece.strip(" .()") for piece in quote.split("…"))):
+            assert re.sub(r"(?<=models/)\w+", "", piece) in code, quote
