@@ -21,7 +21,14 @@ class EncodePrompt(io.ComfyNode):
                 "Encodes a prompt as CONDITIONING, inside the pipeline's VRAM budget, for denoise, "
                 "sample or ComfyUI's own samplers."
             ),
-            search_aliases=["majicflux", "clip text encode", "prompt", "提示词", "编码提示词"],
+            search_aliases=[
+                "majicflux",
+                "clip text encode",
+                "prompt",
+                "提示词",
+                "编码提示词",
+                "麦橘超然",
+            ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.String.Input(

@@ -119,7 +119,8 @@ class Sample(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White: what may change of the image or latent. Soft edges blend.",
+                    tooltip="White: what may change of the image or latent. Soft edges blend. "
+                    "Needs one of the two.",
                 ),
                 sampling.strength(),
                 io.Boolean.Input(

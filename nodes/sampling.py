@@ -80,7 +80,7 @@ def solver() -> Any:
         optional=True,
         tooltip=(
             "How one step leads to the next. euler: the published one. deis_2m, deis_3m: as fast, "
-            "and closer to the end result with few steps. heun: two passes a step."
+            "and with few steps nearer to what many give. heun: two passes a step."
         ),
     )
 
@@ -108,8 +108,8 @@ def strength() -> Any:
         step=0.01,
         optional=True,
         tooltip=(
-            "With an image or latent: how much of it is painted anew. 1: everything; 0.5: about "
-            "half. All steps are made with any strength."
+            "How much of the image or latent is painted anew. 1: everything; 0.5: about half. All "
+            "steps are made with any strength."
         ),
     )
 
