@@ -31,6 +31,7 @@ class Denoise(io.ComfyNode):
                 "sampler",
                 "采样",
                 "去噪",
+                "麦橘超然",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
