@@ -250,7 +250,11 @@ def plan_denoising(
 
     chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
     choices = [(chunk, values(chunk)) for chunk in chunks]
-    grouped = [(groups, values(chunks[-1], groups)) for groups in GROUPS]
+    grouped = []
+    for groups in GROUPS:  # with the largest chunks that take no more than the smallest
+        least = values(chunks[-1], groups)
+        chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
+        grouped.append((chunk, least, groups))
     return _phase("denoising", weights, choices, budget, card, grouped=grouped)
 
 
@@ -321,16 +325,16 @@ def _phase(
     card: Card,
     least: int | None = None,
     stay: bool = True,
-    grouped: Sequence[tuple[int, int]] = (),
+    grouped: Sequence[tuple[int, int, int]] = (),
 ) -> Phase:
     """choices: (tokens at once, bytes of values), from the roomiest to the tightest; least: bytes
-    of values that would do; stay: whether weights may become resident; grouped: (groups of heads,
-    bytes of values) with the tightest choice of tokens, from the fewest groups to the most."""
+    of values that would do; stay: whether weights may become resident; grouped: the same with
+    groups of heads, from the fewest to the most."""
     once = sum(block.nbytes for block in weights.once)
     passing = sum(block.nbytes for block in weights.blocks)
     largest = weights.largest_bytes
     tightest = min(values for _, values in choices)
-    least = min([tightest, *(values for _, values in grouped)]) if least is None else least
+    least = min([tightest, *(values for _, values, _ in grouped)]) if least is None else least
 
     def needed(values: int, kept: int = weights.root.nbytes + largest) -> int:
         return kept + values + card.overhead(values)
@@ -348,8 +352,7 @@ def _phase(
         if values <= tightest or (stay and needed(values, weights.travelling_bytes) <= budget)
     )  # fmt: skip
     if grouped and needed(values) > budget:
-        tokens = choices[-1][0]
-        groups, values = next((c for c in grouped if needed(c[1]) <= budget), grouped[-1])
+        tokens, values, groups = next((c for c in grouped if needed(c[1]) <= budget), grouped[-1])
     overhead = card.overhead(values)
     left = budget - values - overhead
     if stay and weights.travelling_bytes <= left:

@@ -45,7 +45,7 @@ from majicflux.engine.text_encoders import (
     build_text_encoders,
 )
 from majicflux.engine.vae import build_vae
-from majicflux.engine.work import CHUNKS, GROUPS, Work
+from majicflux.engine.work import GROUPS, Work
 from majicflux.loaders import demo_models
 
 META = torch.device("meta")
@@ -247,9 +247,11 @@ def test_a_fused_batch_holds_what_was_planned(
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8 rotated"])
-@pytest.mark.parametrize(("side", "saved_mb"), [(1024, 60), (2048, 240), (4096, 900)])
+@pytest.mark.parametrize(
+    ("side", "saved_mb", "least_tokens"), [(1024, 60, 256), (2048, 240, 1024), (4096, 900, 4096)]
+)
 def test_heads_are_grouped_only_where_nothing_else_would_do(
-    monkeypatch: pytest.MonkeyPatch, name: str, side: int, saved_mb: int
+    monkeypatch: pytest.MonkeyPatch, name: str, side: int, saved_mb: int, least_tokens: int
 ) -> None:
     """Queries, keys and values of 2048x2048 pixels are 311 MB, and what they mix to 104 MB."""
     job, card = Job(side, side), CARDS["fused"]
@@ -271,7 +273,7 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
     for budget in range(plain.smallest - 1, grouped.smallest, -step):
         phase = denoising(name, job, budget, card)
         assert phase.peak <= budget
-        assert phase.tokens == CHUNKS[-1]
+        assert phase.tokens >= least_tokens, "larger chunks cost nothing beside the attention"
         groups.append(phase.groups)
     assert groups == sorted(groups), "as few as will do"
     assert {*groups} == {*GROUPS} or side == 1024
