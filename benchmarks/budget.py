@@ -86,14 +86,14 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, pinned: b
     one, two, three = (make_patcher(weights, device, "") for weights in parts)
     return Pipeline(
         DiT(parts[0], one, geometry, PRECISIONS[precision]),
-        TextEncoders(parts[1], two, _Letters(), _Letters()),
+        TextEncoders(parts[1], two, Letters(), Letters()),
         VAE(parts[2], three, BFLOAT16),
         None,
         choose(dit.module, device, "auto", BFLOAT16),
     )
 
 
-class _Letters:
+class Letters:
     """A tokenizer whose tokens are letters."""
 
     pad_token_id, unk_token_id = 0, -1
