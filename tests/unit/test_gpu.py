@@ -1,12 +1,17 @@
 """What only a CUDA card can show. Skipped where there is none."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from majicflux.engine import products
+from majicflux.engine.latents import to_vae_space
 from majicflux.engine.pipeline import Request, paint
 from majicflux.engine.plan import Job
 from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
@@ -160,3 +165,26 @@ def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline,
     latents = paint(pipeline, REQUEST, take, lambda: None)[1]
     assert torch.equal(latents, expected)
     assert taken
+
+
+@pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="needs ComfyUI: set COMFYUI_PATH")
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_in_turns_with_comfyuis_own_flux(models: Path, make_pipeline, mode: str) -> None:
+    """dynamic: what ComfyUI does on NVIDIA, where comfy-aimdo pages its own models' weights."""
+    script = Path(__file__).parents[1] / "beside_comfyui.py"
+    command = [sys.executable, str(script), mode, str(models)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    dynamic = "Dynamic" in found["native patcher"]
+    assert dynamic == (mode == "dynamic")
+    for turn in ("ours after theirs", "ours in little", "ours after that", "and once more"):
+        assert found[turn] == 0, turn
+    for turn in ("theirs after ours", "theirs after that"):
+        assert found[turn] == 0, turn
+    before, after = found["given way"]
+    assert before > after == 0
+    assert found["resident again"] > 0
+    assert found["unloaded"] == 0
+    alone = paint(make_pipeline(device=CUDA), REQUEST, lambda *_: None, lambda: None)[1]
+    assert torch.equal(torch.load(found["latents"]), to_vae_space(alone))
