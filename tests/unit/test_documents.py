@@ -69,8 +69,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(("page", "language"), [("README.md", "en"), ("README.zh-CN.md", "zh")])
 def test_every_node_is_there_under_its_name_on_the_canvas(page: str, language: str) -> None:
     titles = json.loads(text(ROOT / "locales" / language / "nodeDefs.json"))
+    first_cells = "\n".join(re.findall(r"^\| (.+?) \|", text(ROOT / page), re.MULTILINE))
     for node in NODES:
-        assert titles[node.define_schema().node_id]["display_name"] in text(ROOT / page)
+        assert titles[node.define_schema().node_id]["display_name"] in first_cells
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    (version,) = re.findall(r'^version = "(.+)"', text(ROOT / "pyproject.toml"), re.MULTILINE)
+    assert re.findall(r"^## (.+)", text(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version
 
 
 def test_every_choice_is_explained() -> None:
