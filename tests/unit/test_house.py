@@ -93,15 +93,6 @@ def test_the_package_has_its_workflows_translations_and_help_pages() -> None:
     assert packaged == there
 
 
-def test_both_readmes_have_the_same_parts() -> None:
-    def shape(name: str) -> list[str]:
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        marks = ("#", "```", "|", "![", "- ", "1. ")
-        return [next(m for m in marks if x.startswith(m)) for x in lines if x.startswith(marks)]
-
-    assert shape("README.md") == shape("README.zh-CN.md")
-
-
 def test_nothing_touches_the_network_without_being_told_to(models: Path) -> None:
     """The whole chain of nodes with connections and name look-ups cut, and no offline switch."""
     code = f"""

@@ -1,0 +1,137 @@
+"""The documents: the same in both languages, with the figures, names and files of today."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from majicflux.engine import plan_alone
+from majicflux.engine.plan import GB, Plan, in_gb_above
+from majicflux.engine.precision import PRECISIONS
+from majicflux.nodes import NODES, sampling
+from majicflux.nodes.pipeline import COMPUTE_PRECISIONS
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [(english, english.with_suffix(".zh-CN.md")) for english in (
+    ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if "zh-CN" not in path.name)
+)]  # fmt: skip
+PAGES = [page for pair in PAIRS for page in pair]
+LINKED = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+]
+LEFT_TO_OTHERS = 1  # GB of a card, in the recommended budget
+CARDS = (4, 6, 8, 12, 16, 24)
+SIDES = (512, 1024, 2048)
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: names(pair[0]))
+def test_both_languages_have_the_same_parts(pair: tuple[Path, Path]) -> None:
+    def shape(page: Path) -> list[str]:
+        marks = ("###", "##", "#", "```", "|", "![", "- ", "1. ")
+        lines = text(page).splitlines()
+        return [next(m for m in marks if x.startswith(m)) for x in lines if x.startswith(marks)]
+
+    def commands(page: Path) -> list[str]:
+        return re.findall(r"^```\n(.+?)^```", text(page), re.DOTALL | re.MULTILINE)
+
+    english, chinese = pair
+    assert shape(english) == shape(chinese)
+    assert commands(english) == commands(chinese)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=names)
+def test_links_lead_somewhere(page: Path) -> None:
+    def anchors(target: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.+)", text(target), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for link in re.findall(r"\]\((?!https?:)(.+?)\)", text(page)):
+        place, _, anchor = link.partition("#")
+        target = page.parent / place if place else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize(("page", "language"), [("README.md", "en"), ("README.zh-CN.md", "zh")])
+def test_every_node_is_there_under_its_name_on_the_canvas(page: str, language: str) -> None:
+    titles = json.loads(text(ROOT / "locales" / language / "nodeDefs.json"))
+    first_cells = "\n".join(re.findall(r"^\| (.+?) \|", text(ROOT / page), re.MULTILINE))
+    for node in NODES:
+        assert titles[node.define_schema().node_id]["display_name"] in first_cells
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    (version,) = re.findall(r'^version = "(.+)"', text(ROOT / "pyproject.toml"), re.MULTILINE)
+    assert re.findall(r"^## (.+)", text(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version
+
+
+def test_every_choice_is_explained() -> None:
+    for suffix in (".md", ".zh-CN.md"):
+        settings, about_sampling = (
+            text(ROOT / "docs" / f"{n}{suffix}") for n in ("settings", "sampling")
+        )
+        assert all(f" `{name}` |" in settings for name in [*PRECISIONS, *COMPUTE_PRECISIONS])
+        assert all(f"`{n}`" in about_sampling for n in [*sampling.SOLVERS, *sampling.SCHEDULES])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_once() -> Iterator[None]:
+    """`plan_alone` builds its models at the first call only."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("build_flux_dit", "build_text_encoders", "build_vae"):
+            monkeypatch.setattr(plan_alone, name, cache(getattr(plan_alone, name)))
+        yield
+
+
+def planned(gb: float, side: int = 1024) -> Plan:
+    job = (side, side, 1, 20)
+    return plan_alone.plan_alone(None, PRECISIONS["float8_e4m3fn"], job, gb, True, None, None)
+
+
+def in_gb(size: int) -> str:
+    return f"{size / GB:.2f} GB"
+
+
+def travelling(gb: float, side: int) -> str:
+    return in_gb(planned(gb, side).phases[1].visiting)
+
+
+def rows(*cells: list[object]) -> str:
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_figures_of_the_readmes_are_the_planners(page: str) -> None:
+    smallest = {side: f"{in_gb_above(planned(4, side).smallest_bytes)} GB" for side in SIDES}
+    assert rows(*(
+        [f"{side}×{side}", smallest[side], *(travelling(gb, side) for gb in (4, 8, 12))]
+        for side in SIDES
+    )) in text(ROOT / page)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["settings.md", "settings.zh-CN.md"])
+def test_the_figures_for_each_card_are_the_planners(page: str) -> None:
+    def row(card: int) -> list[object]:
+        gb = card - LEFT_TO_OTHERS
+        plan = planned(gb)
+        plan.require_budget()
+        steps = [travelling(gb, side) for side in SIDES]
+        return [f"{card} GB", gb, in_gb(plan.peak_bytes), *steps, in_gb(plan.phases[1].once)]
+
+    found = text(ROOT / "docs" / page)
+    assert rows(*map(row, CARDS)) in found
+    assert in_gb(planned(max(CARDS) - LEFT_TO_OTHERS).phases[0].visiting) in found
