@@ -13,6 +13,10 @@ from .solvers import Velocity
 from .text_encoders import TextEmbedding
 from .work import Work
 
+# The first and the last layer take as many tokens at once whatever the memory: one of their sides
+# is so narrow that a card adds up in another order for fewer of them, and the picture would differ.
+ENDS = Work(1024)
+
 
 @dataclass
 class Conditions:
@@ -84,33 +88,33 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
         if size not in rope:
             rope[size] = _rope(dit, text.shape[1], *size).to(latents.device)
         *modulation, (final,) = conditions.modulation[sigma.item()]
-        x = work.attempt(partial(_embedded, dit, latents, text, work))
+        x = work.attempt(partial(_embedded, dit, latents, text))
         for block, of_block in zip(_blocks(dit), modulation, strict=True):
             block(x, text.shape[1], of_block, rope[size], work)
-        out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], final, work))
+        out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], final))
         return dit.unpatchify(out, height, width).to(latents.dtype)
 
     return velocity
 
 
-def _final(dit: Any, image: Tensor, modulation: Tensor, work: Work) -> Tensor:
+def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
     """The last layer, for [batch, tokens, width]."""
     layer, norm = dit.final_proj_out, modulation.chunk(2, dim=-1)
     out = image.new_empty(*image.shape[:2], len(layer.weight))
     for picture, tokens in zip(out, image.split(1), strict=True):
-        for some in work.chunks(slice(0, out.shape[1])):
+        for some in ENDS.chunks(slice(0, out.shape[1])):
             picture[some] = layer(layer.rows(tokens[:, some], norm=norm))[0]
     return out
 
 
-def _embedded(dit: Any, latents: Tensor, text: Tensor, work: Work) -> Tensor:
+def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
     """The words, then the latents, as tokens of the transformer: [batch, tokens, width]."""
     patches = dit.patchify(latents.to(text.dtype))
     words = text.shape[1]
     x = text.new_empty(len(latents), words + patches.shape[1], text.shape[2])
     x[:, :words] = text
     for picture, mine in enumerate(patches):
-        for some in work.chunks(slice(0, len(mine))):
+        for some in ENDS.chunks(slice(0, len(mine))):
             x[picture, words:][some] = dit.x_embedder(mine[some])
     return x
 

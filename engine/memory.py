@@ -103,6 +103,12 @@ class Memory:
         return torch.cuda.max_memory_reserved(self.device) - self.base
 
 
+def give_back_pinned() -> None:
+    """Give back to the system what PyTorch keeps of pinned memory, as what decoding used."""
+    if torch.cuda.is_initialized() and hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
+
+
 def _reserved_for(places: Collection[int], device: torch.device) -> int:
     """Bytes of the allocator's segments that any of these addresses is in."""
     found, wanted = 0, sorted(places)

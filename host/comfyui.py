@@ -17,6 +17,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from torch import Tensor, nn
 
+from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
 
 __all__ = [
@@ -235,6 +236,7 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_all:
             self.weights.release(float("inf"))
             self.weights.unpin()
+            give_back_pinned()
             self.model.device = self.offload_device
         return self.model
 

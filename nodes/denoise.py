@@ -80,7 +80,7 @@ class Denoise(io.ComfyNode):
                 ),
                 sampling.sigmas(),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
                 io.Latent.Output(
                     display_name="latent", tooltip="For decode, VAEDecode or another sampler."

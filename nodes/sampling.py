@@ -128,14 +128,19 @@ def sigmas() -> Any:
 def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
     """The seed to use, and a line about it where it was drawn.
 
-    The API graph that is saved with the picture then has it too.
+    The graphs that are saved with the picture then have it too.
     """
     if seed != NEW_SEED:
         return seed, ""
     seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
-    node = (cls.hidden.prompt or {}).get(cls.hidden.unique_id)
-    if node is not None:
-        node["inputs"]["seed"] = seed
+    key = cls.hidden.unique_id
+    if key in (cls.hidden.prompt or {}):
+        cls.hidden.prompt[key]["inputs"]["seed"] = seed
+    canvas = (cls.hidden.extra_pnginfo or {}).get("workflow") or {}
+    for node in canvas.get("nodes", []):
+        if str(node["id"]) == key and NEW_SEED in node.get("widgets_values", []):
+            values = node["widgets_values"]  # no other widget has this value
+            values[values.index(NEW_SEED)] = seed
     return seed, f"\nseed {seed}"
 
 

@@ -101,8 +101,10 @@ mm.free_memory(1e15, mm.get_torch_device())
 found["given way"] = [resident, on_card()]
 found["ours after that"] = apart(ours(), first)
 found["resident again"] = on_card()
+pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
 mm.unload_all_models()
 found["unloaded"] = on_card()
+found["pinned"] = [pinned, torch.cuda.host_memory_stats()["allocated_bytes.current"]]
 found["and once more"] = apart(ours(), first)
 path = models / f"latents of {mode}.pt"
 torch.save(first, path)

@@ -1,6 +1,7 @@
 """What only a CUDA card can show. Skipped where there is none."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from majicflux.engine import pipeline as pipeline_module
 from majicflux.engine import products
 from majicflux.engine.latents import to_vae_space
 from majicflux.engine.pipeline import Request, paint
@@ -186,5 +188,20 @@ def test_in_turns_with_comfyuis_own_flux(models: Path, make_pipeline, mode: str)
     assert before > after == 0
     assert found["resident again"] > 0
     assert found["unloaded"] == 0
+    before, after = found["pinned"]
+    assert before > after == 0
     alone = paint(make_pipeline(device=CUDA), REQUEST, lambda *_: None, lambda: None)[1]
-    assert torch.equal(torch.load(found["latents"]), to_vae_space(alone))
+    expected = to_vae_space(alone)  # but that ComfyUI lets attention with a bias add up in 16 bits
+    assert (torch.load(found["latents"]) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(monkeypatch, make_pipeline) -> None:
+    """Within a picture that has more tokens than the smallest chunks."""
+    request = dataclasses.replace(REQUEST, width=1024, height=1024, steps=1)
+    options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
+    made, found = pipeline_module.Work, []
+    for tokens, groups in ((0, 1), (2048, 1), (256, 1), (256, 2)):
+        forced = functools.partial(made, tokens, groups)
+        monkeypatch.setattr(pipeline_module, "Work", lambda *rest, forced=forced: forced(rest[2]))
+        found.append(paint(make_pipeline(**options), request, lambda *_: None, lambda: None)[1])
+    assert all(torch.equal(latents, found[0]) for latents in found)

@@ -177,11 +177,14 @@ def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> N
     shown: list[str] = []
     monkeypatch.setattr(sampling.host, "show_on_node", lambda _, text: shown.append(text))
     prompt = {"5": {"inputs": {"seed": -1}}}
-    hidden = SimpleNamespace(unique_id="5", extra_pnginfo={}, prompt=prompt)
+    nodes = [{"id": n, "widgets_values": ["a cat", -1, "fixed", 20]} for n in (4, 5)]
+    extra = {"workflow": {"nodes": nodes}}
+    hidden = SimpleNamespace(unique_id="5", extra_pnginfo=extra, prompt=prompt)
     monkeypatch.setattr(Sample, "hidden", hidden)
     one, _ = sampled(pipeline, seed=-1)
     seed = hidden.extra_pnginfo["majicflux"]["seed"]
     assert prompt["5"]["inputs"]["seed"] == seed >= 0
+    assert [node["widgets_values"][1] for node in nodes] == [-1, seed]
     assert f"seed {seed}" in shown[-1]
     assert torch.equal(sampled(pipeline, seed=seed)[0], one)
     sampled(pipeline, seed=-1)

@@ -9,7 +9,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from majicflux.engine import blocks, products
+from majicflux.engine import blocks, denoise, products
 from majicflux.engine.denoise import Conditions, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.precision import PRECISIONS
@@ -171,14 +171,12 @@ def test_a_run_that_is_short_of_memory_computes_as_little_at_once_as_it_must(
 
 
 LAYERS = {
-    "embedding of the latents": lambda dit: dit.x_embedder,
     "queries of a joint block": lambda dit: dit.blocks[0].attn.a_to_qkv,
     "after the attention": lambda dit: dit.blocks[0].attn.a_to_out,
     "into the MLP": lambda dit: dit.blocks[0].ff_a[0],
     "out of the MLP": lambda dit: dit.blocks[0].ff_a[2],
     "into a single block": lambda dit: dit.single_blocks[0].to_qkv_mlp,
     "out of a single block": lambda dit: dit.single_blocks[0].proj_out,
-    "final layer": lambda dit: dit.final_proj_out,
 }
 
 
@@ -202,6 +200,25 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
     assert torch.equal(run(work, pictures=pictures), whole)
     assert (work.tokens, work.groups) == (256, 1)
     assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
+
+
+@pytest.mark.parametrize("tokens", [0, 256])
+def test_the_ends_take_as_many_tokens_whatever_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """So that the bits of a picture do not depend on it, see `denoise.ENDS`."""
+    monkeypatch.setattr(denoise, "ENDS", Work(128))
+    dit = transformer("bfloat16")
+    multiply, seen = products.Dequantized.__call__, []
+
+    def watched(product, called, x, out, columns) -> Tensor:
+        if called in (dit.x_embedder, dit.final_proj_out):
+            seen.append(x.shape[-2])
+        return multiply(product, called, x, out, columns)
+
+    monkeypatch.setattr(products.Dequantized, "__call__", watched)
+    run(Work(tokens))
+    assert max(seen) == 128 < sum(seen) / 2
 
 
 @pytest.mark.parametrize("most", [2, 1, 0])
