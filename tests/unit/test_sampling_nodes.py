@@ -124,12 +124,12 @@ def test_outside_the_mask_the_pixels_are_the_pictures_own(pipeline: Pipeline, ro
 
 
 def test_the_noise_mask_of_a_latent_counts(pipeline: Pipeline) -> None:
-    samples = native.to_latent(torch.randn(1, 16, 6, 8), torch.device("cpu"))["samples"]
+    samples = torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(1, 1, 48, 64)
     mask[..., 32:] = 1
     _, found = sampled(pipeline, latent={"samples": samples, "noise_mask": mask}, strength=0.8)
     assert torch.allclose(found[..., :3], samples[..., :3], atol=1e-5)
-    assert not torch.isclose(found[..., 4:], samples[..., 4:], atol=1e-3).any()
+    assert (found - samples)[..., 4:].abs().mean() > 0.1
 
 
 def test_a_prompt_encoded_apart_paints_the_same(pipeline: Pipeline) -> None:
