@@ -74,7 +74,7 @@ def example_picture() -> Image.Image:
     """64 x 64, transparent in the upper half, which LoadImage makes the white of a mask."""
     shade = Image.linear_gradient("L").resize((64, 64))
     picture = Image.merge("RGB", [shade, shade.rotate(90), shade.rotate(180)])
-    picture.putalpha(shade.point(lambda value: 255 * (value >= 128)))
+    picture.putalpha(shade.point([0] * 128 + [255] * 128))
     return picture
 
 

@@ -115,6 +115,8 @@ class Template:
             if socket.io_type not in WIDGETS:
                 continue
             entry["widget"] = {"name": socket.id}
+            if title and node_type.startswith("Primitive"):
+                entry["label"] = title  # else the app view calls every one of them "value"
             values.append(socket.options.get("default", "") if given is None else given)
             models += _models(values[-1])
             if socket.options.get("control_after_generate"):
@@ -126,13 +128,14 @@ class Template:
             for s in schema.outputs
         ]
         ours = node_type.startswith("MajicFlux")
-        node["properties"] = {
+        properties: dict[str, Any] = {
             "cnr_id": "majicflux" if ours else "comfy-core",
             "ver": _version() if ours else COMFYUI_VERSION,
             "Node name for S&R": node_type,
         }
         if models:
-            node["properties"]["models"] = models
+            properties["models"] = models
+        node["properties"] = properties
         if title:
             node["title"] = title
         node["widgets_values"] = values
@@ -267,7 +270,7 @@ def _dit(template: Template, column: int, **values: Any) -> Source:
     return template.add("MajicFluxDiTLoader", column, file=MAJICFLUS_BF16.name, **values), 0
 
 
-def _encoders_and_vae(template: Template) -> dict[str, Source]:
+def _encoders_and_vae(template: Template) -> dict[str, Any]:
     encoders = template.add("MajicFluxTextEncoders", 0, clip_l=CLIP_L.name, t5=T5_XXL.name)
     vae = template.add("MajicFluxVAELoader", 0, file=AE.name)
     return {"text_encoders": (encoders, 0), "vae": (vae, 0)}
@@ -409,9 +412,17 @@ def batch_with_a_grid() -> Template:
 def compare_precisions() -> Template:
     """A column for each precision; what they have in common stands left of them."""
     template = Template("compare_precisions", (480, 400, 400, 400))
+    template.note(0, _note(
+        "比较精度", "Compare precisions",
+        "同一个提示词和种子，三种权重精度，画面并排。三份权重都要在内存里或磁盘上 "
+        "(keep_prepared)。不想比的那一列，选中后按 Ctrl+M 静音。",
+        "One prompt and one seed with three weight precisions, side by side. All three sets of "
+        "weights need room in CPU memory, or on the disk with keep_prepared. Select a column and "
+        "press Ctrl+M to leave it out.",
+    ))  # fmt: skip
+    parts = _encoders_and_vae(template)
     prompt = template.add("PrimitiveStringMultiline", 0, "prompt", value=CITY)
     seed = template.add("PrimitiveInt", 0, "seed", value=0)
-    parts = _encoders_and_vae(template)
     for column, precision in enumerate(("float8_e4m3fn", "int8 rotated", "bfloat16"), start=1):
         dit = _dit(template, column, weight_precision=precision)
         pipeline = template.add("MajicFluxPipeline", column, dit=dit, **parts)
@@ -422,14 +433,6 @@ def compare_precisions() -> Template:
         _save(template, column, (sample, 0), title=precision, filename_prefix=prefix)
     template.app(prompt, "value")
     template.app(seed, "value")
-    template.note(0, _note(
-        "比较精度", "Compare precisions",
-        "同一个提示词和种子，三种权重精度，画面并排。三份权重都要在内存里或磁盘上 "
-        "(keep_prepared)，最先画的一次最慢。不想比的那一列，选中后按 Ctrl+M 静音。",
-        "One prompt and one seed with three weight precisions, side by side. All three sets of "
-        "weights need room in CPU memory, or on the disk with keep_prepared. Select a column and "
-        "press Ctrl+M to leave it out.",
-    ))  # fmt: skip
     return template
 
 

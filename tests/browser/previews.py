@@ -22,7 +22,7 @@ from comfyui_server import Server
 from majicflux.loaders.demo_models import write_demo_models
 
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
-WIDTH = 1200  # of the pictures
+SIZE = (1200, 1000)  # of the pictures, at most
 SHOW = """([left, top, scale, x, y]) => {
     app.canvas.deselectAll();
     Object.assign(app.canvas.ds, { scale, offset: [x / scale - left, y / scale - top] });
@@ -73,7 +73,7 @@ def photograph(page: Page, name: str) -> None:
         "height": (bottom - top) * SCALE,
     }
     picture = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
-    picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    picture.thumbnail(SIZE, Image.Resampling.LANCZOS)
     picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
 
 

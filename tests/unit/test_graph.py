@@ -201,13 +201,20 @@ def test_missing_models_can_be_downloaded_from_the_canvas(path: Path) -> None:
             assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
             offered.add(model["name"])
     assert wanted == offered
-    assert not canvas["extra"].get("linearMode")
-    types = {node["id"]: node["type"] for node in canvas["nodes"]}
-    app = canvas["extra"]["linearData"]
-    assert {types[node] for node in app["outputs"]} == {"SaveImage"}
-    assert all(
-        not isinstance(read(path)[str(n)]["inputs"][name], list) for n, name in app["inputs"]
-    )
+
+
+@pytest.mark.parametrize("path", API_FILES, ids=lambda path: path.stem)
+def test_the_app_view_shows_widgets_under_names_of_their_own_and_what_is_saved(path: Path) -> None:
+    canvas, graph = read(WORKFLOWS / path.name), read(path)
+    nodes = {node["id"]: node for node in canvas["nodes"]}
+    app, labels = canvas["extra"]["linearData"], []
+    for node, name in app["inputs"]:
+        assert not isinstance(graph[str(node)]["inputs"][name], list)
+        (socket,) = (i for i in nodes[node]["inputs"] if i["name"] == name)
+        labels.append(socket.get("label", name))
+    assert len(labels) == len(set(labels)) >= 2
+    assert {nodes[node]["type"] for node in app["outputs"]} == {"SaveImage"}
+    assert not canvas["extra"]["linearMode"]
 
 
 def test_changed_values_reach_the_canvas_form(
