@@ -414,11 +414,11 @@ def compare_precisions() -> Template:
     template = Template("compare_precisions", (480, 400, 400, 400))
     template.note(0, _note(
         "比较精度", "Compare precisions",
-        "同一个提示词和种子，三种权重精度，画面并排。三份权重都要在内存里或磁盘上 "
-        "(keep_prepared)。不想比的那一列，选中后按 Ctrl+M 静音。",
-        "One prompt and one seed with three weight precisions, side by side. All three sets of "
-        "weights need room in CPU memory, or on the disk with keep_prepared. Select a column and "
-        "press Ctrl+M to leave it out.",
+        "同一个提示词和种子，三种权重精度，画面并排。bfloat16 那一列就要 24 GB 内存；"
+        "两个 8 位的开着 keep_prepared 时从磁盘映射。不想比的那一列，选中后按 Ctrl+M 静音。",
+        "One prompt and one seed with three weight precisions, side by side. The bfloat16 column "
+        "alone takes 24 GB of CPU memory; with keep_prepared the 8-bit ones are mapped from the "
+        "disk. Select a column and press Ctrl+M to leave it out.",
     ))  # fmt: skip
     parts = _encoders_and_vae(template)
     prompt = template.add("PrimitiveStringMultiline", 0, "prompt", value=CITY)
