@@ -1,4 +1,4 @@
-"""The previews of the templates: `python tests/browser/previews.py`, with COMFYUI_PATH set.
+"""The previews of the templates: `python tests/browser/previews.py [name ...]`. Set COMFYUI_PATH.
 
 Each template is opened, run with the demo models and photographed. Needs what the browser tests
 need.
@@ -38,7 +38,7 @@ def main() -> None:
         with sync_playwright() as playwright:
             chromium = shutil.which("chromium") or shutil.which("google-chrome")
             browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-            for name in NAMES:
+            for name in sys.argv[1:] or NAMES:
                 picture = example.convert("RGBA").resize((192, 192))
                 if name == "inpainting":
                     hole = Image.new("L", picture.size, 255)
