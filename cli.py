@@ -11,7 +11,7 @@ from typing import Any
 
 from .engine.precision import PRECISIONS
 from .host import standalone
-from .host.canvas import to_graph, with_values
+from .host.canvas import node_types, with_values
 from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
@@ -273,7 +273,8 @@ def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folde
     canvas = _canvas_of(workflow)
     if canvas is not None:
         schemas = {name: node.define_schema() for name, node in classes.items()}
-        if _same_nodes(to_graph(canvas, schemas), graph):
+        types = {key: node["class_type"] for key, node in graph.items()}
+        if types == node_types(canvas) and schemas.keys() >= set(types.values()):
             metadata["workflow"] = with_values(canvas, graph, schemas)
     for shown in run_graph(graph, classes):
         for path in shown:
@@ -284,13 +285,6 @@ def _canvas_of(workflow: Path) -> dict[str, Any] | None:
     """The canvas twin of `workflows/api/NAME.json`, which is `workflows/NAME.json`."""
     twin = workflow.resolve().parent.parent / workflow.name
     return _read_json(twin) if workflow.resolve().parent.name == "api" and twin.is_file() else None
-
-
-def _same_nodes(one: Graph, other: Graph) -> bool:
-    def types(graph: Graph) -> dict[str, str]:
-        return {key: node["class_type"] for key, node in graph.items()}
-
-    return types(one) == types(other)
 
 
 def _read_graph(path: Path) -> Graph:

@@ -1,6 +1,7 @@
 """Set-up and tests on a bare machine: `python dev.py demo` or `python dev.py test`.
 
-`python dev.py locales` writes the English texts of the canvas anew, from the nodes.
+`python dev.py locales` writes the English texts of the canvas anew, from the nodes, and
+`python dev.py templates` the workflows.
 Needs Python 3.10 to 3.12 and a package registry. Everything goes into `.venv` beside this file.
 """
 
@@ -17,11 +18,13 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 PYTEST = BIN / ("pytest.exe" if os.name == "nt" else "pytest")
 # Builds that belong together; another set may not import.
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+# What writes files of the repository anew, from the node definitions.
+WRITERS = {"locales": "locales/english.py", "templates": "workflows/build.py"}
 TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test", "locales"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test", *WRITERS):
         print(__doc__)
         return 2
     if not (3, 10) <= sys.version_info < (3, 13):
@@ -30,9 +33,9 @@ def main() -> int:
     if sys.argv[1] == "demo":
         install("-e", str(ROOT))
         return run(PYTHON, "-m", "majicflux.cli", "demo", *sys.argv[2:])
-    if sys.argv[1] == "locales":
+    if sys.argv[1] in WRITERS:
         install("-e", str(ROOT))
-        return run(PYTHON, "locales/english.py")
+        return run(PYTHON, WRITERS[sys.argv[1]])
     return test(sys.argv[2:])
 
 

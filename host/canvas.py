@@ -10,6 +10,11 @@ WIDGETS = ("BOOLEAN", "COMBO", "FLOAT", "INT", "STRING")
 NOTES = ("MarkdownNote", "Note")
 
 
+def node_types(canvas: dict[str, Any]) -> dict[str, str]:
+    """The types of the nodes that `to_graph` gives, by their id there."""
+    return {str(n["id"]): n["type"] for n in canvas["nodes"] if n["type"] not in NOTES}
+
+
 def to_graph(canvas: dict[str, Any], schemas: Mapping[str, Schema]) -> Graph:
     """The API graph of a flat canvas workflow (format 0.4), as the canvas itself would queue it."""
     links = {link[0]: [str(link[1]), link[2]] for link in canvas["links"]}

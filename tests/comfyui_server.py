@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import websocket
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 180
@@ -69,6 +70,14 @@ class Refused(Exception):
         }
 
 
+def example_picture() -> Image.Image:
+    """64 x 64, transparent in the upper half, which LoadImage makes the white of a mask."""
+    shade = Image.linear_gradient("L").resize((64, 64))
+    picture = Image.merge("RGB", [shade, shade.rotate(90), shade.rotate(180)])
+    picture.putalpha(shade.point([0] * 128 + [255] * 128))
+    return picture
+
+
 class Server:
     """`python main.py --cpu` with this pack as its only node pack, in a base folder of its own."""
 
@@ -77,6 +86,8 @@ class Server:
         (base / "user" / "default").mkdir(parents=True)
         (base / "custom_nodes" / "majicflux").symlink_to(ROOT, target_is_directory=True)
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
+        (base / "input").mkdir()
+        example_picture().save(base / "input" / "example.png")
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
         with socket.socket() as free:

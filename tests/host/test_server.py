@@ -229,6 +229,21 @@ def test_native_nodes_take_our_image_and_latent(server: Server, graph: dict) -> 
     assert difference < 3  # of 255; theirs decodes in float32, ours in bfloat16
 
 
+def test_the_mixed_template_is_valid_and_decodes_with_the_stock_vae(server: Server) -> None:
+    mixed = json.loads(API.with_name("mixed_with_stock_nodes.json").read_text(encoding="utf-8"))
+    nodes = {node["class_type"]: key for key, node in mixed.items()}
+    mixed[nodes["EmptySD3LatentImage"]]["inputs"].update(width=64, height=64)
+    mixed[nodes["MajicFluxDenoise"]]["inputs"]["steps"] = 2
+    (error,) = server.run(mixed).of("execution_error")
+    assert error["node_type"] == "DualCLIPLoader", "the demo text encoders are none of its sizes"
+    prompt = {"pipeline": [nodes["MajicFluxPipeline"], 0], "prompt": "a cat", "guidance": 3.5}
+    mixed[nodes["CLIPTextEncode"]] = {"class_type": "MajicFluxEncodePrompt", "inputs": prompt}
+    del mixed[nodes["DualCLIPLoader"]]
+    (path,) = server.outputs(server.run(mixed))
+    with Image.open(path) as picture:
+        assert picture.size == (64, 64)
+
+
 @pytest.mark.parametrize(
     ("node", "name", "value", "said"),
     [

@@ -69,6 +69,7 @@ def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> 
     [
         (["run", "gone.json"], "gone.json cannot be opened: No such file"),
         (["run", WORKFLOW], "is not in models/diffusion_models. Put it there"),
+        (["run", WORKFLOW.with_name("batch_with_a_grid.json")], "which runs in ComfyUI only"),
         (["run", WORKFLOW, "--set", "sed=1"], "give NODE.INPUT=VALUE with one of 1.file"),
     ],
 )

@@ -33,6 +33,11 @@ def test_a_wrong_call_explains_itself() -> None:
     assert "python dev.py demo" in done.stdout
 
 
+def test_what_it_runs_to_write_files_is_there(dev) -> None:
+    assert dev.WRITERS.keys() == {"locales", "templates"}
+    assert all((DEV.parent / script).is_file() for script in dev.WRITERS.values())
+
+
 def test_comfyui_is_found_where_people_have_it(dev, tmp_path: Path, monkeypatch) -> None:
     assert dev.find_comfyui() is None
     default = checkout(dev.default_comfyui())

@@ -13,9 +13,11 @@ from majicflux.host.graph import GraphError, run_graph, set_inputs
 from majicflux.host.image_nodes import image_nodes
 from majicflux.host.schema import ComfyNode, Schema, io
 from majicflux.nodes import NODES
+from majicflux.workflows import build
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 API_FILES = sorted((WORKFLOWS / "api").glob("*.json"))
+TEXT_TO_IMAGE = WORKFLOWS / "api" / "text_to_image.json"
 
 
 def read(path: Path) -> dict:
@@ -148,23 +150,34 @@ def test_settings_that_do_not_fit_are_refused(bad: str) -> None:
 
 
 @pytest.mark.parametrize("path", API_FILES, ids=lambda path: path.stem)
-def test_canvas_and_api_form_are_the_same_graph(
-    path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(standalone, "models_folder", models)
-    schemas = {n: c.define_schema() for n, c in node_classes(tmp_path).items()}
-    canvas = read(WORKFLOWS / path.name)
-    assert to_graph(canvas, schemas) == read(path)
+def test_canvas_and_api_form_are_the_same_graph(path: Path) -> None:
+    assert to_graph(read(WORKFLOWS / path.name), build.schemas()) == read(path)
 
 
-def test_every_template_has_its_api_form_and_preview() -> None:
-    templates = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-    assert templates == [path.stem for path in API_FILES]
-    assert all((WORKFLOWS / f"{name}.jpg").is_file() for name in templates)
+def test_the_templates_are_what_the_node_definitions_give() -> None:
+    built = build.files()
+    assert built.keys() == {path.resolve() for path in (*WORKFLOWS.glob("*.json"), *API_FILES)}
+    for path, text in built.items():
+        assert path.read_text(encoding="utf-8") == text, "run `python dev.py templates`"
+
+
+def test_a_template_that_does_not_fit_the_nodes_is_not_built() -> None:
+    template = build.Template("test")
+    vae = template.add("MajicFluxVAELoader", 0, file="ae.safetensors")
+    with pytest.raises(ValueError, match="MajicFluxVAELoader has no files"):
+        template.add("MajicFluxVAELoader", 0, files="ae.safetensors")
+    with pytest.raises(ValueError, match="is MAJICFLUX_VAE, not MAJICFLUX_DIT"):
+        template.add("MajicFluxPipeline", 1, dit=(vae, 0))
+
+
+def test_every_template_has_its_preview() -> None:
+    for path in API_FILES:
+        preview = WORKFLOWS / f"{path.stem}.jpg"
+        assert 0 < preview.stat().st_size < 150_000
 
 
 def test_the_documented_graph_is_the_documented_one() -> None:
-    nodes = {node["class_type"]: node["inputs"] for node in read(API_FILES[0]).values()}
+    nodes = {node["class_type"]: node["inputs"] for node in read(TEXT_TO_IMAGE).values()}
     assert nodes["MajicFluxDiTLoader"]["file"] == "majicflus_v134.safetensors"
     assert nodes["MajicFluxTextEncoders"]["clip_l"] == "clip_l.safetensors"
     assert nodes["MajicFluxTextEncoders"]["t5"] == "t5xxl_fp16.safetensors"
@@ -174,9 +187,10 @@ def test_the_documented_graph_is_the_documented_one() -> None:
     assert [sample[n] for n in ("seed", "steps", "width", "height")] == [0, 20, 1024, 1024]
 
 
-def test_missing_models_can_be_downloaded_from_the_canvas() -> None:
+@pytest.mark.parametrize("path", API_FILES, ids=lambda path: path.stem)
+def test_missing_models_can_be_downloaded_from_the_canvas(path: Path) -> None:
     """Each file choice has a model entry of its name, from a host that ComfyUI downloads from."""
-    canvas = read(WORKFLOWS / "text_to_image.json")
+    canvas = read(WORKFLOWS / path.name)
     wanted, offered = set(), set()
     for node in canvas["nodes"]:
         values = node["widgets_values"] if node["type"] != "MarkdownNote" else []
@@ -187,8 +201,20 @@ def test_missing_models_can_be_downloaded_from_the_canvas() -> None:
             assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
             offered.add(model["name"])
     assert wanted == offered
-    assert canvas["extra"]["linearData"]["inputs"] == [[5, "prompt"], [5, "seed"], [5, "steps"]]
-    assert not canvas["extra"].get("linearMode")
+
+
+@pytest.mark.parametrize("path", API_FILES, ids=lambda path: path.stem)
+def test_the_app_view_shows_widgets_under_names_of_their_own_and_what_is_saved(path: Path) -> None:
+    canvas, graph = read(WORKFLOWS / path.name), read(path)
+    nodes = {node["id"]: node for node in canvas["nodes"]}
+    app, labels = canvas["extra"]["linearData"], []
+    for node, name in app["inputs"]:
+        assert not isinstance(graph[str(node)]["inputs"][name], list)
+        (socket,) = (i for i in nodes[node]["inputs"] if i["name"] == name)
+        labels.append(socket.get("label", name))
+    assert len(labels) == len(set(labels)) >= 2
+    assert {nodes[node]["type"] for node in app["outputs"]} == {"SaveImage"}
+    assert not canvas["extra"]["linearMode"]
 
 
 def test_changed_values_reach_the_canvas_form(
@@ -196,7 +222,7 @@ def test_changed_values_reach_the_canvas_form(
 ) -> None:
     monkeypatch.setattr(standalone, "models_folder", models)
     schemas = {n: c.define_schema() for n, c in node_classes(tmp_path).items()}
-    changed = read(API_FILES[0])
+    changed = read(TEXT_TO_IMAGE)
     set_inputs(changed, ["seed=42", "width=512"])
     canvas = with_values(read(WORKFLOWS / "text_to_image.json"), changed, schemas)
     assert to_graph(canvas, schemas) == changed

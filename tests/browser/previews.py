@@ -1,0 +1,81 @@
+"""The previews of the templates: `python tests/browser/previews.py [name ...]`. Set COMFYUI_PATH.
+
+Each template is opened, run with the demo models and photographed. Needs what the browser tests
+need.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from playwright.sync_api import Page, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from browser.conftest import FLAGS, READY
+from browser.test_canvas import ALL_SHOWN, BOXES, NAMES, WORKFLOWS, made_small
+
+from comfyui_server import Server
+from majicflux.loaders.demo_models import write_demo_models
+
+EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
+SIZE = (1200, 1000)  # of the pictures, at most
+SHOW = """([left, top, scale, x, y]) => {
+    app.canvas.deselectAll();
+    Object.assign(app.canvas.ds, { scale, offset: [x / scale - left, y / scale - top] });
+    app.canvas.setDirty(true, true); }"""
+
+
+def main() -> None:
+    base = Path(tempfile.mkdtemp())
+    write_demo_models(base / "models")
+    server = Server(Path(os.environ["COMFYUI_PATH"]), base / "comfyui", base / "models")
+    try:
+        example = Image.open(Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png")
+        with sync_playwright() as playwright:
+            chromium = shutil.which("chromium") or shutil.which("google-chrome")
+            browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+            for name in sys.argv[1:] or NAMES:
+                picture = example.convert("RGBA").resize((192, 192))
+                if name == "inpainting":
+                    hole = Image.new("L", picture.size, 255)
+                    ImageDraw.Draw(hole).ellipse((40, 20, 150, 120), fill=0)
+                    picture.putalpha(hole)
+                picture.save(server.base / "input" / "example.png")
+                server.post("/free", {"unload_models": True, "free_memory": True})
+                page = browser.new_page(viewport={"width": 2400, "height": 2400}, locale="en-US")
+                page.goto(f"http://{server.address}")
+                page.wait_for_function(READY, timeout=60_000)
+                photograph(page, name)
+                page.close()
+    finally:
+        server.stop()
+        shutil.rmtree(base)
+
+
+def photograph(page: Page, name: str) -> None:
+    page.evaluate("workflow => app.loadGraphData(workflow)", made_small(name))
+    if name != "mixed_with_stock_nodes":  # whose text encoders have no small form
+        page.get_by_role("button", name="Run").first.click()
+        page.wait_for_function(ALL_SHOWN, timeout=120_000)
+    boxes = [box for _, box in page.evaluate(BOXES)]
+    left, top = (min(box[side] for box in boxes) - EDGE for side in (0, 1))
+    right, bottom = (max(box[side] for box in boxes) + EDGE for side in (2, 3))
+    page.evaluate(SHOW, [left, top, SCALE, MARGIN, TOP])
+    page.wait_for_timeout(8000)  # until the messages about the run have gone
+    clip = {
+        "x": MARGIN,
+        "y": TOP,
+        "width": (right - left) * SCALE,
+        "height": (bottom - top) * SCALE,
+    }
+    picture = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    picture.thumbnail(SIZE, Image.Resampling.LANCZOS)
+    picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
