@@ -3,10 +3,10 @@
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from comfyui_encoders import END, float_state, their_clip, their_t5
 from safetensors.torch import load_file, save_file
 
 from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
@@ -33,10 +33,6 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def velocity_of(dit, text: TextEmbedding, guidance: float, latents, sigma) -> Velocity:
     given = (dit, text, guidance, FLOAT, latents.device, FLOAT, sigma.reshape(1))
     return flux_velocity(dit, conditions_of(*given))
-
-
-def float_state(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize(("sigma", "guidance"), [(1.0, 3.5), (0.37, 1.0)])
@@ -130,47 +126,6 @@ def test_comfyuis_int8_files_hold_the_same_weights(
     for name, parameter in ours.items():
         # Theirs are dequantized to bfloat16.
         assert relative_difference(parameter, theirs[name]) <= 4e-3, name
-
-
-END = CLIP.vocabulary - 1  # of a text, among CLIP's ids
-
-
-def their_clip(models: Path) -> Any:
-    from comfy.sd1_clip import SDClipModel
-
-    config = {
-        "num_hidden_layers": CLIP.layers, "hidden_size": CLIP.width, "num_attention_heads": 2,
-        "intermediate_size": CLIP.mlp_width, "hidden_act": "quick_gelu", "eos_token_id": END,
-        "vocab_size": CLIP.vocabulary, "max_position_embeddings": 77, "projection_dim": CLIP.width,
-    }  # fmt: skip
-    special = {"start": END - 1, "end": END, "pad": END}
-    theirs = SDClipModel(
-        textmodel_json_config=config, dtype=FLOAT, special_tokens=special,
-        return_projected_pooled=False,
-    )  # fmt: skip
-    state = float_state(models / demo_models.CLIP_FILE)
-    state["text_projection.weight"] = torch.eye(CLIP.width)
-    table = "text_model.embeddings.token_embedding.weight"  # theirs always has CLIP-L's rows
-    state[table] = torch.nn.functional.pad(state[table], (0, 0, 0, 49408 - CLIP.vocabulary))
-    assert theirs.load_sd(state) == ([], [])
-    return theirs
-
-
-def their_t5(models: Path) -> Any:
-    from comfy.sd1_clip import SDClipModel
-    from comfy.text_encoders.t5 import T5 as ComfyT5
-
-    config = {
-        "num_layers": T5.layers, "d_model": T5.width, "d_ff": T5.mlp_width, "d_kv": T5.head_dim,
-        "num_heads": T5.heads, "vocab_size": T5.vocabulary, "dense_act_fn": "gelu_pytorch_tanh",
-        "is_gated_act": True, "model_type": "t5",
-    }  # fmt: skip
-    theirs = SDClipModel(
-        textmodel_json_config=config, dtype=FLOAT, special_tokens={"end": 1, "pad": 0},
-        model_class=ComfyT5,
-    )  # fmt: skip
-    assert theirs.load_sd(float_state(models / demo_models.T5_FILE)) == ([], [])
-    return theirs
 
 
 @torch.no_grad()

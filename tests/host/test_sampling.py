@@ -3,14 +3,16 @@
 import asyncio
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from comfyui_encoders import their_clip, their_t5
 from torch import Tensor
 
 from majicflux.engine.solvers import SOLVERS
-from majicflux.loaders.demo_models import DIT_FILE, VAE_FILE
+from majicflux.loaders.demo_models import CLIP_FILE, DIT_FILE, VAE_FILE
 
 SIZE = 64
 Graph = dict[str, Any]
@@ -229,6 +231,80 @@ def test_a_zeroed_conditioning_is_taken(comfy, base: Graph) -> None:
     base["zero"] = node("ConditioningZeroOut", conditioning=["positive", 0])
     graph = base | {"ours": ours(positive=["zero", 0])} | stock(positive=["zero", 0])
     same_latents(comfy, graph)
+
+
+class SmallClip:
+    """What CLIPTextEncode asks of a CLIP, with ComfyUI's encoders of the demo models."""
+
+    def __init__(self, models: Path, words: int):
+        self.models, self.words = models, words
+
+    def tokenize(self, text: str) -> dict[str, Any]:
+        from comfy.sd1_clip import SDTokenizer
+        from transformers import T5TokenizerFast
+
+        folder = (self.models / CLIP_FILE).parent
+        t5 = SDTokenizer(
+            str(folder / "tokenizer_2"), tokenizer_class=T5TokenizerFast, has_start_token=False,
+            pad_with_end=False, pad_to_max_length=False, max_length=99999999,
+            min_length=self.words,
+        )  # fmt: skip
+        clip = SDTokenizer(str(folder / "tokenizer"))
+        given = {"l": clip, "t5xxl": t5}
+        return {name: each.tokenize_with_weights(text) for name, each in given.items()}
+
+    def encode_from_tokens_scheduled(self, tokens: dict[str, Any]) -> Any:
+        from comfy.text_encoders.flux import FluxClipModel
+
+        theirs = SimpleNamespace(clip_l=their_clip(self.models), t5xxl=their_t5(self.models))
+        found, pooled = FluxClipModel.encode_token_weights(theirs, tokens)
+        return [[found, {"pooled_output": pooled}]]
+
+
+@pytest.mark.parametrize("prompt", ["a cat on a roof", "a (cat:1.4) on a roof"])
+def test_clip_text_encode_and_flux_guidance_before_ours(
+    comfy, base: Graph, models: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    import nodes
+
+    class Small:
+        INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+        RETURN_TYPES = ("CLIP",)
+        FUNCTION = "load"
+        CATEGORY = "test"
+
+        def load(self) -> tuple[SmallClip]:
+            return (SmallClip(models, 512),)
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "SmallCLIP", Small)
+    base["2"]["inputs"]["precision"] = "float32"
+    base["positive"]["inputs"]["prompt"] = prompt
+    graph = base | {
+        "clip": node("SmallCLIP"),
+        "text": node("CLIPTextEncode", text=prompt, clip=["clip", 0]),
+        "guided": node("FluxGuidance", conditioning=["text", 0], guidance=3.5),
+        "ours": ours(),
+        "mixed": ours(positive=["guided", 0], guidance=1.0),
+    }
+    alone, mixed = outputs(comfy, graph, "ours", "mixed")
+    assert difference(mixed["samples"], alone["samples"]) <= 1e-4
+
+
+def test_a_preview_that_finds_no_memory_is_left_out(
+    comfy, base: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import latent_preview
+
+    asked: list[Any] = []
+
+    class Short:
+        def decode_latent_to_preview_image(self, *given: Any) -> None:
+            asked.append(given)
+            raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: Short())
+    outputs(comfy, base | {"ours": ours(seed=99)}, "ours")
+    assert len(asked) == 8
 
 
 REFUSED = {

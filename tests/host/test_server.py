@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,18 @@ ALL_NODES = {"1", "2", "3", "4", "5", "6"}
 STEPS = 3
 SIZE = (64, 48)  # width, height
 PHASES = ["text encoders", "denoising", "VAE decode"]
+MAKE_TAESD = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from comfy.cli_args import args
+args.cpu = True
+from comfy.taesd.taesd import TAESD
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+weights = TAESD(latent_channels=16).taesd_decoder.state_dict()
+save_file(weights, folder / "taef1_decoder.safetensors")
+"""
 
 
 @pytest.fixture
@@ -79,7 +92,7 @@ def test_progress_counts_the_passes_of_a_guided_second_order_step(
 
 
 def test_a_new_seed_each_time_is_written_into_the_picture(server: Server, graph: dict) -> None:
-    seeds = []
+    seeds, pixels = [], b""
     for _ in range(2):
         run = server.run(seeded(graph, -1), workflow={})
         (path,) = server.outputs(run)
@@ -93,6 +106,20 @@ def test_a_new_seed_each_time_is_written_into_the_picture(server: Server, graph:
     (again,) = server.outputs(server.run(seeded(graph, seeds[1])))
     with Image.open(again) as picture:
         assert picture.tobytes() == pixels
+
+
+def test_the_small_decoder_that_the_user_chose_makes_the_previews(
+    server: Server, graph: dict
+) -> None:
+    """With random weights: what it shows is ComfyUI's affair."""
+    made = subprocess.run(
+        [sys.executable, "-c", MAKE_TAESD, str(server.base / "models" / "vae_approx")],
+        cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    run = server.run(seeded(graph, 120), preview_method="taesd")
+    assert run.previews == STEPS
+    assert "TAESD previews enabled, but could not find" not in server.log()
 
 
 def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
