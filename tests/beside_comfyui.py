@@ -15,9 +15,9 @@ from typing import Any
 mode, models = sys.argv[1], Path(sys.argv[2])
 sys.path.insert(0, os.environ["COMFYUI_PATH"])
 sys.modules["server"] = SimpleNamespace(PromptServer=SimpleNamespace(instance=None))  # type: ignore[assignment]
-if mode == "dynamic":  # as ComfyUI's main.py does it, before anything else is imported
-    import comfy_aimdo.control as control
+import comfy_aimdo.control as control
 
+if mode == "dynamic":  # as ComfyUI's main.py does it, before anything else is imported
     control.init()
 
 import comfy.memory_management
