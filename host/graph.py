@@ -69,6 +69,7 @@ def run_graph(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> list
             name: done[value[0]][value[1]] if isinstance(value, list) else value
             for name, value in graph[key]["inputs"].items()
         }
+        ComfyNode.hidden.unique_id, ComfyNode.hidden.prompt = key, graph
         output = node_classes[graph[key]["class_type"]].execute(**inputs)
         done[key] = output.args
         if output.ui is not None:

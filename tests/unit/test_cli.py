@@ -58,10 +58,15 @@ def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
         with Image.open(done.stdout.strip()) as file:
             assert file.size == (64, 48)
+            seeds.append(json.loads(file.text["prompt"])["5"]["inputs"]["seed"])
             return file.tobytes()
 
+    seeds: list[int] = []
     assert picture() == picture()
     assert picture("seed=5") != picture()
+    drawn = picture("seed=-1")
+    assert seeds == [0, 0, 5, 0, seeds[-1]]
+    assert picture(f"seed={seeds[-1]}") == drawn, "the picture says which seed was drawn"
 
 
 @pytest.mark.parametrize(
