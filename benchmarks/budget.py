@@ -23,10 +23,11 @@ from majicflux.engine.card import copy_rate
 from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.pipeline import Pipeline, paint
 from majicflux.engine.plan import GB, RING_BLOCKS, BudgetError
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import choose
+from majicflux.engine.request import Request
 from majicflux.engine.text_encoders import (
     ClipGeometry,
     T5Geometry,

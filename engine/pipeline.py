@@ -14,7 +14,7 @@ from torch import Tensor
 from .card import card_of
 from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT
-from .latents import CHANNELS, draw_noise, latent_mask
+from .latents import CHANNELS
 from .memory import Memory, PhaseReport, Report
 from .offload import CPU, BeforeBlock
 from .plan import (
@@ -30,10 +30,10 @@ from .plan import (
     step_seconds,
 )
 from .products import Computing
+from .request import Request
 from .sampling import OnPass, Task, sample
-from .schedule import Schedule, diffsynth_sigmas
-from .sizes import PATCH, PIXELS_PER_LATENT, STEP, size_problem
-from .solvers import Solver, euler, passes
+from .sizes import PATCH, PIXELS_PER_LATENT, STEP
+from .solvers import passes
 from .text_encoders import TextEmbedding, TextEncoders
 from .vae import VAE
 from .work import Work
@@ -42,8 +42,6 @@ log = logging.getLogger("majicflux")
 
 TEXT, ENCODE, DENOISING, DECODE = "text encoders", "VAE encode", "denoising", "VAE decode"
 PAINTING = (TEXT, DENOISING, DECODE)
-MAX_STEPS = 100
-MAX_SEED = 2**64 - 1
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
 
 Component: TypeAlias = DiT | TextEncoders | VAE
@@ -123,91 +121,6 @@ class Pipeline:
             return None
         limits = (component.patcher.available(), self.budget_bytes)
         return min((limit for limit in limits if limit is not None), default=None)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to paint. Sizes in pixels, multiples of 16.
-
-    prompt, negative: a text, or what an encoder made of one; negative is used unless cfg is 1.
-    picture: RGB [n, height, width, 3] in 0..1 to begin from, or latents: the same as float32
-    [n, 16, h, w] in model space; each is painted `batch_size` times, from a noise level that
-    `strength` lowers. mask: [m, rows, columns] in 0..1, 1 where the picture may change.
-    noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
-    to go on with the noise that `latents` have.
-    """
-
-    prompt: str | TextEmbedding
-    seed: int
-    steps: int
-    guidance: float
-    width: int
-    height: int
-    batch_size: int = 1
-    negative: str | TextEmbedding = ""
-    cfg: float = 1.0
-    schedule: Schedule = diffsynth_sigmas
-    solver: Solver = euler
-    picture: Tensor | None = None
-    latents: Tensor | None = None
-    strength: float = 1.0
-    mask: Tensor | None = None
-    noise_of: Sequence[int] | None = None
-    add_noise: bool = True
-
-    def __post_init__(self) -> None:
-        for name, size in (("Width", self.width), ("Height", self.height)):
-            if problem := size_problem(name, size):
-                raise ValueError(problem)
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"Steps must be 1 to {MAX_STEPS}, not {self.steps}.")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"The seed must be 0 to {MAX_SEED}, not {self.seed}.")
-        if self.batch_size < 1:
-            raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"Strength must be above 0 and at most 1, not {self.strength}.")
-        if self.mask is not None and self.picture is None and self.latents is None:
-            raise ValueError("A mask needs a picture: connect an image or a latent too.")
-        if self.picture is not None and self.latents is not None:
-            raise ValueError("Connect an image or a latent to begin from, not both.")
-
-    @property
-    def pictures(self) -> int:
-        begun = self.picture if self.picture is not None else self.latents
-        return self.batch_size * (1 if begun is None else len(begun))
-
-    @property
-    def sigmas(self) -> Tensor:
-        return self.schedule(self.steps, self.width, self.height, self.strength)
-
-    @property
-    def passes(self) -> int:
-        """Of the transformer, for each picture."""
-        return len(self.prompts) * passes(self.solver, self.sigmas)
-
-    @property
-    def job(self) -> Job:
-        steps, prompts = len(self.sigmas) - 1, len(self.prompts)
-        return Job(self.width, self.height, self.pictures, steps, prompts)
-
-    @property
-    def prompts(self) -> list[str | TextEmbedding]:
-        """The positive one, and the negative one where it is used."""
-        return [self.prompt] if self.cfg == 1 else [self.prompt, self.negative]
-
-    def task(self, clean: Tensor | None) -> Task:
-        """clean: latents of the pictures to begin from."""
-        shape = (self.pictures, CHANNELS, *self.job.latent_size)
-        if clean is not None:
-            clean = clean.repeat(self.batch_size, 1, 1, 1)
-        mask = None if self.mask is None else latent_mask(self.mask, shape)
-        which = self.noise_of
-        if which is not None:  # as ComfyUI's RepeatLatentBatch numbers them
-            apart = max(which) - min(which) + 1
-            which = [n + again * apart for again in range(self.batch_size) for n in which]
-        noise = draw_noise(self.seed, shape, which) if self.add_noise else torch.zeros(shape)
-        return Task(self.sigmas, noise, clean, mask, self.cfg, self.solver)
 
 
 @torch.inference_mode()

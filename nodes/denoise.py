@@ -111,7 +111,8 @@ class Denoise(io.ComfyNode):
         add_noise: bool = True,
         sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.pipeline import Request, denoise
+        from ..engine.pipeline import denoise
+        from ..engine.request import Request
         from ..engine.schedule import some_steps
         from ..engine.sizes import PIXELS_PER_LATENT
         from ..engine.solvers import SOLVERS

@@ -195,7 +195,8 @@ class Sample(io.ComfyNode):
         negative: Any = None,
         sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.pipeline import Request, paint
+        from ..engine.pipeline import paint
+        from ..engine.request import Request
         from ..engine.sizes import PIXELS_PER_LATENT
         from ..engine.solvers import SOLVERS
         from ..host import native

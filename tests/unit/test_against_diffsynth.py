@@ -8,7 +8,8 @@ import torch
 from diffsynth_pipeline import diffsynth_pipeline
 
 from majicflux.engine.latents import draw_noise
-from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.pipeline import Pipeline, paint
+from majicflux.engine.request import Request
 from majicflux.engine.sampling import Task, sample
 from majicflux.engine.schedule import diffsynth_sigmas
 

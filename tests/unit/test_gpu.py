@@ -14,10 +14,11 @@ import torch
 from majicflux.engine import pipeline as pipeline_module
 from majicflux.engine import products
 from majicflux.engine.latents import to_vae_space
-from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.pipeline import paint
 from majicflux.engine.plan import Job
 from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
 from majicflux.engine.products import Dequantized, EightBit
+from majicflux.engine.request import Request
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit

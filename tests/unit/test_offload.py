@@ -4,8 +4,9 @@ from torch import nn
 
 from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.offload import CPU, OffloadedModule, WeightBlock
-from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.pipeline import paint
 from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.request import Request
 from majicflux.engine.text_encoders import TextEmbedding
 
 REQUEST = Request("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)

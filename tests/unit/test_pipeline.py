@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from majicflux.engine import vae_bands
-from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.pipeline import Pipeline, paint
 from majicflux.engine.plan import BudgetError
+from majicflux.engine.request import Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)

@@ -7,7 +7,7 @@ import torch
 
 from majicflux.engine import kernels, products
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
-from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.pipeline import paint
 from majicflux.engine.precision import (
     BFLOAT16,
     FLOAT8,
@@ -18,6 +18,7 @@ from majicflux.engine.precision import (
     uniform,
 )
 from majicflux.engine.products import Computing, Dequantized, EightBit, choose
+from majicflux.engine.request import Request
 from majicflux.engine.rows import Rows
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows, rotate
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from majicflux.engine import pipeline as parts
 from majicflux.engine.latents import latent_mask
-from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.pipeline import Pipeline, paint
+from majicflux.engine.request import Request
 from majicflux.engine.schedule import (
     SCHEDULES,
     bfl_sigmas,

@@ -16,9 +16,10 @@ from torch import Tensor
 from majicflux.engine import blocks, products, streaming, vae_bands
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule, WeightBlock
-from majicflux.engine.pipeline import Pipeline, Request, paint
+from majicflux.engine.pipeline import Pipeline, paint
 from majicflux.engine.plan import BudgetError, Job
 from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.request import Request
 from majicflux.engine.stored_linear import StoredLinear
 from majicflux.engine.vae import VAE
 from majicflux.engine.work import Work

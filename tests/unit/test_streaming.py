@@ -12,8 +12,9 @@ from majicflux.engine import streaming
 from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule, WeightBlock, at_hand
-from majicflux.engine.pipeline import Request, paint
+from majicflux.engine.pipeline import paint
 from majicflux.engine.products import Computing
+from majicflux.engine.request import Request
 from majicflux.engine.sampling import Task, sample
 from majicflux.engine.schedule import diffsynth_sigmas
 from majicflux.engine.text_encoders import TextEmbedding
