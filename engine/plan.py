@@ -210,6 +210,7 @@ def plan_denoising(
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
     rotated = any(getattr(layer, "group", 0) for layer in weights.module.modules())
+    integers = any(not weight.is_floating_point() for weight in weights.module.parameters())
     pictures, words = job.batch_size, job.words
     tokens = job.image_tokens + words
     width = geometry.hidden
@@ -233,7 +234,7 @@ def plan_denoising(
         )
         share = work.heads(geometry.heads) / geometry.heads  # of the heads at once
         before_row, joint_row, single_row = _row_bytes(
-            geometry, itemsize, eight_bit, rotated, card, share
+            geometry, itemsize, eight_bit, rotated, integers, card, share
         )
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.
@@ -259,10 +260,17 @@ def plan_denoising(
 
 
 def _row_bytes(
-    geometry: FluxGeometry, itemsize: int, eight_bit: bool, rotated: bool, card: Card, share: float
+    geometry: FluxGeometry,
+    itemsize: int,
+    eight_bit: bool,
+    rotated: bool,
+    integers: bool,
+    card: Card,
+    share: float,
 ) -> tuple[int, int, int]:
     """Bytes for each token that is computed at once: before the attention, after it in a joint
-    block and in a single one. share: of the heads that attend at once."""
+    block and in a single one. integers: whether weights are; share: of the heads that attend at
+    once."""
     width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
     joined = width + hidden  # the input of a single block's last layer
     if card.fused:  # straight into the format that the product takes
@@ -274,12 +282,15 @@ def _row_bytes(
     # Rows as they are rotated, or float32 queries or keys as they are turned.
     before = int(max(2 * itemsize, 20 * share) * width)
     more = itemsize * rotated
-    if eight_bit:  # float32 rows as they are rotated, or sums of a product in int32 and in float32
+    if eight_bit and integers:  # float32 rows as they are rotated, or sums in int32 and in float32
         before = int(max(11, 27 * share) * width)
         more = 8  # in float32 before they are rotated, and after
+    elif eight_bit:
+        before = int(max(8, 20 * share) * width)
+        more = 5.3  # in float32, in float8, and what finds the scale
     # GELU is computed in place; only beside the attention it is copied.
-    joint = (itemsize + more) * hidden + 2 * itemsize * width
-    return before, joint, itemsize * hidden + (itemsize + more) * joined
+    joint = int((itemsize + more) * hidden) + 2 * itemsize * width
+    return before, joint, itemsize * hidden + int((itemsize + more) * joined)
 
 
 def plan_decode(
