@@ -12,7 +12,11 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
-READY = "!!(window.app?.rootGraph && window.LiteGraph?.registered_node_types?.MajicFluxSample)"
+# The canvas begins with a workflow of its own, which would replace one that is opened before it.
+READY = (
+    "!!(window.app?.rootGraph?.nodes.length"
+    " && window.LiteGraph?.registered_node_types?.MajicFluxSample)"
+)
 
 
 @pytest.fixture(scope="session")
