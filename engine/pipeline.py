@@ -231,7 +231,7 @@ class Run:
             return [embedding for embedding in found if embedding is not None]
         with self.phase(TEXT) as (plan, work):
             for index, prompt in enumerate(prompts):
-                if isinstance(prompt, str):
+                if found[index] is None and isinstance(prompt, str):
                     found[index], moved = encoders.encode(
                         prompt, self.before_block, plan.ring, work
                     )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -187,16 +189,18 @@ def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> Non
     assert out.shape == (2, 16, 8, 8)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_streamed_picture_equals_a_resident_one(make_pipeline, share: float) -> None:
+@pytest.mark.parametrize(("share", "cfg"), [(0.0, 1.0), (0.4, 1.0), (0.0, 2.0)])
+def test_a_streamed_picture_equals_a_resident_one(make_pipeline, share: float, cfg: float) -> None:
+    request = replace(REQUEST, cfg=cfg, negative="fog")
+
     def painted(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
         pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], **options)
-        return paint(pipeline, REQUEST, lambda *_: None, lambda: None)[:2]
+        return paint(pipeline, request, lambda *_: None, lambda: None)[:2]
 
     picture, latents = painted(device=ACCELERATOR)
     assert torch.equal(latents, painted()[1])
     pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], device=ACCELERATOR)
-    smallest = pipeline.plan(REQUEST.job).smallest_bytes
+    smallest = pipeline.plan(request.job).smallest_bytes
     budget = int(smallest + share * pipeline.dit.weights.total_bytes)
     streamed, streamed_latents = painted(device=ACCELERATOR, budget_bytes=budget)
     assert torch.equal(streamed_latents, latents)

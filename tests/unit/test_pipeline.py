@@ -1,6 +1,7 @@
 """Phases, budget and reuse."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,18 @@ def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> No
     assert len(pipeline.text_encoders.patcher.loads) == 1
     run(pipeline, Request("a dog", seed=0, steps=2, guidance=3.5, width=64, height=64))
     assert runs == ["clip", "t5"] * 2
+
+
+def test_a_negative_prompt_that_is_remembered_is_not_encoded_again(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    runs: list[str] = []
+    pipeline.text_encoders.weights.module["t5"].register_forward_pre_hook(
+        lambda *_: runs.append("")
+    )
+    run(pipeline, replace(REQUEST, cfg=2.0, negative="fog"))
+    assert len(runs) == 2
+    run(pipeline, replace(REQUEST, prompt="a dog", cfg=2.0, negative="fog"))
+    assert len(runs) == 3
 
 
 @pytest.mark.parametrize("phase", ["text encoders", "denoising", "VAE decode"])
