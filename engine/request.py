@@ -60,8 +60,14 @@ class Request:
             raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
         if not 0 < self.strength <= 1:
             raise ValueError(f"Strength must be above 0 and at most 1, not {self.strength}.")
-        if self.mask is not None and self.picture is None and self.latents is None:
-            raise ValueError("A mask needs a picture: connect an image or a latent too.")
+        if self.picture is None and self.latents is None:
+            if self.mask is not None:
+                raise ValueError("A mask needs a picture: connect an image or a latent too.")
+            if self.strength < 1:
+                raise ValueError(
+                    f"A strength of {self.strength} needs a picture to begin from: connect an "
+                    "image or a latent, or set strength to 1."
+                )
         if self.picture is not None and self.latents is not None:
             raise ValueError("Connect an image or a latent to begin from, not both.")
 

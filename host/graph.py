@@ -110,6 +110,8 @@ def _check_node(
 ) -> None:
     schema = schemas[key]
     where = f"Node {key} ({schema.display_name})"
+    validate = getattr(node_class, "validate_inputs", None)
+    wanted = {} if validate is None else signature(validate).parameters
     inputs = node["inputs"]
     known = {socket.id: socket for socket in schema.inputs}
     for name in inputs.keys() - known.keys():
@@ -122,9 +124,11 @@ def _check_node(
             _check_link(f"{where}, {name}", inputs[name], socket, schemas)
         else:
             inputs[name] = _checked_value(f"{where}, {name}", inputs[name], socket)
-    validate = getattr(node_class, "validate_inputs", None)
+            options = socket.options.get("options", [inputs[name]])
+            if name not in wanted and inputs[name] not in options:  # else the node says more
+                choices = ", ".join(map(str, options))
+                raise GraphError(f"{where}, {name} must be one of: {choices}; not {inputs[name]}.")
     if validate is not None:
-        wanted = signature(validate).parameters
         constants = {n: v for n, v in inputs.items() if n in wanted and not isinstance(v, list)}
         verdict = validate(**constants)
         if verdict is not True:

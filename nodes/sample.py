@@ -229,7 +229,7 @@ class Sample(io.ComfyNode):
             width,
             height,
             batch_size,
-            prompt_of("negative", negative_prompt, negative),
+            prompt_of("negative", negative_prompt, None if cfg == 1 else negative),
             cfg,
             sampling.schedule_of(schedule, sigmas),
             SOLVERS[solver],

@@ -58,7 +58,19 @@ class Add(ComfyNode):
         return io.NodeOutput(a + b + c, ui=a + b + c)
 
 
+class Choice(ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Schema:
+        chosen = io.Combo.Input("chosen", options=["euler", "heun"])
+        return Schema("Choice", "choice", "test", [chosen], is_output_node=True)
+
+    @classmethod
+    def execute(cls, chosen: str):
+        return io.NodeOutput(ui=chosen)
+
+
 CLASSES = {
+    "Choice": Choice,
     "Constant": Constant,
     "Add": Add,
     "SaveImage": image_nodes(Path(), Path(), {})["SaveImage"],
@@ -84,9 +96,18 @@ def test_numbers_may_be_text_as_in_comfyui() -> None:
     assert run_graph({"1": node}, CLASSES) == [7]
 
 
+def test_one_of_several_choices_is_taken() -> None:
+    node = {"class_type": "Choice", "inputs": {"chosen": "heun"}}
+    assert run_graph({"1": node}, CLASSES) == ["heun"]
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
+        (
+            {"1": {"class_type": "Choice", "inputs": {"chosen": "dpm"}}},
+            "Node 1 (choice), chosen must be one of: euler, heun; not dpm.",
+        ),
         ([], "not an API-format workflow"),
         ({"nodes": [], "links": []}, "Export (API)"),
         (graph(**{"3": {"class_type": "KSampler", "inputs": {}}}), "runs in ComfyUI only"),

@@ -319,6 +319,7 @@ def test_progress_counts_passes_and_shows_the_estimate(exact) -> None:
     [
         ({"strength": 0.0}, "Strength must be"),
         ({"strength": 1.1}, "Strength must be"),
+        ({"strength": 0.5}, "needs a picture to begin from"),
         ({"mask": torch.ones(1, 6, 8)}, "mask needs a picture"),
         ({"latents": torch.ones(1, 16, 6, 8), "picture": picture_of()}, "not both"),
     ],

@@ -70,7 +70,7 @@ def test_every_option_changes_the_picture(pipeline: Pipeline) -> None:
         "cfg": ({}, {"cfg": 2.0}),
         "solver": ({"steps": 3}, {"steps": 3, "solver": "deis_2m"}),
         "schedule": ({}, {"schedule": sampling.SCHEDULES[1]}),
-        "image": ({"strength": 0.5}, {"strength": 0.5, **image}),
+        "image": ({"strength": 0.5, "image": 1 - picture()}, {"strength": 0.5, **image}),
         "strength": ({"strength": 0.5, **image}, {"strength": 0.8, **image}),
         "mask": ({"strength": 0.5, **image}, half),
         "positive": ({}, {"positive": again}),
@@ -245,6 +245,13 @@ def test_latents_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
 def test_an_empty_latent_of_another_model_is_empty() -> None:
     found = native.from_latent({"samples": torch.zeros(2, 4, 6, 8)})
     assert torch.equal(found, torch.zeros(2, 16, 6, 8))
+
+
+def test_a_negative_conditioning_that_is_not_used_is_not_judged(pipeline: Pipeline) -> None:
+    two = encoded(pipeline) * 2
+    assert torch.equal(sampled(pipeline, negative=two)[1], sampled(pipeline)[1])
+    with pytest.raises(ValueError, match="CONDITIONING of negative has 2 entries"):
+        sampled(pipeline, negative=two, cfg=2.0)
 
 
 def test_denoise_with_cfg_asks_for_a_negative_prompt(pipeline: Pipeline) -> None:
