@@ -224,7 +224,7 @@ def _seconds(
         computing.applied_to(module, device),
     ):
         given = (BFLOAT16, device, case.latents.dtype, sigmas)
-        conditions = conditions_of(module, case.text, GUIDANCE, *given)
+        (conditions,) = conditions_of(module, [case.text], GUIDANCE, *given)
         velocity = flux_velocity(module, conditions)
         velocity(case.latents, case.sigma)
     with (

@@ -164,7 +164,7 @@ def our_step(module: Any, computing: Computing, case: Case, device: torch.device
     sigmas = case.sigma[None]
     with computing.applied_to(module, device):
         given = (BFLOAT16, device, case.latents.dtype, sigmas)
-        conditions = conditions_of(module, case.text, GUIDANCE, *given)
+        (conditions,) = conditions_of(module, [case.text], GUIDANCE, *given)
     velocity = flux_velocity(module, conditions)
     with computing.applied_to(module, device):
         yield lambda: velocity(case.latents, case.sigma)

@@ -1,5 +1,6 @@
 """The forward of the Flux transformer, as a velocity for solvers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,14 +34,14 @@ class Conditions:
 
 def conditions_of(
     dit: Any,
-    text: TextEmbedding,
+    prompts: Sequence[TextEmbedding],
     guidance: float,
     compute_dtype: torch.dtype,
     device: torch.device,
     dtype: torch.dtype,
     sigmas: Tensor,
-) -> Conditions:
-    """The conditions for every sigma but 0, with one call of each layer.
+) -> list[Conditions]:
+    """The conditions of each prompt for every sigma but 0, with one visit of each layer.
 
     Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
     quarter of the parameters: computed before the first step, they need not travel at every step.
@@ -48,10 +49,11 @@ def conditions_of(
     latents therefore mean a guidance of 3504 instead of 3500; float32 latents keep both exact.
     """
     sigmas = sigmas[sigmas > 0]
-    own = guidance if text.guidance is None else text.guidance
-    strength = torch.full((1,), own, device=device, dtype=dtype) * 1000
-    with at_hand(dit.context_embedder):
-        tokens = dit.context_embedder(text.tokens.to(device, compute_dtype))
+
+    def active(text: TextEmbedding) -> Tensor:
+        """What the modulation layers take, [sigmas, 1, width]."""
+        own = guidance if text.guidance is None else text.guidance
+        strength = torch.full((1,), own, device=device, dtype=dtype) * 1000
         pooled = dit.pooled_text_embedder(text.pooled.to(device, compute_dtype))
 
         def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
@@ -61,17 +63,28 @@ def conditions_of(
                 return found
             return found + dit.guidance_embedder(strength, compute_dtype)
 
-        active = F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
-    layers = [block.modulation_layers() for block in _blocks(dit)]
-    found = [[layer(active) for layer in of_block] for of_block in layers]
-    found.append([dit.final_norm_out.linear(active)])
-    return Conditions(
-        tokens,
-        {
-            sigma.item(): [[layer[step, None] for layer in of_block] for of_block in found]
-            for step, sigma in enumerate(sigmas)
-        },
-    )
+        return F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
+
+    with at_hand(dit.context_embedder):
+        words = [dit.context_embedder(p.tokens.to(device, compute_dtype)) for p in prompts]
+        inputs = [active(prompt) for prompt in prompts]
+
+    def given_by(layer: Any) -> list[Tensor]:
+        with at_hand(layer):
+            return [layer(of_prompt) for of_prompt in inputs]
+
+    layers = [*(block.modulation_layers() for block in _blocks(dit)), [dit.final_norm_out.linear]]
+    found = [[given_by(layer) for layer in of_block] for of_block in layers]
+    return [
+        Conditions(
+            tokens,
+            {
+                sigma.item(): [[of[prompt][step, None] for of in of_block] for of_block in found]
+                for step, sigma in enumerate(sigmas)
+            },
+        )
+        for prompt, tokens in enumerate(words)
+    ]
 
 
 def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) -> Velocity:

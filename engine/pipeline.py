@@ -271,10 +271,7 @@ class Run:
             with visits as stream:
                 with computing.applied_to(module, device):
                     given = (guidance, computing.dtype, device, latents_dtype, task.sigmas)
-                    conditions = [
-                        work.attempt(partial(conditions_of, module, prompt, *given))
-                        for prompt in prompts
-                    ]
+                    conditions = work.attempt(partial(conditions_of, module, prompts, *given))
                 with computing.applied_to(module, device):  # with a new buffer for conversions
                     ways = [flux_velocity(module, each, work) for each in conditions]
                     positive, negative = [*ways, None][:2]

@@ -31,8 +31,8 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def velocity_of(dit, text: TextEmbedding, guidance: float, latents, sigma) -> Velocity:
-    given = (dit, text, guidance, FLOAT, latents.device, FLOAT, sigma.reshape(1))
-    return flux_velocity(dit, conditions_of(*given))
+    given = (dit, [text], guidance, FLOAT, latents.device, FLOAT, sigma.reshape(1))
+    return flux_velocity(dit, *conditions_of(*given))
 
 
 @pytest.mark.parametrize(("sigma", "guidance"), [(1.0, 3.5), (0.37, 1.0)])

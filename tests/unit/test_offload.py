@@ -183,7 +183,7 @@ def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> Non
     latents = torch.zeros(2, 16, 8, 8, device=meta)
     with torch.inference_mode(), dit.weights.running_on(meta):
         given = (torch.bfloat16, meta, torch.float32, sigmas)
-        conditions = conditions_of(module, text, 3.5, *given)
+        (conditions,) = conditions_of(module, [text], 3.5, *given)
         out = flux_velocity(module, conditions)(latents, sigmas[0])
     assert out.device == meta
     assert out.shape == (2, 16, 8, 8)

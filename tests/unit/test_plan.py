@@ -183,7 +183,7 @@ def denoised(name: str, job: Job, tokens: int, groups: int, is_fused: bool) -> i
     with torch.inference_mode(), LiveBytes() as live:
         with computing.applied_to(module, META):
             given = (torch.bfloat16, META, torch.float32, task.sigmas)
-            conditions = conditions_of(module, text, 3.5, *given)
+            (conditions,) = conditions_of(module, [text], 3.5, *given)
         with computing.applied_to(module, META):
             velocity = flux_velocity(module, conditions, Work(tokens, groups))
             sample(task, velocity, None, lambda _: None, META, torch.float32)
@@ -292,7 +292,7 @@ def test_the_modulation_of_all_steps_is_planned(as_cuda, steps: int) -> None:
     given = (torch.bfloat16, META, torch.float32, diffsynth_sigmas(steps, 256, 256))
     with torch.inference_mode(), LiveBytes() as live:
         latents = torch.empty(1, 16, 32, 32, device=META)
-        kept = conditions_of(weights.module, text, 3.5, *given)
+        (kept,) = conditions_of(weights.module, [text], 3.5, *given)
         held = live.now
     assert len(kept.modulation) == steps
     one, more = (

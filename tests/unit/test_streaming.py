@@ -482,9 +482,10 @@ def test_a_computation_that_fails_leaves_nothing_behind() -> None:
         assert fails_at(weights, arrange), number
 
 
-@pytest.mark.parametrize("chance", [0.0, 0.7])
-def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float) -> None:
-    request = Request("a cat", seed=2, steps=2, guidance=3.5, width=48, height=32)
+@pytest.mark.parametrize(("chance", "cfg"), [(0.0, 1.0), (0.7, 1.0), (0.7, 2.0)])
+def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float, cfg: float) -> None:
+    given = {"seed": 2, "steps": 2, "guidance": 3.5, "width": 48, "height": 32, "cfg": cfg}
+    request = Request("a cat", **given)
     expected = paint(make_pipeline(device=ACCELERATOR), request, lambda *_: None, lambda: None)[1]
     cards: list[LateCard] = []
 
@@ -498,7 +499,8 @@ def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float) 
     monkeypatch.setattr(dit.patcher, "load", lambda *_, **__: None)  # nothing becomes resident
     found = paint(pipeline, request, lambda *_: None, lambda: None)[1]
     assert torch.equal(found, expected)
-    assert cards[1].copies == len(dit.weights.once) + 2 * len(dit.weights.blocks)
+    passes = 2 * len(request.prompts)
+    assert cards[-2].copies == len(dit.weights.once) + passes * len(dit.weights.blocks)
     assert_at_rest(*(c.weights for c in pipeline.components))
 
 
@@ -517,7 +519,7 @@ def moved_for(dit: DiT, batch: int, steps: int, ring_blocks: int) -> int:
         computing.applied_to(module, ACCELERATOR),
     ):
         given = (computing.dtype, ACCELERATOR, torch.float32)
-        conditions = conditions_of(module, text, 3.5, *given, task.sigmas)
+        (conditions,) = conditions_of(module, [text], 3.5, *given, task.sigmas)
         velocity = flux_velocity(module, conditions)
         sample(task, velocity, None, lambda _: None, *given[1:])
     return stream.moved_bytes
