@@ -92,14 +92,14 @@ def _read_header(file: Any, name: str, file_bytes: int) -> dict[str, TensorEntry
             raise ModelFileError(say(sentence, file=name))
     length = int.from_bytes(first[:8], "little")
     if len(first) < 10 or first[8:9] != b"{" or length > MAX_HEADER_BYTES:
-        text = say(
-            "{file} is not a safetensors file; download the .safetensors version.", file=name
+        raise ModelFileError(
+            say("{file} is not a safetensors file; download the .safetensors version.", file=name)
         )
-        raise ModelFileError(text)
     data_start = 8 + length
     if data_start > file_bytes:
-        text = say("{file} is cut off inside its header; download it again.", file=name)
-        raise ModelFileError(text)
+        raise ModelFileError(
+            say("{file} is cut off inside its header; download it again.", file=name)
+        )
     file.seek(8)
     try:
         header = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
