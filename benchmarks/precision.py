@@ -26,6 +26,7 @@ from majicflux.engine.blocks import JointBlock, SingleBlock
 from majicflux.engine.flux_dit import ROPE_AXES, ROPE_THETA, FluxGeometry, kind_of_layer
 from majicflux.engine.precision import PRECISIONS, Precision
 from majicflux.engine.products import Computing
+from majicflux.engine.rows import residual_dtype
 from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, StoredNorm, store
 from majicflux.engine.work import Work
 
@@ -240,6 +241,7 @@ def advance(module: Any, state: State, rope: Tensor) -> State:
         active = F.silu(conditioning)[:, None]
         modulation = [layer(active) for layer in module.modulation_layers()]
         both = torch.cat([text, image], dim=1)
+        both = both.to(residual_dtype(conditioning))
         module(both, text.shape[1], modulation, rope, Work())
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
@@ -247,6 +249,7 @@ def advance(module: Any, state: State, rope: Tensor) -> State:
         both, _ = module(torch.cat([text, image], dim=1), text, conditioning, rope)
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
+    image = image.to(conditioning.dtype)
     return (*module(image, text, conditioning, rope), conditioning)[:3]
 
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,8 @@ def main() -> None:
             _wait(device)
             converted = time.perf_counter() - start
             computing = choose(weights, device, mode, BFLOAT16)
-            seconds, latents = measure(our_step(weights, computing, case, device), device)
+            with our_step(weights, computing, case, device) as step:
+                seconds, latents = measure(step, device)
             name = "" if triton else ", no Triton"
             print(
                 f"ours {precision}{name}, {computing.report}: {seconds * 1e3:.1f} ms, "
@@ -155,19 +157,17 @@ def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.dev
     return weights.module
 
 
-def our_step(module: Any, computing: Computing, case: Case, device: torch.device) -> Step:
-    """One of the steps of a run, which computes what the conditions give once, before them."""
+@contextmanager
+def our_step(module: Any, computing: Computing, case: Case, device: torch.device) -> Iterator[Step]:
+    """One of the steps of a run, as the run takes it: what the conditions give is computed once,
+    and the products are chosen once, before the first step."""
     sigmas = case.sigma[None]
     with computing.applied_to(module, device):
         given = (BFLOAT16, device, case.latents.dtype, sigmas)
         conditions = conditions_of(module, case.text, GUIDANCE, *given)
     velocity = flux_velocity(module, conditions)
-
-    def step() -> Tensor:
-        with computing.applied_to(module, device):
-            return velocity(case.latents, case.sigma)
-
-    return step
+    with computing.applied_to(module, device):
+        yield lambda: velocity(case.latents, case.sigma)
 
 
 def diffsynth_step(module: Any, case: Case, device: torch.device) -> Step:

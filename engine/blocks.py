@@ -38,8 +38,9 @@ class JointBlock(FluxJointTransformerBlock):
     def forward(
         self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
     ) -> None:
-        """x: [batch, words + image tokens, width], changed in place; modulation: what each of
-        `modulation_layers` gave, [1, 1, 6 * width]; rope: as RoPEEmbedding gives it."""
+        """x: [batch, words + image tokens, width] in `rows.residual_dtype`, changed in place;
+        modulation: what each of `modulation_layers` gave, [1, 1, 6 * width]; rope: as RoPEEmbedding
+        gives it."""
         attention = self.attn
         image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
         text, image = slice(0, words), slice(words, x.shape[1])
@@ -118,14 +119,15 @@ def mix(x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, work: Work) -
     and values, norms of queries and keys).
     """
     done, mixed = 0, None
+    new = parts[0][1][0].new_empty  # in the dtype of the products, which x need not have
 
     def some_heads() -> int:
         nonlocal mixed
         count = work.heads(heads)
         if mixed is None and count < heads:
-            mixed = x.new_empty(x.shape)
+            mixed = new(x.shape)
         some = slice(done * HEAD_DIM, (done + count) * HEAD_DIM)
-        qkv = x.new_empty(1, x.shape[1], 3 * count * HEAD_DIM)
+        qkv = new(1, x.shape[1], 3 * count * HEAD_DIM)
         for of_part, norm, layer, norms in parts:
             work.each(of_part, partial(_write_qkv, x, norm, layer, norms, rope, qkv, some))
         found = attend(qkv, count)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .offload import CPU, at_hand
+from .rows import residual_dtype
 from .solvers import Velocity
 from .text_encoders import TextEmbedding
 from .work import Work
@@ -100,7 +101,7 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
 def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
     """The last layer, for [batch, tokens, width]."""
     layer, norm = dit.final_proj_out, modulation.chunk(2, dim=-1)
-    out = image.new_empty(*image.shape[:2], len(layer.weight))
+    out = modulation.new_empty(*image.shape[:2], len(layer.weight))
     for picture, tokens in zip(out, image.split(1), strict=True):
         for some in ENDS.chunks(slice(0, out.shape[1])):
             picture[some] = layer(layer.rows(tokens[:, some], norm=norm))[0]
@@ -111,7 +112,8 @@ def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
     """The words, then the latents, as tokens of the transformer: [batch, tokens, width]."""
     patches = dit.patchify(latents.to(text.dtype))
     words = text.shape[1]
-    x = text.new_empty(len(latents), words + patches.shape[1], text.shape[2])
+    shape = (len(latents), words + patches.shape[1], text.shape[2])
+    x = text.new_empty(shape, dtype=residual_dtype(text))
     x[:, :words] = text
     for picture, mine in enumerate(patches):
         for some in ENDS.chunks(slice(0, len(mine))):

@@ -63,7 +63,7 @@ def plan_denoising(
     latents = pictures * CHANNELS * rows * columns
     modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2
     fixed = (
-        pictures * tokens * width * itemsize  # the residual
+        pictures * tokens * width * (4 if card.fused else itemsize)  # the residual
         + tokens * HEAD_DIM * 2 * 4  # RoPE
         + job.prompts * (job.steps * modulation + words) * width * itemsize
         + latents * (8 * 4 + 2 * itemsize)

@@ -108,7 +108,7 @@ def prepare(
     more = 0 if gelu is None else gelu.shape[-1]
     x, gelu = _unit_stride(x), _unit_stride(gelu)
     dtype, limit, group = wanted or (None, 0.0, 0)
-    dtype = dtype or source.dtype
+    dtype = dtype or (norm[0] if norm else source).dtype
     out = torch.empty(batch, tokens, width + more, dtype=dtype, device=source.device)
     scale = None
     if limit:

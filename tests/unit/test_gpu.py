@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from majicflux.engine import denoise, products
 from majicflux.engine import pipeline as pipeline_module
-from majicflux.engine import products
 from majicflux.engine.latents import to_vae_space
 from majicflux.engine.pipeline import paint
 from majicflux.engine.plan import Job
@@ -50,6 +50,17 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
         _, streamed, report = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
         assert torch.equal(resident, streamed)
         assert report.peak_bytes <= smallest
+
+
+def test_adding_up_in_float32_is_nearer_to_the_exact_result(monkeypatch, make_pipeline) -> None:
+    def latents(**options) -> torch.Tensor:
+        pipeline = make_pipeline(precision=PRECISIONS["bfloat16"], device=CUDA, **options)
+        return paint(pipeline, REQUEST, lambda *_: None, lambda: None)[1]
+
+    exact = latents(mode="float32")
+    error = (latents(mode="bfloat16") - exact).norm()
+    monkeypatch.setattr(denoise, "residual_dtype", lambda x: x.dtype)
+    assert error < 0.9 * (latents(mode="bfloat16") - exact).norm()
 
 
 def test_the_card_paints_what_the_cpu_paints(make_pipeline) -> None:

@@ -166,6 +166,9 @@ for case in ((x, None, None), (x, norm, None), (None, None, gelu), (x, None, gel
         # A value halfway between two steps may go either way.
         assert (values.int() - rows.values.int()).abs().max() <= 1
         assert (values != rows.values).float().mean() < 0.01
+rows, _ = fused.prepare(x, tuple(part.bfloat16() for part in norm), None, 1e-6, None)
+assert rows.dtype == torch.bfloat16, "a residual in float32 gives rows for products in bfloat16"
+assert torch.allclose(rows.float(), prepare(x, norm), rtol=0.02, atol=0.05)
 gate, y = torch.randn(2, 1, 512, generator=generator), torch.randn(2, 5, 512, generator=generator)
 sums = x.clone()
 fused.add_gated_(sums, gate, y)

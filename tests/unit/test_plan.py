@@ -134,7 +134,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
         width = sum(part.shape[-1] for part in (x, gelu) if part is not None)
         x, gelu = (y if y is None or y.stride(-1) == 1 else y.contiguous() for y in (x, gelu))
         dtype, limit, _ = wanted or (None, 0.0, 0)
-        out = source.new_empty(batch, tokens, width, dtype=dtype or source.dtype)
+        dtype = dtype or (norm[0] if norm else source).dtype
+        out = source.new_empty(batch, tokens, width, dtype=dtype)
         return out, source.new_empty(batch, tokens, 1, dtype=torch.float32) if limit else None
 
     def rms_rope_(qkv, *_: object) -> None:
