@@ -17,7 +17,7 @@ from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
 from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
-from .locales import say
+from .messages import say
 from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..locales import say
+from ..messages import say
 from .plan import GB
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..locales import say
+from ..messages import say
 from .card import card_of
 from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT

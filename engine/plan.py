@@ -7,7 +7,7 @@ PyTorch's allocator; the CUDA context (0.3 to 0.6 GB, for every program on the c
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..locales import later, say
+from ..messages import later, say
 from .prompts import T5_TOKENS
 from .sizes import PIXELS_PER_LATENT, STEP
 

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..locales import say
+from ..messages import say
 from . import kernels
 from .rows import Rows, Wanted, prepare
 from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ..locales import say
+from ..messages import say
 
 CLIP_TOKENS = 77  # with those that mark start and end
 T5_TOKENS = 512  # at least, with the one that marks the end

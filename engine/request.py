@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..locales import later, say
+from ..messages import later, say
 from .latents import CHANNELS, draw_noise, latent_mask
 from .plan import Job
 from .sampling import Task

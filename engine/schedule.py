@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..locales import say
+from ..messages import say
 from .sizes import STEP
 
 # schedule(steps, width, height, strength) -> noise levels; sizes in pixels

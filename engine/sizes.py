@@ -1,6 +1,6 @@
 """Picture sizes that Flux can paint."""
 
-from ..locales import say
+from ..messages import say
 
 PIXELS_PER_LATENT = 8  # of the VAE, per side
 PATCH = 2  # latents per token of the transformer, per side

@@ -6,7 +6,7 @@ inside a ComfyUI process its memory manager is loaded before any node pack is.
 
 import sys
 
-from ..locales import speak
+from ..messages import speak
 
 if "comfy.model_management" in sys.modules:
     from . import comfyui as current

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
-from ..locales import say
+from ..messages import say
 
 __all__ = [
     "ComfyExtension",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
-from ..locales import say
+from ..messages import say
 from .schema import ComfyNode, Schema, Socket
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs"}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..locales import say
+from ..messages import say
 from .schema import ComfyNode, Schema, io
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..engine.latents import CHANNELS, to_model_space, to_vae_space
 from ..engine.sizes import STEP
 from ..engine.text_encoders import TextEmbedding
-from ..locales import later, say
+from ..messages import later, say
 
 if TYPE_CHECKING:
     from ..engine.flux_dit import FluxGeometry

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from ..locales import say
+from ..messages import say
 from .schema import ComfyExtension, io
 
 if TYPE_CHECKING:

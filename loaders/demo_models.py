@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.flux_dit import FluxGeometry
 from ..engine.text_encoders import ClipGeometry, T5Geometry
-from ..locales import say
+from ..messages import say
 from .layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..locales import say
+from ..messages import say
 from .catalogue import HUB_NAMES, KnownFile
 from .hubs import DownloadError, bytes_in, fetch
 from .safetensors_file import ModelFileError, SafetensorsFile

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..locales import say
+from ..messages import say
 from .reading import BUFFER_BYTES, Stretch, read_ahead
 from .safetensors_file import DTYPES, ModelFileError
 from .sources import Part, Sources

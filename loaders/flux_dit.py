@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit, kind_of_layer
 from ..engine.precision import FLOAT8, Precision, Storage
-from ..locales import say
+from ..messages import say
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
 from .layouts import flux_dit_layout

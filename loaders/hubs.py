@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..locales import say
+from ..messages import say
 from .catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, Place
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}

@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from ..engine.precision import STORAGES
-from ..locales import say
+from ..messages import say
 from .inspection import Cost, Inspection
 from .inspection_table import basis, description, gigabytes, percent, suggestion
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..locales import say
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..locales import say
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:

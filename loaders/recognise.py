@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..locales import later, say
+from ..messages import later, say
 from .safetensors_file import ModelFileError
 
 

@@ -3,7 +3,7 @@
 import time
 from typing import TYPE_CHECKING
 
-from ..locales import say
+from ..messages import say
 
 if TYPE_CHECKING:
     from ..engine.offload import OffloadedModule

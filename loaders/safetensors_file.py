@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..locales import later, say
+from ..messages import later, say
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..locales import say
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")

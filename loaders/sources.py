@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engine.precision import rotation_group
-from ..locales import say
+from ..messages import say
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile
 

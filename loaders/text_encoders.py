@@ -12,7 +12,7 @@ from ..engine.text_encoders import (
     T5Geometry,
     build_text_encoders,
 )
-from ..locales import say
+from ..messages import say
 from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
 from .prepared import keep

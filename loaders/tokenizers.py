@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..locales import say
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 # A vocabulary is padded up to a multiple of 128 rows in the model, so it may be a little shorter.

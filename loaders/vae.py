@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..locales import say
+from ..messages import say
 from .diffusers_names import vae_from_diffusers
 from .fill import fill
 from .layouts import vae_layout

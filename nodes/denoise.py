@@ -1,7 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..locales import say
+from ..messages import say
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
 

@@ -16,7 +16,7 @@ from ..loaders.prepared import prepared_files
 from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
-from ..locales import say
+from ..messages import say
 from . import model_files
 
 if TYPE_CHECKING:

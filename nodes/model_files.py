@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, model_parts
-from ..locales import say
+from ..messages import say
 
 CHECKPOINTS = "checkpoints"
 

@@ -2,7 +2,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..locales import say
+from ..messages import say
 from .sockets import CATEGORY, DiTHandle, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..locales import say
+from ..messages import say
 
 if TYPE_CHECKING:
     from torch import Tensor

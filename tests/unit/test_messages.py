@@ -14,7 +14,7 @@ from string import Formatter
 import pytest
 import torch
 
-from majicflux import locales
+from majicflux import messages
 from majicflux.engine.memory import PhaseReport, Report
 from majicflux.engine.pipeline import paint
 from majicflux.engine.plan import GB, BudgetError, Job, Phase, Plan
@@ -24,7 +24,7 @@ from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
-from majicflux.locales import later, say
+from majicflux.messages import later, say
 from majicflux.nodes import DiTLoader
 from majicflux.nodes.diagnosis import diagnosis
 
@@ -60,7 +60,7 @@ PLAN = Plan(
 )
 
 
-def messages(language: str) -> dict[str, str]:
+def translations(language: str) -> dict[str, str]:
     return json.loads((ROOT / "locales" / language / "messages.json").read_text(encoding="utf-8"))
 
 
@@ -88,7 +88,7 @@ def chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_message_is_translated_and_no_other(language: str) -> None:
     texts = [call.args[0] for call in calls("say", "later")]
     said = {text.value for text in texts if isinstance(text, ast.Constant)}
-    translated = messages(language)
+    translated = translations(language)
     assert list(translated) == sorted(said)
     for english, text in translated.items():
         assert fields(text) == fields(english), english
@@ -135,15 +135,15 @@ def test_english_is_said_where_nothing_else_can_be(
         raise OSError("no settings")
 
     for language in (lambda: "fr", lambda: ["zh"], lambda: "\0", broken):
-        monkeypatch.setattr(locales, "_language", language)
+        monkeypatch.setattr(messages, "_language", language)
         assert say("seed {seed}", seed=5) == "seed 5"
-    monkeypatch.setattr(locales, "_language", lambda: "zh")
+    monkeypatch.setattr(messages, "_language", lambda: "zh")
     assert say("not among the messages: {it}", it=1) == "not among the messages: 1"
-    monkeypatch.setattr(locales, "FOLDER", tmp_path)
+    monkeypatch.setattr(messages, "FOLDER", tmp_path)
     for name, content in (("a", "{"), ("b", '["stopped"]'), ("c", '{"seed {seed}": "种子 {}"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "messages.json").write_text(content, encoding="utf-8")
-        monkeypatch.setattr(locales, "_language", lambda n=name: n)
+        monkeypatch.setattr(messages, "_language", lambda n=name: n)
         assert [say("seed {seed}", seed=5) for _ in range(2)] == ["seed 5"] * 2
     assert caplog.text.count("cannot be read") == 1
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 log = logging.getLogger("majicflux")
 
-FOLDER = Path(__file__).parent
+# Not a package in that folder: ComfyUI would serve its __pycache__ as a language.
+FOLDER = Path(__file__).parent / "locales"
 
 
 def _english() -> str:
