@@ -79,8 +79,8 @@ def _torch() -> str:
     import torch
 
     hip, cuda = torch.version.hip, torch.version.cuda
-    platform = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else _without("CUDA")
-    return f"{torch.__version__}, {platform}"
+    built_for = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else _without("CUDA")
+    return f"{torch.__version__}, {built_for}"
 
 
 def _without(package: str) -> str:
@@ -95,9 +95,8 @@ def _packages() -> str:
             return _without(name)
 
     comfyui = host.comfyui_version()
-    return ", ".join(
-        [f"ComfyUI {comfyui}" if comfyui else _without("ComfyUI"), *map(version, PACKAGES)]
-    )
+    own = f"ComfyUI {comfyui}" if comfyui else _without("ComfyUI")
+    return ", ".join([own, *map(version, PACKAGES)])
 
 
 def _card() -> str:
@@ -108,8 +107,10 @@ def _card() -> str:
 
     device = host.compute_device()
     if device.type != "cuda":
-        device = device_name(device)
-        return say("none that PyTorch can use here; computing on the {device}", device=device)
+        return say(
+            "none that PyTorch can use here; computing on the {device}",
+            device=device_name(device),
+        )
     total = torch.cuda.get_device_properties(device).total_memory
     return say(
         "{device}; {free:.1f} of {total:.1f} GB of VRAM are free",
