@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
 from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
+from .messages import say
 from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
@@ -25,15 +27,17 @@ DEMO_SIDE = 256
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # a console may lack characters that are printed
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("majicflux").setLevel(logging.INFO)  # others would log every request
     try:
         options.command(options)
     except (ValueError, FileExistsError) as error:  # ValueError covers all that a user can mend
-        print(f"error: {error}", file=sys.stderr)
+        print(say("error: {error}", error=error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(say("stopped"), file=sys.stderr)
         return 130
     return 0
 
@@ -173,7 +177,8 @@ def _cache(options: argparse.Namespace) -> None:
     standalone.models_folder = options.models
     folder = standalone.prepared_folder()
     if options.action == "clear":
-        print(f"{clear_prepared(folder) / 1e9:.2f} GB freed in {folder}")
+        freed = clear_prepared(folder) / 1e9
+        print(say("{freed:.2f} GB freed in {folder}", freed=freed, folder=folder))
         return
     for path in prepared_files(folder):
         print(f"{path.stat().st_size / 1e9:8.2f} GB  {path}")
@@ -184,7 +189,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     models = DEMO_FOLDER / "models"
     if not models.is_dir():
-        print(f"Writing small random models to {models} ...")
+        print(say("Writing small random models to {folder} ...", folder=models))
         partial = DEMO_FOLDER / "models.part"
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
         write_demo_models(partial)
@@ -196,10 +201,17 @@ def _demo(options: argparse.Namespace) -> None:
                 node["inputs"][name] = DEMO_SIDE
     _paint(options.workflow, graph, models, DEMO_FOLDER / "output", DEMO_FOLDER / "input")
     print(
-        "\nThe weights of this demo are random, so the picture is noise; that it is there shows "
-        "that everything works.\nFor a real picture, download the four model files that the README "
-        "names into a models folder, then:\n"
-        f"  {Path(sys.executable).parent / 'majicflux'} run {options.workflow} --models FOLDER"
+        "",
+        say(
+            "The weights of this demo are random, so the picture is noise; that it is there shows "
+            "that everything works."
+        ),
+        say(
+            "For a real picture, download the four model files that the README names into a "
+            "models folder, then:"
+        ),
+        f"  {Path(sys.executable).parent / 'majicflux'} run {options.workflow} --models FOLDER",
+        sep="\n",
     )
 
 
@@ -208,7 +220,7 @@ def _demo_models(options: argparse.Namespace) -> None:
 
     for path in write_demo_models(options.folder):
         print(path)
-    print("These weights are random: they paint noise.")
+    print(say("These weights are random: they paint noise."))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -240,8 +252,7 @@ def _doctor(options: argparse.Namespace) -> None:
     from .nodes.diagnosis import diagnosis
 
     standalone.models_folder = options.models
-    encoding = sys.stdout.encoding  # of a console, which may lack the characters of a file's name
-    print(diagnosis().encode(encoding, "replace").decode(encoding))
+    print(diagnosis())
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -254,7 +265,7 @@ def _download(options: argparse.Namespace) -> None:
     from .loaders.download import download, require_space, target_of
 
     files = files_of(options.group, options.hub)
-    print(f"From {HUB_NAMES[options.hub]}:")
+    print(say("From {hub}:", hub=HUB_NAMES[options.hub]))
     for file in files:
         size = (file.size or file.least_size) / 1e9
         print(f"  {target_of(file, options.models)} ({size:.1f} GB, {file.licence})")
@@ -297,9 +308,12 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise GraphError(f"{path} cannot be opened: {error.strerror or error}.") from error
+        reason = error.strerror or error
+        raise GraphError(
+            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+        ) from error
     except ValueError as error:
-        raise GraphError(f"{path} is not JSON: {error}.") from error
+        raise GraphError(say("{file} is not JSON: {error}.", file=path, error=error)) from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..messages import say
 from .plan import GB
 
 
@@ -22,11 +23,16 @@ class PhaseReport:
     moved_bytes: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.name}: {self.seconds:.1f} s"
-        if self.peak_bytes is not None:
-            used, planned = self.peak_bytes / GB, self.planned_bytes / GB
-            text += f", used {used:.2f} of {planned:.2f} GB, moved {self.moved_bytes / GB:.1f}"
-        return text
+        if self.peak_bytes is None:
+            return say("{phase}: {seconds:.1f} s", phase=say(self.name), seconds=self.seconds)
+        return say(
+            "{phase}: {seconds:.1f} s, used {used:.2f} of {planned:.2f} GB, moved {moved:.1f}",
+            phase=say(self.name),
+            seconds=self.seconds,
+            used=self.peak_bytes / GB,
+            planned=self.planned_bytes / GB,
+            moved=self.moved_bytes / GB,
+        )
 
 
 @dataclass
@@ -49,7 +55,11 @@ class Report:
     def summary(self) -> str:
         if self.peak_bytes is None or self.budget_bytes is None:
             return ""
-        return f"peak {self.peak_bytes / GB:.2f} GB of {self.budget_bytes / GB:.2f} GB of VRAM"
+        return say(
+            "peak {peak:.2f} GB of {budget:.2f} GB of VRAM",
+            peak=self.peak_bytes / GB,
+            budget=self.budget_bytes / GB,
+        )
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.phases), *filter(None, [self.summary])])

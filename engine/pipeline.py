@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..messages import say
 from .card import card_of
 from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT
@@ -18,17 +19,17 @@ from .latents import CHANNELS
 from .memory import Memory, PhaseReport, Report
 from .offload import CPU, BeforeBlock
 from .plan import (
+    DECODE,
+    DENOISING,
+    ENCODE,
     GB,
+    TEXT,
     BudgetError,
     Job,
     Phase,
     Plan,
-    plan_decode,
-    plan_denoising,
-    plan_encode,
-    plan_text,
-    step_seconds,
 )
+from .planning import plan_decode, plan_denoising, plan_encode, plan_text, step_seconds
 from .products import Computing
 from .request import Request
 from .sampling import OnPass, Task, sample
@@ -40,7 +41,6 @@ from .work import Work
 
 log = logging.getLogger("majicflux")
 
-TEXT, ENCODE, DENOISING, DECODE = "text encoders", "VAE encode", "denoising", "VAE decode"
 PAINTING = (TEXT, DENOISING, DECODE)
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
 
@@ -65,8 +65,11 @@ class Pipeline:
         channels = self.dit.geometry.in_channels
         if channels != CHANNELS * PATCH**2:
             raise ValueError(
-                f"This transformer takes {channels} input channels, so it is a fill, depth or "
-                "canny model, which needs a picture too. Choose a text-to-image model."
+                say(
+                    "This transformer takes {channels} input channels, so it is a fill, depth or "
+                    "canny model, which needs a picture too. Choose a text-to-image model.",
+                    channels=channels,
+                )
             )
 
     @property
@@ -306,9 +309,13 @@ class Run:
             finished = True
         except torch.OutOfMemoryError as error:
             raise BudgetError(
-                f"The card ran out of memory in the phase '{plan.name}', which needs "
-                f"{plan.smallest / GB:.2f} GB at least. Close other programs that use the card, "
-                "or choose a smaller picture or batch."
+                say(
+                    "The card ran out of memory in the phase '{phase}', which needs "
+                    "{smallest:.2f} GB at least. Close other programs that use the card, "
+                    "or choose a smaller picture or batch.",
+                    phase=say(plan.name),
+                    smallest=plan.smallest / GB,
+                )
             ) from error
         finally:
             report.peak_bytes = memory.peak_bytes()

@@ -4,7 +4,8 @@ import torch
 
 from .card import WORKSPACE_BYTES
 from .flux_dit import FluxGeometry, build_flux_dit
-from .plan import GB, Card, Job, Plan, plan_decode, plan_denoising, plan_text, step_seconds
+from .plan import GB, Card, Job, Plan
+from .planning import plan_decode, plan_denoising, plan_text, step_seconds
 from .precision import Precision
 from .products import Computing
 from .stored_linear import LIMITS

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..messages import say
 from . import kernels
 from .rows import Rows, Wanted, prepare
 from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product
@@ -128,11 +129,34 @@ class EightBit:
 @dataclass(frozen=True)
 class Computing:
     """What a run computes in. dtype: of the activations; eight_bit: weights that are multiplied
-    by rows in their own format; report: the choice and its reason, for the log and the canvas."""
+    by rows in their own format; device: that this was chosen for; obstacles: why other weights
+    are not."""
 
     dtype: torch.dtype
     eight_bit: frozenset[torch.dtype] = frozenset()
-    report: str = ""
+    device: torch.device | None = None
+    obstacles: tuple[str, ...] = ()
+
+    @property
+    def report(self) -> str:
+        """The choice and its reason, for the log and the canvas."""
+        if self.device is None:
+            return self.choice
+        values = {"formats": self._formats, "device": device_name(self.device)}
+        return say("computes in {formats} on {device}", **values) + self._reasons
+
+    @property
+    def choice(self) -> str:
+        """The report without the name of the device."""
+        return say("computes in {formats}", formats=self._formats) + self._reasons
+
+    @property
+    def _formats(self) -> str:
+        return ", ".join(sorted(map(_name, self.eight_bit))) or _name(self.dtype)
+
+    @property
+    def _reasons(self) -> str:
+        return f" ({'; '.join(self.obstacles)})" if self.obstacles else ""
 
     def conversion_bytes(self, module: nn.Module) -> int:
         """Of the buffer for matrices that are multiplied in another format than they are kept."""
@@ -164,19 +188,18 @@ def choose(module: nn.Module, device: torch.device, mode: str, native: torch.dty
     Raises ValueError when 8-bit finds no weight in 8 bits.
     """
     if mode not in ("auto", "8-bit"):
-        return Computing(getattr(torch, mode), report=f"computes in {mode}")
+        return Computing(getattr(torch, mode))
     stored = {layer.weight.dtype for layer in stored_linears(module)} & LIMITS.keys()
     if mode == "8-bit" and not stored:
         raise ValueError(
-            "compute_precision is 8-bit, but no weight of the transformer is. Choose "
-            "float8_e4m3fn or int8 rotated as weight_precision, or another compute_precision."
+            say(
+                "compute_precision is 8-bit, but no weight of the transformer is. Choose "
+                "float8_e4m3fn or int8 rotated as weight_precision, or another compute_precision."
+            )
         )
     obstacles = {dtype: _obstacle(dtype, device, mode == "8-bit") for dtype in stored}
     chosen = frozenset(dtype for dtype, obstacle in obstacles.items() if not obstacle)
-    names = " and ".join(sorted(_name(dtype) for dtype in chosen)) or _name(native)
-    reasons = "; ".join(sorted(reason for reason in obstacles.values() if reason))
-    report = f"computes in {names} on {device_name(device)}" + (f" ({reasons})" * bool(reasons))
-    return Computing(native, chosen, report)
+    return Computing(native, chosen, device, tuple(sorted(filter(None, obstacles.values()))))
 
 
 def stored_linears(module: nn.Module) -> list[StoredLinear]:
@@ -187,19 +210,25 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
     """Why weights in `dtype` are not multiplied in it on `device`; "" when they are."""
     name = _name(dtype)
     if device.type != "cuda":
-        return "" if forced else f"no 8-bit matrix units for {name} weights"
+        return "" if forced else say("no 8-bit matrix units for {format} weights", format=name)
     found = kernels.capability(device)
     needed = INT8_UNITS if dtype == torch.int8 else FLOAT8_UNITS
     if found is None or found < needed:
-        advice = ""
+        values = {"format": name, "needed": f"{needed[0]}.{needed[1]}"}
         if dtype == FLOAT8_DTYPE and found is not None and found >= INT8_UNITS:
-            advice = ", int8 rotated weights would be faster"
-        return f"{name} matrix units begin with compute capability {needed[0]}.{needed[1]}{advice}"
+            return say(
+                "{format} matrix units begin with compute capability {needed}, int8 rotated "
+                "weights would be faster",
+                **values,
+            )
+        return say("{format} matrix units begin with compute capability {needed}", **values)
     if forced or kernels.triton_works(device):
         return ""
     if dtype == torch.int8 and kernels.kitchen_works():
         return ""
-    return f"no fused kernels for {name}: Triton is not installed or does not work"
+    return say(
+        "no fused kernels for {format}: Triton is not installed or does not work", format=name
+    )
 
 
 def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
@@ -272,4 +301,8 @@ def device_name(device: torch.device) -> str:
     found = kernels.capability(device)
     if found is None:
         return device.type.upper()
-    return f"{torch.cuda.get_device_name(device)}, compute capability {found[0]}.{found[1]}"
+    return say(
+        "{card}, compute capability {found}",
+        card=torch.cuda.get_device_name(device),
+        found=f"{found[0]}.{found[1]}",
+    )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from ..messages import say
+
 CLIP_TOKENS = 77  # with those that mark start and end
 T5_TOKENS = 512  # at least, with the one that marks the end
 T5_MULTIPLE = 256  # of the tokens of a longer prompt
@@ -88,11 +90,19 @@ class TokenCounts:
         return max(T5_TOKENS, -(-(self.t5 + 1) // T5_MULTIPLE) * T5_MULTIPLE)
 
     def __str__(self) -> str:
-        read = f"{self.clip_read} of" if self.clip_read < self.clip else "all"
-        text = f"CLIP-L read {read} {self.clip} tokens, T5 all {self.t5}"
-        if self.unknown:  # as most Chinese, which only CLIP-L spells out then
-            text += f", {self.unknown} of them unknown to it (T5 knows English)"
-        return text
+        values = {"read": self.clip_read, "clip": self.clip, "t5": self.t5}
+        if self.clip_read < self.clip:
+            text = say("CLIP-L read {read} of {clip} tokens, T5 all {t5}", **values)
+        else:
+            text = say("CLIP-L read all {clip} tokens, T5 all {t5}", **values)
+        if not self.unknown:
+            return text
+        # As most Chinese, which only CLIP-L spells out then.
+        return say(
+            "{counts}, {unknown} of them unknown to it (T5 knows English)",
+            counts=text,
+            unknown=self.unknown,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,12 @@ def tokenize(
     counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unknown)
     if counts.words > MOST_T5_TOKENS:
         raise ValueError(
-            f"The prompt has {counts.t5} T5 tokens, more than the {MOST_T5_TOKENS - 1} that can "
-            "be read. Shorten it."
+            say(
+                "The prompt has {tokens} T5 tokens, more than the {most} that can be read. "
+                "Shorten it.",
+                tokens=counts.t5,
+                most=MOST_T5_TOKENS - 1,
+            )
         )
     start, end = clip_tokenizer("").input_ids
     words = max(words, counts.words)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..messages import later, say
 from .latents import CHANNELS, draw_noise, latent_mask
 from .plan import Job
 from .sampling import Task
@@ -49,27 +50,36 @@ class Request:
     add_noise: bool = True
 
     def __post_init__(self) -> None:
-        for name, size in (("Width", self.width), ("Height", self.height)):
+        for name, size in ((later("Width"), self.width), (later("Height"), self.height)):
             if problem := size_problem(name, size):
                 raise ValueError(problem)
         if not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"Steps must be 1 to {MAX_STEPS}, not {self.steps}.")
+            steps = {"most": MAX_STEPS, "steps": self.steps}
+            raise ValueError(say("Steps must be 1 to {most}, not {steps}.", **steps))
         if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"The seed must be 0 to {MAX_SEED}, not {self.seed}.")
+            seed = {"most": MAX_SEED, "seed": self.seed}
+            raise ValueError(say("The seed must be 0 to {most}, not {seed}.", **seed))
         if self.batch_size < 1:
-            raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
+            batch = self.batch_size
+            raise ValueError(say("The batch size must be at least 1, not {batch}.", batch=batch))
         if not 0 < self.strength <= 1:
-            raise ValueError(f"Strength must be above 0 and at most 1, not {self.strength}.")
+            strength = self.strength
+            raise ValueError(
+                say("Strength must be above 0 and at most 1, not {strength}.", strength=strength)
+            )
         if self.picture is None and self.latents is None:
             if self.mask is not None:
-                raise ValueError("A mask needs a picture: connect an image or a latent too.")
+                raise ValueError(say("A mask needs a picture: connect an image or a latent too."))
             if self.strength < 1:
                 raise ValueError(
-                    f"A strength of {self.strength} needs a picture to begin from: connect an "
-                    "image or a latent, or set strength to 1."
+                    say(
+                        "A strength of {strength} needs a picture to begin from: connect an image "
+                        "or a latent, or set strength to 1.",
+                        strength=self.strength,
+                    )
                 )
         if self.picture is not None and self.latents is not None:
-            raise ValueError("Connect an image or a latent to begin from, not both.")
+            raise ValueError(say("Connect an image or a latent to begin from, not both."))
 
     @property
     def pictures(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..messages import say
 from .sizes import STEP
 
 # schedule(steps, width, height, strength) -> noise levels; sizes in pixels
@@ -49,13 +50,20 @@ def given_sigmas(sigmas: Tensor) -> Schedule:
     levels = sigmas.detach().float().cpu()
     if levels.ndim != 1 or len(levels) < 2:
         raise ValueError(
-            f"SIGMAS must be a list of at least two noise levels, not of shape "
-            f"{tuple(levels.shape)}. Raise the scheduler's steps or its denoise."
+            say(
+                "SIGMAS must be a list of at least two noise levels, not of shape {shape}. Raise "
+                "the scheduler's steps or its denoise.",
+                shape=tuple(levels.shape),
+            )
         )
     if not (levels[0] <= 1 and levels[-1] >= 0 and bool((levels[1:] < levels[:-1]).all())):
         raise ValueError(
-            f"SIGMAS must fall from at most 1 to at least 0; these go from {levels[0]:.4g} to "
-            f"{levels[-1]:.4g}. Connect the scheduler to a Flux model."
+            say(
+                "SIGMAS must fall from at most 1 to at least 0; these go from {first:.4g} to "
+                "{last:.4g}. Connect the scheduler to a Flux model.",
+                first=levels[0].item(),
+                last=levels[-1].item(),
+            )
         )
     return lambda *_: levels
 
@@ -70,8 +78,13 @@ def some_steps(schedule: Schedule, start: int, end: int) -> Schedule:
         sigmas = schedule(steps, width, height, strength)
         if start >= min(end, len(sigmas) - 1):
             raise ValueError(
-                f"There is no step from {start} to {end} in a schedule of {len(sigmas) - 1} "
-                "steps. Lower start_at_step or raise end_at_step."
+                say(
+                    "There is no step from {start} to {end} in a schedule of {steps} steps. Lower "
+                    "start_at_step or raise end_at_step.",
+                    start=start,
+                    end=end,
+                    steps=len(sigmas) - 1,
+                )
             )
         return sigmas[start : end + 1]
 

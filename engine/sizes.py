@@ -1,5 +1,7 @@
 """Picture sizes that Flux can paint."""
 
+from ..messages import say
+
 PIXELS_PER_LATENT = 8  # of the VAE, per side
 PATCH = 2  # latents per token of the transformer, per side
 STEP = PIXELS_PER_LATENT * PATCH
@@ -7,13 +9,19 @@ MAX_SIDE = 8192
 
 
 def size_problem(name: str, side: int) -> str | None:
-    """Why a side of that many pixels cannot be painted, or None when it can."""
+    """Why a side of that many pixels cannot be painted, or None when it can. name: for `say`."""
+    values = {"name": say(name), "side": side}
     if side > MAX_SIDE:
-        return f"{name} {side} is more than {MAX_SIDE}; choose a smaller one."
+        return say(
+            "{name} {side} is more than {most}; choose a smaller one.", most=MAX_SIDE, **values
+        )
     if side >= STEP and side % STEP == 0:
         return None
     below = max(STEP, side // STEP * STEP)
-    return (
-        f"{name} {side} is not a multiple of {STEP}; "
-        f"the nearest that work are {below} and {below + STEP}."
+    return say(
+        "{name} {side} is not a multiple of {step}; the nearest that work are {below} and {above}.",
+        step=STEP,
+        below=below,
+        above=below + STEP,
+        **values,
     )

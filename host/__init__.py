@@ -6,9 +6,13 @@ inside a ComfyUI process its memory manager is loaded before any node pack is.
 
 import sys
 
+from ..messages import speak
+
 if "comfy.model_management" in sys.modules:
     from . import comfyui as current
 else:
     from . import standalone as current
+
+speak(current.language)
 
 __all__ = ["current"]

@@ -1,5 +1,6 @@
 """The pack inside ComfyUI. Everything that the pack asks of it is asked here."""
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
+from ..messages import say
 
 __all__ = [
     "ComfyExtension",
@@ -29,6 +31,7 @@ __all__ = [
     "compute_dtype",
     "free_memory",
     "io",
+    "language",
     "loading_progress",
     "make_patcher",
     "model_names",
@@ -57,6 +60,19 @@ def comfyui_version() -> str | None:
     from comfyui_version import __version__
 
     return __version__
+
+
+def language() -> str:
+    """That the user has chosen for the canvas, or else the canvas itself.
+
+    The first is there only once he has; the second is kept by the pack's extension of the canvas.
+    """
+    file = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    try:
+        settings = json.loads(file.read_bytes())
+        return settings.get("Comfy.Locale") or settings.get("MajicFlux.Language") or "en"
+    except (OSError, ValueError, AttributeError):  # none yet, being written, or of another form
+        return "en"
 
 
 def model_names(category: str) -> list[str]:
@@ -134,7 +150,15 @@ def progress(
         bar.update_absolute(bar.current + 1, passes, preview)
         seconds = (time.perf_counter() - start) * passes / steps / bar.current
         done = bar.current * steps // passes
-        show_on_node(node_id, f"step {done} of {steps}, {seconds:.2f} s a step")
+        show_on_node(
+            node_id,
+            say(
+                "step {done} of {steps}, {seconds:.2f} s a step",
+                done=done,
+                steps=steps,
+                seconds=seconds,
+            ),
+        )
 
     return on_pass
 

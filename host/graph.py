@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
+from ..messages import say
 from .schema import ComfyNode, Schema, Socket
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs"}
@@ -31,19 +32,35 @@ def set_inputs(graph: Graph, assignments: Iterable[str]) -> None:
             holders = [key for key in holders if key == node_id]
         if not equals or len(holders) != 1:
             raise GraphError(
-                f"--set {assignment}: give NODE.INPUT=VALUE with one of "
-                + ", ".join(_settable(graph))
+                say(
+                    "--set {assignment}: give NODE.INPUT=VALUE with one of {inputs}",
+                    assignment=assignment,
+                    inputs=", ".join(_settable(graph)),
+                )
             )
         inputs = graph[holders[0]]["inputs"]
         kind = type(inputs[name])
         if kind is list:
-            raise GraphError(f"--set {assignment}: that input is linked to another node.")
+            raise GraphError(
+                say(
+                    "--set {assignment}: that input is linked to another node.",
+                    assignment=assignment,
+                )
+            )
         try:
             inputs[name] = SWITCH[text.lower()] if kind is bool else kind(text)
         except KeyError:
-            raise GraphError(f"--set {assignment}: give true or false.") from None
+            raise GraphError(
+                say("--set {assignment}: give true or false.", assignment=assignment)
+            ) from None
         except ValueError:
-            raise GraphError(f"--set {assignment}: {text!r} is not a number.") from None
+            raise GraphError(
+                say(
+                    "--set {assignment}: {value!r} is not a number.",
+                    assignment=assignment,
+                    value=text,
+                )
+            ) from None
 
 
 def _settable(graph: Graph) -> list[str]:
@@ -84,7 +101,7 @@ def require_graph(graph: Any) -> None:
         for node in graph.values()
     ):
         raise GraphError(
-            "This is not an API-format workflow. In ComfyUI, use Workflow > Export (API)."
+            say("This is not an API-format workflow. In ComfyUI, use Workflow > Export (API).")
         )
 
 
@@ -94,14 +111,18 @@ def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[st
     for key, node in graph.items():
         if node["class_type"] not in node_classes:
             raise GraphError(
-                f"Node {key} is a {node['class_type']}, which runs in ComfyUI only. "
-                f"Here are: {', '.join(sorted(node_classes))}."
+                say(
+                    "Node {key} is a {kind}, which runs in ComfyUI only. Here are: {kinds}.",
+                    key=key,
+                    kind=node["class_type"],
+                    kinds=", ".join(sorted(node_classes)),
+                )
             )
         schemas[key] = node_classes[node["class_type"]].define_schema()
     for key, node in graph.items():
         _check_node(key, node, node_classes[node["class_type"]], schemas)
     if not any(schema.is_output_node for schema in schemas.values()):
-        raise GraphError("The workflow has no output node; add SaveImage.")
+        raise GraphError(say("The workflow has no output node; add SaveImage."))
     return schemas
 
 
@@ -109,17 +130,17 @@ def _check_node(
     key: str, node: dict[str, Any], node_class: type[ComfyNode], schemas: dict[str, Schema]
 ) -> None:
     schema = schemas[key]
-    where = f"Node {key} ({schema.display_name})"
+    where = say("Node {key} ({name})", key=key, name=schema.display_name)
     validate = getattr(node_class, "validate_inputs", None)
     wanted = {} if validate is None else signature(validate).parameters
     inputs = node["inputs"]
     known = {socket.id: socket for socket in schema.inputs}
     for name in inputs.keys() - known.keys():
-        raise GraphError(f"{where} has no input {name}.")
+        raise GraphError(say("{where} has no input {name}.", where=where, name=name))
     for name, socket in known.items():
         if name not in inputs:
             if not socket.optional:
-                raise GraphError(f"{where} lacks the input {name}.")
+                raise GraphError(say("{where} lacks the input {name}.", where=where, name=name))
         elif isinstance(inputs[name], list):
             _check_link(f"{where}, {name}", inputs[name], socket, schemas)
         else:
@@ -127,7 +148,14 @@ def _check_node(
             options = socket.options.get("options", [inputs[name]])
             if name not in wanted and inputs[name] not in options:  # else the node says more
                 choices = ", ".join(map(str, options))
-                raise GraphError(f"{where}, {name} must be one of: {choices}; not {inputs[name]}.")
+                raise GraphError(
+                    say(
+                        "{where} must be one of: {choices}; not {value}.",
+                        where=f"{where}, {name}",
+                        choices=choices,
+                        value=inputs[name],
+                    )
+                )
     if validate is not None:
         constants = {n: v for n, v in inputs.items() if n in wanted and not isinstance(v, list)}
         verdict = validate(**constants)
@@ -138,24 +166,38 @@ def _check_node(
 def _check_link(where: str, link: list[Any], socket: Socket, schemas: dict[str, Schema]) -> None:
     source = schemas.get(str(link[0])) if len(link) == 2 else None
     if source is None or not 0 <= link[1] < len(source.outputs):
-        raise GraphError(f"{where} is linked to {link}, which is not there.")
+        raise GraphError(
+            say("{where} is linked to {link}, which is not there.", where=where, link=link)
+        )
     found = source.outputs[link[1]].io_type
     if found != socket.io_type:
-        raise GraphError(f"{where} takes {socket.io_type}, but is linked to {found}.")
+        raise GraphError(
+            say(
+                "{where} takes {wanted}, but is linked to {found}.",
+                where=where,
+                wanted=socket.io_type,
+                found=found,
+            )
+        )
 
 
 def _checked_value(where: str, value: Any, socket: Socket) -> Any:
     if socket.io_type not in ("BOOLEAN", "COMBO", "STRING", *NUMBERS):
-        raise GraphError(f"{where} needs a link, not {value!r}.")
+        raise GraphError(say("{where} needs a link, not {value!r}.", where=where, value=value))
     if socket.io_type not in NUMBERS:
         return value
     try:
         value = NUMBERS[socket.io_type](value)
     except (TypeError, ValueError):
-        raise GraphError(f"{where} must be a number, not {value!r}.") from None
+        raise GraphError(
+            say("{where} must be a number, not {value!r}.", where=where, value=value)
+        ) from None
     low, high = socket.options.get("min"), socket.options.get("max")
     if (low is not None and value < low) or (high is not None and value > high):
-        raise GraphError(f"{where} must be {low} to {high}, not {value}.")
+        values = {"low": low, "high": high, "value": value}
+        raise GraphError(
+            say("{where} must be {low} to {high}, not {value}.", where=where, **values)
+        )
     return value
 
 
@@ -168,7 +210,7 @@ def _order(graph: Graph, outputs: list[str]) -> list[str]:
         if key in ordered:
             return
         if key in visiting:
-            raise GraphError(f"Node {key} depends on its own output.")
+            raise GraphError(say("Node {key} depends on its own output.", key=key))
         visiting.add(key)
         for value in graph[key]["inputs"].values():
             if isinstance(value, list):

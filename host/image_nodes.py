@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..messages import say
 from .schema import ComfyNode, Schema, io
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def _save(images: "Tensor", folder: Path, prefix: str, metadata: dict[str, Any])
 
     target = (folder / prefix).resolve()
     if not target.is_relative_to(folder.resolve()):
-        raise ValueError(f"The file name prefix {prefix} leads out of the output folder.")
+        raise ValueError(
+            say("The file name prefix {prefix} leads out of the output folder.", prefix=prefix)
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for key, value in metadata.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..engine.latents import CHANNELS, to_model_space, to_vae_space
 from ..engine.sizes import STEP
 from ..engine.text_encoders import TextEmbedding
+from ..messages import later, say
 
 if TYPE_CHECKING:
     from ..engine.flux_dit import FluxGeometry
@@ -27,8 +28,12 @@ def from_conditioning(
     """name: of the input it came by. Raises ValueError, by name, for what cannot be honoured."""
     if len(conditioning) != 1:
         raise ValueError(
-            f"The CONDITIONING of {name} has {len(conditioning)} entries, and Majic nodes paint "
-            "with one. Remove Conditioning (Combine) or its like."
+            say(
+                "The CONDITIONING of {name} has {count} entries, and Majic nodes paint with one. "
+                "Remove Conditioning (Combine) or its like.",
+                name=name,
+                count=len(conditioning),
+            )
         )
     tokens, options = conditioning[0]
     unknown = [
@@ -37,20 +42,30 @@ def from_conditioning(
     ]  # fmt: skip
     if unknown:
         raise ValueError(
-            f"The CONDITIONING of {name} carries {', '.join(sorted(unknown))}, which Majic nodes "
-            "cannot honour. Remove the node that adds it, or sample with KSampler."
+            say(
+                "The CONDITIONING of {name} carries {unknown}, which Majic nodes cannot honour. "
+                "Remove the node that adds it, or sample with KSampler.",
+                name=name,
+                unknown=", ".join(sorted(unknown)),
+            )
         )
     pooled = options.get("pooled_output")
     if pooled is None:
         pooled = tokens.new_zeros(len(tokens), geometry.pooled_width)
     for what, found, width in (
-        ("tokens", tokens, geometry.text_width),
-        ("a pooled vector", pooled, geometry.pooled_width),
+        (later("tokens"), tokens, geometry.text_width),
+        (later("a pooled vector"), pooled, geometry.pooled_width),
     ):
         if found.shape[0] != 1 or found.shape[-1] != width:
             raise ValueError(
-                f"The CONDITIONING of {name} has {what} of shape {tuple(found.shape)}, but Flux.1 "
-                f"takes one prompt of width {width}. Encode it with CLIP-L and T5-XXL (type flux)."
+                say(
+                    "The CONDITIONING of {name} has {what} of shape {shape}, but Flux.1 takes one "
+                    "prompt of width {width}. Encode it with CLIP-L and T5-XXL (type flux).",
+                    name=name,
+                    what=say(what),
+                    shape=tuple(found.shape),
+                    width=width,
+                )
             )
     return TextEmbedding(tokens.cpu(), pooled.cpu(), options.get("guidance"))
 
@@ -71,8 +86,12 @@ def from_latent(latent: Latent) -> Tensor:
         return samples.new_zeros(len(samples), CHANNELS, *samples.shape[2:])
     if samples.ndim != 4 or samples.shape[1] != CHANNELS:
         raise ValueError(
-            f"This LATENT has the shape {tuple(samples.shape)}, but Flux.1's are [batch, "
-            f"{CHANNELS}, height/8, width/8]. Encode the picture with the VAE of Flux.1."
+            say(
+                "This LATENT has the shape {shape}, but Flux.1's are [batch, {channels}, height/8, "
+                "width/8]. Encode the picture with the VAE of Flux.1.",
+                shape=tuple(samples.shape),
+                channels=CHANNELS,
+            )
         )
     return to_model_space(samples)
 

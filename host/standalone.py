@@ -1,12 +1,15 @@
 """The pack without ComfyUI: the same names as `host/comfyui.py`, over plain folders and tqdm."""
 
+import locale
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from ..messages import say
 from .schema import ComfyExtension, io
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ __all__ = [
     "compute_dtype",
     "free_memory",
     "io",
+    "language",
     "loading_progress",
     "make_patcher",
     "model_names",
@@ -37,6 +41,7 @@ __all__ = [
     "vae_device",
 ]
 
+TRADITIONAL = re.compile("tw|hk|mo|hant|traditional|taiwan|hong")  # in the name of a Chinese locale
 MODEL_SUFFIXES = (".safetensors", ".sft")
 
 # Where the models are, in ComfyUI's subfolders. The command line sets it.
@@ -83,6 +88,16 @@ def comfyui_version() -> str | None:
     """Of the ComfyUI that the models folder belongs to, if it does."""
     file = models_folder.absolute().parent / "comfyui_version.py"
     return file.read_text(encoding="utf-8").split('"')[-2] if file.is_file() else None
+
+
+def language() -> str:
+    """That the environment names, or else Windows: Chinese, Japanese, or English for all others."""
+    named = filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG")))
+    name = next(named, None) or locale.getlocale()[0] or ""
+    name = name.partition(".")[0].lower()
+    if name.startswith(("zh", "chinese")):
+        return "zh-TW" if TRADITIONAL.search(name) else "zh"
+    return "ja" if name.startswith("ja") else "en"
 
 
 def free_memory(device: "torch.device") -> int:
@@ -138,7 +153,7 @@ def loading_progress() -> "Callable[[int, int], None]":
     """A function to call with the bytes read so far and in all."""
     from tqdm import tqdm
 
-    bar = tqdm(desc="loading", unit="B", unit_scale=True, leave=False)
+    bar = tqdm(desc=say("loading"), unit="B", unit_scale=True, leave=False)
 
     def on_bytes(done: int, total: int) -> None:
         bar.total = total
@@ -159,7 +174,7 @@ def progress(
     """A function to call after each pass of the transformer."""
     from tqdm import tqdm
 
-    bar = tqdm(total=passes, desc="sampling", unit="step", unit_scale=steps / passes)
+    bar = tqdm(total=passes, desc=say("sampling"), unit=say("step"), unit_scale=steps / passes)
 
     def on_pass(clean: "Tensor | None") -> None:
         bar.update()

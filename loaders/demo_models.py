@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.flux_dit import FluxGeometry
 from ..engine.text_encoders import ClipGeometry, T5Geometry
+from ..messages import say
 from .layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ def write_demo_models(folder: Path) -> list[Path]:
     for path in paths:
         if path.exists():
             raise FileExistsError(
-                f"{path} exists already and may be a real model; choose an empty folder."
+                say(
+                    "{path} exists already and may be a real model; choose an empty folder.",
+                    path=path,
+                )
             )
     for seed, (path, layout) in enumerate(zip(paths, layouts.values(), strict=True)):
         _write(path, random_tensors(layout, seed, torch.bfloat16))

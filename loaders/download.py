@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..messages import say
 from .catalogue import HUB_NAMES, KnownFile
 from .hubs import DownloadError, bytes_in, fetch
 from .safetensors_file import ModelFileError, SafetensorsFile
@@ -32,7 +33,13 @@ def download(file: KnownFile, hub: str, models: Path) -> Path:
         return target
     place = file.place(hub)
     if place is None:
-        raise DownloadError(f"{HUB_NAMES[hub]} does not have {file.name}; choose the other source.")
+        raise DownloadError(
+            say(
+                "{hub} does not have {file}; choose the other source.",
+                hub=HUB_NAMES[hub],
+                file=file.name,
+            )
+        )
     start = time.perf_counter()
     try:
         require_space([file], hub, models)
@@ -45,20 +52,33 @@ def download(file: KnownFile, hub: str, models: Path) -> Path:
             except (DownloadError, ModelFileError) as error:
                 shutil.rmtree(partial)
                 raise DownloadError(
-                    f"{file.name} from {HUB_NAMES[hub]} is not the file that was expected: {error} "
-                    "It was removed; run the same command again, or take the other source."
+                    say(
+                        "{file} from {hub} is not the file that was expected: {error} It was "
+                        "removed; run the same command again, or take the other source.",
+                        file=file.name,
+                        hub=HUB_NAMES[hub],
+                        error=error,
+                    )
                 ) from error
             if target.exists():  # put there in the meantime, which may be hours
                 raise DownloadError(
-                    f"{target} came from elsewhere during the download and was not replaced. "
-                    "Move it away and run the same command again, or keep it."
+                    say(
+                        "{target} came from elsewhere during the download and was not replaced. "
+                        "Move it away and run the same command again, or keep it.",
+                        target=target,
+                    )
                 )
             os.replace(fetched, target)
             shutil.rmtree(partial)
     except OSError as error:
         raise DownloadError(
-            f"{file.name} cannot be written into {target.parent}: {error.strerror or error}. "
-            "Mend that and run the same command again, it goes on where it stopped."
+            say(
+                "{file} cannot be written into {folder}: {reason}. Mend that and run the same "
+                "command again, it goes on where it stopped.",
+                file=file.name,
+                folder=target.parent,
+                reason=error.strerror or error,
+            )
         ) from error
     log.info(
         "%s: %.2f GB from %s, %.1f s",
@@ -95,8 +115,13 @@ def require_space(files: Iterable[KnownFile], hub: str, models: Path) -> None:
         free = shutil.disk_usage(disks[disk]).free
         if needed > free:
             raise DownloadError(
-                f"{needed / 1e9:.1f} GB are still to come and {free / 1e9:.1f} GB are free in "
-                f"{disks[disk]}. Free some space, or choose another folder with --models."
+                say(
+                    "{needed:.1f} GB are still to come and {free:.1f} GB are free in {folder}. "
+                    "Free some space, or choose another folder with --models.",
+                    needed=needed / 1e9,
+                    free=free / 1e9,
+                    folder=disks[disk],
+                )
             )
 
 
@@ -122,7 +147,10 @@ def _alone_in(partial: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise DownloadError(
-            f"{partial.name} is being downloaded by another command. Wait until it is done."
+            say(
+                "{file} is being downloaded by another command. Wait until it is done.",
+                file=partial.name,
+            )
         ) from error
     try:
         yield
@@ -145,19 +173,25 @@ def _check_existing(file: KnownFile, target: Path) -> None:
         _check(file, target, with_hash=False)  # reading 24 GB again each time would be too slow
     except (DownloadError, ModelFileError) as error:
         raise DownloadError(
-            f"{target} is there already, but is not the file that was expected: {error} "
-            "Move it away and run the same command again, or keep it and leave this one out."
+            say(
+                "{target} is there already, but is not the file that was expected: {error} Move it "
+                "away and run the same command again, or keep it and leave this one out.",
+                target=target,
+                error=error,
+            )
         ) from error
 
 
 def _check(file: KnownFile, path: Path, with_hash: bool = True) -> None:
     size = path.stat().st_size
-    if size != file.size if file.size is not None else size < file.least_size:
-        least = "at least " if file.size is None else ""
-        expected = file.size or file.least_size
-        raise DownloadError(f"it has {size:,} bytes instead of {least}{expected:,}.")
+    if file.size is not None and size != file.size:
+        values = {"size": size, "expected": file.size}
+        raise DownloadError(say("it has {size:,} bytes instead of {expected:,}.", **values))
+    if size < file.least_size:
+        values = {"size": size, "least": file.least_size}
+        raise DownloadError(say("it has {size:,} bytes instead of at least {least:,}.", **values))
     if with_hash and file.sha256 is not None and _sha256(path) != file.sha256:
-        raise DownloadError("its SHA-256 is another one.")
+        raise DownloadError(say("its SHA-256 is another one."))
     SafetensorsFile(path)
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..messages import say
 from .reading import BUFFER_BYTES, Stretch, read_ahead
 from .safetensors_file import DTYPES, ModelFileError
 from .sources import Part, Sources
@@ -177,8 +178,12 @@ def _convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> No
     cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
     if cast and weight.float().isnan().any():
         raise ModelFileError(
-            f"{part.file.path.name}, tensor {part.name}: a value is too large for float8 without "
-            "a scale. Choose float8_e4m3fn or int8 rotated."
+            say(
+                "{file}, tensor {name}: a value is too large for float8 without a scale. Choose "
+                "float8_e4m3fn or int8 rotated.",
+                file=part.file.path.name,
+                name=part.name,
+            )
         )
 
 
@@ -218,8 +223,12 @@ def store_rows(
         quantize_rows(values, quantized, quantized_scale, group)
     except ValueError as error:
         raise ModelFileError(
-            f"{part.file.path.name}, tensor {part.name}: {error}. "
-            "The file is damaged; download it again."
+            say(
+                "{file}, tensor {name}: the weight holds an infinity or a NaN. The file is "
+                "damaged; download it again.",
+                file=part.file.path.name,
+                name=part.name,
+            )
         ) from error
     weight.copy_(quantized)
     row_scale.copy_(quantized_scale)

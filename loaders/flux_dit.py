@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit, kind_of_layer
 from ..engine.precision import FLOAT8, Precision, Storage
+from ..messages import say
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
 from .layouts import flux_dit_layout
 from .prepared import keep
 from .recognise import FLUX_DIT, require_kind
-from .report import size_and_time
+from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import Source, Sources, prefix_before, require_layout, sources_of
+from .sources import Source, Sources, missing, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +80,16 @@ def load_flux_dit(
     if not mapped:
         weights.allocate()
         convert()
-    where = "mapped from prepared weights" if mapped else "in memory"
-    weights.report = (
-        f"{path.name}: Flux.1 transformer, {geometry.double_blocks} + {geometry.single_blocks} "
-        f"blocks of width {geometry.hidden}, {_parameters(sources) / 1e9:.2f} B parameters, "
-        f"{size_and_time(weights, _contents(weights), start)}, {where}"
+    weights.report = say(
+        "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
+        "{parameters:.2f} B parameters, {size}, {where}",
+        file=path.name,
+        double=geometry.double_blocks,
+        single=geometry.single_blocks,
+        width=geometry.hidden,
+        parameters=_parameters(sources) / 1e9,
+        size=size_and_time(weights, _contents(weights), start),
+        where=where_kept(mapped),
     )
     log.info(weights.report)
     return weights, geometry
@@ -124,9 +130,7 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
         try:
             return sources[name].shape[axis]
         except (KeyError, IndexError):
-            raise ModelFileError(
-                f"{path.name} is incomplete: {name} is missing. Download it again."
-            ) from None
+            raise missing(path, name) from None
 
     def blocks(kind: str) -> int:
         found = {int(m[1]) for name in sources if (m := re.match(rf"{kind}\.(\d+)\.", name))}
@@ -136,8 +140,14 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
     hidden = size("img_in.weight", 0)
     if head_dim != HEAD_DIM or hidden == 0 or hidden % HEAD_DIM:
         raise ModelFileError(
-            f"{path.name} has attention heads of {head_dim} in a width of {hidden}; "
-            f"Flux.1 models have heads of {HEAD_DIM}. Choose another file."
+            say(
+                "{file} has attention heads of {found} in a width of {width}; Flux.1 models have "
+                "heads of {heads}. Choose another file.",
+                file=path.name,
+                found=head_dim,
+                width=hidden,
+                heads=HEAD_DIM,
+            )
         )
     return FluxGeometry(
         hidden=hidden,

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..messages import say
 from .catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, Place
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -54,8 +55,12 @@ def _from_modelscope(place: Place, folder: Path) -> Path:
         )
     except FileIntegrityError as error:
         raise DownloadError(
-            f"{place.path} did not arrive as ModelScope published it ({error}), and was removed. "
-            "Run the same command again."
+            say(
+                "{file} did not arrive as ModelScope published it ({error}), and was removed. Run "
+                "the same command again.",
+                file=place.path,
+                error=error,
+            )
         ) from error
     return Path(path)
 
@@ -87,36 +92,53 @@ def _from_huggingface(place: Place, folder: Path) -> Path:
 
 
 def _sentence(place: Place, folder: Path, error: Exception) -> str:
-    hub = HUB_NAMES[place.hub]
-    other = next(key for key in HUB_NAMES if key != place.hub)
+    values = {
+        "hub": HUB_NAMES[place.hub],
+        "other": next(key for key in HUB_NAMES if key != place.hub),
+        "file": place.path,
+        "repository": place.repository,
+        "folder": folder,
+    }
     status, codes = _status(error), {getattr(e, "errno", None) for e in _chain(error)}
     if codes & FULL_DISK:
-        return (
-            f"No space is left in {folder} for {place.path}. "
-            "Free some and run the same command again, it goes on where it stopped."
+        return say(
+            "No space is left in {folder} for {file}. Free some and run the same command again, "
+            "it goes on where it stopped.",
+            **values,
         )
     if codes & UNWRITABLE:
-        return f"{folder} cannot be written to. Change its permissions, or choose another --models."
+        return say(
+            "{folder} cannot be written to. Change its permissions, or choose another --models.",
+            **values,
+        )
     if status == 404:
-        return (
-            f"{hub} has no {place.path} in {place.repository} (404). "
-            f"Try --from {other}, or look for it on the repository's page."
+        return say(
+            "{hub} has no {file} in {repository} (404). Try --from {other}, or look for it on the "
+            "repository's page.",
+            **values,
         )
     if status in (401, 403):
-        return (
-            f"{hub} does not give {place.path} of {place.repository} to everyone ({status}). "
-            f"Accept its licence on the repository's page and log in, or try --from {other}."
+        return say(
+            "{hub} does not give {file} of {repository} to everyone ({status}). Accept its licence "
+            "on the repository's page and log in, or try --from {other}.",
+            status=status,
+            **values,
         )
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
     got = bytes_in(folder)
     if not got:
-        return (
-            f"{hub} could not be reached for {place.path} ({reason}). "
-            f"Check the network and run the same command again, or try --from {other}."
+        return say(
+            "{hub} could not be reached for {file} ({reason}). Check the network and run the same "
+            "command again, or try --from {other}.",
+            reason=reason,
+            **values,
         )
-    return (
-        f"{hub} broke off after {got:,} bytes of {place.path} ({reason}). "
-        "Run the same command again, it goes on where it stopped."
+    return say(
+        "{hub} broke off after {got:,} bytes of {file} ({reason}). Run the same command again, it "
+        "goes on where it stopped.",
+        got=got,
+        reason=reason,
+        **values,
     )
 
 

@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from ..engine.precision import STORAGES
+from ..messages import say
 from .inspection import Cost, Inspection
 from .inspection_table import basis, description, gigabytes, percent, suggestion
 
@@ -44,9 +45,15 @@ class ChartError(ValueError):
 def require_place(path: Path) -> None:
     """Raise ChartError unless a chart can get this path, which never is a model's."""
     if path.suffix.lower() != ".png":
-        raise ChartError(f"The chart {path} needs a name that ends in .png.")
+        raise ChartError(say("The chart {path} needs a name that ends in .png.", path=path))
     if not path.parent.is_dir():
-        raise ChartError(f"There is no folder {path.parent} for the chart {path.name}.")
+        raise ChartError(
+            say(
+                "There is no folder {folder} for the chart {name}.",
+                folder=path.parent,
+                name=path.name,
+            )
+        )
 
 
 def write_chart(path: Path, name: str, inspection: Inspection) -> None:
@@ -60,7 +67,9 @@ def write_chart(path: Path, name: str, inspection: Inspection) -> None:
         partial.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        raise ChartError(f"The chart {path} cannot be written: {reason}.") from error
+        raise ChartError(
+            say("The chart {path} cannot be written: {reason}.", path=path, reason=reason)
+        ) from error
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:
@@ -129,7 +130,11 @@ def clear_prepared(folder: Path) -> int:
             path.unlink()
         except OSError as error:  # Windows does not remove a file that is mapped
             raise ModelFileError(
-                f"{path.name} cannot be removed: {error.strerror}. Close ComfyUI and try again."
+                say(
+                    "{file} cannot be removed: {reason}. Close ComfyUI and try again.",
+                    file=path.name,
+                    reason=error.strerror,
+                )
             ) from error
         freed += size
     return freed

@@ -9,6 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def _fill_buffers(
             filled.put(buffer)
     except OSError as error:
         reason = error.strerror or error
-        raise ModelFileError(f"{path} cannot be read: {reason}.") from error
+        raise ModelFileError(
+            say("{file} cannot be read: {reason}.", file=path, reason=reason)
+        ) from error
     finally:
         if file is not None:
             file.close()
@@ -95,7 +98,9 @@ def _read_exactly(file: FileIO, stretch: Stretch, view: memoryview) -> None:
     while done < stretch.length:
         count = file.readinto(view[done:])
         if not count:
-            raise ModelFileError(f"{stretch.path.name} became shorter while it was read.")
+            raise ModelFileError(
+                say("{file} became shorter while it was read.", file=stretch.path.name)
+            )
         done += count
     if hasattr(os, "posix_fadvise"):  # Linux
         os.posix_fadvise(file.fileno(), stretch.start, done, os.POSIX_FADV_DONTNEED)

@@ -4,12 +4,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..messages import later, say
 from .safetensors_file import ModelFileError
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model file: how it shows, what it is called, where it belongs."""
+    """A kind of model file: how it shows, what it is called, where it belongs. Both for `say`."""
 
     markers: tuple[str, ...]  # any one of these inside any tensor name
     description: str
@@ -18,44 +19,48 @@ class Kind:
 
 FLUX_DIT = Kind(
     ("double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
-    "a Flux.1 transformer",
-    "Choose it in the Majic float8 DiT loader; it belongs in models/diffusion_models.",
+    later("a Flux.1 transformer"),
+    later("Choose it in the Majic float8 DiT loader; it belongs in models/diffusion_models."),
 )
 CLIP = Kind(
     ("text_model.encoder.layers.0.mlp.fc1.weight",),
-    "a CLIP text encoder",
-    "Choose it as CLIP-L in the bf16 text encoders node; it belongs in models/text_encoders.",
+    later("a CLIP text encoder"),
+    later(
+        "Choose it as CLIP-L in the bf16 text encoders node; it belongs in models/text_encoders."
+    ),
 )
 T5 = Kind(
     ("encoder.block.0.layer.0.SelfAttention.q.weight",),
-    "a T5 text encoder",
-    "Choose it as T5 in the bf16 text encoders node; it belongs in models/text_encoders.",
+    later("a T5 text encoder"),
+    later("Choose it as T5 in the bf16 text encoders node; it belongs in models/text_encoders."),
 )
 VAE = Kind(
     ("decoder.mid.block_1.conv1.weight", "decoder.mid_block.resnets.0.conv1.weight"),
-    "a VAE",
-    "Choose it in the Flux VAE node; it belongs in models/vae.",
+    later("a VAE"),
+    later("Choose it in the Flux VAE node; it belongs in models/vae."),
 )
+
+BETTER_FILE = later("MajicFlux cannot read it; use the bf16 or float8 .safetensors.")
+CHECKPOINT = later("Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints.")
 
 # The first kind whose marker is found is the answer, so the special comes before the general.
 KINDS = (
     Kind(
         (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", "lora_unet_"),
-        "a LoRA",
-        "It belongs in models/loras and is applied to a transformer, not loaded as one.",
+        later("a LoRA"),
+        later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
     ),
-    Kind((".wscales", ".smooth_factor", ".qweight"), "an SVDQuant (nunchaku) file",
-         "MajicFlux cannot read it; use the bf16 or float8 .safetensors."),
-    Kind((".quant_state.bitsandbytes", ".absmax"), "an NF4 (bitsandbytes) file",
-         "MajicFlux cannot read it; use the bf16 or float8 .safetensors."),
-    Kind(("double_stream_modulation_img.",), "a Flux.2 transformer",
-         "MajicFlux runs Flux.1 models."),
-    Kind(("conditioner.embedders.", "label_emb.0.0.weight"), "an SDXL checkpoint",
-         "Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints."),
+    Kind((".wscales", ".smooth_factor", ".qweight"), later("an SVDQuant (nunchaku) file"),
+         BETTER_FILE),
+    Kind((".quant_state.bitsandbytes", ".absmax"), later("an NF4 (bitsandbytes) file"),
+         BETTER_FILE),
+    Kind(("double_stream_modulation_img.",), later("a Flux.2 transformer"),
+         later("MajicFlux runs Flux.1 models.")),
+    Kind(("conditioner.embedders.", "label_emb.0.0.weight"), later("an SDXL checkpoint"),
+         CHECKPOINT),
     Kind(("cond_stage_model.", "model.diffusion_model.input_blocks."),
-         "a Stable Diffusion 1.x or 2.x checkpoint",
-         "Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints."),
-    Kind(("controlnet_",), "a ControlNet", "It belongs in models/controlnet."),
+         later("a Stable Diffusion 1.x or 2.x checkpoint"), CHECKPOINT),
+    Kind(("controlnet_",), later("a ControlNet"), later("It belongs in models/controlnet.")),
     FLUX_DIT,
     CLIP,
     T5,
@@ -81,11 +86,22 @@ def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
         return
     if found is None:
         raise ModelFileError(
-            f"{path.name} is not {wanted.description}: none of its {len(names)} tensors has a name "
-            "that MajicFlux knows. Choose another file."
+            say(
+                "{file} is not {wanted}: none of its {count} tensors has a name that MajicFlux "
+                "knows. Choose another file.",
+                file=path.name,
+                wanted=say(wanted.description),
+                count=len(names),
+            )
         )
     raise ModelFileError(
-        f"{path.name} is {found.description}, not {wanted.description}. {found.advice}"
+        say(
+            "{file} is {found}, not {wanted}. {advice}",
+            file=path.name,
+            found=say(found.description),
+            wanted=say(wanted.description),
+            advice=say(found.advice),
+        )
     )
 
 

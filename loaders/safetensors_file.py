@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..messages import later, say
+
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 
 # safetensors name -> (torch name, bytes per element)
@@ -27,12 +29,20 @@ DTYPES = {
 
 # How the first bytes of other formats begin, and what to say about them.
 OTHER_FORMATS = (
-    (b"GGUF", "is a GGUF file, which MajicFlux cannot read; use the bf16 or float8 .safetensors"),
-    (b"PK\x03\x04", "is a PyTorch pickle, which can run code when opened; use the .safetensors"),
-    (b"\x80", "is a Python pickle, which can run code when opened; use the .safetensors"),
-    (b"version https://git-lfs", "is a Git LFS pointer, not the model; download the file itself"),
-    (b"<", "is a web page, not the model; download the file again"),
-)
+    (b"GGUF", later(
+        "{file} is a GGUF file, which MajicFlux cannot read; use the bf16 or float8 .safetensors."
+    )),
+    (b"PK\x03\x04", later(
+        "{file} is a PyTorch pickle, which can run code when opened; use the .safetensors."
+    )),
+    (b"\x80", later(
+        "{file} is a Python pickle, which can run code when opened; use the .safetensors."
+    )),
+    (b"version https://git-lfs", later(
+        "{file} is a Git LFS pointer, not the model; download the file itself."
+    )),
+    (b"<", later("{file} is a web page, not the model; download the file again.")),
+)  # fmt: skip
 
 
 class ModelFileError(ValueError):
@@ -60,12 +70,12 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self.tensors = _read_header(file, os.fstat(file.fileno()).st_size)
+                self.tensors = _read_header(file, path.name, os.fstat(file.fileno()).st_size)
         except OSError as error:
             reason = error.strerror or error
-            raise ModelFileError(f"{path} cannot be opened: {reason}.") from error
-        except ModelFileError as error:
-            raise ModelFileError(f"{path.name} {error}") from None
+            raise ModelFileError(
+                say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+            ) from error
 
     def read(self, entry: TensorEntry) -> bytes:
         """The bytes of a small tensor."""
@@ -74,58 +84,77 @@ class SafetensorsFile:
             return file.read(entry.end - entry.start)
 
 
-def _read_header(file: Any, file_bytes: int) -> dict[str, TensorEntry]:
+def _read_header(file: Any, name: str, file_bytes: int) -> dict[str, TensorEntry]:
     first = file.read(32)
     for magic, sentence in OTHER_FORMATS:
         # A safetensors file can begin with any byte, but its ninth is always the JSON's "{".
         if first.startswith(magic) and first[8:9] != b"{":
-            raise ModelFileError(f"{sentence}.")
+            raise ModelFileError(say(sentence, file=name))
     length = int.from_bytes(first[:8], "little")
     if len(first) < 10 or first[8:9] != b"{" or length > MAX_HEADER_BYTES:
-        raise ModelFileError("is not a safetensors file; download the .safetensors version.")
+        raise ModelFileError(
+            say("{file} is not a safetensors file; download the .safetensors version.", file=name)
+        )
     data_start = 8 + length
     if data_start > file_bytes:
-        raise ModelFileError("is cut off inside its header; download it again.")
+        raise ModelFileError(
+            say("{file} is cut off inside its header; download it again.", file=name)
+        )
     file.seek(8)
     try:
         header = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
         header.pop("__metadata__", None)
-        entries = {name: _entry(name, raw, data_start) for name, raw in header.items()}
+        entries = {key: _entry(name, key, raw, data_start) for key, raw in header.items()}
+        end = _end(entries, data_start)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
-        raise ModelFileError(f"has a damaged header ({error}); download it again.") from error
-    _check_extents(entries, data_start, file_bytes)
+        raise ModelFileError(
+            say("{file} has a damaged header ({error}); download it again.", file=name, error=error)
+        ) from error
+    if end > file_bytes:
+        raise ModelFileError(
+            say(
+                "{file} is cut off: {there:.2f} GB of {all:.2f} GB are there. Download it again.",
+                file=name,
+                there=file_bytes / 1e9,
+                all=end / 1e9,
+            )
+        )
     return entries
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ModelFileError("has a damaged header (a name appears twice); download it again.")
+        raise ValueError(say("a name appears twice"))
     return result
 
 
-def _entry(name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
+def _entry(file: str, name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
     dtype, shape = raw["dtype"], tuple(raw["shape"])
     start, end = raw["data_offsets"]
     if dtype not in DTYPES:
-        raise ModelFileError(f"stores {name} as {dtype}, a format MajicFlux cannot read.")
+        raise ModelFileError(
+            say(
+                "{file} stores {name} as {dtype}, a format MajicFlux cannot read.",
+                file=file,
+                name=name,
+                dtype=dtype,
+            )
+        )
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"{name}: sizes and offsets must be whole numbers")
+        raise ValueError(say("{name}: sizes and offsets must be whole numbers", name=name))
     if math.prod(shape) * DTYPES[dtype][1] != end - start:
-        raise ValueError(f"{name}: shape and length disagree")
+        raise ValueError(say("{name}: shape and length disagree", name=name))
     return TensorEntry(dtype, shape, data_start + start, data_start + end)
 
 
-def _check_extents(entries: dict[str, TensorEntry], data_start: int, file_bytes: int) -> None:
+def _end(entries: dict[str, TensorEntry], data_start: int) -> int:
+    """Where the last tensor ends."""
     end = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start < end:
-            raise ModelFileError("has a damaged header (tensors overlap); download it again.")
+            raise ValueError(say("tensors overlap"))
         end = entry.end
-    if end > file_bytes:
-        raise ModelFileError(
-            f"is cut off: {file_bytes / 1e9:.2f} GB of {end / 1e9:.2f} GB are there. "
-            "Download it again."
-        )
+    return end

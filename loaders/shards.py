@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")
@@ -20,7 +21,10 @@ def model_parts(path: Path) -> list[Path]:
     first = next(filter(None, map(SHARD.match, names)), None)
     if first is None:
         raise ModelFileError(
-            f"The folder {folder.name} holds no model parts named NAME-00001-of-00002.safetensors."
+            say(
+                "The folder {folder} holds no model parts named NAME-00001-of-00002.safetensors.",
+                folder=folder.name,
+            )
         )
     total = int(first["total"])
     parts = [
@@ -30,6 +34,10 @@ def model_parts(path: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise ModelFileError(
-            f"The folder {folder.name} lacks {', '.join(missing)}. Download it into that folder."
+            say(
+                "The folder {folder} lacks {missing}. Download it into that folder.",
+                folder=folder.name,
+                missing=", ".join(missing),
+            )
         )
     return parts

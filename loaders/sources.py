@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engine.precision import rotation_group
+from ..messages import say
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile
 
@@ -86,30 +87,58 @@ def prefix_before(names: Iterable[str], marker: str) -> str:
     return next((name.removesuffix(marker) for name in names if name.endswith(marker)), "")
 
 
+def missing(path: Path, name: str) -> ModelFileError:
+    """The error of a file that lacks a tensor."""
+    return ModelFileError(
+        say(
+            "{file} is incomplete: {name} is missing. Download it again.",
+            file=path.name,
+            name=name,
+        )
+    )
+
+
 def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
     """Raise ModelFileError unless every weight of `layout` is there, of its shape, readable.
 
     Tensors that the layout does not name are left alone; trailing axes of length 1 do not count.
     """
-    missing = [name for name in layout if name not in sources]
-    if missing:
+    absent = [name for name in layout if name not in sources]
+    if absent:
         raise ModelFileError(
-            f"{path.name} is incomplete: {len(missing)} of {len(layout)} tensors are missing, "
-            f"{missing[0]} among them. Download it again, or choose another file."
+            say(
+                "{file} is incomplete: {count} of {all} tensors are missing, {name} among them. "
+                "Download it again, or choose another file.",
+                file=path.name,
+                count=len(absent),
+                all=len(layout),
+                name=absent[0],
+            )
         )
     for name, shape in layout.items():
         source = sources[name]
         if _without_ones(source.shape) != _without_ones(shape):
             raise ModelFileError(
-                f"{path.name} does not fit: {name} has the shape {list(source.shape)} where "
-                f"{list(shape)} follows from the others. Choose another file."
+                say(
+                    "{file} does not fit: {name} has the shape {shape} where {expected} follows "
+                    "from the others. Choose another file.",
+                    file=path.name,
+                    name=name,
+                    shape=list(source.shape),
+                    expected=list(shape),
+                )
             )
         for part in source.parts:
             if part.row_shape != source.parts[0].row_shape:
                 raise ModelFileError(
-                    f"{path.name} does not fit: {part.name} has rows of {list(part.row_shape)} "
-                    f"where {list(source.parts[0].row_shape)} follows from the tensors that it "
-                    "belongs to. Choose another file."
+                    say(
+                        "{file} does not fit: {name} has rows of {shape} where {expected} follows "
+                        "from the tensors that it belongs to. Choose another file.",
+                        file=path.name,
+                        name=part.name,
+                        shape=list(part.row_shape),
+                        expected=list(source.parts[0].row_shape),
+                    )
                 )
             _require_readable(path, name, part)
 
@@ -117,16 +146,27 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
 def _require_readable(path: Path, name: str, part: Part) -> None:
     if part.dtype not in FLOATING and not _is_int8(part):
         raise ModelFileError(
-            f"{path.name} stores {name} as {part.dtype}, a quantisation that MajicFlux cannot "
-            "read. Use the bf16, fp16, float8 or int8_tensorwise file."
+            say(
+                "{file} stores {name} as {dtype}, a quantisation that MajicFlux cannot read. Use "
+                "the bf16, fp16, float8 or int8_tensorwise file.",
+                file=path.name,
+                name=name,
+                dtype=part.dtype,
+            )
         )
     if part.scale_name is not None:
         entry = part.file.tensors[part.scale_name]
         rows = part.file.tensors[part.name].shape[0]
         if entry.dtype not in FLOATING or math.prod(entry.shape) not in (1, rows):
             raise ModelFileError(
-                f"{path.name} stores {name} with a scale of {entry.dtype} and shape "
-                f"{list(entry.shape)}, which MajicFlux cannot read. Use the bf16 or fp16 file."
+                say(
+                    "{file} stores {name} with a scale of {dtype} and shape {shape}, which "
+                    "MajicFlux cannot read. Use the bf16 or fp16 file.",
+                    file=path.name,
+                    name=name,
+                    dtype=entry.dtype,
+                    shape=list(entry.shape),
+                )
             )
 
 
@@ -153,8 +193,11 @@ def _rotations(file: SafetensorsFile) -> dict[str, int]:
                 found[name] = int(options.get("convrot_groupsize", 256)) if turned else 0
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(
-                f"{file.path.name} has a damaged comfy_quant marker beside {name}. "
-                "Download it again."
+                say(
+                    "{file} has a damaged comfy_quant marker beside {name}. Download it again.",
+                    file=file.path.name,
+                    name=name,
+                )
             ) from error
     return found
 

@@ -12,14 +12,15 @@ from ..engine.text_encoders import (
     T5Geometry,
     build_text_encoders,
 )
+from ..messages import say
 from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
 from .prepared import keep
 from .recognise import CLIP, T5, Kind, require_kind
-from .report import size_and_time
+from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import Source, Sources, prefix_before, require_layout, sources_of
+from .sources import Source, Sources, missing, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,13 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
     if width % CLIP_HEAD_DIM:
         raise ModelFileError(
-            f"{path.name} is {width} wide, which is no multiple of {CLIP_HEAD_DIM} as in every "
-            "CLIP text encoder. Choose clip_l.safetensors."
+            say(
+                "{file} is {width} wide, which is no multiple of {heads} as in every CLIP text "
+                "encoder. Choose clip_l.safetensors.",
+                file=path.name,
+                width=width,
+                heads=CLIP_HEAD_DIM,
+            )
         )
     geometry = ClipGeometry(
         width=width,
@@ -113,10 +119,12 @@ def load_text_encoders(
     if not mapped:
         weights.allocate()
         convert()
-    where = "mapped from prepared weights" if mapped else "in memory"
-    weights.report = (
-        f"{clip_path.name}, {t5_path.name}: text encoders, "
-        f"{size_and_time(weights, dtype, start)}, {where}"
+    weights.report = say(
+        "{clip}, {t5}: text encoders, {size}, {where}",
+        clip=clip_path.name,
+        t5=t5_path.name,
+        size=size_and_time(weights, dtype, start),
+        where=where_kept(mapped),
     )
     log.info(weights.report)
     return weights
@@ -132,7 +140,7 @@ def _open(path: Path, wanted: Kind) -> dict[str, Source]:
 def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...]:
     shape = sources[name].shape if name in sources else ()
     if len(shape) != axes or 0 in shape:
-        raise ModelFileError(f"{path.name} is incomplete: {name} is missing. Download it again.")
+        raise missing(path, name)
     return shape
 
 

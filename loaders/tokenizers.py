@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..messages import say
 from .safetensors_file import ModelFileError
 
 # A vocabulary is padded up to a multiple of 128 rows in the model, so it may be a little shorter.
@@ -50,7 +51,13 @@ def load_tokenizer(
         if 0 <= vocabulary - len(tokenizer) < PADDING_ROWS:
             return tokenizer
     raise ModelFileError(
-        f"No {kind.name} tokenizer with {vocabulary} entries was found for {model_path.name}. "
-        f"Put the folder {kind.folder} of the FLUX.1-dev repository beside the file, "
-        f"as {candidates[0]}."
+        say(
+            "No {kind} tokenizer with {entries} entries was found for {file}. Put the folder "
+            "{folder} of the FLUX.1-dev repository beside the file, as {place}.",
+            kind=kind.name,
+            entries=vocabulary,
+            file=model_path.name,
+            folder=kind.folder,
+            place=candidates[0],
+        )
     )

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..messages import say
 from .diffusers_names import vae_from_diffusers
 from .fill import fill
 from .layouts import vae_layout
@@ -37,8 +38,12 @@ def inspect_vae(path: Path) -> dict[str, Source]:
     first = sources.get("decoder.conv_in.weight")
     if first is not None and first.shape != layout["decoder.conv_in.weight"]:
         raise ModelFileError(
-            f"{path.name} is a VAE of another model: its latents have {first.shape[1]} "
-            "channels, Flux's have 16. Choose ae.safetensors."
+            say(
+                "{file} is a VAE of another model: its latents have {channels} channels, Flux's "
+                "have 16. Choose ae.safetensors.",
+                file=path.name,
+                channels=first.shape[1],
+            )
         )
     require_layout(path, sources, layout)
     return {name: sources[name] for name in layout}
@@ -58,6 +63,8 @@ def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     weights = build_vae(dtype).allocate()
     fill(weights.module["encoder"], FluxVAEEncoderStateDictConverter(sources))
     fill(weights.module["decoder"], FluxVAEDecoderStateDictConverter(sources))
-    weights.report = f"{path.name}: Flux VAE, {size_and_time(weights, dtype, start)}"
+    weights.report = say(
+        "{file}: Flux VAE, {size}", file=path.name, size=size_and_time(weights, dtype, start)
+    )
     log.info(weights.report)
     return weights

@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..messages import say
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
 
@@ -122,12 +123,14 @@ class Denoise(io.ComfyNode):
         mask = latent.get("noise_mask")
         height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
         geometry = pipeline.dit.geometry
-        towards = native.from_conditioning("positive", positive, geometry)
+        towards = native.from_conditioning(say("positive"), positive, geometry)
         away: Any = ""
         if cfg != 1:
             if negative is None:
-                raise ValueError("A cfg other than 1 needs a negative prompt: connect negative.")
-            away = native.from_conditioning("negative", negative, geometry)
+                raise ValueError(
+                    say("A cfg other than 1 needs a negative prompt: connect negative.")
+                )
+            away = native.from_conditioning(say("negative"), negative, geometry)
         seed, drawn = sampling.resolved_seed(cls, seed)
         all_steps = sampling.schedule_of(schedule, sigmas)
         request = Request(

@@ -16,6 +16,7 @@ from ..loaders.prepared import prepared_files
 from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
+from ..messages import say
 from . import model_files
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ def diagnosis() -> str:
     parts = (
         ("MajicFlux", _system),
         ("torch", _torch),
-        ("packages", _packages),
-        ("card", _card),
-        ("RAM", _ram),
-        ("copies to the card", _copies),
+        (say("packages"), _packages),
+        (say("card"), _card),
+        (say("RAM"), _ram),
+        (say("copies to the card"), _copies),
         ("compute_precision auto", _computing),
-        ("models", _models),
-        ("prepared weights", _prepared),
-        (f"plan of a FLUX.1 transformer in {PLANNED}", _plan),
+        (say("models"), _models),
+        (say("prepared weights"), _prepared),
+        (say("plan of a FLUX.1 transformer in {precision}", precision=PLANNED), _plan),
     )
     text = "\n".join(f"{name}: {_said(find)}" for name, find in parts).replace(": \n", ":\n")
     home = str(Path.home())
@@ -58,7 +59,7 @@ def _said(find: Callable[[], str]) -> str:
         return find()
     except Exception as error:  # anything: to show what is broken here is what this is for
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        return f"not known ({type(error).__name__}: {reason})"
+        return say("not known ({error}: {reason})", error=type(error).__name__, reason=reason)
 
 
 def _system() -> str:
@@ -78,7 +79,12 @@ def _torch() -> str:
     import torch
 
     hip, cuda = torch.version.hip, torch.version.cuda
-    return f"{torch.__version__}, {f'ROCm {hip}' if hip else f'CUDA {cuda}' if cuda else 'no CUDA'}"
+    built_for = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else _without("CUDA")
+    return f"{torch.__version__}, {built_for}"
+
+
+def _without(package: str) -> str:
+    return say("no {package}", package=package)
 
 
 def _packages() -> str:
@@ -86,10 +92,11 @@ def _packages() -> str:
         try:
             return f"{name} {metadata.version(name)}"
         except metadata.PackageNotFoundError:
-            return f"no {name}"
+            return _without(name)
 
     comfyui = host.comfyui_version()
-    return ", ".join([f"ComfyUI {comfyui}" if comfyui else "no ComfyUI", *map(version, PACKAGES)])
+    own = f"ComfyUI {comfyui}" if comfyui else _without("ComfyUI")
+    return ", ".join([own, *map(version, PACKAGES)])
 
 
 def _card() -> str:
@@ -100,17 +107,25 @@ def _card() -> str:
 
     device = host.compute_device()
     if device.type != "cuda":
-        return f"none that PyTorch can use here; computing on the {device_name(device)}"
+        return say(
+            "none that PyTorch can use here; computing on the {device}",
+            device=device_name(device),
+        )
     total = torch.cuda.get_device_properties(device).total_memory
-    free = host.free_memory(device)
-    return f"{device_name(device)}; {free / GB:.1f} of {total / GB:.1f} GB of VRAM are free"
+    return say(
+        "{device}; {free:.1f} of {total:.1f} GB of VRAM are free",
+        device=device_name(device),
+        free=host.free_memory(device) / GB,
+        total=total / GB,
+    )
 
 
 def _ram() -> str:
     import psutil
 
     memory = psutil.virtual_memory()
-    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB are free"
+    free, total = memory.available / 2**30, memory.total / 2**30
+    return say("{free:.1f} of {total:.1f} GB are free", free=free, total=total)
 
 
 def _copies() -> str:
@@ -118,21 +133,22 @@ def _copies() -> str:
 
     device = host.compute_device()
     if device.type != "cuda":
-        return "no card"
-    return f"{copy_rate(device) / 1e9:.1f} GB/s from pinned memory"
+        return say("no card")
+    return say("{rate:.1f} GB/s from pinned memory", rate=copy_rate(device) / 1e9)
 
 
 def _computing() -> str:
-    lines = [f"- {name} weights: {_said(lambda p=name: _computing_of(p))}" for name in PRECISIONS]
-    return "\n".join(["", *lines])
+    lines = [""]
+    for name in PRECISIONS:
+        weights = say("{precision} weights", precision=name)
+        lines.append(f"- {weights}: {_said(lambda p=name: _computing_of(p))}")
+    return "\n".join(lines)
 
 
 def _computing_of(precision: str) -> str:
-    from ..engine.products import device_name
-
     computing, card = _measured(precision)
-    report = computing.report.replace(f" on {device_name(host.compute_device())}", "")
-    return report + (f", {card.product_rate / 1e12:.0f} TFLOP/s" if card.product_rate else "")
+    rate = f", {card.product_rate / 1e12:.0f} TFLOP/s" if card.product_rate else ""
+    return computing.choice + rate
 
 
 def _measured(precision: str) -> "tuple[Computing, Card]":
@@ -157,17 +173,23 @@ def _models() -> str:
             what, kinds = _examined(folder, name)
             found.setdefault(what, []).append(name)
             usable |= kinds
-        lines.append(f"- {folder}: {'' if found else 'empty'}".rstrip())
+        lines.append(f"- {folder}: {'' if found else say('empty')}".rstrip())
         for what, names in found.items():
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"  - {what}: {', '.join(names[:SHOWN])}{more}")
+            shown, more = ", ".join(names[:SHOWN]), len(names) - SHOWN
+            if more > 0:
+                shown = say("{names} and {more} more", names=shown, more=more)
+            lines.append(f"  - {what}: {shown}")
     for kind, file in NEEDED.items():
         if kind not in usable:
-            places = " or ".join(f"{HUB_NAMES[p.hub]} {p.repository}" for p in file.places)
-            lines.append(
-                f"- MISSING {kind.description}, such as {file.name} of {places}, in "
-                f"models/{file.folder}; `majicflux download` fetches it"
+            text = say(
+                "MISSING {kind}, such as {file} of {places}, in models/{folder}; `majicflux "
+                "download` fetches it",
+                kind=say(kind.description),
+                file=file.name,
+                places=" / ".join(f"{HUB_NAMES[p.hub]} {p.repository}" for p in file.places),
+                folder=file.folder,
             )
+            lines.append(f"- {text}")
     return "\n".join(lines)
 
 
@@ -179,19 +201,21 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
         headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
         kind = kind_of([tensor for header in headers for tensor in header])
         if kind is None:
-            return "nothing that MajicFlux knows", set()
+            return say("nothing that MajicFlux knows"), set()
         if kind not in loaders:
-            return kind.description, set()
+            return say(kind.description), set()
         loaders[kind](path)
     except ModelFileError as error:
-        reason = str(error).replace(str(path), path.name).removeprefix(f"{path.name} ")
-        return f"unusable ({reason.rstrip('.')})", set()
+        # The file's name stands in front in every language, and with its likes below here.
+        reason = str(error).replace(str(path), path.name).removeprefix(path.name).lstrip(" :：")
+        return say("unusable ({reason})", reason=reason.rstrip(".。")), set()
     if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
         held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}
-        return kind.description, held
+        return say(kind.description), held
     if folder != NEEDED[kind].folder:
-        return f"{kind.description}, which belongs in models/{NEEDED[kind].folder}", set()
-    return kind.description, {kind}
+        values = {"kind": say(kind.description), "folder": NEEDED[kind].folder}
+        return say("{kind}, which belongs in models/{folder}", **values), set()
+    return say(kind.description), {kind}
 
 
 def _loaders() -> dict[Kind, Callable[[Path], Any]]:
@@ -207,9 +231,12 @@ def _prepared() -> str:
     folder = host.prepared_folder().absolute()
     kept = prepared_files(folder)
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    size = sum(path.stat().st_size for path in kept)
-    free = shutil.disk_usage(there).free
-    return f"{len(kept)} files of {size / 1e9:.1f} GB; {free / 1e9:.0f} GB of the disk are free"
+    return say(
+        "{count} files of {size:.1f} GB; {free:.0f} GB of the disk are free",
+        count=len(kept),
+        size=sum(path.stat().st_size for path in kept) / 1e9,
+        free=shutil.disk_usage(there).free / 1e9,
+    )
 
 
 def _plan() -> str:
@@ -219,7 +246,8 @@ def _plan() -> str:
     device = host.compute_device()
     if device.type != "cuda":
         plan = plan_alone(None, PRECISIONS[PLANNED], JOB, None, True, None, None)
-        return f"on a card, 1024x1024 needs {in_gb_above(plan.smallest_bytes)} GB of VRAM or more"
+        smallest = in_gb_above(plan.smallest_bytes)
+        return say("on a card, 1024x1024 needs {smallest} GB of VRAM or more", smallest=smallest)
     computing, card = _measured(PLANNED)
     assert card.copy_rate is not None
     assert card.product_rate is not None

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, model_parts
+from ..messages import say
 
 CHECKPOINTS = "checkpoints"
 
@@ -46,7 +47,11 @@ def resolve(category: str, name: str) -> Path:
             if path is not None:
                 return path.parent
     raise ModelFileError(
-        f"{name} is not in models/{category}. Put it there and press R, or choose another file."
+        say(
+            "{file} is not in models/{folder}. Put it there and press R, or choose another file.",
+            file=name,
+            folder=category,
+        )
     )
 
 

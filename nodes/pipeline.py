@@ -2,6 +2,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..messages import say
 from .sockets import CATEGORY, DiTHandle, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:
@@ -93,12 +94,13 @@ class PipelineNode(io.ComfyNode):
         device = dit.patcher.device
         native = host.compute_dtype(device)
         computing = choose(dit.weights.module, device, compute_precision, native)
-        log.info("transformer: %s", computing.report)
+        report = say("transformer: {report}", report=computing.report)
+        log.info(report)
         pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)
         pipeline.plan(Job(64, 64)).require_budget()  # a budget that is too small for anything
-        plan: Any = "on the CPU: no VRAM is used"
+        plan: Any = say("on the CPU: no VRAM is used")
         if device.type != "cpu":
             plan = pipeline.plan(Job(1024, 1024), rates=True)
         log.info("%s", plan)
-        host.show_on_node(cls.hidden.unique_id, f"transformer: {computing.report}\n{plan}")
+        host.show_on_node(cls.hidden.unique_id, f"{report}\n{plan}")
         return io.NodeOutput(pipeline)

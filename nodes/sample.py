@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..messages import say
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
 
@@ -222,14 +223,14 @@ class Sample(io.ComfyNode):
 
         seed, drawn = sampling.resolved_seed(cls, seed)
         request = Request(
-            prompt_of("positive", prompt, positive),
+            prompt_of(say("positive"), prompt, positive),
             seed,
             steps,
             guidance,
             width,
             height,
             batch_size,
-            prompt_of("negative", negative_prompt, None if cfg == 1 else negative),
+            prompt_of(say("negative"), negative_prompt, None if cfg == 1 else negative),
             cfg,
             sampling.schedule_of(schedule, sigmas),
             SOLVERS[solver],

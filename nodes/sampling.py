@@ -4,6 +4,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..messages import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
         if str(node["id"]) == key and NEW_SEED in node.get("widgets_values", []):
             values = node["widgets_values"]  # no other widget has this value
             values[values.index(NEW_SEED)] = seed
-    return seed, f"\nseed {seed}"
+    return seed, "\n" + say("seed {seed}", seed=seed)
 
 
 def fingerprint(seed: int | None) -> Any:

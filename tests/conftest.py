@@ -24,6 +24,7 @@ from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_toke
 from majicflux.loaders.vae import load_vae
 
 CPU = torch.device("cpu")
+os.environ["LC_ALL"] = "C.UTF-8"  # the messages are in English, whatever the machine's language
 
 
 class RecordingPatcher:

@@ -9,7 +9,7 @@ import pytest
 from comfyui_server import Server
 
 ROOT = Path(__file__).parents[2]
-LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir() if path.is_dir())
+LANGUAGES = sorted(path.parent.name for path in (ROOT / "locales").glob("*/main.json"))
 
 
 def ours(server: Server) -> dict[str, dict]:

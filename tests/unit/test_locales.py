@@ -98,4 +98,5 @@ def test_no_figure_and_no_name_is_lost_in_translation(language: str) -> None:
 
 def test_there_are_no_other_languages_and_files() -> None:
     found = {path.relative_to(LOCALES).as_posix() for path in LOCALES.rglob("*.json")}
-    assert found == {f"{language}/{file}" for language in ["en", *TRANSLATED] for file in FILES}
+    files = {f"{language}/{file}" for language in ["en", *TRANSLATED] for file in FILES}
+    assert found == files | {f"{language}/messages.json" for language in TRANSLATED}

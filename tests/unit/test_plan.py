@@ -16,22 +16,12 @@ from torch import Tensor
 
 from majicflux import engine
 from majicflux.cli import main
-from majicflux.engine import blocks, denoise, kernels, plan, plan_alone, products, vae_bands
+from majicflux.engine import blocks, denoise, kernels, plan_alone, planning, products, vae_bands
 from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.plan import (
-    GB,
-    BudgetError,
-    Card,
-    Job,
-    Phase,
-    Plan,
-    plan_decode,
-    plan_denoising,
-    plan_text,
-    step_seconds,
-)
+from majicflux.engine.plan import GB, BudgetError, Card, Job, Phase, Plan
+from majicflux.engine.planning import plan_decode, plan_denoising, plan_text, step_seconds
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing
 from majicflux.engine.prompts import CLIP_TOKENS, T5_TOKENS
@@ -259,7 +249,7 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
         """With groups, and as it would be without."""
         grouped = denoising(name, job, budget, card)
         with monkeypatch.context() as without:
-            without.setattr(plan, "GROUPS", ())
+            without.setattr(planning, "GROUPS", ())
             return grouped, denoising(name, job, budget, card)
 
     grouped, plain = found(None)

@@ -1,0 +1,245 @@
+"""How a phase of a run divides the memory of its budget: the arithmetic behind the VRAM plan."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from . import vae_bands
+from .flux_dit import HEAD_DIM, MLP_RATIO, FluxGeometry
+from .latents import CHANNELS
+from .plan import DECODE, DENOISING, ENCODE, TEXT, Card, Job, Phase
+from .prompts import T5_TOKENS
+from .text_encoders import T5Geometry
+from .work import CHUNKS, GROUPS, Work
+
+if TYPE_CHECKING:
+    from .offload import OffloadedModule
+
+RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being copied
+
+
+def plan_text(
+    weights: "OffloadedModule",
+    t5: T5Geometry,
+    itemsize: int,
+    budget: int | None,
+    card: Card,
+    others_bytes: int = 0,
+    words: int = T5_TOKENS,
+) -> Phase:
+    """Both encoders; one prompt of so many T5 tokens.
+
+    They visit unless there is room for `others_bytes` of the other components' weights too: they
+    run once a prompt, and what made room for them would have to come back.
+    """
+    scores = t5.heads * words**2
+    # The position bias, the scores, and both in float32 around the softmax: no fused attention
+    # takes a bias everywhere.
+    values = scores * (2 * itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
+    phase = _phase(TEXT, weights, [(0, values)], budget, card)
+    if budget is None or phase.peak + others_bytes <= budget:
+        return phase
+    return _phase(TEXT, weights, [(0, values)], budget, card, stay=False)
+
+
+def plan_denoising(
+    weights: "OffloadedModule",
+    geometry: FluxGeometry,
+    job: Job,
+    itemsize: int,
+    eight_bit: bool,
+    conversion_bytes: int,
+    budget: int | None,
+    card: Card,
+) -> Phase:
+    """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
+    the buffer in which weights are converted."""
+    rotated = any(getattr(layer, "group", 0) for layer in weights.module.modules())
+    integers = any(not weight.is_floating_point() for weight in weights.module.parameters())
+    pictures, words = job.batch_size, job.words
+    tokens = job.image_tokens + words
+    width = geometry.hidden
+    rows, columns = job.latent_size
+    latents = pictures * CHANNELS * rows * columns
+    modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2
+    fixed = (
+        pictures * tokens * width * (4 if card.fused else itemsize)  # the residual
+        + tokens * HEAD_DIM * 2 * 4  # RoPE
+        + job.prompts * (job.steps * modulation + words) * width * itemsize
+        + latents * (8 * 4 + 2 * itemsize)
+        + conversion_bytes
+    )
+    one_of_width = tokens * width * itemsize
+
+    def values(chunk: int, groups: int = 1) -> int:
+        work = Work(chunk, groups)
+        all_at_once, image_at_once = (
+            next(work.chunks(some)).stop - some.start
+            for some in (slice(0, tokens), slice(words, tokens))
+        )
+        share = work.heads(geometry.heads) / geometry.heads  # of the heads at once
+        before_row, joint_row, single_row = _row_bytes(
+            geometry, itemsize, eight_bit, rotated, integers, card, share
+        )
+        # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
+        # copies queries, keys or values that do not lie one after the other.
+        waiting = 0 if chunk or share < 1 else MLP_RATIO * one_of_width
+        others = (pictures - 1) * one_of_width  # what the other pictures mix to, in a joint block
+        qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
+        return fixed + max(
+            others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
+            others + qkv + image_at_once * before_row,
+            qkv + waiting + all_at_once * before_row,
+            others + one_of_width + image_at_once * joint_row,
+            (5 if waiting else 1) * one_of_width + all_at_once * single_row,
+        )
+
+    chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
+    choices = [(chunk, values(chunk)) for chunk in chunks]
+    grouped = []
+    for groups in GROUPS:  # with the largest chunks that take no more than the smallest
+        least = values(chunks[-1], groups)
+        chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
+        grouped.append((chunk, least, groups))
+    return _phase(DENOISING, weights, choices, budget, card, grouped=grouped)
+
+
+def _row_bytes(
+    geometry: FluxGeometry,
+    itemsize: int,
+    eight_bit: bool,
+    rotated: bool,
+    integers: bool,
+    card: Card,
+    share: float,
+) -> tuple[int, int, int]:
+    """Bytes for each token that is computed at once: before the attention, after it in a joint
+    block and in a single one. integers: whether weights are; share: of the heads that attend at
+    once."""
+    width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
+    joined = width + hidden  # the input of a single block's last layer
+    if card.fused:  # straight into the format that the product takes
+        row = 1 if eight_bit else itemsize
+        before = row * width
+        if share < 1:  # a product, on its way to where it belongs
+            before += int(itemsize * share * width)
+        return before, (itemsize + row) * hidden, itemsize * hidden + row * joined
+    # Rows as they are rotated, or float32 queries or keys as they are turned.
+    before = int(max(2 * itemsize, 20 * share) * width)
+    more = itemsize * rotated
+    if eight_bit and integers:  # float32 rows as they are rotated, or sums in int32 and in float32
+        before = int(max(11, 27 * share) * width)
+        more = 8  # in float32 before they are rotated, and after
+    elif eight_bit:
+        before = int(max(8, 20 * share) * width)
+        more = 5.3  # in float32, in float8, and what finds the scale
+    # GELU is computed in place; only beside the attention it is copied.
+    joint = int((itemsize + more) * hidden) + 2 * itemsize * width
+    return before, joint, itemsize * hidden + int((itemsize + more) * joined)
+
+
+def plan_decode(
+    weights: "OffloadedModule", job: Job, itemsize: int, budget: int | None, card: Card
+) -> Phase:
+    """The VAE: its weights are there as one block, the picture in bands of rows."""
+    rows, columns = job.latent_size
+    latents = CHANNELS * rows * columns * 2 * itemsize
+    plan = partial(vae_bands.plan_decode, rows, columns, itemsize)
+    return _plan_vae(DECODE, plan, latents, weights, budget, card)
+
+
+def plan_encode(
+    weights: "OffloadedModule", job: Job, itemsize: int, budget: int | None, card: Card
+) -> Phase:
+    """As of `plan_decode`."""
+    plan = partial(vae_bands.plan_encode, job.height, job.width, itemsize)
+    return _plan_vae(ENCODE, plan, 0, weights, budget, card)
+
+
+def _plan_vae(
+    name: str,
+    plan: Callable[[float], vae_bands.Bands],
+    beside: int,
+    weights: "OffloadedModule",
+    budget: int | None,
+    card: Card,
+) -> Phase:
+    """plan: bands within a limit; beside: bytes of values besides."""
+    limit = float("inf")
+    if budget is not None:
+        left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
+        limit = left - beside - card.overhead(max(0, left)) + card.workspace_bytes
+    choices = [(0, plan(limit).peak_bytes + beside)]
+    return _phase(name, weights, choices, budget, card, least=plan(0).peak_bytes + beside)
+
+
+def _phase(
+    name: str,
+    weights: "OffloadedModule",
+    choices: Sequence[tuple[int, int]],
+    budget: int | None,
+    card: Card,
+    least: int | None = None,
+    stay: bool = True,
+    grouped: Sequence[tuple[int, int, int]] = (),
+) -> Phase:
+    """choices: (tokens at once, bytes of values), from the roomiest to the tightest; least: bytes
+    of values that would do; stay: whether weights may become resident; grouped: the same with
+    groups of heads, from the fewest to the most."""
+    once = sum(block.nbytes for block in weights.once)
+    passing = sum(block.nbytes for block in weights.blocks)
+    largest = weights.largest_bytes
+    tightest = min(values for _, values in choices)
+    least = min([tightest, *(values for _, values, _ in grouped)]) if least is None else least
+
+    def needed(values: int, kept: int = weights.root.nbytes + largest) -> int:
+        return kept + values + card.overhead(values)
+
+    smallest, groups = needed(least), 1
+    if budget is None:
+        tokens, values = choices[0]
+        overhead, resident = card.overhead(values), weights.travelling_bytes
+        return Phase(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
+
+    # Everything at once where all weights stay beside it; else the largest chunks that cost no
+    # residency, because attention decides the peak anyway. Groups of heads only where it must be.
+    tokens, values = next(
+        (tokens, values) for tokens, values in choices
+        if values <= tightest or (stay and needed(values, weights.travelling_bytes) <= budget)
+    )  # fmt: skip
+    if grouped and needed(values) > budget:
+        tokens, values, groups = next((c for c in grouped if needed(c[1]) <= budget), grouped[-1])
+    overhead = card.overhead(values)
+    left = budget - values - overhead
+    if stay and weights.travelling_bytes <= left:
+        return Phase(name, values, overhead, 0, weights.travelling_bytes, 0, 0, tokens, smallest)
+    blocks = min(RING_BLOCKS, len(weights.blocks))
+    ring = max(largest, min(blocks * largest, left - weights.root.nbytes))
+    staying = weights.fitting(left - ring if stay else weights.root.nbytes)
+    resident = sum(block.footprint for block in staying)
+    kept = set(staying)
+    return Phase(
+        name,
+        values,
+        overhead,
+        ring,
+        max(resident, weights.root.nbytes),
+        passing - sum(block.nbytes for block in weights.blocks if block in kept),
+        once - sum(block.nbytes for block in weights.once if block in kept),
+        tokens,
+        smallest,
+        groups,
+    )
+
+
+def step_seconds(phase: Phase, geometry: FluxGeometry, job: Job, card: Card) -> float | None:
+    """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
+    if card.copy_rate is None or card.product_rate is None or card.attention_rate is None:
+        return None
+    tokens, width = job.image_tokens + job.words, geometry.hidden
+    blocks = geometry.double_blocks + geometry.single_blocks
+    passes = job.batch_size * job.prompts
+    products = 2 * 12 * width**2 * blocks * tokens * passes
+    attention = 4 * width * tokens**2 * blocks * passes
+    arithmetic = products / card.product_rate + attention / card.attention_rate
+    return max(job.prompts * phase.visiting / card.copy_rate, arithmetic)

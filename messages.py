@@ -1,0 +1,54 @@
+"""What Python shows, in the user's language.
+
+A message is looked up by its English text in `locales/LANGUAGE/messages.json`; where the language
+or the message is not there, the English is what is shown.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger("majicflux")
+
+# Not a package in that folder: ComfyUI would serve its __pycache__ as a language.
+FOLDER = Path(__file__).parent / "locales"
+
+
+def _english() -> str:
+    return "en"
+
+
+_language: Callable[[], str] = _english
+
+
+def speak(language: Callable[[], str]) -> None:
+    """Ask `language` from now on, at each message, so that a change needs no restart."""
+    global _language
+    _language = language
+
+
+def say(english: str, /, **values: object) -> str:
+    """The message in the user's language, its fields filled by `values` as `str.format` does."""
+    try:
+        return _messages(_language())[english].format(**values)
+    except Exception:  # anything: a message in English is better than another error in its place
+        return english.format(**values)
+
+
+def later(english: str) -> str:
+    """Marks a text that is given to `say` when it is shown; until then it is an identifier."""
+    return english
+
+
+@cache
+def _messages(language: str) -> dict[str, str]:
+    path = FOLDER / language / "messages.json"
+    if not path.is_file():  # English, or a language that nobody has translated to
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read: %s.", path, error)
+        return {}
