@@ -40,8 +40,11 @@ def _of_node(schema: Any) -> dict[str, Any]:
                 "name": socket.id,
                 "tooltip": socket.options["tooltip"],
             }
-            if "options" in socket.options and socket.id not in FILES:
-                text["options"] = {option: option for option in socket.options["options"]}
+            options = socket.options.get("options", [])
+            if socket.io_type == "BOOLEAN":
+                options = ["true", "false"]  # what the canvas writes on a switch
+            if options and socket.id not in FILES:
+                text["options"] = {option: option for option in options}
             if socket.options.get("control_after_generate"):
                 found["inputs"][CONTROL["name"]] = CONTROL
     if schema.outputs:

@@ -88,8 +88,8 @@ class Server:
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
         (base / "input").mkdir()
         example_picture().save(base / "input" / "example.png")
-        settings = base / "user" / "default" / "comfy.settings.json"
-        settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+        self.settings_file = base / "user" / "default" / "comfy.settings.json"
+        self.forget_settings()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -119,6 +119,10 @@ class Server:
             time.sleep(0.2)
         self.stop()
         raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
+
+    def forget_settings(self) -> None:
+        """Those of a user whom the canvas need not introduce itself to, and who chose nothing."""
+        self.settings_file.write_text(json.dumps(SETTINGS), encoding="utf-8")
 
     def stop(self) -> None:
         self.process.terminate()

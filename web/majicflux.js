@@ -14,8 +14,7 @@ let texts = {}; // the locale files of all packs, by language
 let language = "en";
 
 const isOurs = (node) => node.comfyClass?.startsWith("MajicFlux");
-const textOf = (node, input, chosen = language) =>
-    texts[chosen]?.nodeDefs?.[node.comfyClass]?.inputs?.[input];
+const textOf = (node, input) => texts[language]?.nodeDefs?.[node.comfyClass]?.inputs?.[input];
 
 function useLanguage(chosen) {
     language = chosen;
@@ -65,11 +64,13 @@ app.registerExtension({
     nodeCreated(node) {
         if (!isOurs(node)) return;
         for (const widget of node.widgets ?? []) {
-            if (textOf(node, widget.name, "en")?.options)
-                widget.options.getOptionLabel = (value) =>
-                    textOf(node, widget.name)?.options?.[value] ?? value ?? "";
+            const labels = textOf(node, widget.name)?.options;
             if (widget.name === CONTROL) widget.tooltip = textOf(node, CONTROL)?.tooltip;
             if (widget.element?.placeholder) widget.element.placeholder = widget.label;
+            if (widget.type === "combo" && labels)
+                widget.options.getOptionLabel = (value) => labels[value] ?? value ?? "";
+            if (widget.type === "toggle" && language !== "en" && labels)
+                Object.assign(widget.options, { on: labels.true, off: labels.false });
         }
     },
 });

@@ -1,10 +1,12 @@
 """The shipped workflows as a user meets them: opened, looked at, run."""
 
 import json
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageColor
 from playwright.sync_api import Page
 
 from comfyui_server import Server
@@ -12,6 +14,7 @@ from majicflux.engine.memory import PhaseReport, Report
 from majicflux.engine.plan_alone import plan_alone
 from majicflux.engine.precision import PRECISIONS
 from majicflux.host.canvas import with_values
+from majicflux.nodes import NODES
 from majicflux.workflows import build
 
 PHASES = ("text encoders", "denoising", "VAE decode")
@@ -120,6 +123,31 @@ def test_the_plan_and_the_report_fit_on_their_nodes(open_canvas, server: Server)
         page.get_by_text(last).first.wait_for(timeout=10_000)
         page.wait_for_timeout(500)
         assert not page.evaluate(CUT_OFF, last)
+
+
+OUTPUT_COLORS = """() => Object.fromEntries(app.rootGraph.nodes.flatMap(
+    n => n.outputs.map((o, i) => { const { ds } = app.canvas, [x, y] = n.getOutputPos(i);
+    return [o.type, [LGraphCanvas.link_type_colors[o.type],
+        getComputedStyle(document.documentElement).getPropertyValue("--color-datatype-" + o.type),
+        (x + ds.offset[0]) * ds.scale, (y + ds.offset[1]) * ds.scale]] })))"""
+
+
+def test_every_socket_type_of_ours_has_its_color_in_every_palette(open_canvas) -> None:
+    page = open_canvas(made_small())
+    types = {s.io_type for node in NODES for s in node.define_schema().outputs}
+    ours = {name for name in types if name.startswith("MAJICFLUX_")}
+    for palette in ("light", "dark"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        page.wait_for_timeout(1000)
+        found = page.evaluate(OUTPUT_COLORS)
+        assert len({found[name][0] for name in ours}) == len(ours) == 4
+        pixels = Image.open(BytesIO(page.screenshot())).convert("RGB")
+        for name in ours:
+            link, node_of_vue, x, y = found[name]
+            assert link == node_of_vue
+            wanted = ImageColor.getrgb(link)
+            difference = zip(wanted, pixels.getpixel((round(x), round(y))), strict=True)
+            assert max(abs(a - b) for a, b in difference) < 24, (palette, name)
 
 
 def test_it_opens_as_an_app_with_prompt_seed_and_steps(open_canvas, server: Server) -> None:

@@ -76,6 +76,8 @@ def test_every_choice_has_a_label_but_the_names_of_files(monkeypatch: pytest.Mon
             for socket in schema.inputs
             if socket.io_type == "COMBO" and socket.options["options"] != ["model.safetensors"]
         }
+        switches = [socket.id for socket in schema.inputs if socket.io_type == "BOOLEAN"]
+        choices |= {name: ["true", "false"] for name in switches}
         if any(socket.options.get(CONTROL) for socket in schema.inputs):
             choices[CONTROL] = ["fixed", "increment", "decrement", "randomize"]
         assert labels == choices
