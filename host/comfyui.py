@@ -14,7 +14,7 @@ import folder_paths
 import latent_preview
 import server
 import torch
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, io, ui
 from torch import Tensor, nn
 
 from ..engine.memory import give_back_pinned
@@ -37,6 +37,7 @@ __all__ = [
     "progress",
     "result_device",
     "show_on_node",
+    "shown_pictures",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -110,6 +111,11 @@ def show_on_node(node_id: str | None, text: str) -> None:
     instance = getattr(server.PromptServer, "instance", None)
     if instance is not None and node_id is not None:  # there is none when no server runs
         instance.send_progress_text(text, node_id)
+
+
+def shown_pictures(pictures: Tensor, node: type) -> Any:
+    """`ui` of a NodeOutput that shows float RGB [batch, height, width, 3] on the running node."""
+    return ui.PreviewImage(pictures, cls=node)
 
 
 def progress(

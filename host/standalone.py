@@ -32,6 +32,7 @@ __all__ = [
     "progress",
     "result_device",
     "show_on_node",
+    "shown_pictures",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -151,6 +152,10 @@ def loading_progress() -> "Callable[[int, int], None]":
 
 def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
+
+
+def shown_pictures(pictures: "Tensor", node: type) -> None:
+    """Nothing to show them on: what is to be kept goes to SaveImage."""
 
 
 def progress(

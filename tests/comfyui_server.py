@@ -188,9 +188,16 @@ class Server:
 
     def outputs(self, run: Run) -> list[Path]:
         """The files that the run saved."""
+        return [path for images in self.images(run, "output").values() for path in images]
+
+    def images(self, run: Run, kind: str) -> dict[str, list[Path]]:
+        """The pictures of each node, by its id; kind: "output" when saved, "temp" when shown."""
         found = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
-        return [
-            self.base / image["type"] / image["subfolder"] / image["filename"]
-            for node in found.values()
-            for image in node.get("images", [])
-        ]
+        return {
+            node: [
+                self.base / image["type"] / image["subfolder"] / image["filename"]
+                for image in shown.get("images", [])
+                if image["type"] == kind
+            ]
+            for node, shown in found.items()
+        }

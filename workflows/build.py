@@ -38,7 +38,7 @@ ROOM = {
     "MajicFluxTextEncoders": 84,
     "MajicFluxVAELoader": 72,
     "MajicFluxPipeline": 248,
-    "MajicFluxSample": 250,
+    "MajicFluxSample": 550,
     "MajicFluxDenoise": 170,
     "LoadImage": 300,
     "CLIPTextEncode": 112,

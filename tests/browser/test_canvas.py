@@ -77,6 +77,7 @@ def test_it_runs_and_the_picture_appears(open_canvas, server: Server) -> None:
     size = page.evaluate("() => { const i = app.rootGraph.getNodeById(6).imgs[0];"
                          " return [i.naturalWidth, i.naturalHeight] }")  # fmt: skip
     assert size == [64, 64]
+    page.wait_for_function("app.rootGraph.getNodeById(5).imgs?.[0].naturalWidth === 64")
     assert page.locator(ERROR_BANNER).count() == 0
     page.get_by_text("Flux.1 transformer, 2 + 4 blocks").first.wait_for(timeout=10_000)
     assert page.evaluate(graph) == before, "what a loader reports is no part of the workflow"
