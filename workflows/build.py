@@ -38,7 +38,7 @@ ROOM = {
     "MajicFluxTextEncoders": 84,
     "MajicFluxVAELoader": 72,
     "MajicFluxPipeline": 248,
-    "MajicFluxSample": 550,
+    "MajicFluxSample": 630,
     "MajicFluxDenoise": 170,
     "LoadImage": 300,
     "CLIPTextEncode": 112,
