@@ -24,6 +24,7 @@ START_SECONDS = 180
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
+    "Comfy.Validation.Workflows": True,
 }
 BINARY_PREVIEW = (1, 4)
 BINARY_TEXT = 3
@@ -121,7 +122,10 @@ class Server:
         raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
 
     def forget_settings(self) -> None:
-        """Those of a user whom the canvas need not introduce itself to, and who chose nothing."""
+        """Those of a user whom the canvas need not introduce itself to, and who chose nothing.
+
+        The canvas checks what it opens against its own schema of workflows.
+        """
         self.settings_file.write_text(json.dumps(SETTINGS), encoding="utf-8")
 
     def stop(self) -> None:
