@@ -125,11 +125,10 @@ CUT_OFF = """words => {
 TEXT = "app.rootGraph.getNodeById({node}).widgets.find(w => w.name.includes('text')).value"
 
 
-def a_real_plan() -> str:
+def a_real_plan(rates: tuple[float, float] | tuple[None, None] = (25.0, 300.0)) -> str:
     """The longest text: a transformer of which a part visits, and a prediction."""
-    plan = plan_alone(
-        None, PRECISIONS["float8_e4m3fn"], (1024, 1024, 1, 20), 8.0, True, 25.0, 300.0
-    )
+    job = (1024, 1024, 1, 20)
+    plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], job, 8.0, True, *rates)
     computing = "computes in float8_e4m3fn, bfloat16 on NVIDIA GeForce RTX 4060 Laptop GPU"
     return f"transformer: {computing}\n{plan}"
 

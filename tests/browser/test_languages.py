@@ -106,7 +106,7 @@ def test_every_tooltip_under_the_mouse_is_chinese(chinese: Page) -> None:
         chinese.wait_for_timeout(100)
         shown |= set(chinese.locator(".node-tooltip").all_inner_texts())
     boxes = {node["inputs"][name]["tooltip"] for name in ("prompt", "negative_prompt")}
-    assert shown - {""} == said - boxes
+    assert said - boxes <= shown - {""} <= said  # the canvas may lie under a text box or not
 
 
 def test_chinese_words_find_the_nodes(chinese: Page) -> None:
@@ -168,3 +168,7 @@ def test_help_opens_in_chinese(open_canvas) -> None:
     page.get_by_test_id("info-button").click()
     for heading in ("CPU 卸载流水线", "输入", "出问题时"):  # only the page has them all
         page.get_by_role("heading", name=heading, exact=True).wait_for(timeout=10_000)
+    page.wait_for_function(
+        "[...document.images].some(i => i.src.endsWith('MajicFluxPipeline/zh.png')"
+        " && i.naturalWidth > 300)"
+    )
