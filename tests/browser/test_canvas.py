@@ -100,6 +100,7 @@ def test_it_opens_without_a_warning_is_the_graph_of_the_queue_and_runs(
 def test_it_runs_and_the_picture_appears(open_canvas, server: Server) -> None:
     server.post("/free", {"unload_models": True, "free_memory": True})  # so that loaders run
     page = open_canvas(made_small())
+    assert not page.evaluate("app.canvas.low_quality"), "too small a scale for text on the nodes"
     graph = "async () => (await app.graphToPrompt()).output"
     before = page.evaluate(graph)
     page.get_by_role("button", name="Run").first.click()
