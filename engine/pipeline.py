@@ -312,6 +312,7 @@ class Run:
                 f"The card ran out of memory in the phase '{plan.name}', which needs "
                 f"{plan.smallest / GB:.2f} GB at least. Close other programs that use the card, "
                 "or choose a smaller picture or batch."
+                f"\n{error}"  # by these words ComfyUI's canvas knows what to say at once
             ) from error
         finally:
             report.peak_bytes = memory.peak_bytes()

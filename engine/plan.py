@@ -28,6 +28,8 @@ RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being co
 class BudgetError(ValueError):
     """A run that cannot work in the memory it may use."""
 
+    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
+
 
 @dataclass(frozen=True)
 class Card:
@@ -126,11 +128,12 @@ class Plan:
                 f"Only {self.budget_bytes / GB:.2f} GB of VRAM can be had, too little for "
                 f"{self._picture}: the phase '{worst.name}' needs {in_gb_above(worst.smallest)} "
                 f"GB. Close other programs that use the card, or choose {self._smaller}."
+                + self._needs
             )
         raise BudgetError(
             f"{self.budget_bytes / GB:.2f} GB of VRAM are too little for {self._picture}: the "
             f"phase '{worst.name}' needs {worst.smallest / GB:.2f} GB. Set vram_budget_gb to "
-            f"{in_gb_above(worst.smallest)} or more, or choose {self._smaller}."
+            f"{in_gb_above(worst.smallest)} or more, or choose {self._smaller}." + self._needs
         )
 
     @property
@@ -142,6 +145,11 @@ class Plan:
     def _smaller(self) -> str:
         prompt = ", or a shorter prompt" if self.job.words > T5_TOKENS else ""
         return f"a smaller picture or batch{prompt}"
+
+    @property
+    def _needs(self) -> str:
+        """Further lines of an error."""
+        return "".join(f"\n{p.name}: {in_gb_above(p.smallest)} GB at least" for p in self.phases)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""

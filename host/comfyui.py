@@ -31,6 +31,7 @@ __all__ = [
     "io",
     "loading_progress",
     "make_patcher",
+    "model_folders",
     "model_names",
     "model_path",
     "prepared_folder",
@@ -58,6 +59,11 @@ def comfyui_version() -> str | None:
     from comfyui_version import __version__
 
     return __version__
+
+
+def model_folders(category: str) -> list[Path]:
+    """The host's folders for `category`."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(category)]
 
 
 def model_names(category: str) -> list[str]:

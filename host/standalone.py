@@ -26,6 +26,7 @@ __all__ = [
     "io",
     "loading_progress",
     "make_patcher",
+    "model_folders",
     "model_names",
     "model_path",
     "prepared_folder",
@@ -92,6 +93,11 @@ def free_memory(device: "torch.device") -> int:
 
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def model_folders(category: str) -> list[Path]:
+    """The folder for `category`, in a list as ComfyUI may have several."""
+    return [models_folder.absolute() / category]
 
 
 def model_names(category: str) -> list[str]:

@@ -83,6 +83,7 @@ def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
         raise ModelFileError(
             f"{path.name} is not {wanted.description}: none of its {len(names)} tensors has a name "
             "that MajicFlux knows. Choose another file."
+            f"\nIts names: {', '.join(sorted(names)[:3])} ..."
         )
     raise ModelFileError(
         f"{path.name} is {found.description}, not {wanted.description}. {found.advice}"

@@ -184,7 +184,8 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
             return kind.description, set()
         loaders[kind](path)
     except ModelFileError as error:
-        reason = str(error).replace(str(path), path.name).removeprefix(f"{path.name} ")
+        said = str(error).partition("\n")[0]
+        reason = said.replace(str(path), path.name).removeprefix(f"{path.name} ")
         return f"unusable ({reason.rstrip('.')})", set()
     if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
         held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}

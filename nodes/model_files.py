@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..host import current as host
+from ..loaders.catalogue import GROUPS
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, model_parts
 
@@ -47,7 +48,17 @@ def resolve(category: str, name: str) -> Path:
                 return path.parent
     raise ModelFileError(
         f"{name} is not in models/{category}. Put it there and press R, or choose another file."
+        + _long_form(category, name)
     )
+
+
+def _long_form(category: str, name: str) -> str:
+    """Further lines: where the file is published, and where it was looked for."""
+    known = [file for file in GROUPS["all"] if file.name == name]
+    pages = [place.page for file in known for place in file.places]
+    folders = [str(path) for path in host.model_folders(category)]
+    published = ["It is published at:", *pages] if pages else []
+    return "\n".join(["", *published, "It was looked for in:", *folders])
 
 
 def problem(category: str, name: str, inspect: Callable[[Path], Any]) -> str | None:

@@ -23,7 +23,6 @@ from majicflux.loaders.catalogue import (
     MAJICFLUS_FLOAT8,
     T5_XXL,
     KnownFile,
-    Place,
 )
 from majicflux.nodes import NODES
 
@@ -224,17 +223,9 @@ def _version() -> str:
     return re.findall(r'^version = "(.*)"', project, re.MULTILINE)[0]
 
 
-def _page(place: Place) -> str:
-    if place.hub != HUGGINGFACE:
-        return f"https://www.modelscope.cn/models/{place.repository}/files"
-    folder = place.path.rpartition("/")[0]
-    tree = f"/tree/{place.revision}/{folder}" if folder else ""
-    return f"https://huggingface.co/{place.repository}{tree}"
-
-
 def _row(file: KnownFile) -> str:
     size = (file.size or file.least_size) / 1e9
-    links = ", ".join(f"[{HUB_NAMES[place.hub]}]({_page(place)})" for place in file.places)
+    links = ", ".join(f"[{HUB_NAMES[place.hub]}]({place.page})" for place in file.places)
     return f"| {file.name} ({size:.1f} GB) | models/{file.folder} | {links} |"
 
 

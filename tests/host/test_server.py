@@ -339,6 +339,7 @@ def test_a_file_that_breaks_while_it_loads_names_itself(
     bad["1"]["inputs"]["file"] = "infinite.safetensors"
     (error,) = server.run(bad).of("execution_error")
     assert error["node_type"] == "MajicFluxDiTLoader"
+    assert error["exception_type"] == "majicflux.ModelFileError"
     assert name in error["exception_message"]
     assert "download it again" in error["exception_message"]
     assert not server.run(graph).of("execution_error")
