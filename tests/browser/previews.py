@@ -90,7 +90,9 @@ def photograph_plan(page: Page, path: Path) -> None:
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.get_by_role("button", name=re.compile("Run|运行")).first.click()
     page.wait_for_function(ALL_SHOWN, timeout=120_000)
-    page.evaluate(f"text => {{ {TEXT.format(node=node['id'])} = text }}", a_real_plan((None, None)))
+    text = TEXT.format(node=node["id"])
+    page.wait_for_function(text.replace(".value", "?.value"), timeout=30_000)
+    page.evaluate(f"text => {{ {text} = text }}", a_real_plan((None, None)))
     left, top, right, bottom = dict(page.evaluate(BOXES))["MajicFluxPipeline"]
     page.evaluate(SHOW, [left, top, 1, MARGIN, TOP])
     page.wait_for_timeout(1000)
