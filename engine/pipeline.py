@@ -308,15 +308,15 @@ class Run:
                 yield plan, Work(plan.tokens, plan.groups, relieve)
             finished = True
         except torch.OutOfMemoryError as error:
-            raise BudgetError(
-                say(
-                    "The card ran out of memory in the phase '{phase}', which needs "
-                    "{smallest:.2f} GB at least. Close other programs that use the card, "
-                    "or choose a smaller picture or batch.",
-                    phase=say(plan.name),
-                    smallest=plan.smallest / GB,
-                )
-            ) from error
+            said = say(
+                "The card ran out of memory in the phase '{phase}', which needs {smallest:.2f} GB "
+                "at least. Close other programs that use the card, or choose a smaller picture or "
+                "batch.",
+                phase=say(plan.name),
+                smallest=plan.smallest / GB,
+            )
+            # By PyTorch's words ComfyUI's canvas knows what to say at once.
+            raise BudgetError("\n".join([said, str(error)])) from error
         finally:
             report.peak_bytes = memory.peak_bytes()
             report.seconds = time.perf_counter() - start

@@ -21,6 +21,8 @@ ENCODE, DECODE = later("VAE encode"), later("VAE decode")
 class BudgetError(ValueError):
     """A run that cannot work in the memory it may use."""
 
+    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
+
 
 @dataclass(frozen=True)
 class Card:
@@ -122,22 +124,20 @@ class Plan:
             "enough": in_gb_above(worst.smallest),
             "smaller": self._smaller,
         }
-        if not self.chosen:
-            raise BudgetError(
-                say(
-                    "Only {budget:.2f} GB of VRAM can be had, too little for {picture}: the phase "
-                    "'{phase}' needs {enough} GB. Close other programs that use the card, or "
-                    "choose {smaller}.",
-                    **values,
-                )
-            )
-        raise BudgetError(
-            say(
+        if self.chosen:
+            said = say(
                 "{budget:.2f} GB of VRAM are too little for {picture}: the phase '{phase}' needs "
                 "{needed:.2f} GB. Set vram_budget_gb to {enough} or more, or choose {smaller}.",
                 **values,
             )
-        )
+        else:
+            said = say(
+                "Only {budget:.2f} GB of VRAM can be had, too little for {picture}: the phase "
+                "'{phase}' needs {enough} GB. Close other programs that use the card, or "
+                "choose {smaller}.",
+                **values,
+            )
+        raise BudgetError("\n".join([said, *map(_least, self.phases)]))
 
     @property
     def _picture(self) -> str:
@@ -181,6 +181,11 @@ class Plan:
         if self.seconds is not None:
             lines.append(say("predicted: {seconds:.2f} s a step", seconds=self.seconds))
         return "\n".join(lines)
+
+
+def _least(phase: Phase) -> str:
+    least = in_gb_above(phase.smallest)
+    return say("{phase}: {least} GB at least", phase=say(phase.name), least=least)
 
 
 def in_gb_above(size: float) -> str:

@@ -15,7 +15,7 @@ import folder_paths
 import latent_preview
 import server
 import torch
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, io, ui
 from torch import Tensor, nn
 
 from ..engine.memory import give_back_pinned
@@ -34,12 +34,14 @@ __all__ = [
     "language",
     "loading_progress",
     "make_patcher",
+    "model_folders",
     "model_names",
     "model_path",
     "prepared_folder",
     "progress",
     "result_device",
     "show_on_node",
+    "shown_pictures",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -73,6 +75,11 @@ def language() -> str:
         return settings.get("Comfy.Locale") or settings.get("MajicFlux.Language") or "en"
     except (OSError, ValueError, AttributeError):  # none yet, being written, or of another form
         return "en"
+
+
+def model_folders(category: str) -> list[Path]:
+    """The host's folders for `category`."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(category)]
 
 
 def model_names(category: str) -> list[str]:
@@ -126,6 +133,11 @@ def show_on_node(node_id: str | None, text: str) -> None:
     instance = getattr(server.PromptServer, "instance", None)
     if instance is not None and node_id is not None:  # there is none when no server runs
         instance.send_progress_text(text, node_id)
+
+
+def shown_pictures(pictures: Tensor, node: type) -> Any:
+    """`ui` of a NodeOutput that shows float RGB [batch, height, width, 3] on the running node."""
+    return ui.PreviewImage(pictures, cls=node)
 
 
 def progress(

@@ -30,12 +30,14 @@ __all__ = [
     "language",
     "loading_progress",
     "make_patcher",
+    "model_folders",
     "model_names",
     "model_path",
     "prepared_folder",
     "progress",
     "result_device",
     "show_on_node",
+    "shown_pictures",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -108,6 +110,11 @@ def free_memory(device: "torch.device") -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def model_folders(category: str) -> list[Path]:
+    """The folder for `category`, in a list as ComfyUI may have several."""
+    return [models_folder.absolute() / category]
+
+
 def model_names(category: str) -> list[str]:
     """File names, subfolders included, in the models folder for `category`."""
     folder = models_folder / category
@@ -166,6 +173,10 @@ def loading_progress() -> "Callable[[int, int], None]":
 
 def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
+
+
+def shown_pictures(pictures: "Tensor", node: type) -> None:
+    """Nothing to show them on: what is to be kept goes to SaveImage."""
 
 
 def progress(

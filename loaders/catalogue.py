@@ -19,6 +19,15 @@ class Place:
     path: str
     revision: str
 
+    @property
+    def page(self) -> str:
+        """Where a browser finds it."""
+        if self.hub == MODELSCOPE:
+            return f"https://www.modelscope.cn/models/{self.repository}/files"
+        folder = self.path.rpartition("/")[0]
+        tree = f"/tree/{self.revision}/{folder}" if folder else ""
+        return f"https://huggingface.co/{self.repository}{tree}"
+
 
 @dataclass(frozen=True)
 class KnownFile:

@@ -85,15 +85,15 @@ def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
     if found is wanted or (found is FLUX_DIT and _shows(wanted, names)):
         return
     if found is None:
-        raise ModelFileError(
-            say(
-                "{file} is not {wanted}: none of its {count} tensors has a name that MajicFlux "
-                "knows. Choose another file.",
-                file=path.name,
-                wanted=say(wanted.description),
-                count=len(names),
-            )
+        said = say(
+            "{file} is not {wanted}: none of its {count} tensors has a name that MajicFlux knows. "
+            "Choose another file.",
+            file=path.name,
+            wanted=say(wanted.description),
+            count=len(names),
         )
+        some = say("Its names: {names} ...", names=", ".join(sorted(names)[:3]))
+        raise ModelFileError("\n".join([said, some]))
     raise ModelFileError(
         say(
             "{file} is {found}, not {wanted}. {advice}",

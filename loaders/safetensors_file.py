@@ -48,6 +48,8 @@ OTHER_FORMATS = (
 class ModelFileError(ValueError):
     """A model file is missing, damaged or of the wrong kind. The message is for the user."""
 
+    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
+
 
 @dataclass(frozen=True)
 class TensorEntry:

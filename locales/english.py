@@ -10,6 +10,12 @@ from typing import Any
 from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).parent / "en"
+FILES = {"file", "clip_l", "t5"}  # combos whose options are the user's own files
+CONTROL = {  # what ComfyUI's canvas puts below a seed
+    "name": "control_after_generate",
+    "tooltip": "What becomes of the number above after each run.",
+    "options": {name: name for name in ("fixed", "increment", "decrement", "randomize")},
+}
 
 
 def texts() -> dict[str, dict[str, Any]]:
@@ -28,10 +34,19 @@ def _of_node(schema: Any) -> dict[str, Any]:
         "description": schema.description,
     }
     if schema.inputs:
-        found["inputs"] = {
-            socket.id: {"name": socket.id, "tooltip": socket.options["tooltip"]}
-            for socket in schema.inputs
-        }
+        found["inputs"] = {}
+        for socket in schema.inputs:
+            text = found["inputs"][socket.id] = {
+                "name": socket.id,
+                "tooltip": socket.options["tooltip"],
+            }
+            options = socket.options.get("options", [])
+            if socket.io_type == "BOOLEAN":
+                options = ["true", "false"]  # what the canvas writes on a switch
+            if options and socket.id not in FILES:
+                text["options"] = {option: option for option in options}
+            if socket.options.get("control_after_generate"):
+                found["inputs"][CONTROL["name"]] = CONTROL
     if schema.outputs:
         found["outputs"] = {
             str(index): {

@@ -10,6 +10,8 @@ io = host.io
 
 
 class Decode(io.ComfyNode):
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI shows remembered pictures again
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -32,7 +34,7 @@ class Decode(io.ComfyNode):
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.Latent.Input("latent", tooltip="Of any Flux.1 sampler or VAE encoder."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[io.Image.Output(display_name="image", tooltip="As ComfyUI's VAEDecode.")],
         )
 
@@ -43,4 +45,5 @@ class Decode(io.ComfyNode):
 
         picture, report = decode(pipeline, native.from_latent(latent), host.check_cancelled)
         host.show_on_node(cls.hidden.unique_id, str(report))
-        return io.NodeOutput(picture.to(host.result_device()))
+        picture = picture.to(host.result_device())
+        return io.NodeOutput(picture, ui=host.shown_pictures(picture, cls))

@@ -206,8 +206,9 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
             return say(kind.description), set()
         loaders[kind](path)
     except ModelFileError as error:
+        said = str(error).partition("\n")[0]
         # The file's name stands in front in every language, and with its likes below here.
-        reason = str(error).replace(str(path), path.name).removeprefix(path.name).lstrip(" :：")
+        reason = said.replace(str(path), path.name).removeprefix(path.name).lstrip(" :：")
         return say("unusable ({reason})", reason=reason.rstrip(".。")), set()
     if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
         held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..host import current as host
+from ..loaders.catalogue import GROUPS
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, model_parts
 from ..messages import say
@@ -46,13 +47,21 @@ def resolve(category: str, name: str) -> Path:
             path = host.model_path(category, shard)
             if path is not None:
                 return path.parent
-    raise ModelFileError(
-        say(
-            "{file} is not in models/{folder}. Put it there and press R, or choose another file.",
-            file=name,
-            folder=category,
-        )
+    said = say(
+        "{file} is not in models/{folder}. Put it there and press R, or choose another file.",
+        file=name,
+        folder=category,
     )
+    raise ModelFileError("\n".join([said, *_long_form(category, name)]))
+
+
+def _long_form(category: str, name: str) -> list[str]:
+    """Where the file is published, and where it was looked for."""
+    known = [file for file in GROUPS["all"] if file.name == name]
+    pages = [place.page for file in known for place in file.places]
+    folders = [str(path) for path in host.model_folders(category)]
+    published = [say("It is published at:"), *pages] if pages else []
+    return [*published, say("It was looked for in:"), *folders]
 
 
 def problem(category: str, name: str, inspect: Callable[[Path], Any]) -> str | None:

@@ -37,6 +37,8 @@ def _side(name: str) -> Any:
 
 
 class Sample(io.ComfyNode):
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI shows remembered pictures again
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -251,4 +253,6 @@ class Sample(io.ComfyNode):
         if cls.hidden.extra_pnginfo is not None:  # SaveImage writes it into the picture
             cls.hidden.extra_pnginfo["majicflux"] = {"seed": seed, **report.as_dict()}
         device = host.result_device()
-        return io.NodeOutput(painted.to(device), native.to_latent(found, device))
+        painted = painted.to(device)
+        shown = host.shown_pictures(painted, cls)
+        return io.NodeOutput(painted, native.to_latent(found, device), ui=shown)

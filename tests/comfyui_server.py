@@ -24,6 +24,7 @@ START_SECONDS = 180
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
+    "Comfy.Validation.Workflows": True,
 }
 BINARY_PREVIEW = (1, 4)
 BINARY_TEXT = 3
@@ -88,8 +89,8 @@ class Server:
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
         (base / "input").mkdir()
         example_picture().save(base / "input" / "example.png")
-        settings = base / "user" / "default" / "comfy.settings.json"
-        settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+        self.settings_file = base / "user" / "default" / "comfy.settings.json"
+        self.forget_settings()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -119,6 +120,13 @@ class Server:
             time.sleep(0.2)
         self.stop()
         raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
+
+    def forget_settings(self) -> None:
+        """Those of a user whom the canvas need not introduce itself to, and who chose nothing.
+
+        The canvas checks what it opens against its own schema of workflows.
+        """
+        self.settings_file.write_text(json.dumps(SETTINGS), encoding="utf-8")
 
     def stop(self) -> None:
         self.process.terminate()
@@ -184,9 +192,16 @@ class Server:
 
     def outputs(self, run: Run) -> list[Path]:
         """The files that the run saved."""
+        return [path for images in self.images(run, "output").values() for path in images]
+
+    def images(self, run: Run, kind: str) -> dict[str, list[Path]]:
+        """The pictures of each node, by its id; kind: "output" when saved, "temp" when shown."""
         found = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
-        return [
-            self.base / image["type"] / image["subfolder"] / image["filename"]
-            for node in found.values()
-            for image in node.get("images", [])
-        ]
+        return {
+            node: [
+                self.base / image["type"] / image["subfolder"] / image["filename"]
+                for image in shown.get("images", [])
+                if image["type"] == kind
+            ]
+            for node, shown in found.items()
+        }

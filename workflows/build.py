@@ -23,14 +23,14 @@ from majicflux.loaders.catalogue import (
     MAJICFLUS_FLOAT8,
     T5_XXL,
     KnownFile,
-    Place,
 )
 from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).resolve().parent
 COMFYUI_VERSION = "0.33.0"
 LINE, WIDGET, TEXT_BOX, TITLE, GAP = 20, 24, 54, 30, 30
-WIDTHS = (380, 480, 420, 480)
+# With more, in width or height, a window of 1600 x 900 shows the nodes too small for their texts.
+WIDTHS = (380, 480, 580, 420)
 NOTE = 480  # height, in a column of that width
 # What a node needs beyond its sockets and widgets: for its report, its picture, longer texts.
 ROOM = {
@@ -38,7 +38,7 @@ ROOM = {
     "MajicFluxTextEncoders": 84,
     "MajicFluxVAELoader": 72,
     "MajicFluxPipeline": 248,
-    "MajicFluxSample": 250,
+    "MajicFluxSample": 554,
     "MajicFluxDenoise": 170,
     "LoadImage": 300,
     "CLIPTextEncode": 112,
@@ -223,17 +223,9 @@ def _version() -> str:
     return re.findall(r'^version = "(.*)"', project, re.MULTILINE)[0]
 
 
-def _page(place: Place) -> str:
-    if place.hub != HUGGINGFACE:
-        return f"https://www.modelscope.cn/models/{place.repository}/files"
-    folder = place.path.rpartition("/")[0]
-    tree = f"/tree/{place.revision}/{folder}" if folder else ""
-    return f"https://huggingface.co/{place.repository}{tree}"
-
-
 def _row(file: KnownFile) -> str:
     size = (file.size or file.least_size) / 1e9
-    links = ", ".join(f"[{HUB_NAMES[place.hub]}]({_page(place)})" for place in file.places)
+    links = ", ".join(f"[{HUB_NAMES[place.hub]}]({place.page})" for place in file.places)
     return f"| {file.name} ({size:.1f} GB) | models/{file.folder} | {links} |"
 
 
@@ -389,7 +381,7 @@ def mixed_with_stock_nodes() -> Template:
 
 
 def batch_with_a_grid() -> Template:
-    template = Template("batch_with_a_grid", (380, 480, 420, 270, 480))
+    template = Template("batch_with_a_grid", (380, 480, 580, 270, 420))
     pipeline = _pipeline(template)
     sample = template.add("MajicFluxSample", 2, pipeline=pipeline, prompt=CITY, batch_size=4)
     grid = template.add(

@@ -46,3 +46,4 @@ def open_canvas(browser: Browser, server: Server) -> Iterator[Callable[..., Page
     yield open_workflow
     for page in pages:
         page.close()
+    server.forget_settings()

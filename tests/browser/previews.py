@@ -1,10 +1,11 @@
 """The previews of the templates: `python tests/browser/previews.py [name ...]`. Set COMFYUI_PATH.
 
-Each template is opened, run with the demo models and photographed. Needs what the browser tests
-need.
+Each template is opened, run with the demo models and photographed. The name `help` stands for the
+pictures of the help pages. Needs what the browser tests need.
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -12,16 +13,27 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from browser.conftest import FLAGS, READY
-from browser.test_canvas import ALL_SHOWN, BOXES, NAMES, WORKFLOWS, made_small
+from browser.test_canvas import (
+    ALL_SHOWN,
+    BOXES,
+    NAMES,
+    TEXT,
+    WORKFLOWS,
+    a_real_plan,
+    made_small,
+)
 
 from comfyui_server import Server
 from majicflux.loaders.demo_models import write_demo_models
 
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
+DOCS = Path(__file__).parents[2] / "web" / "docs"
+PLANNED_GB = 8.0  # as in a_real_plan
+EMPTY = 90  # of the node below its plan
 SIZE = (1200, 1000)  # of the pictures, at most
 SHOW = """([left, top, scale, x, y]) => {
     app.canvas.deselectAll();
@@ -38,7 +50,15 @@ def main() -> None:
         with sync_playwright() as playwright:
             chromium = shutil.which("chromium") or shutil.which("google-chrome")
             browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-            for name in sys.argv[1:] or NAMES:
+            for name in sys.argv[1:] or [*NAMES, "help"]:
+                if name == "help":
+                    for language, locale in (("en", "en-US"), ("zh", "zh-CN")):
+                        server.post("/free", {"unload_models": True, "free_memory": True})
+                        page = opened(browser, server, locale)
+                        photograph_plan(page, DOCS / "MajicFluxPipeline" / f"{language}.png")
+                        page.close()
+                        server.forget_settings()
+                    continue
                 picture = example.convert("RGBA").resize((192, 192))
                 if name == "inpainting":
                     hole = Image.new("L", picture.size, 255)
@@ -46,14 +66,38 @@ def main() -> None:
                     picture.putalpha(hole)
                 picture.save(server.base / "input" / "example.png")
                 server.post("/free", {"unload_models": True, "free_memory": True})
-                page = browser.new_page(viewport={"width": 2400, "height": 2400}, locale="en-US")
-                page.goto(f"http://{server.address}")
-                page.wait_for_function(READY, timeout=60_000)
+                page = opened(browser, server)
                 photograph(page, name)
                 page.close()
     finally:
         server.stop()
         shutil.rmtree(base)
+
+
+def opened(browser: Browser, server: Server, locale: str = "en-US") -> Page:
+    page = browser.new_page(viewport={"width": 2400, "height": 2400}, locale=locale)
+    page.goto(f"http://{server.address}")
+    page.wait_for_function(READY, timeout=60_000)
+    page.evaluate("app.registerNodes()")  # in its language, which a first visit may come before
+    return page
+
+
+def photograph_plan(page: Page, path: Path) -> None:
+    """The pipeline node with the plan of a card that this machine need not have."""
+    workflow = made_small("text_to_image")
+    (node,) = (node for node in workflow["nodes"] if node["type"] == "MajicFluxPipeline")
+    node["widgets_values"][0] = PLANNED_GB
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    page.get_by_role("button", name=re.compile("Run|运行")).first.click()
+    page.wait_for_function(ALL_SHOWN, timeout=120_000)
+    text = TEXT.format(node=node["id"])
+    page.wait_for_function(text.replace(".value", "?.value"), timeout=30_000)
+    page.evaluate(f"text => {{ {text} = text }}", a_real_plan((None, None)))
+    left, top, right, bottom = dict(page.evaluate(BOXES))["MajicFluxPipeline"]
+    page.evaluate(SHOW, [left, top, 1, MARGIN, TOP])
+    page.wait_for_timeout(1000)
+    clip = {"x": MARGIN, "y": TOP, "width": right - left, "height": bottom - top - EMPTY}
+    Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB").save(path, optimize=True)
 
 
 def photograph(page: Page, name: str) -> None:

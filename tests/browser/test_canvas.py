@@ -1,10 +1,12 @@
 """The shipped workflows as a user meets them: opened, looked at, run."""
 
 import json
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageColor
 from playwright.sync_api import Page
 
 from comfyui_server import Server
@@ -12,6 +14,7 @@ from majicflux.engine.memory import PhaseReport, Report
 from majicflux.engine.plan_alone import plan_alone
 from majicflux.engine.precision import PRECISIONS
 from majicflux.host.canvas import with_values
+from majicflux.nodes import NODES
 from majicflux.workflows import build
 
 PHASES = ("text encoders", "denoising", "VAE decode")
@@ -44,14 +47,44 @@ def require_no_overlap(page: Page) -> None:
         assert apart, f"{one} and {other}"
 
 
+def warnings_of(page: Page) -> list[str]:
+    """What the canvas says of a workflow that it has opened."""
+    page.wait_for_timeout(2000)
+    said = page.locator(ERROR_BANNER).all_inner_texts()
+    # The setting Comfy.Validation.Workflows makes it compare with its own schema, in a toast.
+    said += page.locator(".p-toast-message").all_inner_texts()
+    return said + page.get_by_role("dialog").all_inner_texts()
+
+
+def no_place(workflow: dict) -> None:
+    del workflow["nodes"][0]["pos"]
+
+
+def no_version(workflow: dict) -> None:
+    workflow["nodes"][0]["properties"]["ver"] = "dev"
+
+
+def dangling_link(workflow: dict) -> None:
+    workflow["links"][0][3] = 99
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (no_place, 'Required at "nodes[0].pos"'),
+    (no_version, 'Node pack version has invalid semantic version: "dev"'),
+    (dangling_link, "Workflow Links Fixed"),
+])  # fmt: skip
+def test_a_workflow_that_the_canvas_does_not_accept_is_seen(open_canvas, spoil, said: str) -> None:
+    workflow = read(WORKFLOWS / "text_to_image.json")
+    spoil(workflow)
+    assert said in "\n".join(warnings_of(open_canvas(workflow)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_opens_without_a_warning_is_the_graph_of_the_queue_and_runs(
     open_canvas, name: str
 ) -> None:
     page = open_canvas(read(WORKFLOWS / f"{name}.json"))
-    page.wait_for_timeout(2000)
-    assert page.locator(ERROR_BANNER).count() == 0
-    assert page.get_by_role("dialog").count() == 0
+    assert warnings_of(page) == []
     queued = page.evaluate("async () => (await app.graphToPrompt()).output")
     assert queued == read(WORKFLOWS / "api" / f"{name}.json")
     require_no_overlap(page)
@@ -67,6 +100,7 @@ def test_it_opens_without_a_warning_is_the_graph_of_the_queue_and_runs(
 def test_it_runs_and_the_picture_appears(open_canvas, server: Server) -> None:
     server.post("/free", {"unload_models": True, "free_memory": True})  # so that loaders run
     page = open_canvas(made_small())
+    assert not page.evaluate("app.canvas.low_quality"), "too small a scale for text on the nodes"
     graph = "async () => (await app.graphToPrompt()).output"
     before = page.evaluate(graph)
     page.get_by_role("button", name="Run").first.click()
@@ -74,6 +108,7 @@ def test_it_runs_and_the_picture_appears(open_canvas, server: Server) -> None:
     size = page.evaluate("() => { const i = app.rootGraph.getNodeById(6).imgs[0];"
                          " return [i.naturalWidth, i.naturalHeight] }")  # fmt: skip
     assert size == [64, 64]
+    page.wait_for_function("app.rootGraph.getNodeById(5).imgs?.[0].naturalWidth === 64")
     assert page.locator(ERROR_BANNER).count() == 0
     page.get_by_text("Flux.1 transformer, 2 + 4 blocks").first.wait_for(timeout=10_000)
     assert page.evaluate(graph) == before, "what a loader reports is no part of the workflow"
@@ -88,21 +123,21 @@ CUT_OFF = """words => {
             return true;
     return false;
 }"""
-LAST_WIDGET = "app.rootGraph.getNodeById({node}).widgets.at(-1).value"
+TEXT = "app.rootGraph.getNodeById({node}).widgets.find(w => w.name.includes('text')).value"
 
 
-def a_real_plan() -> str:
+def a_real_plan(rates: tuple[float, float] | tuple[None, None] = (25.0, 300.0)) -> str:
     """The longest text: a transformer of which a part visits, and a prediction."""
-    plan = plan_alone(
-        None, PRECISIONS["float8_e4m3fn"], (1024, 1024, 1, 20), 8.0, True, 25.0, 300.0
-    )
+    job = (1024, 1024, 1, 20)
+    plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], job, 8.0, True, *rates)
     computing = "computes in float8_e4m3fn, bfloat16 on NVIDIA GeForce RTX 4060 Laptop GPU"
     return f"transformer: {computing}\n{plan}"
 
 
 def a_real_report() -> str:
     phases = [PhaseReport(name, 8 * 10**9, 8 * 10**9, 123.4, 98 * 10**9) for name in PHASES]
-    return str(Report(8 * 10**9, phases))
+    counts = "CLIP-L read 75 of 183 tokens, T5 all 14, 7 of them unknown to it (T5 knows English)"
+    return f"{Report(8 * 10**9, phases)}\n{counts}\nseed 1125899906842623"
 
 
 def test_the_plan_and_the_report_fit_on_their_nodes(open_canvas, server: Server) -> None:
@@ -115,11 +150,36 @@ def test_the_plan_and_the_report_fit_on_their_nodes(open_canvas, server: Server)
         (5, "VAE decode: ", a_real_report()),
     ):
         last = text.splitlines()[-1]
-        page.wait_for_function(f"{LAST_WIDGET.format(node=node)}?.includes('{shown}')")
-        page.evaluate(f"text => {{ {LAST_WIDGET.format(node=node)} = text }}", text)
+        page.wait_for_function(f"{TEXT.format(node=node)}?.includes('{shown}')")
+        page.evaluate(f"text => {{ {TEXT.format(node=node)} = text }}", text)
         page.get_by_text(last).first.wait_for(timeout=10_000)
         page.wait_for_timeout(500)
         assert not page.evaluate(CUT_OFF, last)
+
+
+OUTPUT_COLORS = """() => Object.fromEntries(app.rootGraph.nodes.flatMap(
+    n => n.outputs.map((o, i) => { const { ds } = app.canvas, [x, y] = n.getOutputPos(i);
+    return [o.type, [LGraphCanvas.link_type_colors[o.type],
+        getComputedStyle(document.documentElement).getPropertyValue("--color-datatype-" + o.type),
+        (x + ds.offset[0]) * ds.scale, (y + ds.offset[1]) * ds.scale]] })))"""
+
+
+def test_every_socket_type_of_ours_has_its_color_in_every_palette(open_canvas) -> None:
+    page = open_canvas(made_small())
+    types = {s.io_type for node in NODES for s in node.define_schema().outputs}
+    ours = {name for name in types if name.startswith("MAJICFLUX_")}
+    for palette in ("light", "dark"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        page.wait_for_timeout(1000)
+        found = page.evaluate(OUTPUT_COLORS)
+        assert len({found[name][0] for name in ours}) == len(ours) == 4
+        pixels = Image.open(BytesIO(page.screenshot())).convert("RGB")
+        for name in ours:
+            link, node_of_vue, x, y = found[name]
+            assert link == node_of_vue
+            wanted = ImageColor.getrgb(link)
+            difference = zip(wanted, pixels.getpixel((round(x), round(y))), strict=True)
+            assert max(abs(a - b) for a, b in difference) < 24, (palette, name)
 
 
 def test_it_opens_as_an_app_with_prompt_seed_and_steps(open_canvas, server: Server) -> None:

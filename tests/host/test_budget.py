@@ -211,6 +211,7 @@ def test_a_picture_too_large_for_the_budget_stops_at_sample_before_it_begins(
     large["5"]["inputs"].update(width=8192, height=8192, batch_size=4)
     error = error_of(comfy, executor, large)
     assert error["node_type"] == "MajicFluxSample"
+    assert error["exception_type"] == "majicflux.BudgetError"
     assert "0.30 GB of VRAM are too little for 4 x 8192x8192" in error["exception_message"]
     assert "choose a smaller picture or batch" in error["exception_message"]
     assert card.free == card.total, "nothing was moved"
@@ -249,7 +250,9 @@ def test_a_run_that_finds_less_than_was_planned_says_so_and_the_next_works(
     hook = layer.register_forward_pre_hook(full)
     error = error_of(comfy, executor, with_budget(graph, 0, seed=1))
     hook.remove()
-    assert "The card ran out of memory in the phase 'denoising'" in error["exception_message"]
+    sentence, details = error["exception_message"].strip().splitlines()
+    assert "The card ran out of memory in the phase 'denoising'" in sentence
+    assert details == "CUDA out of memory.", "which the canvas explains in the user's language"
     for component in found["4"].components:
         assert not component.weights.root.visitors
     succeed(comfy, executor, with_budget(graph, 0, seed=1))

@@ -188,6 +188,25 @@ def test_the_same_prompt_again_is_cached_and_a_new_seed_runs_only_sample(
     assert other.executed_nodes == {"5", "6"}
 
 
+def test_nodes_show_the_pictures_that_they_made(server: Server, graph: dict) -> None:
+    graph["5"]["inputs"]["batch_size"] = 2
+    graph["7"] = {"class_type": "MajicFluxDecode", "inputs": {
+        "pipeline": ["4", 0], "latent": ["5", 1]}}  # fmt: skip
+    graph["8"] = {"class_type": "SaveImage", "inputs": {
+        "images": ["7", 0], "filename_prefix": "decoded"}}  # fmt: skip
+    graph = seeded(graph, 150)
+    for run in (server.run(graph, workflow={}), server.run(graph, workflow={})):
+        shown, saved = server.images(run, "temp"), server.images(run, "output")
+        for node, save in (("5", "6"), ("7", "8")):
+            pairs = zip(shown[node], saved[save], strict=True)
+            for made, kept in ((Image.open(a), Image.open(b)) for a, b in pairs):
+                assert made.tobytes() == kept.tobytes()
+                assert made.text.keys() == {"prompt", "workflow", "majicflux"}
+    # All of it was remembered, and is shown again where a canvas has been reloaded.
+    assert run.executed_nodes == set()
+    assert {"5", "7"} <= {data["node"] for data in run.of("executed")}
+
+
 def test_another_precision_reads_only_the_transformer_again(server: Server, graph: dict) -> None:
     server.run(seeded(graph, 250))
     changed = seeded(graph, 250)
@@ -320,6 +339,7 @@ def test_a_file_that_breaks_while_it_loads_names_itself(
     bad["1"]["inputs"]["file"] = "infinite.safetensors"
     (error,) = server.run(bad).of("execution_error")
     assert error["node_type"] == "MajicFluxDiTLoader"
+    assert error["exception_type"] == "majicflux.ModelFileError"
     assert name in error["exception_message"]
     assert "download it again" in error["exception_message"]
     assert not server.run(graph).of("execution_error")

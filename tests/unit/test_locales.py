@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from majicflux.host import current as host
 from majicflux.nodes import NODES
 
 LOCALES = Path(__file__).parents[2] / "locales"
 TRANSLATED = ["ja", "zh", "zh-TW"]
+CONTROL = "control_after_generate"  # ComfyUI's own widget below a seed
 FILES = ["main.json", "nodeDefs.json"]
 SCHEMAS = [node.define_schema() for node in NODES]
 HAN = re.compile("[\u4e00-\u9fff]")
@@ -52,7 +54,8 @@ def test_english_has_every_node_input_and_output() -> None:
     assert found.keys() == {schema.node_id for schema in SCHEMAS}
     for schema in SCHEMAS:
         node = found[schema.node_id]
-        assert list(node.get("inputs", {})) == [socket.id for socket in schema.inputs]
+        inputs = [key for key in node.get("inputs", {}) if key != CONTROL]
+        assert inputs == [socket.id for socket in schema.inputs]
         assert list(node.get("outputs", {})) == [str(i) for i in range(len(schema.outputs))]
         for socket in schema.outputs:  # ComfyUI translates the name only where it differs
             assert socket.options["display_name"] != socket.io_type
@@ -60,6 +63,24 @@ def test_english_has_every_node_input_and_output() -> None:
         assert text
     for key in [*found, *(i.id for schema in SCHEMAS for i in schema.inputs)]:
         assert re.fullmatch(r"\w+", key), "a dot would have to be escaped"
+
+
+def test_every_choice_has_a_label_but_the_names_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "model_names", lambda category: ["model.safetensors"])
+    for node in NODES:
+        schema = node.define_schema()
+        texts = english()["nodeDefs.json"][schema.node_id].get("inputs", {})
+        labels = {name: list(text["options"]) for name, text in texts.items() if "options" in text}
+        choices = {
+            socket.id: socket.options["options"]
+            for socket in schema.inputs
+            if socket.io_type == "COMBO" and socket.options["options"] != ["model.safetensors"]
+        }
+        switches = [socket.id for socket in schema.inputs if socket.io_type == "BOOLEAN"]
+        choices |= {name: ["true", "false"] for name in switches}
+        if any(socket.options.get(CONTROL) for socket in schema.inputs):
+            choices[CONTROL] = ["fixed", "increment", "decrement", "randomize"]
+        assert labels == choices
 
 
 @pytest.mark.parametrize("language", TRANSLATED)

@@ -202,6 +202,7 @@ def test_a_plan_and_its_refusal_are_in_chinese(chinese: None) -> None:
     assert str(refused.value) == (
         "2.00 GB 显存不够画 2 x 64x48：“去噪”阶段需要 3.00 GB。"
         "请把显存预算（vram_budget_gb）设为 3.0 或更大，或减小图片尺寸或批量，或缩短提示词。"
+        "\n文本编码器：至少 1.0 GB\n去噪：至少 3.0 GB"
     )
 
 

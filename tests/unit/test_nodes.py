@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from majicflux.host import standalone
+from majicflux.loaders.catalogue import GROUPS, KnownFile
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.nodes import NODES, model_files
 from majicflux.nodes.dit_loader import DiTLoader
@@ -180,6 +181,20 @@ def test_whole_checkpoints_are_offered_last_in_every_loader(
 def test_a_name_cannot_leave_its_folder(name: str) -> None:
     with pytest.raises(ModelFileError, match=r"is not in models/diffusion_models\. Put it there"):
         model_files.resolve("diffusion_models", name)
+
+
+@pytest.mark.parametrize("file", GROUPS["all"], ids=lambda file: file.name)
+def test_a_missing_file_is_named_with_its_folder_and_its_pages(
+    file: KnownFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    with pytest.raises(ModelFileError) as caught:
+        model_files.resolve(file.folder, file.name)
+    sentence, *more = str(caught.value).splitlines()
+    assert sentence.startswith(f"{file.name} is not in models/{file.folder}.")
+    assert more[1:-2] == [place.page for place in file.places]
+    assert all(place.repository in place.page for place in file.places)
+    assert more[-1] == str(tmp_path / file.folder)
 
 
 def test_loaders_are_refused_before_the_run_by_the_header() -> None:

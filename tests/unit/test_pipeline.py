@@ -137,8 +137,15 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
 def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, share: float) -> None:
     smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.job).smallest_bytes
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=int(share * smallest))
-    with pytest.raises(BudgetError, match=r"are too little for 1 x 64x64: the phase 'VAE decode'"):
+    with pytest.raises(BudgetError) as caught:
         run(pipeline)
+    sentence, *phases = str(caught.value).splitlines()
+    assert "are too little for 1 x 64x64: the phase 'VAE decode'" in sentence
+    assert [line.partition(":")[0] for line in phases] == [
+        "text encoders",
+        "denoising",
+        "VAE decode",
+    ]
     assert not any(c.patcher.loads for c in components(pipeline))
     assert not any(c.weights.resident_bytes for c in components(pipeline))
     assert pipeline.text_encoders.recall(REQUEST.prompt) is None

@@ -11,6 +11,7 @@ from majicflux.engine.pipeline import Pipeline, Run
 from majicflux.engine.schedule import SCHEDULES
 from majicflux.engine.solvers import SOLVERS
 from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.host import current as host
 from majicflux.host import native
 from majicflux.nodes import sampling
 from majicflux.nodes.decode import Decode
@@ -220,6 +221,20 @@ def conditioning(tokens: Any = (1, 5, 8), pooled: Any = (1, 4), **options: Any) 
 def test_conditioning_is_honoured_or_refused(given: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         native.from_conditioning("positive", given, GEOMETRY)  # type: ignore[arg-type]
+
+
+def test_the_nodes_that_decode_show_their_pictures(pipeline: Pipeline, monkeypatch) -> None:
+    def run() -> list[Any]:
+        one = Sample.execute(pipeline, "a cat", 0, 1, 3.5, 64, 48, 2)
+        return [one, Decode.execute(pipeline, one.args[1])]
+
+    assert [output.ui for output in run()] == [None, None], "there is no canvas"
+    monkeypatch.setattr(host, "shown_pictures", lambda pictures, node: (pictures, node))
+    for output, node in zip(run(), (Sample, Decode), strict=True):
+        shown, by = output.ui
+        assert by is node
+        assert shown is output.args[0]
+        assert len(shown) == 2
 
 
 def test_conditioning_without_a_pooled_vector_has_zeros() -> None:

@@ -80,6 +80,7 @@ def test_sdxl_checkpoint(tmp_path: Path) -> None:
         ("double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4", "NF4"),
         ("controlnet_x_embedder.weight", "a ControlNet"),
         ("something.else", "none of its 1 tensors"),
+        ("something.else", "\nIts names: something.else ..."),
     ],
 )
 def test_other_kinds_are_named(tmp_path: Path, name: str, said: str) -> None:
