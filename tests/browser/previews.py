@@ -29,6 +29,7 @@ from browser.test_canvas import (
 
 from comfyui_server import Server
 from majicflux.loaders.demo_models import write_demo_models
+from majicflux.messages import speak
 
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
 DOCS = Path(__file__).parents[2] / "web" / "docs"
@@ -53,6 +54,7 @@ def main() -> None:
             for name in sys.argv[1:] or [*NAMES, "help"]:
                 if name == "help":
                     for language, locale in (("en", "en-US"), ("zh", "zh-CN")):
+                        speak(lambda language=language: language)
                         server.post("/free", {"unload_models": True, "free_memory": True})
                         page = opened(browser, server, locale)
                         photograph_plan(page, DOCS / "MajicFluxPipeline" / f"{language}.png")
