@@ -14,6 +14,7 @@ from majicflux.engine.memory import PhaseReport, Report
 from majicflux.engine.plan_alone import plan_alone
 from majicflux.engine.precision import PRECISIONS
 from majicflux.host.canvas import with_values
+from majicflux.messages import say
 from majicflux.nodes import NODES
 from majicflux.workflows import build
 
@@ -130,8 +131,9 @@ def a_real_plan(rates: tuple[float, float] | tuple[None, None] = (25.0, 300.0)) 
     """The longest text: a transformer of which a part visits, and a prediction."""
     job = (1024, 1024, 1, 20)
     plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], job, 8.0, True, *rates)
-    computing = "computes in float8_e4m3fn, bfloat16 on NVIDIA GeForce RTX 4060 Laptop GPU"
-    return f"transformer: {computing}\n{plan}"
+    card, formats = "NVIDIA GeForce RTX 4060 Laptop GPU", "float8_e4m3fn, bfloat16"
+    computing = say("computes in {formats} on {device}", formats=formats, device=card)
+    return say("transformer: {report}", report=computing) + f"\n{plan}"
 
 
 def a_real_report() -> str:
