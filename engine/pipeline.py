@@ -49,15 +49,15 @@ Component: TypeAlias = DiT | TextEncoders | VAE
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Three components and how they may use the compute device.
+    """The components and how they may use the compute device.
 
-    budget_bytes: upper limit for weights and working memory together, or None for whatever the
-    host grants.
+    text_encoders, vae: None where prompts come encoded or latents need no decoding. budget_bytes:
+    upper limit for weights and working memory together, or None for whatever the host grants.
     """
 
     dit: DiT
-    text_encoders: TextEncoders
-    vae: VAE
+    text_encoders: TextEncoders | None
+    vae: VAE | None
     budget_bytes: int | None
     computing: Computing
 
@@ -74,13 +74,45 @@ class Pipeline:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        return self.dit, self.text_encoders, self.vae
+        return tuple(filter(None, (self.dit, self.text_encoders, self.vae)))
 
-    def plan(self, job: Job, names: Sequence[str] = PAINTING, rates: bool = False) -> Plan:
+    @property
+    def checked_text_encoders(self) -> TextEncoders:
+        """Raises ValueError when there are none."""
+        if self.text_encoders is None:
+            raise ValueError(
+                say(
+                    "The pipeline has no text encoders: connect bf16 text encoders to it, or an "
+                    "encoded prompt to positive and, if cfg is not 1, to negative."
+                )
+            )
+        return self.text_encoders
+
+    @property
+    def checked_vae(self) -> VAE:
+        """Raises ValueError when there is none."""
+        if self.vae is None:
+            raise ValueError(
+                say(
+                    "The pipeline has no VAE: connect a Flux VAE to it, or use denoise with "
+                    "ComfyUI's own VAE nodes."
+                )
+            )
+        return self.vae
+
+    @property
+    def painting(self) -> list[str]:
+        """The phases of PAINTING whose components are there."""
+        missing = {TEXT: self.text_encoders is None, DECODE: self.vae is None}
+        return [name for name in PAINTING if not missing.get(name)]
+
+    def plan(self, job: Job, names: Sequence[str] | None = None, rates: bool = False) -> Plan:
         """How the phases of these names would use the device, as far as it is free now.
 
-        rates: predict the seconds of a step too, from rates that are measured the first time.
+        names: all of `painting` by default; rates: predict the seconds of a step too, from rates
+        that are measured the first time.
         """
+        names = self.painting if names is None else names
         phases = tuple(self._plan_phase(name, job, rates) for name in names)
         seconds = None
         if rates:
@@ -93,14 +125,16 @@ class Pipeline:
 
     def component(self, name: str) -> Component:
         """The one that a phase runs."""
-        return {TEXT: self.text_encoders, DENOISING: self.dit}.get(name, self.vae)
+        if name == DENOISING:
+            return self.dit
+        return self.checked_text_encoders if name == TEXT else self.checked_vae
 
     def _plan_phase(self, name: str, job: Job, rates: bool) -> Phase:
         component, computing = self.component(name), self.computing
         device, budget = component.patcher.device, self._budget(component)
         if name == TEXT:
-            encoders = self.text_encoders
-            others = self.dit.weights.travelling_bytes + self.vae.weights.travelling_bytes
+            encoders = self.checked_text_encoders
+            others = sum(c.weights.travelling_bytes for c in self.components if c is not encoders)
             phase = plan_text(
                 encoders.weights, encoders.t5_geometry, encoders.itemsize, budget,
                 card_of(device), others, job.words,
@@ -114,7 +148,7 @@ class Pipeline:
             )  # fmt: skip
         else:
             plan_vae = plan_decode if name == DECODE else plan_encode
-            vae = self.vae
+            vae = self.checked_vae
             phase = plan_vae(vae.weights, job, vae.dtype.itemsize, budget, card_of(device))
         return replace(phase, smallest=0) if device == CPU else phase
 
@@ -141,7 +175,9 @@ def paint(
     Raises BudgetError when the memory does not suffice for a phase, before that phase has begun
     where that can be known.
     """
-    names = PAINTING if request.picture is None else (TEXT, ENCODE, DENOISING, DECODE)
+    names = [DENOISING, DECODE] if request.picture is None else [ENCODE, DENOISING, DECODE]
+    if any(isinstance(prompt, str) for prompt in request.prompts):
+        names.insert(0, TEXT)
     run = Run(pipeline, _job_of(pipeline, request), names, before_block)
     prompts = run.encode_prompts(request.prompts)
     clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
@@ -158,8 +194,13 @@ def _job_of(pipeline: Pipeline, request: Request) -> Job:
 
 def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
     """T5's tokens of the longest. Raises ValueError for one that is too long."""
-    count = pipeline.text_encoders.count
-    return max(count(p).words if isinstance(p, str) else p.tokens.shape[1] for p in prompts)
+
+    def words(prompt: str | TextEmbedding) -> int:
+        if isinstance(prompt, str):
+            return pipeline.checked_text_encoders.count(prompt).words
+        return prompt.tokens.shape[1]
+
+    return max(map(words, prompts))
 
 
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.
@@ -224,14 +265,16 @@ class Run:
 
     def encode_prompts(self, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
         """The embedding of each, without running an encoder for those that are remembered."""
-        encoders = self.pipeline.text_encoders
 
         def known(prompt: str | TextEmbedding) -> TextEmbedding | None:
-            return encoders.recall(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                return self.pipeline.checked_text_encoders.recall(prompt)
+            return prompt
 
         found = [known(prompt) for prompt in prompts]
         if all(embedding is not None for embedding in found):
             return [embedding for embedding in found if embedding is not None]
+        encoders = self.pipeline.checked_text_encoders
         with self.phase(TEXT) as (plan, work):
             for index, prompt in enumerate(prompts):
                 if found[index] is None and isinstance(prompt, str):
@@ -243,15 +286,15 @@ class Run:
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space, on the CPU."""
-        return self._through_vae(ENCODE, self.pipeline.vae.encode, pictures)
+        return self._through_vae(ENCODE, self.pipeline.checked_vae.encode, pictures)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1, on the CPU."""
-        return self._through_vae(DECODE, self.pipeline.vae.decode, latents)
+        return self._through_vae(DECODE, self.pipeline.checked_vae.decode, latents)
 
     def _through_vae(self, name: str, through: Callable[..., Any], given: Tensor) -> Tensor:
         with self.phase(name) as (plan, work):
-            limit = plan.values if self._budget(self.pipeline.vae) else float("inf")
+            limit = plan.values if self._budget(self.pipeline.checked_vae) else float("inf")
             result, moved = through(given, self.before_block, limit, plan.ring, work)
             self.report.phases[-1].moved_bytes += moved
         return result

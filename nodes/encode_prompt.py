@@ -54,6 +54,6 @@ class EncodePrompt(io.ComfyNode):
         from ..host import native
 
         (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled)
-        counts = pipeline.text_encoders.count(prompt)
+        counts = pipeline.checked_text_encoders.count(prompt)
         host.show_on_node(cls.hidden.unique_id, f"{report}\n{counts}".strip())
         return io.NodeOutput(native.to_conditioning(embedding, guidance))

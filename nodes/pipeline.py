@@ -23,7 +23,7 @@ class PipelineNode(io.ComfyNode):
             display_name="CPU-offload pipeline",
             category=CATEGORY,
             description=(
-                "Puts the three parts together and says how much of the card they may use. "
+                "Puts the parts together and says how much of the card they may use. "
                 "Weights stay in CPU memory; what does not fit on the card visits it block by "
                 "block."
             ),
@@ -42,9 +42,17 @@ class PipelineNode(io.ComfyNode):
             inputs=[
                 DiTHandle.Input("dit", tooltip="From the Majic float8 DiT loader."),
                 TextEncodersHandle.Input(
-                    "text_encoders", tooltip="From the bf16 text encoders node."
+                    "text_encoders",
+                    optional=True,
+                    tooltip="From the bf16 text encoders node. Not needed where another node "
+                    "encodes the prompt.",
                 ),
-                VAEHandle.Input("vae", tooltip="From the Flux VAE node."),
+                VAEHandle.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="From the Flux VAE node. Not needed where other nodes encode and "
+                    "decode pictures.",
+                ),
                 io.Float.Input(
                     "vram_budget_gb",
                     default=0.0,
@@ -81,10 +89,10 @@ class PipelineNode(io.ComfyNode):
     def execute(
         cls,
         dit: "DiT",
-        text_encoders: "TextEncoders",
-        vae: "VAE",
-        vram_budget_gb: float,
-        compute_precision: str,
+        text_encoders: "TextEncoders | None" = None,
+        vae: "VAE | None" = None,
+        vram_budget_gb: float = 0.0,
+        compute_precision: str = "auto",
     ) -> io.NodeOutput:
         from ..engine.pipeline import Pipeline
         from ..engine.plan import GB, Job

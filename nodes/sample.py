@@ -248,7 +248,7 @@ class Sample(io.ComfyNode):
         painted, found, report = paint(pipeline, request, on_pass, host.check_cancelled)
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
-        counts = "" if positive else f"\n{pipeline.text_encoders.count(prompt)}"
+        counts = "" if positive else f"\n{pipeline.checked_text_encoders.count(prompt)}"
         host.show_on_node(cls.hidden.unique_id, f"{report}{counts}{drawn}")
         if cls.hidden.extra_pnginfo is not None:  # SaveImage writes it into the picture
             cls.hidden.extra_pnginfo["majicflux"] = {"seed": seed, **report.as_dict()}

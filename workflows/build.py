@@ -354,7 +354,8 @@ def inpainting() -> Template:
 
 def mixed_with_stock_nodes() -> Template:
     template = Template("mixed_with_stock_nodes", (380, 420, 480, 380, 210, 480))
-    pipeline = _pipeline(template)
+    dit = _dit(template, 0)
+    pipeline = template.add("MajicFluxPipeline", 1, dit=dit), 0
     clip = template.add(
         "DualCLIPLoader", 1, clip_name1=CLIP_L.name, clip_name2=T5_XXL.name, type="flux",
         device="default",
@@ -372,10 +373,12 @@ def mixed_with_stock_nodes() -> Template:
     template.note(2, _note(
         "与 ComfyUI 自带节点混用", "With ComfyUI's own nodes",
         "CLIPTextEncode 编码提示词，VAEDecode 解码画面，去噪在流水线的显存预算内进行。"
-        "CONDITIONING 和 LATENT 与 ComfyUI 的相同，哪一步都可以换。预算只管本插件的节点。",
+        "CONDITIONING 和 LATENT 与 ComfyUI 的相同，哪一步都可以换。流水线在这里不需要本插件的"
+        "文本编码器和 VAE。预算只管本插件的节点。",
         "CLIPTextEncode encodes the prompt and VAEDecode decodes the picture; denoise works "
         "inside the pipeline's VRAM budget. CONDITIONING and LATENT are ComfyUI's own, so that "
-        "any step may be exchanged. The budget holds for this pack's nodes only.",
+        "any step may be exchanged. This pack's text encoders and VAE are not needed here, so the "
+        "pipeline has none. The budget holds for this pack's nodes only.",
     ))  # fmt: skip
     return template
 

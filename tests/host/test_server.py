@@ -284,9 +284,21 @@ def test_the_mixed_template_is_valid_and_decodes_with_the_stock_vae(server: Serv
     mixed[nodes["MajicFluxDenoise"]]["inputs"]["steps"] = 2
     (error,) = server.run(mixed).of("execution_error")
     assert error["node_type"] == "DualCLIPLoader", "the demo text encoders are none of its sizes"
-    prompt = {"pipeline": [nodes["MajicFluxPipeline"], 0], "prompt": "a cat", "guidance": 3.5}
-    mixed[nodes["CLIPTextEncode"]] = {"class_type": "MajicFluxEncodePrompt", "inputs": prompt}
-    del mixed[nodes["DualCLIPLoader"]]
+    files = {"clip_l": "clip_l.safetensors", "t5": "t5xxl_fp16.safetensors"}
+    encoders = {**files, "precision": "bfloat16", "keep_prepared": False}
+    bare = mixed[nodes["MajicFluxPipeline"]]
+    assert {"text_encoders", "vae"}.isdisjoint(bare["inputs"])
+    mixed |= {
+        nodes["DualCLIPLoader"]: {"class_type": "MajicFluxTextEncoders", "inputs": encoders},
+        "encoding": {
+            "class_type": "MajicFluxPipeline",
+            "inputs": {**bare["inputs"], "text_encoders": [nodes["DualCLIPLoader"], 0]},
+        },
+        nodes["CLIPTextEncode"]: {
+            "class_type": "MajicFluxEncodePrompt",
+            "inputs": {"pipeline": ["encoding", 0], "prompt": "a cat", "guidance": 3.5},
+        },
+    }
     (path,) = server.outputs(server.run(mixed))
     with Image.open(path) as picture:
         assert picture.size == (64, 64)

@@ -1,5 +1,6 @@
 """Every option of the nodes that sample does what it says, without a host."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from majicflux.engine.pipeline import Pipeline, Run
+from majicflux.engine.plan import Job
 from majicflux.engine.schedule import SCHEDULES
 from majicflux.engine.solvers import SOLVERS
 from majicflux.engine.text_encoders import TextEmbedding
@@ -18,6 +20,7 @@ from majicflux.nodes.decode import Decode
 from majicflux.nodes.denoise import Denoise
 from majicflux.nodes.encode_image import EncodeImage
 from majicflux.nodes.encode_prompt import EncodePrompt
+from majicflux.nodes.pipeline import PipelineNode
 from majicflux.nodes.sample import SIZES, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -273,3 +276,24 @@ def test_denoise_with_cfg_asks_for_a_negative_prompt(pipeline: Pipeline) -> None
     latent = {"samples": torch.zeros(1, 16, 6, 8)}
     with pytest.raises(ValueError, match="connect negative"):
         Denoise.execute(pipeline, encoded(pipeline), latent, 0, 2, 3.5, cfg=2.0)
+
+
+def test_a_pipeline_without_encoders_and_vae_does_what_needs_none(pipeline: Pipeline) -> None:
+    positive, empty = encoded(pipeline), {"samples": torch.zeros(1, 16, 6, 8)}
+    bare = PipelineNode.execute(pipeline.dit, compute_precision="float32").args[0]
+    given = (positive, empty, 0, 2, 3.5)
+    expected = Denoise.execute(pipeline, *given).args[0]["samples"]
+    assert torch.equal(Denoise.execute(bare, *given).args[0]["samples"], expected)
+    assert [phase.name for phase in bare.plan(Job(64, 48)).phases] == ["denoising"]
+
+    unread = replace(pipeline, text_encoders=None)
+    assert torch.equal(sampled(unread, positive=positive)[0], sampled(pipeline)[0])
+    for node, lacks in (
+        (lambda: sampled(unread), "no text encoders"),
+        (lambda: EncodePrompt.execute(bare, "a cat", 3.5), "no text encoders"),
+        (lambda: sampled(bare, positive=positive), "no VAE"),
+        (lambda: Decode.execute(bare, empty), "no VAE"),
+        (lambda: EncodeImage.execute(bare, picture()), "no VAE"),
+    ):
+        with pytest.raises(ValueError, match=f"The pipeline has {lacks}: connect"):
+            node()
