@@ -1,0 +1,52 @@
+"""Every value of every template, against what a real ComfyUI says of its nodes and of ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfyui_server import Server
+
+API = sorted((Path(__file__).parents[2] / "workflows" / "api").glob("*.json"))
+
+
+def problem(value: Any, kind: Any, options: dict[str, Any]) -> str | None:
+    """Why a widget of this kind cannot hold the value; None when it can."""
+    choices = kind if isinstance(kind, list) else options.get("options")
+    if choices is not None:
+        return None if value in choices else f"is none of {choices}"
+    types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+    if kind not in types:
+        return f"a {kind} needs a link"
+    if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
+        return f"is no {kind}"
+    low, high = options.get("min"), options.get("max")
+    inside = (low is None or value >= low) and (high is None or value <= high)
+    return None if inside else f"is not in {low} to {high}"
+
+
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+def test_every_value_is_one_that_its_widget_can_hold(server: Server, path: Path) -> None:
+    nodes = server.get("/object_info")
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    for node in graph.values():
+        name, given = node["class_type"], node["inputs"]
+        info = nodes[name]["input"]
+        assert info["required"].keys() <= given.keys(), name
+        sockets = {**info["required"], **info.get("optional", {})}
+        for key, value in given.items():
+            kind, options = (*sockets[key], {})[:2]
+            if isinstance(value, list):
+                source, output = value
+                assert nodes[graph[source]["class_type"]]["output"][output] == kind, (name, key)
+            else:
+                assert problem(value, kind, options) is None, (name, key, value)
+
+
+@pytest.mark.parametrize(("value", "kind", "options"), [
+    ("c", ["a", "b"], {}), ("c", "COMBO", {"options": ["a"]}), (1.5, "INT", {}),
+    (True, "INT", {}), (0, "INT", {"min": 1}), (9, "FLOAT", {"max": 8}), ("x", "IMAGE", {}),
+])  # fmt: skip
+def test_a_wrong_value_is_seen(value: Any, kind: Any, options: dict[str, Any]) -> None:
+    assert problem(value, kind, options)
