@@ -24,7 +24,8 @@ from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import GB, RING_BLOCKS, BudgetError
+from majicflux.engine.plan import GB, BudgetError
+from majicflux.engine.planning import RING_BLOCKS
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import choose
 from majicflux.engine.request import Request

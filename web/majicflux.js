@@ -45,11 +45,12 @@ app.registerExtension({
     ],
 
     async init() {
-        addColors();
         app.ui.settings.addEventListener("Comfy.Locale.change", (e) => useLanguage(e.detail.value));
         useLanguage(app.extensionManager.setting.get("Comfy.Locale"));
         texts = await (await app.api.fetchApi("/i18n")).json();
     },
+
+    setup: addColors,
 
     beforeRegisterNodeDef(nodeType, nodeData) {
         // The canvas itself translates all tooltips but those of text boxes.

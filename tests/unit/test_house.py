@@ -1,6 +1,7 @@
 """The rules of the house: which folder may import which, and what an import may cost."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -112,3 +113,12 @@ Sample.execute(pipeline, "a cat", 0, 1, 3.5, 32, 32, 1)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_what_a_benchmark_imports_from_the_pack_is_there(path: Path) -> None:
+    """They run on a card only, where nobody looks for weeks."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("majicflux"):
+            module = importlib.import_module(node.module)
+            assert [a.name for a in node.names if not hasattr(module, a.name)] == []
