@@ -18,17 +18,7 @@ from .flux_dit import DiT
 from .latents import CHANNELS
 from .memory import Memory, PhaseReport, Report
 from .offload import CPU, BeforeBlock
-from .plan import (
-    DECODE,
-    DENOISING,
-    ENCODE,
-    GB,
-    TEXT,
-    BudgetError,
-    Job,
-    Phase,
-    Plan,
-)
+from .plan import DECODE, DENOISING, ENCODE, GB, TEXT, BudgetError, Job, Phase, Plan
 from .planning import plan_decode, plan_denoising, plan_encode, plan_text, step_seconds
 from .products import Computing
 from .request import Request

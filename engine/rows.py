@@ -40,9 +40,9 @@ class Rows:
 
 
 def residual_dtype(x: Tensor) -> torch.dtype:
-    """What the tokens are added up in that the layers of x's dtype and device change one after
-    another: float32 where kernels are fused, which costs them little and takes a quarter off the
-    error of bfloat16; elsewhere that of x, as in DiffSynth."""
+    """Of the residual, for layers that compute in the dtype and on the device of x: float32 where
+    kernels are fused, which costs little and takes a quarter off the error of bfloat16; elsewhere
+    that of x, as in DiffSynth."""
     return torch.float32 if kernels.fused(x) else x.dtype
 
 
