@@ -11,13 +11,15 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import websocket
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 180
@@ -25,6 +27,10 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
     "Comfy.Validation.Workflows": True,
+}
+VOCABULARIES = {  # rows of the real tables
+    "text_model.embeddings.token_embedding.weight": 49408,
+    "shared.weight": 32128,
 }
 BINARY_PREVIEW = (1, 4)
 BINARY_TEXT = 3
@@ -80,12 +86,13 @@ def example_picture() -> Image.Image:
 
 
 class Server:
-    """`python main.py --cpu` with this pack as its only node pack, in a base folder of its own."""
+    """`python main.py --cpu` in a base folder of its own, with this pack and `small_encoders`."""
 
     def __init__(self, comfyui: Path, base: Path, models: Path):
         (base / "custom_nodes").mkdir(parents=True)
         (base / "user" / "default").mkdir(parents=True)
         (base / "custom_nodes" / "majicflux").symlink_to(ROOT, target_is_directory=True)
+        shutil.copy(ROOT / "tests" / "small_encoders.py", base / "custom_nodes")
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
         (base / "input").mkdir()
         example_picture().save(base / "input" / "example.png")
@@ -110,6 +117,24 @@ class Server:
                 command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
         self._wait_until_ready()
+
+    @contextlib.contextmanager
+    def real_vocabularies(self) -> Iterator[None]:
+        """The text encoders have a row for every token of ComfyUI's own tokenizers."""
+        folder = self.base / "models" / "text_encoders"
+        before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+        for path in before:
+            tensors = load_file(path)
+            for name, rows in VOCABULARIES.items():
+                if name in tensors:
+                    missing = rows - len(tensors[name])
+                    tensors[name] = F.pad(tensors[name], (0, 0, 0, missing), value=0.01)
+            save_file(tensors, path)
+        try:
+            yield
+        finally:
+            for path, content in before.items():
+                path.write_bytes(content)
 
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + START_SECONDS
