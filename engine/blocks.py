@@ -1,8 +1,8 @@
 """Flux.1's two kinds of transformer block: DiffSynth's modules, run in little memory.
 
 One picture after the other, the residual in place, and what is not attention in chunks of tokens.
-Where no kernel is fused, every value is rounded when DiffSynth rounds it, so the results are
-DiffSynth's bit for bit.
+Where no kernel is fused and the residual has the dtype of the products, every value is rounded
+when DiffSynth rounds it, so the results are DiffSynth's bit for bit.
 """
 # pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
 
@@ -38,9 +38,9 @@ class JointBlock(FluxJointTransformerBlock):
     def forward(
         self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
     ) -> None:
-        """x: [batch, words + image tokens, width] in `rows.residual_dtype`, changed in place;
-        modulation: what each of `modulation_layers` gave, [1, 1, 6 * width]; rope: as RoPEEmbedding
-        gives it."""
+        """x: [batch, words + image tokens, width], the residual, changed in place; modulation: what
+        each of `modulation_layers` gave, [1, 1, 6 * width], in the dtype of x; rope: as
+        RoPEEmbedding gives it."""
         attention = self.attn
         image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
         text, image = slice(0, words), slice(words, x.shape[1])
@@ -119,7 +119,8 @@ def mix(x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, work: Work) -
     and values, norms of queries and keys).
     """
     done, mixed = 0, None
-    new = parts[0][1][0].new_empty  # in the dtype of the products, which x need not have
+    product = parts[0][2].product
+    new = partial(x.new_empty, dtype=x.dtype if product is None else product.dtype)
 
     def some_heads() -> int:
         nonlocal mixed

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .offload import CPU, at_hand
-from .rows import residual_dtype
+from .rows import prepare
 from .solvers import Velocity
 from .text_encoders import TextEmbedding
 from .work import Work
@@ -24,12 +24,13 @@ ENDS = Work(1024)
 class Conditions:
     """What the transformer is told besides the latents, computed once for a whole run.
 
-    text: [1, words, width]; modulation: by sigma, what each modulation layer of each block gives,
-    [1, 1, n * width], the final norm's last.
+    text: [1, words, width], in the dtype that the residual is to have; modulation: by sigma, what
+    all modulation layers give, [1, 1, n * width], the final norm's last. It waits in the host's
+    memory for its step.
     """
 
     text: Tensor
-    modulation: dict[float, list[list[Tensor]]] = field(default_factory=dict)
+    modulation: dict[float, Tensor] = field(default_factory=dict)
 
 
 def conditions_of(
@@ -45,45 +46,41 @@ def conditions_of(
 
     Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
     quarter of the parameters: computed before the first step, they need not travel at every step.
-    The timestep and the guidance take `dtype`, that of the latents, as in DiffSynth, where bfloat16
-    latents therefore mean a guidance of 3504 instead of 3500; float32 latents keep both exact.
+    dtype: of the latents. If it is float32, so are these conditions and the residual, which takes
+    two thirds off the error of bfloat16, because an error of the modulation is one of every token.
+    If it is bfloat16, all is rounded as in DiffSynth, which makes a guidance of 3504 of 3500.
     """
     sigmas = sigmas[sigmas > 0]
+    wide = torch.promote_types(dtype, compute_dtype)
 
     def active(text: TextEmbedding) -> Tensor:
         """What the modulation layers take, [sigmas, 1, width]."""
         own = guidance if text.guidance is None else text.guidance
         strength = torch.full((1,), own, device=device, dtype=dtype) * 1000
-        pooled = dit.pooled_text_embedder(text.pooled.to(device, compute_dtype))
+        pooled = dit.pooled_text_embedder(text.pooled.to(device, wide))
 
         def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
             timestep = (sigma * 1000).to(device, dtype).reshape(1)
-            found = dit.time_embedder(timestep, compute_dtype) + pooled
+            found = dit.time_embedder(timestep, wide) + pooled
             if dit.guidance_embedder is None:
                 return found
-            return found + dit.guidance_embedder(strength, compute_dtype)
+            return found + dit.guidance_embedder(strength, wide)
 
         return F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
 
     with at_hand(dit.context_embedder):
-        words = [dit.context_embedder(p.tokens.to(device, compute_dtype)) for p in prompts]
+        words = [dit.context_embedder(p.tokens.to(device, wide)) for p in prompts]
         inputs = [active(prompt) for prompt in prompts]
 
     def given_by(layer: Any) -> list[Tensor]:
         with at_hand(layer):
-            return [layer(of_prompt) for of_prompt in inputs]
+            return [_on_host(layer(of_prompt)) for of_prompt in inputs]
 
-    layers = [*(block.modulation_layers() for block in _blocks(dit)), [dit.final_norm_out.linear]]
-    found = [[given_by(layer) for layer in of_block] for of_block in layers]
+    found = map(given_by, _modulation_layers(dit))
+    of_prompts = (_pinned(torch.cat(x, dim=-1), device) for x in zip(*found, strict=True))
     return [
-        Conditions(
-            tokens,
-            {
-                sigma.item(): [[of[prompt][step, None] for of in of_block] for of_block in found]
-                for step, sigma in enumerate(sigmas)
-            },
-        )
-        for prompt, tokens in enumerate(words)
+        Conditions(tokens, dict(zip(sigmas.tolist(), of_prompt.split(1), strict=True)))
+        for tokens, of_prompt in zip(words, of_prompts, strict=True)
     ]
 
 
@@ -95,20 +92,35 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
     work = work or Work()
     text = conditions.text
     rope: dict[tuple[int, int], Tensor] = {}  # the same at every step
+    sizes = [len(layer.weight) for layer in _modulation_layers(dit)]
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         height, width = latents.shape[2:]
         size = (height // 2, width // 2)
         if size not in rope:
             rope[size] = _rope(dit, text.shape[1], *size).to(latents.device)
-        *modulation, (final,) = conditions.modulation[sigma.item()]
+        told = conditions.modulation[sigma.item()].to(latents.device, non_blocking=True)
+        modulation = iter(told.split(sizes, dim=-1))
         x = work.attempt(partial(_embedded, dit, latents, text))
-        for block, of_block in zip(_blocks(dit), modulation, strict=True):
+        for block in _blocks(dit):
+            of_block = [next(modulation) for _ in block.modulation_layers()]
             block(x, text.shape[1], of_block, rope[size], work)
-        out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], final))
+        out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], next(modulation)))
         return dit.unpatchify(out, height, width).to(latents.dtype)
 
     return velocity
+
+
+def _on_host(x: Tensor) -> Tensor:
+    return x if x.is_meta else x.cpu()  # nothing can be copied from the meta device
+
+
+def _pinned(x: Tensor, device: torch.device) -> Tensor:
+    """The same in memory from which copies to `device` need not wait, if it has so much."""
+    try:
+        return x.pin_memory() if device.type == "cuda" else x
+    except RuntimeError:
+        return x
 
 
 def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
@@ -117,7 +129,7 @@ def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
     out = modulation.new_empty(*image.shape[:2], len(layer.weight))
     for picture, tokens in zip(out, image.split(1), strict=True):
         for some in ENDS.chunks(slice(0, out.shape[1])):
-            picture[some] = layer(layer.rows(tokens[:, some], norm=norm))[0]
+            picture[some] = layer(prepare(tokens[:, some], norm))[0]
     return out
 
 
@@ -125,8 +137,7 @@ def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
     """The words, then the latents, as tokens of the transformer: [batch, tokens, width]."""
     patches = dit.patchify(latents.to(text.dtype))
     words = text.shape[1]
-    shape = (len(latents), words + patches.shape[1], text.shape[2])
-    x = text.new_empty(shape, dtype=residual_dtype(text))
+    x = text.new_empty(len(latents), words + patches.shape[1], text.shape[2])
     x[:, :words] = text
     for picture, mine in enumerate(patches):
         for some in ENDS.chunks(slice(0, len(mine))):
@@ -136,6 +147,11 @@ def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
 
 def _blocks(dit: Any) -> list[Any]:
     return [*dit.blocks, *dit.single_blocks]
+
+
+def _modulation_layers(dit: Any) -> list[Any]:
+    of_blocks = [layer for block in _blocks(dit) for layer in block.modulation_layers()]
+    return [*of_blocks, dit.final_norm_out.linear]
 
 
 def _rope(dit: Any, words: int, rows: int, columns: int) -> Tensor:

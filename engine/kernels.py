@@ -77,7 +77,7 @@ def _triton_is_right(device: torch.device) -> bool:
     generator = torch.Generator(device).manual_seed(0)
     for width in (3072, 15360):
         x = torch.randn(1, 2, width, device=device, generator=generator)
-        values, scale = triton_kernels.prepare(None, None, x, 0.0, (torch.int8, 127.0, 256))
+        values, scale = triton_kernels.prepare(None, None, x, 0.0, torch.int8, 127.0, 256)
         assert scale is not None
         activated = torch.nn.functional.gelu(x, approximate="tanh").view(1, 2, -1, 256)
         rotated = (activated @ hadamard(256, device, x.dtype)).view(x.shape)

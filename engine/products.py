@@ -23,12 +23,20 @@ INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
 FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
+CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
 
 _refused: WeakSet[StoredLinear] = WeakSet()  # no kernel takes them
 
 
 class Product(Protocol):
-    """A way to multiply. An object lasts for one run and may keep memory for it."""
+    """A way to multiply. An object lasts for one run and may keep memory for it.
+
+    dtype: of the run's activations. Rows in another one, a few in float32, are multiplied in
+    theirs.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         """The format in which the rows should come; None: as they are."""
@@ -59,6 +67,8 @@ class Dequantized:
     def __call__(
         self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, columns: slice
     ) -> Tensor:
+        if isinstance(x, Tensor) and x.dtype != self.dtype:
+            return _in_pieces(layer, x, columns)
         buffer = None if layer.weight.dtype == self.dtype else self.buffer
         return dequantized_product(layer, x, buffer, out, columns)
 
@@ -72,7 +82,7 @@ class EightBit:
 
     def __init__(self, dtypes: Collection[torch.dtype], device: torch.device, otherwise: Product):
         self.dtypes = dtypes
-        self.otherwise = otherwise
+        self.otherwise, self.dtype = otherwise, otherwise.dtype
         self.kitchen = torch.int8 in dtypes and kernels.kitchen_is_faster(device)
 
     def wanted(self, layer: StoredLinear) -> Wanted | None:
@@ -88,7 +98,8 @@ class EightBit:
     ) -> Tensor:
         dtype = layer.weight.dtype
         few = isinstance(x, Tensor) and x.numel() <= FEW_ROWS * x.shape[-1]
-        if dtype not in self.dtypes or layer in _refused or few:
+        other = isinstance(x, Tensor) and x.dtype != self.dtype
+        if dtype not in self.dtypes or layer in _refused or few or other:
             return self.otherwise(layer, x, out, columns)
         try:
             if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
@@ -229,6 +240,15 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
     return say(
         "no fused kernels for {format}: Triton is not installed or does not work", format=name
     )
+
+
+def _in_pieces(layer: StoredLinear, x: Tensor, columns: slice) -> Tensor:
+    """The product in the dtype of x, with a few rows of the weight converted at a time."""
+    first, last, _ = columns.indices(len(layer.weight))
+    step = max(1, CONVERTED_AT_ONCE // layer.weight.shape[1])
+    pieces = [slice(start, min(start + step, last)) for start in range(first, last, step)]
+    found = [dequantized_product(layer, x, columns=some) for some in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:

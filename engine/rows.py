@@ -39,28 +39,24 @@ class Rows:
     dtype: torch.dtype
 
 
-def residual_dtype(x: Tensor) -> torch.dtype:
-    """Of the residual, for layers that compute in the dtype and on the device of x: float32 where
-    kernels are fused, which costs little and takes a quarter off the error of bfloat16; elsewhere
-    that of x, as in DiffSynth."""
-    return torch.float32 if kernels.fused(x) else x.dtype
-
-
 def prepare(
     x: Tensor | None,
     norm: tuple[Tensor, Tensor] | None = None,
     gelu: Tensor | None = None,
     wanted: Wanted | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | Rows:
     """The rows [x | GELU(gelu)], or layer norm(x) * (1 + scale) + shift, quantized if wanted.
 
     x, gelu: [batch, tokens, width], either may be absent, and gelu may be used up; norm: (shift,
-    scale) [batch, 1, width], whose dtype the rows take.
+    scale) [batch, 1, width]; dtype: of the rows, or of what a product makes of them; that of x, or
+    else of gelu, if absent.
     """
     source = x if x is not None else gelu
     assert source is not None
+    dtype = dtype or source.dtype
     if kernels.fused(source) and (wanted is None or wanted.group in (0, ROTATION)):
-        return _fused(x, norm, gelu, wanted)
+        return _fused(x, norm, gelu, wanted, dtype)
     if norm is not None:
         shift, scale = norm
         if kernels.of_kitchen(source):
@@ -73,18 +69,21 @@ def prepare(
         activated = torch.ops.aten.gelu_(gelu, approximate="tanh")
         x = activated if x is None else torch.cat([x, activated], dim=-1)
     assert x is not None
-    return x if wanted is None else quantize_activations(x, wanted)
+    if wanted is None:
+        return x.to(dtype)
+    return quantize_activations(x, wanted, dtype)
 
 
-def quantize_activations(x: Tensor, wanted: Wanted) -> Rows:
+def quantize_activations(x: Tensor, wanted: Wanted, dtype: torch.dtype) -> Rows:
     """One scale a row, found in float32; a row of zeros gets a scale of almost nothing.
 
-    Rows that are only to be rotated keep their dtype.
+    Rows that are only to be rotated are so in `dtype`.
     """
     from .stored_linear import rotate
 
     if wanted.dtype is None:
-        return Rows(rotate(x, wanted.group), None, x.dtype)
+        x = x.to(dtype)
+        return Rows(rotate(x, wanted.group), None, dtype)
     values = rotate(x.float(), wanted.group)
     largest = torch.linalg.vector_norm(values, ord=float("inf"), dim=-1, keepdim=True)
     scale = (largest / wanted.limit).clamp_min_(1e-30)
@@ -92,7 +91,7 @@ def quantize_activations(x: Tensor, wanted: Wanted) -> Rows:
     values.clamp_(-wanted.limit, wanted.limit)
     if not wanted.dtype.is_floating_point:
         values.round_()
-    return Rows(values.to(wanted.dtype), scale, x.dtype)
+    return Rows(values.to(wanted.dtype), scale, dtype)
 
 
 def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -> None:
@@ -122,13 +121,13 @@ def rms_rope_(qkv: Tensor, q_norm: Any, k_norm: Any, rope: Tensor, heads: int) -
 def add_gated_(x: Tensor, gate: Tensor, y: Tensor) -> None:
     """Add gate * y to x, which is changed last of all; y may be used up.
 
-    Rounded once where kernels are fused, twice as in DiffSynth elsewhere.
+    Rounded once, but twice as in DiffSynth where no kernel is fused and x has the dtype of y.
     """
     if kernels.fused(x):
         from . import triton_kernels
 
         triton_kernels.add_gated_(x, gate, y)
-    elif kernels.of_kitchen(x):
+    elif x.dtype != y.dtype or kernels.of_kitchen(x):
         x.addcmul_(gate, y)
     else:
         x.add_(y.mul_(gate))
@@ -139,12 +138,11 @@ def _fused(
     norm: tuple[Tensor, Tensor] | None,
     gelu: Tensor | None,
     wanted: Wanted | None,
+    dtype: torch.dtype,
 ) -> Tensor | Rows:
     from . import triton_kernels
 
-    values, scale = triton_kernels.prepare(
-        x, norm, gelu, EPS, wanted and (wanted.dtype, wanted.limit, wanted.group)
-    )
-    given = norm[0] if norm else x if x is not None else gelu
-    assert given is not None
-    return Rows(values, scale, given.dtype) if wanted else values
+    if wanted is None:
+        return triton_kernels.prepare(x, norm, gelu, EPS, dtype)[0]
+    given = (wanted.dtype or dtype, wanted.limit, wanted.group)
+    return Rows(*triton_kernels.prepare(x, norm, gelu, EPS, *given), dtype)

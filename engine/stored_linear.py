@@ -50,8 +50,10 @@ class StoredLinear(nn.Module):
         gelu: Tensor | None = None,
     ) -> Tensor | Rows:
         """The input of this layer from what `prepare` takes, quantized if the product wants it."""
-        wanted = None if self.product is None or self.low_rank else self.product.wanted(self)
-        return prepare(x, norm, gelu, wanted)
+        if self.product is None:
+            return prepare(x, norm, gelu)
+        wanted = None if self.low_rank else self.product.wanted(self)
+        return prepare(x, norm, gelu, wanted, self.product.dtype)
 
     def matrix(self, columns: slice = ALL) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight, scale and bias of these output columns."""

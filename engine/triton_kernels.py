@@ -95,11 +95,13 @@ def prepare(
     norm: tuple[Tensor, Tensor] | None,
     gelu: Tensor | None,
     eps: float,
-    wanted: tuple[torch.dtype | None, float, int] | None,
+    dtype: torch.dtype,
+    limit: float = 0.0,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """`rows.prepare` in one kernel: the values, and their scale if they are wanted in 8 bits.
+    """`rows.prepare` in one kernel: the values in `dtype`, and their scale if they have a limit.
 
-    wanted: (dtype or None, largest value, columns that are rotated together: 0 or 256).
+    group: columns that are rotated together, 0 or 256.
     """
     source = x if x is not None else gelu
     assert source is not None
@@ -107,8 +109,6 @@ def prepare(
     width = 0 if x is None else x.shape[-1]
     more = 0 if gelu is None else gelu.shape[-1]
     x, gelu = _unit_stride(x), _unit_stride(gelu)
-    dtype, limit, group = wanted or (None, 0.0, 0)
-    dtype = dtype or (norm[0] if norm else source).dtype
     out = torch.empty(batch, tokens, width + more, dtype=dtype, device=source.device)
     scale = None
     if limit:

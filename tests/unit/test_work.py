@@ -1,7 +1,7 @@
 """How much is computed at once: the same result with any choice, and with any lack of memory."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -13,13 +13,14 @@ from majicflux.engine import blocks, denoise, products
 from majicflux.engine.denoise import Conditions, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import choose
+from majicflux.engine.products import Computing, choose
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows
 from majicflux.engine.work import CHUNKS, GROUPS, Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+BFLOAT16 = Computing(torch.bfloat16)
 GEOMETRY = FluxGeometry(512, 1, 1, text_width=64, pooled_width=64)  # 4 heads
 WORDS = 70
 LATENTS = (34, 36)  # 306 tokens: more than the smallest chunk
@@ -45,14 +46,10 @@ def transformer(precision: str) -> Any:
 @cache
 def given(pictures: int = 1) -> tuple[Tensor, Conditions]:
     """Latents, and what each block is told."""
-    drawn = torch.Generator().manual_seed(5)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=drawn).bfloat16()
-
-    width = GEOMETRY.hidden
-    modulation = [[0.3 * some(1, 1, n * width) for n in sizes] for sizes in ([6, 6], [3], [2])]
-    return some(pictures, 16, *LATENTS), Conditions(some(1, WORDS, width), {1.0: modulation})
+    some = partial(torch.randn, generator=torch.Generator().manual_seed(5))
+    modulation = {1.0: 0.3 * some(1, 1, (6 + 6 + 3 + 2) * GEOMETRY.hidden)}
+    text = some(1, WORDS, GEOMETRY.hidden)
+    return some(pictures, 16, *LATENTS), Conditions(text, modulation)
 
 
 @torch.inference_mode()
@@ -107,14 +104,16 @@ def through_blocks(
     work: Work, allowed: Callable[[int, int, int], bool] = lambda *_: True
 ) -> tuple[Tensor, LiveBytes]:
     """A joint and a single block, in which every allocation belongs to an attempt."""
-    dit, (joint, single, _) = transformer("bfloat16"), given()[1].modulation[1.0]
+    dit, width = transformer("bfloat16"), GEOMETRY.hidden
+    modulation = given()[1].modulation[1.0]
+    *joint, single, _ = modulation.split([n * width for n in (6, 6, 3, 2)], dim=-1)
     drawn = torch.Generator().manual_seed(6)
     tokens = WORDS + 17 * 18
-    x = torch.randn(1, tokens, GEOMETRY.hidden, generator=drawn).bfloat16()
+    x = torch.randn(1, tokens, width, generator=drawn)
     rope = torch.randn(1, 1, tokens, 64, 2, 2, generator=drawn)
-    with LiveBytes("cpu", allowed) as live:
+    with BFLOAT16.applied_to(dit, CPU), LiveBytes("cpu", allowed) as live:
         dit.blocks[0](x, WORDS, joint, rope, work)
-        dit.single_blocks[0](x, WORDS, single, rope, work)
+        dit.single_blocks[0](x, WORDS, [single], rope, work)
     return x, live
 
 
