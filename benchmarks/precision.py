@@ -26,7 +26,6 @@ from majicflux.engine.blocks import JointBlock, SingleBlock
 from majicflux.engine.flux_dit import ROPE_AXES, ROPE_THETA, FluxGeometry, kind_of_layer
 from majicflux.engine.precision import PRECISIONS, Precision
 from majicflux.engine.products import Computing
-from majicflux.engine.rows import residual_dtype
 from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, StoredNorm, store
 from majicflux.engine.work import Work
 
@@ -56,11 +55,13 @@ Errors = dict[str, float]  # by scheme
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to store weights and to compute. make: the module of a part, with its weights."""
+    """A way to store weights and to compute. make: the module of a part, with its weights; dtype:
+    of what is passed from part to part."""
 
     name: str
     make: Callable[[Part], nn.Module]
     computing: Computing = BFLOAT16
+    dtype: torch.dtype = torch.bfloat16
 
 
 def main() -> None:
@@ -70,12 +71,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="a quarter of them are text")
     parser.add_argument("--seeds", type=int, default=1, help="errors are their mean over so many")
     parser.add_argument("--weights", choices=DISTRIBUTIONS, nargs="+", help="all by default")
+    parser.add_argument("--bars", action="store_true", help="only what the bars compare")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     chosen = parser.parse_args()
     g = SMALL if chosen.quick else FluxGeometry()
     schemes = [exact(), *peers(chosen.device), *ours()]
+    if chosen.bars:
+        compared = {EXACT, *(name for ours_name, peer, _ in BARS for name in (ours_name, peer))}
+        schemes = [s for s in schemes if s.name in compared]
     found = {}
-    for name in chosen.weights or DISTRIBUTIONS:
+    for name in chosen.weights or ([JUDGED] if chosen.bars else DISTRIBUTIONS):
         draw = DISTRIBUTIONS[name]
         print(f"{name} weights", file=sys.stderr)
         seeds = range(1, chosen.seeds + 1)
@@ -123,7 +128,7 @@ def plain(dtype: torch.dtype, part: Part, change: Callable[[nn.Module], None] | 
 
 def exact() -> Scheme:
     """What the others are compared with."""
-    return Scheme(EXACT, partial(plain, torch.float32), Computing(torch.float32))
+    return Scheme(EXACT, partial(plain, torch.float32), Computing(torch.float32), torch.float32)
 
 
 def peers(device: torch.device) -> Iterator[Scheme]:
@@ -184,11 +189,12 @@ def ours() -> Iterator[Scheme]:
         "float8_e4m3fn, modulation float8_e4m3fn": float8.with_kinds(modulation=float8.mlp),
         "int8 rotated, modulation int8 rotated": int8.with_kinds(modulation=int8.mlp),
     }
+    # As in a run, whose latents are float32.
     for name, precision in precisions.items():
-        yield Scheme(name, partial(stored, precision))
+        yield Scheme(name, partial(stored, precision), dtype=torch.float32)
     both = Computing(torch.bfloat16, frozenset(LIMITS))
-    yield Scheme(FLOAT8_BOTH, partial(stored, float8), both)
-    yield Scheme(INT8_BOTH, partial(stored, int8), both)
+    yield Scheme(FLOAT8_BOTH, partial(stored, float8), both, torch.float32)
+    yield Scheme(INT8_BOTH, partial(stored, int8), both, torch.float32)
 
 
 def stored(precision: Precision, part: Part) -> nn.Module:
@@ -216,7 +222,7 @@ def errors(
     randn = partial(torch.randn, generator=generator, device=device)
     latents, pooled = randn(1, tokens - words, g.in_channels), randn(1, g.pooled_width)
     start = (latents, randn(1, words, g.text_width) * TEXT_STD, pooled)
-    states = {s.name: tuple(x.bfloat16().to(s.computing.dtype) for x in start) for s in schemes}
+    states = {s.name: tuple(x.bfloat16().to(s.dtype) for x in start) for s in schemes}
     places = torch.arange(tokens - words, device=device)
     ids = torch.zeros(1, tokens, 3, device=device)
     ids[0, words:, 1:] = torch.stack([places // COLUMNS, places % COLUMNS], dim=-1).float()
@@ -241,7 +247,6 @@ def advance(module: Any, state: State, rope: Tensor) -> State:
         active = F.silu(conditioning)[:, None]
         modulation = [layer(active) for layer in module.modulation_layers()]
         both = torch.cat([text, image], dim=1)
-        both = both.to(residual_dtype(conditioning))
         module(both, text.shape[1], modulation, rope, Work())
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
@@ -249,7 +254,6 @@ def advance(module: Any, state: State, rope: Tensor) -> State:
         both, _ = module(torch.cat([text, image], dim=1), text, conditioning, rope)
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
-    image = image.to(conditioning.dtype)
     return (*module(image, text, conditioning, rope), conditioning)[:3]
 
 

@@ -125,11 +125,11 @@ def _pinned(x: Tensor, device: torch.device) -> Tensor:
 
 def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
     """The last layer, for [batch, tokens, width]."""
-    layer, norm = dit.final_proj_out, modulation.chunk(2, dim=-1)
+    layer, (shift, scale) = dit.final_proj_out, modulation.chunk(2, dim=-1)
     out = modulation.new_empty(*image.shape[:2], len(layer.weight))
     for picture, tokens in zip(out, image.split(1), strict=True):
         for some in ENDS.chunks(slice(0, out.shape[1])):
-            picture[some] = layer(prepare(tokens[:, some], norm))[0]
+            picture[some] = layer(prepare(tokens[:, some], (shift, scale)))[0]
     return out
 
 

@@ -8,6 +8,7 @@ from . import vae_bands
 from .flux_dit import HEAD_DIM, MLP_RATIO, FluxGeometry
 from .latents import CHANNELS
 from .plan import DECODE, DENOISING, ENCODE, TEXT, Card, Job, Phase
+from .products import CONVERTED_AT_ONCE
 from .prompts import T5_TOKENS
 from .text_encoders import T5Geometry
 from .work import CHUNKS, GROUPS, Work
@@ -61,15 +62,22 @@ def plan_denoising(
     width = geometry.hidden
     rows, columns = job.latent_size
     latents = pictures * CHANNELS * rows * columns
-    modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2
+    modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
     fixed = (
-        pictures * tokens * width * (4 if card.fused else itemsize)  # the residual
+        (pictures * tokens + modulation + job.prompts * words) * width * 4  # beside the residual
         + tokens * HEAD_DIM * 2 * 4  # RoPE
-        + job.prompts * (job.steps * modulation + words) * width * itemsize
-        + latents * (8 * 4 + 2 * itemsize)
+        + latents * 10 * 4
         + conversion_bytes
     )
     one_of_width = tokens * width * itemsize
+    # Before the first step, in float32 too: the embedding of the text, or what a modulation layer
+    # gives for all steps, made in pieces that are joined.
+    given = [
+        (words * (geometry.text_width + (job.prompts - 1) * width), words * width),
+        (job.prompts * (words + job.steps) * width, job.steps * 6 * width),
+    ]
+    piece = min(CONVERTED_AT_ONCE, max(6 * width, geometry.text_width) * width)
+    conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
 
     def values(chunk: int, groups: int = 1) -> int:
         work = Work(chunk, groups)
@@ -86,13 +94,14 @@ def plan_denoising(
         waiting = 0 if chunk or share < 1 else MLP_RATIO * one_of_width
         others = (pictures - 1) * one_of_width  # what the other pictures mix to, in a joint block
         qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
-        return fixed + max(
+        step = fixed + max(
             others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
             others + qkv + image_at_once * before_row,
             qkv + waiting + all_at_once * before_row,
             others + one_of_width + image_at_once * joint_row,
             (5 if waiting else 1) * one_of_width + all_at_once * single_row,
         )
+        return max(step, conditions)
 
     chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
     choices = [(chunk, values(chunk)) for chunk in chunks]
@@ -124,8 +133,9 @@ def _row_bytes(
         if share < 1:  # a product, on its way to where it belongs
             before += int(itemsize * share * width)
         return before, (itemsize + row) * hidden, itemsize * hidden + row * joined
-    # Rows as they are rotated, or float32 queries or keys as they are turned.
-    before = int(max(2 * itemsize, 20 * share) * width)
+    # Normed rows in float32 and as the product takes them, or float32 queries or keys as they are
+    # turned.
+    before = int(max(4 + itemsize, 20 * share) * width)
     more = itemsize * rotated
     if eight_bit and integers:  # float32 rows as they are rotated, or sums in int32 and in float32
         before = int(max(11, 27 * share) * width)

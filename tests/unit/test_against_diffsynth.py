@@ -8,7 +8,7 @@ import torch
 from diffsynth_pipeline import diffsynth_pipeline
 
 from majicflux.engine.latents import draw_noise
-from majicflux.engine.pipeline import Pipeline, paint
+from majicflux.engine.pipeline import paint
 from majicflux.engine.request import Request
 from majicflux.engine.sampling import Task, sample
 from majicflux.engine.schedule import diffsynth_sigmas
@@ -55,19 +55,24 @@ def test_latents_and_picture_are_diffsynths_bit_for_bit(
     assert ((image[0] * 255) - their_pixels.float()).abs().max() <= 1.5
 
 
-def test_float32_latents_stay_closer_to_exact_arithmetic(make_pipeline) -> None:
-    """Why latents are float32 between steps: against a run in float32 throughout."""
-    request = Request(PROMPT, seed=7, steps=20, guidance=3.5, width=64, height=64)
+@pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (1, 4.0)])
+def test_float32_latents_stay_closer_to_exact_arithmetic(
+    make_pipeline, steps: int, guidance: float
+) -> None:
+    """Why latents, conditions and the residual are float32 while products are not. With one step
+    and a guidance of 4, bfloat16 holds what is embedded exactly: what is left is their rounding."""
+    request = Request(PROMPT, seed=7, steps=steps, guidance=guidance, width=64, height=64)
 
-    def latents(pipeline: Pipeline, dtype: torch.dtype) -> torch.Tensor:
+    def latents(mode: str, dtype: torch.dtype) -> torch.Tensor:
+        pipeline = make_pipeline(mode=mode)
         return paint(pipeline, request, lambda *_: None, lambda: None, latents_dtype=dtype)[1]
 
-    exact = latents(make_pipeline(dtype=torch.float32), torch.float32)
-    ours = make_pipeline()
+    exact = latents("float32", torch.float32)
     error = {
-        dtype: (latents(ours, dtype) - exact).norm() for dtype in (torch.float32, torch.bfloat16)
+        dtype: (latents("bfloat16", dtype) - exact).norm()
+        for dtype in (torch.float32, torch.bfloat16)
     }
-    assert error[torch.float32] < error[torch.bfloat16]
+    assert error[torch.float32] < 0.5 * error[torch.bfloat16]
 
 
 def test_noise_is_torchs_for_the_seed() -> None:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 
 from majicflux.engine import kernels, products
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
@@ -50,6 +51,29 @@ def stored_weight(layer: StoredLinear) -> torch.Tensor:
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("storage", [BFLOAT16, *STORAGES], ids=str)
+def test_float32_rows_stay_so_in_a_run_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, storage: Storage, eight_bit: bool
+) -> None:
+    """The modulation's and the last layer's: in pieces, so that no whole weight is converted."""
+    monkeypatch.setattr(products, "FEW_ROWS", 1)
+    monkeypatch.setattr(products, "CONVERTED_AT_ONCE", 10 * 512)
+    layer, _ = filled(storage)
+    with LiveBytes("cpu") as live:
+        layer.product = Dequantized([layer], CPU, torch.bfloat16)
+        if eight_bit:
+            layer.product = EightBit([layer.weight.dtype], CPU, layer.product)
+        x = torch.randn(1, 3, 512, generator=torch.Generator().manual_seed(1))
+        found = layer(x)
+    assert found.dtype == torch.float32
+    exact = x.double() @ stored_weight(layer).T + layer.bias.double()
+    assert relative(found, exact) < 1e-6
+    assert relative(layer(x, columns=slice(5, 40)), exact[..., 5:40]) < 1e-6
+    # A piece and little else, not all 48 rows.
+    assert live.peak < 2 * 10 * 512 * 4
 
 
 def in_8_bits(layer: StoredLinear) -> EightBit:
