@@ -16,6 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 has no fractions from here on: adding it rounds
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+
 
 @triton.jit
 def _gelu(x, PTX: tl.constexpr):
@@ -113,22 +115,24 @@ def prepare(
     scale = None
     if limit:
         scale = torch.empty(batch, tokens, 1, device=source.device)
-    shift, factor = (p.expand(batch, 1, width) for p in norm) if norm else (None, None)
-    block = triton.next_power_of_2(width + more)
+    shift, factor = norm or (None, None)
+    block = _power_of_2(width + more)
     warps = 8 if block > 8192 else 4
     # The assembly takes 8 neighbours of one thread, which has them from so many columns on.
     ptx = source.is_cuda and block >= 8 * 32 * warps
-    with _on(source.device):
-        _prepare[(batch * tokens,)](
+    _start(
+        _prepare, source.device, (batch * tokens, 1, 1),
+        (
             x, gelu, shift, factor, out, scale,
             tokens,
             0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
             0 if gelu is None else gelu.stride(0), 0 if gelu is None else gelu.stride(1),
-            0 if shift is None else shift.stride(0),
-            WIDTH=width, MORE=more, BLOCK=block, NORM=norm is not None,
-            EPS=eps, ROTATE=group > 0, LIMIT=limit, ROUND=dtype == torch.int8, PTX=ptx,
-            num_warps=warps,
-        )  # fmt: skip
+            0 if shift is None or len(shift) == 1 else shift.stride(0),
+        ),
+        WIDTH=width, MORE=more, BLOCK=block, NORM=norm is not None,
+        EPS=eps, ROTATE=group > 0, LIMIT=limit, ROUND=dtype == torch.int8, PTX=ptx,
+        num_warps=warps,
+    )  # fmt: skip
     return out, scale
 
 
@@ -171,11 +175,10 @@ def _dequantize(weight_ptr, scale_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.c
 def dequantize(weight: Tensor, scale: Tensor, out: Tensor) -> None:
     """out [rows, columns] = weight * scale[:, None], rounded once; all contiguous."""
     rows, width = weight.shape
-    block = min(4096, triton.next_power_of_2(width))
-    with _on(weight.device):
-        _dequantize[(rows, triton.cdiv(width, block))](
-            weight, scale, out, WIDTH=width, BLOCK=block, num_warps=4
-        )
+    block = min(4096, _power_of_2(width))
+    programs = (rows, _cdiv(width, block), 1)
+    given = (weight, scale, out)
+    _start(_dequantize, weight.device, programs, given, WIDTH=width, BLOCK=block)
 
 
 def rms_rope_(
@@ -187,12 +190,14 @@ def rms_rope_(
     assert qkv.stride(-1) == 1
     assert rope[0].is_contiguous()
     some = 16  # heads at once
-    with _on(qkv.device):
-        _rms_rope[(batch * tokens, triton.cdiv(2 * heads, some))](
+    _start(
+        _rms_rope, qkv.device, (batch * tokens, _cdiv(2 * heads, some), 1),
+        (
             qkv, q_norm, k_norm, rope,
             tokens, qkv.stride(0), qkv.stride(1), rope.stride(0) if len(rope) > 1 else 0,
-            HEADS=heads, HALF=half, SOME=some, EPS=eps, num_warps=4,
-        )  # fmt: skip
+        ),
+        HEADS=heads, HALF=half, SOME=some, EPS=eps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -237,12 +242,11 @@ def int8_product(
     side = 128  # of the tiles, the best of those that were measured on an H200
     tiles = (TensorDescriptor.from_tensor(t, [side, side]) for t in (x, weight, out))
     x_tiles, w_tiles, out_tiles = tiles
-    with _on(x.device):
-        _int8_product[(triton.cdiv(rows, side) * triton.cdiv(columns, side),)](
-            x_tiles, w_tiles, x_scale, scale, bias, out_tiles,
-            rows, columns,
-            DEPTH=depth, BIAS=bias is not None, SIDE=side, GROUP=8, num_warps=8, num_stages=3,
-        )  # fmt: skip
+    _start(
+        _int8_product, x.device, (_cdiv(rows, side) * _cdiv(columns, side), 1, 1),
+        (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, rows, columns),
+        DEPTH=depth, BIAS=bias is not None, SIDE=side, GROUP=8, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -264,17 +268,56 @@ def add_gated_(x: Tensor, gate: Tensor, y: Tensor) -> None:
     """Add gate * y, rounded once. x, y: [batch, tokens, width]; gate: [batch, 1, width]."""
     batch, tokens, width = x.shape
     assert x[0].is_contiguous()
-    y, gate = y.contiguous(), gate.expand(batch, 1, width)
-    with _on(x.device):
-        _add_gated[(batch * tokens,)](
-            x, gate, y, tokens, x.stride(0), gate.stride(0),
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
+    y = y.contiguous()
+    given = (x, gate, y, tokens, x.stride(0), gate.stride(0) if len(gate) > 1 else 0)
+    block = _power_of_2(width)
+    _start(_add_gated, x.device, (batch * tokens, 1, 1), given, WIDTH=width, BLOCK=block)
+
+
+def _start(
+    kernel: Any,
+    device: torch.device,
+    programs: tuple[int, int, int],
+    given: tuple[Any, ...],
+    num_warps: int = 4,
+    **constants: Any,
+) -> None:
+    """Start a kernel; `given` and `constants` are its arguments in their order.
+
+    At each call Triton finds out which compiled kernel the arguments need, which takes longer than
+    starting it. So what it found is kept, by all that it looks at.
+    """
+    key = (kernel.__name__, device, num_warps, *map(_kind, given), *constants.values())
+    with _on(device):
+        if compiled := _compiled.get(key):
+            compiled[programs](*given, *constants.values())
+        else:  # Triton's interpreter gives None
+            _compiled[key] = kernel[programs](*given, **constants, num_warps=num_warps)
+
+
+def _kind(given: Any) -> Any:
+    """What of a kernel's argument is compiled in."""
+    if isinstance(given, Tensor):
+        return given.dtype, given.data_ptr() % 16 == 0
+    if isinstance(given, int):
+        return given == 1, given % 16 == 0, given < 2**31
+    return None if given is None else given.base.dtype  # of a TensorDescriptor, aligned
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels start on the current card; Triton's interpreter takes tensors of the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+# Triton's own take a few microseconds, and are called some hundred times a step.
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:

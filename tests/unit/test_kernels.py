@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from majicflux.engine import kernels
-from majicflux.engine.rows import Rows, Wanted, prepare, rms_rope_
+from majicflux.engine.rows import Rows, Wanted, add_gated_, prepare, rms_rope_
 from majicflux.engine.stored_linear import LIMITS, StoredNorm, hadamard, rotate
 
 CUDA = pytest.param(
@@ -91,6 +91,30 @@ def test_prepared_rows_are_those_of_float64(device, case: str, wanted: Wanted | 
     share = 0.008 if norm or gelu is not None else 1e-4
     rounding = share * exact.abs().amax(-1, keepdim=True)
     assert ((back - exact).abs() <= 0.501 * step + rounding).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wanted", [*FORMATS, Wanted(None, 0.0, 256)])
+def test_a_float32_residual_is_rounded_once(device, wanted: Wanted | None) -> None:
+    """To the rows of a product in another dtype, and when what that gives is added."""
+    x, norm, _ = inputs("norm", device)
+    x, norm = 1.01 * x.float(), tuple(1.01 * part.float() for part in norm)
+    exact = in_float64(x, norm, None, wanted.group if wanted else 0)
+    rows = prepare(x, norm, wanted=wanted, dtype=torch.bfloat16)
+    if isinstance(rows, Rows):
+        assert rows.dtype == torch.bfloat16
+        values, scale = rows.values.double(), 1 if rows.scale is None else rows.scale.double()
+    else:
+        values, scale = rows.double(), 1
+    steps = {torch.int8: 1.0, torch.float8_e4m3fn: 32.0}
+    if wanted is not None and wanted.dtype is not None:
+        assert (values * scale - exact).abs().max() <= 0.501 * steps[wanted.dtype] * scale.max()
+    else:
+        assert (values - exact).norm() <= 2.5e-3 * exact.norm()
+    y, gate = random(*x.shape, device=device, seed=7), norm[0]
+    sums = x.clone()
+    add_gated_(sums, gate, y.clone())
+    assert torch.allclose(sums.double(), x.double() + gate.double() * y.double(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -187,6 +211,52 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
         check=False,
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
+def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None:
+    """Aligned, then a little beside; one row and many; strides of 16 and of other numbers."""
+    from majicflux.engine import triton_kernels
+
+    if not kernels.triton_works(torch.device("cuda", 0)):
+        pytest.skip("tested with our own kernels")
+    x = random(1, 40, WIDTH + 64, device=torch.device("cuda", 0))
+    for rows, first, row in itertools.product(
+        (1, 16, 37), (0, 1, 16), (WIDTH, WIDTH + 8, WIDTH + 9)
+    ):
+        for _ in range(2):
+            some = x.flatten()[first:].as_strided((1, rows, WIDTH), (0, row, 1))
+            found, _ = triton_kernels.prepare(some, None, None, 0.0, torch.float32)
+            assert torch.equal(found, some.float())
+
+
+def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in() -> None:
+    triton_kernels = pytest.importorskip("majicflux.engine.triton_kernels")
+    started = []
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __init__(self, version: int = 0):
+            self.version = version
+
+        def __getitem__(self, programs: tuple[int, int, int]):
+            def start(*given: object, **constants: object) -> "Kernel":
+                started.append((self.version, programs, len(given) + len(constants)))
+                return Kernel(1)
+
+            return start
+
+    x = torch.zeros(64)
+    cases = [(x, 16), (x[1:], 16), (x.half(), 16), (x, 1), (x, 5), (x, 2**31), (None, 16)]
+    for given in cases:
+        for constant in (1, 2):
+            for _ in range(2):
+                triton_kernels._start(Kernel(), x.device, (3, 1, 1), given, WIDTH=constant)
+    # The first of two through Triton, which is told the warps too; the second as it was compiled.
+    assert started == [(0, (3, 1, 1), 4), (1, (3, 1, 1), 3)] * 2 * len(cases)
+    triton_kernels._start(Kernel(), x.device, (5, 1, 1), (x[4:], 32), WIDTH=1)
+    assert started[-1] == (1, (5, 1, 1), 3), "another tensor and number of the same kind"
 
 
 def test_a_cpu_has_no_fused_kernels() -> None:
