@@ -230,8 +230,9 @@ def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None
             assert torch.equal(found, some.float())
 
 
-def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in() -> None:
+def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
     triton_kernels = pytest.importorskip("majicflux.engine.triton_kernels")
+    monkeypatch.setattr(triton_kernels, "_compiled", {})
     started = []
 
     class Kernel:
