@@ -33,10 +33,10 @@ from .step import (
     Case,
     State,
     Step,
-    _difference,
     _diffsynth_names,
     _name,
     _named,
+    _relative,
     _wait,
     diffsynth_step,
     image_ids,
@@ -501,7 +501,7 @@ def main() -> None:
     for peer in peers(geometry, state, case, device, int(chosen.budget * GB), chosen.only):
         seconds, result, memory = _measure(peer.step, device)
         first = result if first is None else first
-        difference = _difference(result, first)
+        difference = _relative(result, first)
         print(f"{peer.name}: {seconds * 1e3:.1f} ms, {difference:.3f} from the first{memory}")
 
 
