@@ -1,5 +1,7 @@
 """What the measurements rest on, at a size that takes a second."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,13 +19,18 @@ def test_equal_weights_have_equal_errors_and_scaled_ones_smaller(
 ) -> None:
     monkeypatch.setattr(precision, "find_comfyui", lambda: None)  # it would stay in this process
     device = torch.device("cpu")
-    schemes = [precision.exact(), *precision.peers(device), *precision.ours()]
+    peers, ours = [precision.exact(), *precision.peers(device)], [*precision.ours()]
 
     def draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         return 4 * normal(shape, generator)  # so narrow a block would hardly change its input
 
-    _, error = precision.errors(draw, TINY, schemes, tokens=32, device=device, seed=1)
-    assert error["bfloat16"] == error["bfloat16 (DiffSynth's blocks)"] > 0
+    rounded_as_theirs = [replace(scheme, dtype=torch.bfloat16) for scheme in ours]
+    given = {"tokens": 32, "device": device, "seed": 1}
+    _, error = precision.errors(draw, TINY, peers + rounded_as_theirs, **given)
+    theirs = error["bfloat16 (DiffSynth's blocks)"]
+    assert error["bfloat16"] == theirs > 0
     assert error["float8_e4m3fn unscaled"] == error[precision.CAST]
+    _, error = precision.errors(draw, TINY, peers + ours, **given)
+    assert error["bfloat16"] < 0.5 * theirs
     assert error["int8 rotated"] < error["float8_e4m3fn"] < error[precision.CAST]
     assert error[precision.FLOAT8_BOTH] > error["float8_e4m3fn"]
