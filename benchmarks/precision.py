@@ -1,8 +1,9 @@
 """Relative L2 error of a Flux.1 transformer's output in each weight format, against float32.
 
 Random weights and inputs that bfloat16 holds exactly, the same ones for every scheme. All schemes
-advance together, part by part, so that 12 billion weights need a few GB of memory. The same seed
-gives other numbers on a card than on a CPU. --quick takes a small transformer.
+advance together, part by part, so that 12 billion weights need a few GB of memory. A quarter of the
+tokens are text. The same seed gives other numbers on a card than on a CPU. --quick takes a small
+transformer.
 """
 
 import argparse
@@ -68,13 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small version, for any CPU")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
-    parser.add_argument("--tokens", type=int, default=256, help="a quarter of them are text")
-    parser.add_argument("--seeds", type=int, default=1, help="errors are their mean over so many")
+    parser.add_argument("--tokens", type=int, help="4608 on a card, 64 on a CPU, if not given")
+    parser.add_argument("--seeds", type=int, default=4, help="errors are their mean over so many")
     parser.add_argument("--weights", choices=DISTRIBUTIONS, nargs="+", help="all by default")
     parser.add_argument("--bars", action="store_true", help="only what the bars compare")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     chosen = parser.parse_args()
     g = SMALL if chosen.quick else FluxGeometry()
+    tokens = chosen.tokens or (64 if chosen.device.type == "cpu" else 4608)
     schemes = [exact(), *peers(chosen.device), *ours()]
     if chosen.bars:
         compared = {EXACT, *(name for ours_name, peer, _ in BARS for name in (ours_name, peer))}
@@ -83,8 +85,11 @@ def main() -> None:
     for name in chosen.weights or ([JUDGED] if chosen.bars else DISTRIBUTIONS):
         draw = DISTRIBUTIONS[name]
         print(f"{name} weights", file=sys.stderr)
-        seeds = range(1, chosen.seeds + 1)
-        drawn = [errors(draw, g, schemes, chosen.tokens, chosen.device, seed) for seed in seeds]
+        drawn = []
+        for seed in range(1, chosen.seeds + 1):
+            drawn.append(errors(draw, g, schemes, tokens, chosen.device, seed))
+            said = (f"{scheme}: {error:.4f}" for scheme, error in drawn[-1][1].items())
+            print(f"seed {seed}:", *said, sep="\n  ", file=sys.stderr)
         blocks, output = (
             {s.name: mean(d[place][s.name] for d in drawn) for s in schemes} for place in (0, 1)
         )
@@ -94,7 +99,7 @@ def main() -> None:
                 ratios = [d[1][ours_name] / d[1][peer] for d in drawn if peer in d[1]]
                 print(f"{ours_name} / {peer}:", *(f"{ratio:.3f}" for ratio in ratios))
     print(
-        f"\n{g.double_blocks} + {g.single_blocks} blocks of width {g.hidden}, {chosen.tokens} "
+        f"\n{g.double_blocks} + {g.single_blocks} blocks of width {g.hidden}, {tokens} "
         f"tokens, {chosen.seeds} seeds, {chosen.device.type}; in brackets: of the image after the "
         "last block\n\n"
         f"| scheme | {' | '.join(found)} |\n|{'---|' * (1 + len(found))}"
