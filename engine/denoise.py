@@ -46,9 +46,10 @@ def conditions_of(
 
     Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
     quarter of the parameters: computed before the first step, they need not travel at every step.
-    dtype: of the latents. If it is float32, so are these conditions and the residual, which takes
-    two thirds off the error of bfloat16, because an error of the modulation is one of every token.
-    If it is bfloat16, all is rounded as in DiffSynth, which makes a guidance of 3504 of 3500.
+    dtype: of the latents. If it is float32, so are these conditions, the residual and both ends,
+    which takes three quarters off the error of bfloat16 products, because an error of the modulation
+    is one of every token (see benchmarks/README.md). If it is bfloat16, all is rounded as in
+    DiffSynth, which makes a guidance of 3504 of 3500.
     """
     sigmas = sigmas[sigmas > 0]
     wide = torch.promote_types(dtype, compute_dtype)

@@ -64,7 +64,7 @@ def plan_denoising(
     latents = pictures * CHANNELS * rows * columns
     modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
     fixed = (
-        (pictures * tokens + modulation + job.prompts * words) * width * 4  # beside the residual
+        (pictures * tokens + modulation + job.prompts * words) * width * 4  # tokens: the residual
         + tokens * HEAD_DIM * 2 * 4  # RoPE
         + latents * 10 * 4
         + conversion_bytes

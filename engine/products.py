@@ -97,9 +97,10 @@ class EightBit:
         self, layer: StoredLinear, x: Tensor | Rows, out: Tensor | None, columns: slice
     ) -> Tensor:
         dtype = layer.weight.dtype
-        few = isinstance(x, Tensor) and x.numel() <= FEW_ROWS * x.shape[-1]
-        other = isinstance(x, Tensor) and x.dtype != self.dtype
-        if dtype not in self.dtypes or layer in _refused or few or other:
+        exact = isinstance(x, Tensor) and (
+            x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype != self.dtype
+        )
+        if dtype not in self.dtypes or layer in _refused or exact:
             return self.otherwise(layer, x, out, columns)
         try:
             if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
