@@ -65,13 +65,15 @@ def prepare(
             x = comfy_kitchen.adaln(source, scale, shift, EPS)
         else:
             x = F.layer_norm(source, source.shape[-1:], eps=EPS).mul_(1 + scale).add_(shift)
-    if gelu is not None and x is None:
-        x = torch.ops.aten.gelu_(gelu, approximate="tanh")
-    elif gelu is not None and x is not None:
-        both = x.new_empty(*x.shape[:-1], x.shape[-1] + gelu.shape[-1])
-        both[..., : x.shape[-1]] = x
-        torch.ops.aten.gelu.out(gelu, approximate="tanh", out=both[..., x.shape[-1] :])
-        x = both
+    if gelu is not None:
+        if x is not None and x.is_cuda:  # one pass over the memory less than joining them
+            both = x.new_empty(*x.shape[:-1], x.shape[-1] + gelu.shape[-1])
+            both[..., : x.shape[-1]] = x
+            torch.ops.aten.gelu.out(gelu, approximate="tanh", out=both[..., x.shape[-1] :])
+            x = both
+        else:
+            activated = torch.ops.aten.gelu_(gelu, approximate="tanh")
+            x = activated if x is None else torch.cat([x, activated], dim=-1)
     assert x is not None
     if wanted is None:
         return x.to(dtype)
