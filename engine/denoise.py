@@ -46,10 +46,10 @@ def conditions_of(
 
     Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
     quarter of the parameters: computed before the first step, they need not travel at every step.
-    dtype: of the latents. If it is float32, so are these conditions, the residual and both ends,
-    which takes three quarters off the error of bfloat16 products, because an error of the modulation
-    is one of every token (see benchmarks/README.md). If it is bfloat16, all is rounded as in
-    DiffSynth, which makes a guidance of 3504 of 3500.
+    dtype: of the latents. If it is float32, so are these conditions, the residual and both ends:
+    three quarters less error with bfloat16 products, because an error of the modulation is one of
+    every token (see benchmarks/README.md). If it is bfloat16, all is rounded as in DiffSynth, which
+    makes a guidance of 3504 of 3500.
     """
     sigmas = sigmas[sigmas > 0]
     wide = torch.promote_types(dtype, compute_dtype)
@@ -100,7 +100,8 @@ def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) ->
         size = (height // 2, width // 2)
         if size not in rope:
             rope[size] = _rope(dit, text.shape[1], *size).to(latents.device)
-        told = conditions.modulation[sigma.item()].to(latents.device, non_blocking=True)
+        told = conditions.modulation[sigma.item()]
+        told = work.attempt(partial(told.to, latents.device, non_blocking=True))
         modulation = iter(told.split(sizes, dim=-1))
         x = work.attempt(partial(_embedded, dit, latents, text))
         for block in _blocks(dit):

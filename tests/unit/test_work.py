@@ -201,6 +201,38 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
     assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
 
 
+def test_a_step_whose_modulation_finds_no_room_makes_some() -> None:
+    latents, told = given()
+    left = [1]
+
+    class Far(Tensor):
+        def to(self, *where: Any, **how: Any) -> Tensor:
+            if left[0]:
+                raise torch.OutOfMemoryError("simulated")
+            return self.as_subclass(Tensor)
+
+    def relieve() -> bool:
+        left[0] -= 1
+        return True
+
+    far = Conditions(told.text, {1.0: told.modulation[1.0].as_subclass(Far)})
+    dit = transformer("bfloat16")
+    with torch.inference_mode(), BFLOAT16.applied_to(dit, CPU):
+        found = flux_velocity(dit, far, Work(relieve=relieve))(latents, torch.tensor(1.0))
+    assert torch.equal(found, expected())
+
+
+def test_what_cannot_be_pinned_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of it wait, and are right all the same."""
+
+    def full(_: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(Tensor, "pin_memory", full)
+    x = torch.zeros(1)
+    assert denoise._pinned(x, torch.device("cuda")) is x
+
+
 @pytest.mark.parametrize("tokens", [0, 256])
 def test_the_ends_take_as_many_tokens_whatever_the_memory(
     monkeypatch: pytest.MonkeyPatch, tokens: int
