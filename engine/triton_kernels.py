@@ -163,22 +163,35 @@ def _rms_rope(
 
 
 @triton.jit
-def _dequantize(weight_ptr, scale_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize(
+    weight_ptr, scale_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FLOAT8: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = row * WIDTH + column
-    weight = tl.load(weight_ptr + place, mask=column < WIDTH, other=0.0).to(tl.float32)
-    out = weight * tl.load(scale_ptr + row)
+    weight = tl.load(weight_ptr + place, mask=column < WIDTH, other=0)
+    if FLOAT8:
+        # Triton has no float8_e4m3fn on cards before Ada: these bits are float16's, 2^8 times less.
+        bits = weight.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    else:
+        value = weight.to(tl.float32)
+    out = value * tl.load(scale_ptr + row)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 def dequantize(weight: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out [rows, columns] = weight * scale[:, None], rounded once; all contiguous."""
+    """out [rows, columns] = weight * scale[:, None], rounded once; all contiguous.
+
+    weight: float8_e4m3fn or int8.
+    """
     rows, width = weight.shape
     block = min(4096, _power_of_2(width))
     programs = (rows, _cdiv(width, block), 1)
-    given = (weight, scale, out)
-    _start(_dequantize, weight.device, programs, given, WIDTH=width, BLOCK=block)
+    float8 = weight.dtype == torch.float8_e4m3fn
+    given = (weight.view(torch.uint8) if float8 else weight, scale, out)
+    _start(_dequantize, weight.device, programs, given, WIDTH=width, BLOCK=block, FLOAT8=float8)
 
 
 def rms_rope_(

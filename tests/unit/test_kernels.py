@@ -196,6 +196,12 @@ gate, y = torch.randn(2, 1, 512, generator=generator), torch.randn(2, 5, 512, ge
 sums = x.clone()
 fused.add_gated_(sums, gate, y)
 assert torch.allclose(sums, x + gate * y)
+every = torch.arange(256, dtype=torch.uint8).view(2, 128)
+scale, found = torch.tensor([0.3, 7.0]), torch.empty(2, 128)
+for weight in (every.view(torch.int8), every.view(torch.float8_e4m3fn)):
+    fused.dequantize(weight, scale, found)
+    right = weight.float() * scale[:, None]
+    assert torch.equal(found.nan_to_num(1e6), right.nan_to_num(1e6))
 print("equal")
 """
 
@@ -211,6 +217,68 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
         check=False,
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+SHARED_MEMORY = 99 * 1024  # bytes that a program has on RTX 30, 40 and 50, the least of all cards
+FLOAT8_UNITS = 89  # compute capability times 10
+
+
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monkeypatch) -> None:
+    """At the widths of Flux.1, into machine code by Triton's own assembler."""
+    fused = pytest.importorskip("majicflux.engine.triton_kernels")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import ASTSource, compile
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
+             torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
+    compiled = []
+
+    def start(kernel, device, programs, given, num_warps=4, **constants) -> None:
+        signature, fixed, divisible = {}, {}, {}
+        for place, (name, value) in enumerate(zip(kernel.arg_names, given, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + names[value.dtype]
+            elif hasattr(value, "base"):  # a TensorDescriptor
+                signature[name] = f"tensordesc<{names[value.base.dtype]}{value.block_shape}>"
+            else:
+                signature[name] = "i32" if isinstance(value, int) and value > 1 else "constexpr"
+            if signature[name] == "constexpr":
+                fixed[place,] = value
+            elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                divisible[place,] = [["tt.divisibility", 16]]
+        for name, value in constants.items():
+            signature[name] = "constexpr"
+            fixed[kernel.arg_names.index(name),] = value
+        source = ASTSource(kernel, signature, fixed, divisible)
+        target = GPUTarget("cuda", capability, 32)
+        found = compile(source, target=target, options={"num_warps": num_warps})
+        assert found.metadata.shared <= SHARED_MEMORY
+        compiled.append(kernel.__name__)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(fused, "_start", start)
+    residual = empty(1, 64, 3072, dtype=torch.float32)
+    modulation = empty(1, 1, 3072, dtype=torch.float32)
+    beside = empty(1, 64, 3072), None, empty(1, 64, 12288)
+    formats = [(torch.bfloat16, 0.0, 0), (torch.bfloat16, 0.0, 256), (torch.int8, 127.0, 256)]
+    if capability >= FLOAT8_UNITS:
+        formats.append((torch.float8_e4m3fn, 448.0, 0))
+    for wanted in formats:
+        fused.prepare(residual, (modulation, modulation), None, 1e-6, *wanted)
+        fused.prepare(*beside, 1e-6, *wanted)
+    head, rope = empty(128), empty(1, 1, 64, 64, 2, 2, dtype=torch.float32)
+    fused.rms_rope_(empty(1, 64, 9216), head, head, rope, 24, 1e-6)
+    fused.add_gated_(residual, modulation, empty(1, 64, 3072))
+    scale = empty(3072, dtype=torch.float32)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        fused.dequantize(empty(3072, 64, dtype=dtype), scale, empty(3072, 64))
+    rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
+    for bias in (None, empty(3072)):
+        fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
+    assert len(compiled) == 2 * len(formats) + 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
