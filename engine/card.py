@@ -42,9 +42,9 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     if dtype == torch.int8:
         product = lambda: _int_mm(a, a.T)  # noqa: E731
     elif dtype.itemsize == 1:
-        one = torch.ones(side, 1, device=device)
+        one = torch.ones((), device=device)  # not a scale for each row, which Windows lacks
         product = lambda: _scaled_mm(  # noqa: E731
-            a, a.T, one, one.T, out_dtype=torch.bfloat16, use_fast_accum=True
+            a, a.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     else:
         product = lambda: a @ a.T  # noqa: E731

@@ -2,12 +2,18 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("majicflux")
+
+INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
+FLOAT8_UNITS = (8, 9)  # and float8
+
+Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it should have given
 
 OFF = "MAJICFLUX_NO_FUSED_KERNELS"  # set to anything: every operation in plain PyTorch
 
@@ -39,7 +45,8 @@ def kitchen_is_faster(device: torch.device) -> bool:
     found = capability(device)
     if found is None or not kitchen_works():
         return False
-    return found[0] not in (9, 10, 11) or not triton_works(device)
+    ours = found[0] in (9, 10, 11) and triton_works(device) and int8_product_works(device)
+    return not ours
 
 
 @cache
@@ -56,31 +63,44 @@ def kitchen_works() -> bool:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton compiles and its kernels give what PyTorch gives. One warning if not."""
+    """Whether Triton compiles our kernels and they give what PyTorch gives. One warning if not."""
     found = capability(device)
     if found is None or found < (8, 0) or os.environ.get(OFF):
         return False
+    from . import kernel_trials
+
+    return _works("Triton", lambda: kernel_trials.fused(device, found >= FLOAT8_UNITS))
+
+
+@cache
+def int8_product_works(device: torch.device) -> bool:
+    """The same for our int8 product, which not every card with Triton needs."""
+    from . import kernel_trials
+
+    return _works("The int8 product in Triton", lambda: kernel_trials.int8_product(device))
+
+
+@cache
+def float8_takes_row_scales(device: torch.device) -> bool:
+    """Whether PyTorch multiplies float8 with a scale for each row. On Windows it does not."""
+    from . import kernel_trials
+
     try:
-        problem = "" if _triton_is_right(device) else "wrong results"
+        return all(kernel_trials.same(*pair) for pair in kernel_trials.float8_product(device))
+    except RuntimeError as error:
+        log.info("No float8 product with a scale for each row (%s).", str(error).split("\n")[0])
+        return False
+
+
+def _works(what: str, trial: Callable[[], Pairs]) -> bool:
+    from .kernel_trials import same
+
+    try:
+        # Twice, because a kernel's second start takes a shorter way.
+        right = all(same(*pair) for _ in range(2) for pair in trial())
+        problem = "" if right else "wrong results"
     except Exception as error:  # no compiler, an old driver, a broken installation: anything
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:
-        log.warning("Triton does not work here (%s); the plain operations take over.", problem)
+        log.warning("%s does not work here (%s); plain operations take over.", what, problem)
     return not problem
-
-
-def _triton_is_right(device: torch.device) -> bool:
-    """Whether rows come out as PyTorch has them, those of Flux's own widths rotated too."""
-    from . import triton_kernels
-    from .stored_linear import hadamard
-
-    generator = torch.Generator(device).manual_seed(0)
-    for width in (3072, 15360):
-        x = torch.randn(1, 2, width, device=device, generator=generator)
-        values, scale = triton_kernels.prepare(None, None, x, 0.0, torch.int8, 127.0, 256)
-        assert scale is not None
-        activated = torch.nn.functional.gelu(x, approximate="tanh").view(1, 2, -1, 256)
-        rotated = (activated @ hadamard(256, device, x.dtype)).view(x.shape)
-        if not torch.allclose(values * scale, rotated, atol=0.02):
-            return False
-    return True

@@ -9,7 +9,7 @@ from typing import Protocol
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _int_mm, _scaled_mm, nn  # pyright: ignore[reportPrivateImportUsage]
 
 from ..messages import say
 from . import kernels
@@ -19,8 +19,6 @@ from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_produ
 log = logging.getLogger("majicflux")
 CPU = torch.device("cpu")
 
-INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
-FLOAT8_UNITS = (8, 9)  # and float8
 FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
 CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
@@ -110,9 +108,9 @@ class EightBit:
             assert isinstance(x, Rows)
             product = _int8_product if dtype == torch.int8 else _float8_product
             return product(layer, x, out, columns)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton's errors are its own
             return self._refused(layer, x, out, columns, error)
 
     def _refused(
@@ -142,7 +140,7 @@ class EightBit:
 class Computing:
     """What a run computes in. dtype: of the activations; eight_bit: weights that are multiplied
     by rows in their own format; device: that this was chosen for; obstacles: why other weights
-    are not."""
+    are not, or slowly."""
 
     dtype: torch.dtype
     eight_bit: frozenset[torch.dtype] = frozenset()
@@ -194,9 +192,9 @@ class Computing:
 def choose(module: nn.Module, device: torch.device, mode: str, native: torch.dtype) -> Computing:
     """The computing for a mode of the pipeline node; `native`: the device's own floating dtype.
 
-    auto: 8 bits where the device has matrix units and fused kernels for the format of the
-    weights, `native` elsewhere. 8-bit: 8 bits wherever they can be had, also by slow arithmetic,
-    such as on a CPU. Other modes are the dtype that they name.
+    auto: 8 bits where the device has matrix units for the format of the weights, and for int8
+    fused kernels, `native` elsewhere. 8-bit: 8 bits wherever they can be had, also by slow
+    arithmetic, such as on a CPU. Other modes are the dtype that they name.
     Raises ValueError when 8-bit finds no weight in 8 bits.
     """
     if mode not in ("auto", "8-bit"):
@@ -211,7 +209,10 @@ def choose(module: nn.Module, device: torch.device, mode: str, native: torch.dty
         )
     obstacles = {dtype: _obstacle(dtype, device, mode == "8-bit") for dtype in stored}
     chosen = frozenset(dtype for dtype, obstacle in obstacles.items() if not obstacle)
-    return Computing(native, chosen, device, tuple(sorted(filter(None, obstacles.values()))))
+    reasons = set(filter(None, obstacles.values()))
+    if FLOAT8_DTYPE in chosen and device.type == "cuda" and not kernels.triton_works(device):
+        reasons.add(_unfused(_name(FLOAT8_DTYPE)))  # still faster than in `native`
+    return Computing(native, chosen, device, tuple(sorted(reasons)))
 
 
 def stored_linears(module: nn.Module) -> list[StoredLinear]:
@@ -224,20 +225,22 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
     if device.type != "cuda":
         return "" if forced else say("no 8-bit matrix units for {format} weights", format=name)
     found = kernels.capability(device)
-    needed = INT8_UNITS if dtype == torch.int8 else FLOAT8_UNITS
+    needed = kernels.INT8_UNITS if dtype == torch.int8 else kernels.FLOAT8_UNITS
     if found is None or found < needed:
         values = {"format": name, "needed": f"{needed[0]}.{needed[1]}"}
-        if dtype == FLOAT8_DTYPE and found is not None and found >= INT8_UNITS:
+        if dtype == FLOAT8_DTYPE and found is not None and found >= kernels.INT8_UNITS:
             return say(
                 "{format} matrix units begin with compute capability {needed}, int8 rotated "
                 "weights would be faster",
                 **values,
             )
         return say("{format} matrix units begin with compute capability {needed}", **values)
-    if forced or kernels.triton_works(device):
-        return ""
-    if dtype == torch.int8 and kernels.kitchen_works():
-        return ""
+    ours = kernels.triton_works(device) and kernels.int8_product_works(device)
+    fused = dtype == FLOAT8_DTYPE or kernels.kitchen_works() or ours
+    return "" if forced or fused else _unfused(name)
+
+
+def _unfused(name: str) -> str:
     return say(
         "no fused kernels for {format}: Triton is not installed or does not work", format=name
     )
@@ -262,11 +265,45 @@ def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: s
         y = y if bias is None else y.add_(bias.float())
         return y.to(x.dtype).view(*x.values.shape[:-1], -1)
     y = _result(weight, x, out)
-    torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        values, weight.T, row_scale, scale[None], bias=bias, out_dtype=x.dtype,
-        use_fast_accum=True, out=y.flatten(0, -2),
-    )  # fmt: skip
+    flat = y.flatten(0, -2)
+    if kernels.float8_takes_row_scales(y.device):
+        scaled_product(values, row_scale, weight, scale, bias, flat)
+        return y
+    one = torch.ones((), device=y.device)
+    _scaled_mm(values, weight.T, one, one, out_dtype=flat.dtype, use_fast_accum=True, out=flat)
+    rescale_(flat, row_scale, scale, bias)
     return y
+
+
+def rescale_(y: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """y [rows, columns] = y * row_scale * scale + bias, in place.
+
+    row_scale: float32 [rows, 1]; scale: float32 [columns]; bias: [columns].
+    """
+    if kernels.fused(y):
+        from . import triton_kernels
+
+        triton_kernels.rescale_(y, row_scale, scale, bias)
+        return
+    y.mul_(row_scale)
+    if bias is None:
+        y.mul_(scale)
+    else:
+        torch.addcmul(bias, y, scale, out=y)
+
+
+def scaled_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, by PyTorch's float8 product.
+
+    x: float8_e4m3fn [rows, depth], x_scale: float32 [rows, 1]; weight: float8_e4m3fn [columns,
+    depth], scale: float32 [columns]; depth and columns multiples of 16.
+    """
+    _scaled_mm(
+        x, weight.T, x_scale, scale[None], bias=bias, out_dtype=out.dtype, use_fast_accum=True,
+        out=out,
+    )  # fmt: skip
 
 
 def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
@@ -274,14 +311,14 @@ def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: sli
     assert scale is not None, "int8 weights have a scale"
     values, row_scale = _flat(x)
     y = _result(weight, x, out)
-    if kernels.fused(values):
+    if kernels.fused(values) and kernels.int8_product_works(values.device):
         from . import triton_kernels
 
         triton_kernels.int8_product(values, row_scale, weight, scale, bias, y.flatten(0, -2))
     else:
         for first in range(0, len(values), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
-            sums = torch._int_mm(values[some], weight.T)  # pyright: ignore[reportPrivateImportUsage]
+            sums = _int_mm(values[some], weight.T)
             sums = sums.float()
             sums.mul_(row_scale[some]).mul_(scale)
             y.flatten(0, -2)[some] = sums if bias is None else sums.add_(bias)

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 has no fractions from here on: adding it rounds
 
@@ -252,6 +251,8 @@ def int8_product(
     (rows, depth), columns = x.shape, len(weight)
     if depth % 16 or columns % 16:
         raise ValueError(f"the int8 kernel needs multiples of 16, not {columns}x{depth}")
+    from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
+
     side = 128  # of the tiles, the best of those that were measured on an H200
     tiles = (TensorDescriptor.from_tensor(t, [side, side]) for t in (x, weight, out))
     x_tiles, w_tiles, out_tiles = tiles
@@ -285,6 +286,33 @@ def add_gated_(x: Tensor, gate: Tensor, y: Tensor) -> None:
     given = (x, gate, y, tokens, x.stride(0), gate.stride(0) if len(gate) > 1 else 0)
     block = _power_of_2(width)
     _start(_add_gated, x.device, (batch * tokens, 1, 1), given, WIDTH=width, BLOCK=block)
+
+
+@triton.jit
+def _rescale(
+    y_ptr, row_scale_ptr, scale_ptr, bias_ptr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = y_ptr + row * WIDTH + column
+    y = tl.load(place, mask=inside, other=0.0).to(tl.float32) * tl.load(row_scale_ptr + row)
+    y *= tl.load(scale_ptr + column, mask=inside, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def rescale_(y: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """`products.rescale_` in one kernel; all contiguous."""
+    rows, width = y.shape
+    block = min(4096, _power_of_2(width))
+    given = (y, row_scale, scale, bias)
+    _start(
+        _rescale, y.device, (rows, _cdiv(width, block), 1), given,
+        WIDTH=width, BLOCK=block, BIAS=bias is not None,
+    )  # fmt: skip
 
 
 def _start(

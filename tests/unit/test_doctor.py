@@ -188,7 +188,8 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(standalone, "compute_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(standalone, "free_memory", lambda _: free)
     monkeypatch.setattr(kernels, "capability", lambda _: (8, 6))
-    monkeypatch.setattr(kernels, "triton_works", lambda _: True)
+    for name in ("triton_works", "int8_product_works"):
+        monkeypatch.setattr(kernels, name, lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
     monkeypatch.setattr(card, "copy_rate", lambda _: 12e9)
     rates = {torch.int8: 100e12, torch.bfloat16: 50e12}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from majicflux.engine import kernels, products
 from majicflux.engine import pipeline as pipeline_module
-from majicflux.engine import products
 from majicflux.engine.latents import to_vae_space
 from majicflux.engine.pipeline import paint
 from majicflux.engine.plan import Job
@@ -89,8 +89,19 @@ def test_every_precision_paints_on_the_card_what_it_paints_on_the_cpu(
     assert (on_card - on_cpu).norm() <= 1.5 * error
 
 
-@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
-def test_the_product_in_8_bits_is_that_of_float64(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "lacking"),
+    [
+        ("float8_e4m3fn", ()),
+        ("float8_e4m3fn", ("float8_takes_row_scales",)),  # Windows
+        ("float8_e4m3fn", ("float8_takes_row_scales", "triton_works")),
+        ("int8 rotated", ()),
+        ("int8 rotated", ("triton_works", "kitchen_works")),
+    ],
+)
+def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, lacking) -> None:
+    for name in lacking:
+        monkeypatch.setattr(kernels, name, lambda *_: False)
     storage = PRECISIONS[precision].mlp
     layer = StoredLinear(512, 384, True, storage).to_empty(device=CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
@@ -105,7 +116,7 @@ def test_the_product_in_8_bits_is_that_of_float64(precision: str) -> None:
     exact = (rows.values.double() * rows.scale.double()) @ (
         layer.weight.double() * layer.scale.double()[:, None]
     ).T + layer.bias.double()
-    assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
+    assert (found.double() - exact).norm() <= (6e-3 if lacking else 4e-3) * exact.norm()
     assert layer not in products._refused
     assert torch.equal(found, layer(layer.rows(x), out=torch.empty_like(found)))
 

@@ -171,7 +171,7 @@ def test_the_hadamard_matrix_is_its_own_inverse_and_comfyuis() -> None:
 
 INTERPRETED = """
 import torch
-from majicflux.engine import triton_kernels as fused
+from majicflux.engine import products, triton_kernels as fused
 from majicflux.engine.rows import Wanted, prepare
 from majicflux.engine.stored_linear import LIMITS
 generator = torch.Generator().manual_seed(0)
@@ -196,6 +196,13 @@ gate, y = torch.randn(2, 1, 512, generator=generator), torch.randn(2, 5, 512, ge
 sums = x.clone()
 fused.add_gated_(sums, gate, y)
 assert torch.allclose(sums, x + gate * y)
+y, of_row, of_column = x[0].contiguous(), rows[0, :5, :1].float().abs(), y[0, 0]
+for bias in (None, gate[0, 0]):
+    found, right = y.clone(), y * of_row * of_column + (0 if bias is None else bias)
+    fused.rescale_(found, of_row, of_column, bias)
+    assert torch.allclose(found, right, atol=1e-6)
+    products.rescale_(y_plain := y.clone(), of_row, of_column, bias)
+    assert torch.allclose(y_plain, right, atol=1e-6)
 every = torch.arange(256, dtype=torch.uint8).view(2, 128)
 scale, found = torch.tensor([0.3, 7.0]), torch.empty(2, 128)
 for weight in (every.view(torch.int8), every.view(torch.float8_e4m3fn)):
@@ -217,6 +224,69 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
         check=False,
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
+def test_every_byte_is_dequantized_as_pytorch_does() -> None:
+    from majicflux.engine.triton_kernels import dequantize
+
+    every = torch.arange(256, dtype=torch.uint8, device="cuda").view(2, 128)
+    scale = torch.tensor([0.3, 7.0], device="cuda")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        found = torch.empty(2, 128, dtype=torch.bfloat16, device="cuda")
+        dequantize(every.view(dtype), scale, found)
+        right = (every.view(dtype).float() * scale[:, None]).bfloat16()
+        assert torch.equal(found.nan_to_num(1e6), right.nan_to_num(1e6))
+
+
+TRIALS = """
+import torch
+from majicflux.engine import kernel_trials
+trials = list(kernel_trials.fused(torch.device("cpu"), False))
+print(len(trials), all(kernel_trials.same(*trial) for trial in trials))
+"""
+
+
+def test_the_trials_find_the_kernels_right() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", TRIALS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "9 True\n", done.stderr[-2000:]
+
+
+def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    right = torch.ones(3)
+    rounds = []
+
+    def wrong_when_started_again():
+        rounds.append(1)
+        yield right, right
+        yield right * len(rounds), right
+
+    def refused():
+        yield right, right
+        raise KeyError("no compiler")
+
+    assert kernels._works("It", lambda: iter([(right, right)]))
+    assert not caplog.messages
+    assert not kernels._works("It", wrong_when_started_again)
+    assert not kernels._works("It", refused)
+    assert not kernels._works("It", lambda: iter([(right * torch.nan, right)]))
+    assert [message.split("; ")[0] for message in caplog.messages] == [
+        "It does not work here (wrong results)",
+        "It does not work here (KeyError: 'no compiler')",
+        "It does not work here (wrong results)",
+    ]
+
+
+def test_a_refusal_of_row_scales_is_found() -> None:
+    """On a CPU PyTorch has float8 products with one scale only, as on Windows."""
+    assert not kernels.float8_takes_row_scales(torch.device("cpu"))
 
 
 SHARED_MEMORY = 99 * 1024  # bytes that a program has on RTX 30, 40 and 50, the least of all cards
@@ -278,7 +348,8 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
     for bias in (None, empty(3072)):
         fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
-    assert len(compiled) == 2 * len(formats) + 6
+        fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
+    assert len(compiled) == 2 * len(formats) + 8
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")

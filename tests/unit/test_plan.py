@@ -148,6 +148,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
         int8_product=lambda *_: None, dequantize=lambda *_: None,
     )  # fmt: skip
     monkeypatch.setattr(kernels, "fused", lambda x: x.device == META)
+    monkeypatch.setattr(kernels, "int8_product_works", lambda _: True)
     monkeypatch.setitem(sys.modules, "majicflux.engine.triton_kernels", stand_in)  # type: ignore
     monkeypatch.setattr(engine, "triton_kernels", stand_in, raising=False)
 

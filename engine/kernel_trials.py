@@ -1,0 +1,90 @@
+"""Small trials of kernels at Flux.1's widths: what one gives on a device, what it should give."""
+
+import torch
+from torch import Tensor
+
+from .kernels import Pairs
+from .products import rescale_, scaled_product
+from .rows import EPS, add_gated_, prepare, rms_rope_
+from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredNorm, rotate
+
+WIDTH, HEADS, TOKENS = 3072, 24, 16
+
+
+def same(found: Tensor, right: Tensor) -> bool:
+    """But for the rounding to 8 bits."""
+    return bool((found.cpu().float() - right).norm() <= 0.04 * right.norm())
+
+
+def fused(device: torch.device, float8: bool) -> Pairs:
+    """All of `triton_kernels` but the product; float8: rows in it as well."""
+    from . import triton_kernels
+
+    x, gelu, y, shift, scale, qkv, weights = _random(
+        (1, TOKENS, WIDTH), (1, TOKENS, 4 * WIDTH), (1, TOKENS, WIDTH), (1, 1, WIDTH),
+        (1, 1, WIDTH), (1, TOKENS, 3 * WIDTH), (TOKENS, WIDTH),
+    )  # fmt: skip
+    formats = [(torch.bfloat16, 0.0, 0), (torch.int8, LIMITS[torch.int8], 256)]
+    if float8:
+        formats.append((FLOAT8_DTYPE, LIMITS[FLOAT8_DTYPE], 0))
+    here = (x.to(device), (shift.to(device), scale.to(device)), None)
+    beside = (x.to(device, torch.bfloat16), None, gelu.to(device, torch.bfloat16))
+    for dtype, limit, group in formats:
+        for given, right in (
+            (here, prepare(x, (shift, scale))),
+            (beside, prepare(x, None, gelu.clone())),
+        ):
+            assert isinstance(right, Tensor)
+            values, of_row = triton_kernels.prepare(*given, EPS, dtype, limit, group)
+            yield (
+                values.float() if of_row is None else values.float() * of_row,
+                rotate(right, group),
+            )
+    sums = x.to(device)
+    triton_kernels.add_gated_(sums, scale.to(device), y.to(device, torch.bfloat16))
+    add_gated_(x, scale, y)
+    yield sums, x
+    norm = StoredNorm(WIDTH // HEADS, EPS, torch.float32).to_empty(device="cpu")
+    norm.weight.copy_(weights[0, : WIDTH // HEADS])
+    rope = weights[:, :256].reshape(1, 1, TOKENS, 64, 2, 2).contiguous()
+    turned, weight = qkv.to(device, torch.bfloat16), norm.weight.to(device, torch.bfloat16)
+    triton_kernels.rms_rope_(turned, weight, weight, rope.to(device), HEADS, EPS)
+    rms_rope_(qkv, norm, norm, rope, HEADS)
+    yield turned, qkv
+    product = y[0].to(device, torch.bfloat16)
+    of_row, of_column = x[0, :, :1].abs(), x[0, 0].abs()
+    given = (of_row.to(device), of_column.to(device), shift.flatten().to(device, torch.bfloat16))
+    triton_kernels.rescale_(product, *given)
+    rescale_(y[0], of_row, of_column, shift.flatten())
+    yield product, y[0]
+    for dtype, limit in LIMITS.items():
+        stored = weights.mul(limit / 8).to(dtype)
+        found = torch.empty(stored.shape, dtype=torch.bfloat16, device=device)
+        triton_kernels.dequantize(stored.to(device), of_row[:, 0].to(device), found)
+        yield found, stored.float() * of_row
+
+
+def int8_product(device: torch.device) -> Pairs:
+    """Ours in Triton, with rows and columns that do not fill a tile."""
+    from . import triton_kernels
+
+    yield _product(device, torch.int8, triton_kernels.int8_product)
+
+
+def float8_product(device: torch.device) -> Pairs:
+    """PyTorch's, with a scale for each row of both."""
+    yield _product(device, FLOAT8_DTYPE, scaled_product)
+
+
+def _product(device: torch.device, dtype: torch.dtype, multiply) -> tuple[Tensor, Tensor]:
+    rows, weight, row_scale, scale, bias = _random((48, WIDTH), (32, WIDTH), (48, 1), (32,), (32,))
+    rows, weight = (x.mul(LIMITS[dtype] / 8).to(dtype) for x in (rows, weight))
+    row_scale, bias = row_scale.abs() / WIDTH, bias.bfloat16()
+    out = torch.empty(48, 32, dtype=torch.bfloat16, device=device)
+    multiply(*(x.to(device) for x in (rows, row_scale, weight, scale, bias)), out)
+    return out, (rows.float() * row_scale) @ (weight.float() * scale[:, None]).T + bias
+
+
+def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
