@@ -81,10 +81,11 @@ def plan_denoising(
 
     def values(chunk: int, groups: int = 1) -> int:
         work = Work(chunk, groups)
-        all_at_once, image_at_once = (
+        all_at_once, *each_at_once = (
             next(work.chunks(some)).stop - some.start
-            for some in (slice(0, tokens), slice(words, tokens))
+            for some in (slice(0, tokens), slice(0, words), slice(words, tokens))
         )
+        one_at_once = max(each_at_once)  # of picture and text
         share = work.heads(geometry.heads) / geometry.heads  # of the heads at once
         before_row, joint_row, single_row = _row_bytes(
             geometry, itemsize, eight_bit, rotated, integers, card, share
@@ -96,9 +97,9 @@ def plan_denoising(
         qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
         step = fixed + max(
             others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
-            others + qkv + image_at_once * before_row,
+            others + qkv + one_at_once * before_row,
             qkv + waiting + all_at_once * before_row,
-            others + one_of_width + image_at_once * joint_row,
+            others + one_of_width + one_at_once * joint_row,
             (5 if waiting else 1) * one_of_width + all_at_once * single_row,
         )
         return max(step, conditions)
@@ -110,7 +111,9 @@ def plan_denoising(
         least = values(chunks[-1], groups)
         chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
         grouped.append((chunk, least, groups))
-    return _phase(DENOISING, weights, choices, budget, card, grouped=grouped)
+    # Every chunk converts the weights again, or takes many small operations.
+    repeating = conversion_bytes > 0 or not card.fused
+    return _phase(DENOISING, weights, choices, budget, card, grouped=grouped, repeating=repeating)
 
 
 def _row_bytes(
@@ -192,10 +195,12 @@ def _phase(
     least: int | None = None,
     stay: bool = True,
     grouped: Sequence[tuple[int, int, int]] = (),
+    repeating: bool = False,
 ) -> Phase:
     """choices: (tokens at once, bytes of values), from the roomiest to the tightest; least: bytes
     of values that would do; stay: whether weights may become resident; grouped: the same with
-    groups of heads, from the fewest to the most."""
+    groups of heads, from the fewest to the most; repeating: whether fewer tokens at once cost time
+    themselves."""
     once = sum(block.nbytes for block in weights.once)
     passing = sum(block.nbytes for block in weights.blocks)
     largest = weights.largest_bytes
@@ -212,10 +217,13 @@ def _phase(
         return Phase(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
 
     # Everything at once where all weights stay beside it; else the largest chunks that cost no
-    # residency, because attention decides the peak anyway. Groups of heads only where it must be.
+    # residency, because attention decides the peak anyway, or that leave the ring its room where
+    # they cost time. Groups of heads only where it must be.
+    blocks = min(RING_BLOCKS, len(weights.blocks))
+    beside = weights.root.nbytes + blocks * largest if repeating else weights.travelling_bytes
     tokens, values = next(
         (tokens, values) for tokens, values in choices
-        if values <= tightest or (stay and needed(values, weights.travelling_bytes) <= budget)
+        if values <= tightest or (stay and needed(values, beside) <= budget)
     )  # fmt: skip
     if grouped and needed(values) > budget:
         tokens, values, groups = next((c for c in grouped if needed(c[1]) <= budget), grouped[-1])
@@ -223,7 +231,6 @@ def _phase(
     left = budget - values - overhead
     if stay and weights.travelling_bytes <= left:
         return Phase(name, values, overhead, 0, weights.travelling_bytes, 0, 0, tokens, smallest)
-    blocks = min(RING_BLOCKS, len(weights.blocks))
     ring = max(largest, min(blocks * largest, left - weights.root.nbytes))
     staying = weights.fitting(left - ring if stay else weights.root.nbytes)
     resident = sum(block.footprint for block in staying)

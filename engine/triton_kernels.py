@@ -77,7 +77,7 @@ def _prepare(
             x = tl.clamp(x, -LIMIT, LIMIT)
     place = columns
     inside = columns < WIDTH + MORE
-    if ROTATE and ROUND and PTX:
+    if (ROTATE and ROUND) and PTX:  # Triton 3.3 takes two at a time
         # Mirror the 8 bytes that a thread has among themselves, and the place of all 8, so that
         # they are stored at once.
         x = tl.inline_asm_elementwise(

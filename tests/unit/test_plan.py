@@ -430,17 +430,40 @@ def test_the_smallest_budget_is_enough_and_less_is_not(
 @pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize("size", SIZES)
 def test_more_budget_never_means_more_visits(size: tuple[int, int], name: str) -> None:
-    found: list[tuple[float, int]] = []
+    """But where more tokens are computed at once, as each chunk converts weights again."""
+    found: list[tuple[float, int, float]] = []
     for gb in [n / 50 for n in range(15, 75)] + [n / 5 for n in range(8, 120)]:
         phase = denoising(name, Job(*size), int(gb * GB), CARDS["fused"])
         if phase.smallest <= gb * GB:
-            found.append((gb, phase.visiting))
+            found.append((gb, phase.visiting, phase.tokens or float("inf")))
     rises = [
         (gb, f"{(after - before) / 1e6:.0f} MB more")
-        for (_, before), (gb, after) in pairwise(found)
-        if after > before
+        for (_, before, fewer), (gb, after, tokens) in pairwise(found)
+        if after > before and (tokens <= fewer or "dequantized" not in name)
     ]
     assert not rises
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "tokens"),
+    [
+        ("float8", "fused", 2048),
+        ("float8 dequantized", "fused", 0),
+        ("float8", "plain", 0),
+        ("float8 dequantized", "plain", 0),
+        ("bfloat16", "plain", 0),
+    ],
+)
+def test_what_chunks_repeat_is_done_for_all_tokens_at_once(name: str, card: str, tokens: int):
+    """Conversions of weights, and many small operations; for less than a GB of more visits."""
+    largest = transformer(FULL, computing_of(name)[0]).largest_bytes
+    for gb in (2, 4, 8):
+        phase = denoising(name, Job(1024, 1024), gb * GB, CARDS[card])
+        least = denoising(name, Job(1024, 1024), gb * GB, CARDS["fused"])
+        assert phase.tokens == tokens
+        assert phase.visiting <= least.visiting + GB
+        assert phase.peak <= gb * GB
+        assert phase.ring == planning.RING_BLOCKS * largest
 
 
 def test_without_a_budget_everything_stays(built_once) -> None:
