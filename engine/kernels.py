@@ -45,8 +45,8 @@ def kitchen_is_faster(device: torch.device) -> bool:
     found = capability(device)
     if found is None or not kitchen_works():
         return False
-    ours = found[0] in (9, 10, 11) and triton_works(device) and int8_product_works(device)
-    return not ours
+    newer = found[0] in (9, 10, 11)
+    return not (newer and triton_works(device) and int8_product_works(device))
 
 
 @cache
@@ -87,6 +87,8 @@ def float8_takes_row_scales(device: torch.device) -> bool:
 
     try:
         return all(kernel_trials.same(*pair) for pair in kernel_trials.float8_product(device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         log.info("No float8 product with a scale for each row (%s).", str(error).split("\n")[0])
         return False
@@ -99,6 +101,8 @@ def _works(what: str, trial: Callable[[], Pairs]) -> bool:
         # Twice, because a kernel's second start takes a shorter way.
         right = all(same(*pair) for _ in range(2) for pair in trial())
         problem = "" if right else "wrong results"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no compiler, an old driver, a broken installation: anything
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:

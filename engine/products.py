@@ -235,9 +235,10 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
                 **values,
             )
         return say("{format} matrix units begin with compute capability {needed}", **values)
-    ours = kernels.triton_works(device) and kernels.int8_product_works(device)
-    fused = dtype == FLOAT8_DTYPE or kernels.kitchen_works() or ours
-    return "" if forced or fused else _unfused(name)
+    if forced or dtype == FLOAT8_DTYPE or kernels.kitchen_works():
+        return ""
+    works = kernels.triton_works(device) and kernels.int8_product_works(device)
+    return "" if works else _unfused(name)
 
 
 def _unfused(name: str) -> str:

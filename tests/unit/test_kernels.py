@@ -272,7 +272,13 @@ def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixt
         yield right, right
         raise KeyError("no compiler")
 
+    def short_of_memory():
+        yield right, right
+        raise torch.OutOfMemoryError
+
     assert kernels._works("It", lambda: iter([(right, right)]))
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels._works("It", short_of_memory)
     assert not caplog.messages
     assert not kernels._works("It", wrong_when_started_again)
     assert not kernels._works("It", refused)
