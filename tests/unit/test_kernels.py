@@ -213,17 +213,22 @@ print("equal")
 """
 
 
-def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
-    """In Triton's interpreter, which needs no card."""
+def interpreted(code: str) -> str:
+    """What it prints in Triton's interpreter, which needs no card."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
+        [sys.executable, "-c", code],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout == "equal\n", done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
+    assert interpreted(INTERPRETED) == "equal\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
@@ -248,15 +253,7 @@ print(len(trials), all(kernel_trials.same(*trial) for trial in trials))
 
 
 def test_the_trials_find_the_kernels_right() -> None:
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", TRIALS],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "9 True\n", done.stderr[-2000:]
+    assert interpreted(TRIALS) == "9 True\n"
 
 
 def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
