@@ -1,9 +1,6 @@
 """The operations between products: fused kernels against the plain ones, both against float64."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -169,68 +166,6 @@ def test_the_hadamard_matrix_is_its_own_inverse_and_comfyuis() -> None:
     assert torch.equal(hadamard(256, torch.device("cpu"), torch.float64), theirs)
 
 
-INTERPRETED = """
-import torch
-from majicflux.engine import products, triton_kernels as fused
-from majicflux.engine.rows import Wanted, prepare
-from majicflux.engine.stored_linear import LIMITS
-generator = torch.Generator().manual_seed(0)
-wide = torch.randn(2, 5, 1536, generator=generator).bfloat16().float()
-x, gelu = wide[..., :512], wide[..., 512:]
-norm = tuple(torch.randn(2, 1, 512, generator=generator) for _ in range(2))
-for case in ((x, None, None), (x, norm, None), (None, None, gelu), (x, None, gelu)):
-    def plainly(wanted=None):  # which uses the input of GELU up
-        return prepare(case[0], case[1], None if case[2] is None else case[2].clone(), wanted)
-
-    assert (fused.prepare(*case, 1e-6, torch.float32)[0] - plainly()).abs().max() < 1e-4
-    for group in (0, 256):
-        rows = plainly(Wanted(torch.int8, 127.0, group))
-        values, scale = fused.prepare(*case, 1e-6, torch.int8, 127.0, group)
-        assert torch.allclose(scale, rows.scale, rtol=1e-5)
-        # A value halfway between two steps may go either way.
-        assert (values.int() - rows.values.int()).abs().max() <= 1
-        assert (values != rows.values).float().mean() < 0.01
-rows, _ = fused.prepare(x, norm, None, 1e-6, torch.bfloat16)
-assert torch.allclose(rows.float(), prepare(x, norm), rtol=0.01)
-gate, y = torch.randn(2, 1, 512, generator=generator), torch.randn(2, 5, 512, generator=generator)
-sums = x.clone()
-fused.add_gated_(sums, gate, y)
-assert torch.allclose(sums, x + gate * y)
-y, of_row, of_column = x[0].contiguous(), rows[0, :5, :1].float().abs(), y[0, 0]
-for bias in (None, gate[0, 0]):
-    found, right = y.clone(), y * of_row * of_column + (0 if bias is None else bias)
-    fused.rescale_(found, of_row, of_column, bias)
-    assert torch.allclose(found, right, atol=1e-6)
-    products.rescale_(y_plain := y.clone(), of_row, of_column, bias)
-    assert torch.allclose(y_plain, right, atol=1e-6)
-every = torch.arange(256, dtype=torch.uint8).view(2, 128)
-scale, found = torch.tensor([0.3, 7.0]), torch.empty(2, 128)
-for weight in (every.view(torch.int8), every.view(torch.float8_e4m3fn)):
-    fused.dequantize(weight, scale, found)
-    right = weight.float() * scale[:, None]
-    assert torch.equal(found.nan_to_num(1e6), right.nan_to_num(1e6))
-print("equal")
-"""
-
-
-def interpreted(code: str) -> str:
-    """What it prints in Triton's interpreter, which needs no card."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
-    assert interpreted(INTERPRETED) == "equal\n"
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
 def test_every_byte_is_dequantized_as_pytorch_does() -> None:
     from majicflux.engine.triton_kernels import dequantize
@@ -242,117 +177,6 @@ def test_every_byte_is_dequantized_as_pytorch_does() -> None:
         dequantize(every.view(dtype), scale, found)
         right = (every.view(dtype).float() * scale[:, None]).bfloat16()
         assert torch.equal(found.nan_to_num(1e6), right.nan_to_num(1e6))
-
-
-TRIALS = """
-import torch
-from majicflux.engine import kernel_trials
-trials = list(kernel_trials.fused(torch.device("cpu"), False))
-print(len(trials), all(kernel_trials.same(*trial) for trial in trials))
-"""
-
-
-def test_the_trials_find_the_kernels_right() -> None:
-    assert interpreted(TRIALS) == "9 True\n"
-
-
-def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    right = torch.ones(3)
-    rounds = []
-
-    def wrong_when_started_again():
-        rounds.append(1)
-        yield right, right
-        yield right * len(rounds), right
-
-    def refused():
-        yield right, right
-        raise KeyError("no compiler")
-
-    def short_of_memory():
-        yield right, right
-        raise torch.OutOfMemoryError
-
-    assert kernels._works("It", lambda: iter([(right, right)]))
-    with pytest.raises(torch.OutOfMemoryError):
-        kernels._works("It", short_of_memory)
-    assert not caplog.messages
-    assert not kernels._works("It", wrong_when_started_again)
-    assert not kernels._works("It", refused)
-    assert not kernels._works("It", lambda: iter([(right * torch.nan, right)]))
-    assert [message.split("; ")[0] for message in caplog.messages] == [
-        "It does not work here (wrong results)",
-        "It does not work here (KeyError: 'no compiler')",
-        "It does not work here (wrong results)",
-    ]
-
-
-def test_a_refusal_of_row_scales_is_found() -> None:
-    """On a CPU PyTorch has float8 products with one scale only, as on Windows."""
-    assert not kernels.float8_takes_row_scales(torch.device("cpu"))
-
-
-SHARED_MEMORY = 99 * 1024  # bytes that a program has on RTX 30, 40 and 50, the least of all cards
-FLOAT8_UNITS = 89  # compute capability times 10
-
-
-@pytest.mark.parametrize("capability", [86, 89, 120])
-def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monkeypatch) -> None:
-    """At the widths of Flux.1, into machine code by Triton's own assembler."""
-    fused = pytest.importorskip("majicflux.engine.triton_kernels")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import ASTSource, compile
-
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
-             torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
-    compiled = []
-
-    def start(kernel, device, programs, given, num_warps=4, **constants) -> None:
-        signature, fixed, divisible = {}, {}, {}
-        for place, (name, value) in enumerate(zip(kernel.arg_names, given, strict=False)):
-            if isinstance(value, torch.Tensor):
-                signature[name] = "*" + names[value.dtype]
-            elif hasattr(value, "base"):  # a TensorDescriptor
-                signature[name] = f"tensordesc<{names[value.base.dtype]}{value.block_shape}>"
-            else:
-                signature[name] = "i32" if isinstance(value, int) and value > 1 else "constexpr"
-            if signature[name] == "constexpr":
-                fixed[place,] = value
-            elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-                divisible[place,] = [["tt.divisibility", 16]]
-        for name, value in constants.items():
-            signature[name] = "constexpr"
-            fixed[kernel.arg_names.index(name),] = value
-        source = ASTSource(kernel, signature, fixed, divisible)
-        target = GPUTarget("cuda", capability, 32)
-        found = compile(source, target=target, options={"num_warps": num_warps})
-        assert found.metadata.shared <= SHARED_MEMORY
-        compiled.append(kernel.__name__)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    monkeypatch.setattr(fused, "_start", start)
-    residual = empty(1, 64, 3072, dtype=torch.float32)
-    modulation = empty(1, 1, 3072, dtype=torch.float32)
-    beside = empty(1, 64, 3072), None, empty(1, 64, 12288)
-    formats = [(torch.bfloat16, 0.0, 0), (torch.bfloat16, 0.0, 256), (torch.int8, 127.0, 256)]
-    if capability >= FLOAT8_UNITS:
-        formats.append((torch.float8_e4m3fn, 448.0, 0))
-    for wanted in formats:
-        fused.prepare(residual, (modulation, modulation), None, 1e-6, *wanted)
-        fused.prepare(*beside, 1e-6, *wanted)
-    head, rope = empty(128), empty(1, 1, 64, 64, 2, 2, dtype=torch.float32)
-    fused.rms_rope_(empty(1, 64, 9216), head, head, rope, 24, 1e-6)
-    fused.add_gated_(residual, modulation, empty(1, 64, 3072))
-    scale = empty(3072, dtype=torch.float32)
-    for dtype in (torch.int8, torch.float8_e4m3fn):
-        fused.dequantize(empty(3072, 64, dtype=dtype), scale, empty(3072, 64))
-    rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
-    for bias in (None, empty(3072)):
-        fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
-        fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
-    assert len(compiled) == 2 * len(formats) + 8
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
@@ -370,38 +194,3 @@ def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None
             some = x.flatten()[first:].as_strided((1, rows, WIDTH), (0, row, 1))
             found, _ = triton_kernels.prepare(some, None, None, 0.0, torch.float32)
             assert torch.equal(found, some.float())
-
-
-def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
-    triton_kernels = pytest.importorskip("majicflux.engine.triton_kernels")
-    monkeypatch.setattr(triton_kernels, "_compiled", {})
-    started = []
-
-    class Kernel:
-        __name__ = "kernel"
-
-        def __init__(self, version: int = 0):
-            self.version = version
-
-        def __getitem__(self, programs: tuple[int, int, int]):
-            def start(*given: object, **constants: object) -> "Kernel":
-                started.append((self.version, programs, len(given) + len(constants)))
-                return Kernel(1)
-
-            return start
-
-    x = torch.zeros(64)
-    cases = [(x, 16), (x[1:], 16), (x.half(), 16), (x, 1), (x, 5), (x, 2**31), (None, 16)]
-    for given in cases:
-        for constant in (1, 2):
-            for _ in range(2):
-                triton_kernels._start(Kernel(), x.device, (3, 1, 1), given, WIDTH=constant)
-    # The first of two through Triton, which is told the warps too; the second as it was compiled.
-    assert started == [(0, (3, 1, 1), 4), (1, (3, 1, 1), 3)] * 2 * len(cases)
-    triton_kernels._start(Kernel(), x.device, (5, 1, 1), (x[4:], 32), WIDTH=1)
-    assert started[-1] == (1, (5, 1, 1), 3), "another tensor and number of the same kind"
-
-
-def test_a_cpu_has_no_fused_kernels() -> None:
-    assert not kernels.fused(torch.zeros(1))
-    assert kernels.capability(torch.device("cpu")) is None
