@@ -4,9 +4,18 @@ import torch
 from torch import Tensor
 
 from .kernels import Pairs
-from .products import rescale_, scaled_product
+from .precision import INT8_ROTATED
+from .products import kitchen_product, rescale_, scaled_product
 from .rows import EPS, add_gated_, prepare, rms_rope_
-from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredNorm, rotate
+from .stored_linear import (
+    ALL,
+    FLOAT8_DTYPE,
+    LIMITS,
+    StoredLinear,
+    StoredNorm,
+    quantize_rows,
+    rotate,
+)
 
 WIDTH, HEADS, TOKENS = 3072, 24, 16
 
@@ -44,9 +53,7 @@ def fused(device: torch.device, float8: bool) -> Pairs:
     triton_kernels.add_gated_(sums, scale.to(device), y.to(device, torch.bfloat16))
     add_gated_(x, scale, y)
     yield sums, x
-    norm = StoredNorm(WIDTH // HEADS, EPS, torch.float32).to_empty(device="cpu")
-    norm.weight.copy_(weights[0, : WIDTH // HEADS])
-    rope = weights[:, :256].reshape(1, 1, TOKENS, 64, 2, 2).contiguous()
+    norm, rope = _norm_and_rope(weights)
     turned, weight = qkv.to(device, torch.bfloat16), norm.weight.to(device, torch.bfloat16)
     triton_kernels.rms_rope_(turned, weight, weight, rope.to(device), HEADS, EPS)
     rms_rope_(qkv, norm, norm, rope, HEADS)
@@ -62,6 +69,31 @@ def fused(device: torch.device, float8: bool) -> Pairs:
         found = torch.empty(stored.shape, dtype=torch.bfloat16, device=device)
         triton_kernels.dequantize(stored.to(device), of_row[:, 0].to(device), found)
         yield found, stored.float() * of_row
+
+
+def kitchen(device: torch.device) -> Pairs:
+    """What is used of comfy-kitchen."""
+    import comfy_kitchen
+
+    x, shift, scale, qkv, weights, rows = _random(
+        (1, TOKENS, WIDTH), (1, 1, WIDTH), (1, 1, WIDTH), (1, TOKENS, 3 * WIDTH), (TOKENS, WIDTH),
+        (1, 160, WIDTH),
+    )  # fmt: skip
+    here = [given.to(device, torch.bfloat16) for given in (x, scale, shift)]
+    right = prepare(x, (shift, scale))
+    assert isinstance(right, Tensor)
+    yield comfy_kitchen.adaln(here[0], here[1], here[2], EPS), right
+    norm, rope = _norm_and_rope(weights)
+    turned, weight = qkv.to(device, torch.bfloat16), norm.weight.to(device, torch.bfloat16)
+    q, k, _ = turned.unflatten(-1, (3, HEADS, -1)).unbind(-3)
+    comfy_kitchen.rms_rope_(q, k, rope.to(device).transpose(1, 2), weight, weight, EPS)
+    rms_rope_(qkv, norm, norm, rope, HEADS)
+    yield turned, qkv
+    layer = StoredLinear(WIDTH, TOKENS, False, INT8_ROTATED).to_empty(device="cpu")
+    assert layer.scale is not None
+    quantize_rows(weights, layer.weight.data, layer.scale.data, layer.group)
+    found = kitchen_product(layer.to(device), rows.to(device, torch.bfloat16), ALL)
+    yield found, rows @ weights.T
 
 
 def int8_product(device: torch.device) -> Pairs:
@@ -83,6 +115,12 @@ def _product(device: torch.device, dtype: torch.dtype, multiply) -> tuple[Tensor
     out = torch.empty(48, 32, dtype=torch.bfloat16, device=device)
     multiply(*(x.to(device) for x in (rows, row_scale, weight, scale, bias)), out)
     return out, (rows.float() * row_scale) @ (weight.float() * scale[:, None]).T + bias
+
+
+def _norm_and_rope(weights: Tensor) -> tuple[StoredNorm, Tensor]:
+    norm = StoredNorm(WIDTH // HEADS, EPS, torch.float32).to_empty(device="cpu")
+    norm.weight.copy_(weights[0, : WIDTH // HEADS])
+    return norm, weights[:, :256].reshape(1, 1, TOKENS, 64, 2, 2).contiguous()
 
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .allocator import ran_out
+
 log = logging.getLogger("majicflux")
 
 INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
@@ -25,7 +27,7 @@ def fused(x: Tensor) -> bool:
 
 def of_kitchen(x: Tensor) -> bool:
     """Whether they run as comfy-kitchen's, which need no Triton: it is rare on Windows."""
-    return x.device.type == "cuda" and not triton_works(x.device) and kitchen_works()
+    return x.device.type == "cuda" and not triton_works(x.device) and kitchen_works(x.device)
 
 
 @cache
@@ -43,14 +45,14 @@ def kitchen_is_faster(device: torch.device) -> bool:
     the fastest of the consumer cards; on an H200 ours was 1.8 times as fast (benchmarks/README).
     """
     found = capability(device)
-    if found is None or not kitchen_works():
+    if found is None or not kitchen_works(device):
         return False
     newer = found[0] in (9, 10, 11)
     return not (newer and triton_works(device) and int8_product_works(device))
 
 
 @cache
-def kitchen_works() -> bool:
+def kitchen_works(device: torch.device) -> bool:
     """Whether the kernels that ComfyUI ships (comfy-kitchen) run here, compiled ones included."""
     if os.environ.get(OFF):
         return False
@@ -58,7 +60,11 @@ def kitchen_works() -> bool:
         import comfy_kitchen
     except ImportError:
         return False
-    return bool(comfy_kitchen.list_backends().get("cuda", {}).get("available"))
+    if not comfy_kitchen.list_backends().get("cuda", {}).get("available"):
+        return False
+    from . import kernel_trials
+
+    return _works("comfy-kitchen", lambda: kernel_trials.kitchen(device))
 
 
 @cache
@@ -87,9 +93,9 @@ def float8_takes_row_scales(device: torch.device) -> bool:
 
     try:
         return all(kernel_trials.same(*pair) for pair in kernel_trials.float8_product(device))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if ran_out(error):  # a full card says nothing about kernels
+            raise
         log.info("No float8 product with a scale for each row (%s).", str(error).split("\n")[0])
         return False
 
@@ -101,9 +107,9 @@ def _works(what: str, trial: Callable[[], Pairs]) -> bool:
         # Twice, because a kernel's second start takes a shorter way.
         right = all(same(*pair) for _ in range(2) for pair in trial())
         problem = "" if right else "wrong results"
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # no compiler, an old driver, a broken installation: anything
+        if ran_out(error):
+            raise
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:
         log.warning("%s does not work here (%s); plain operations take over.", what, problem)

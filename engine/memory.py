@@ -1,14 +1,14 @@
 """The card's memory during a run: held to a budget, measured, and given back when it is short."""
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from ..messages import say
+from .allocator import allocator_of
 from .plan import GB
 
 
@@ -66,66 +66,61 @@ class Report:
 
 
 class Memory:
-    """The memory of one device, above what others held in it when the run began."""
+    """The memory of one device, beyond what others hold of it when a phase begins.
 
-    def __init__(self, device: torch.device, own_places: Collection[int]):
-        """own_places: addresses of what is there and counts nevertheless."""
-        self.device = device
-        self.counted = device.type == "cuda"
-        if self.counted:
-            self.give_back()
-            self.base = torch.cuda.memory_reserved(device) - _reserved_for(own_places, device)
+    Made once others have given way: what leaves later would be counted against what comes.
+    """
+
+    def __init__(self, device: torch.device, own: Mapping[int, int]):
+        """own: address and bytes of what is there and counts nevertheless."""
+        self._allocator = allocator_of(device)
+        self._allocator.give_back()
+        self._base = self._allocator.reserved() - self._allocator.own(own)
+        self._limit = self._budget = None
+        self._allocator.begin()
 
     @contextmanager
-    def held_to(self, budget_bytes: int | None) -> Iterator[None]:
-        """The allocator refuses to reserve more than `budget_bytes` above the base inside this.
+    def held_to(self, planned_bytes: int, budget_bytes: int | None) -> Iterator[None]:
+        """No more than planned is taken inside this, or than the budget after `lift`.
 
-        Before it refuses it gives back what it keeps unused, so nothing is planned too tightly.
+        Held to the plan first, an allocator uses the holes that it has; without need it would
+        rather take more of the card than have any.
         """
-        if not self.counted or budget_bytes is None:
+        if budget_bytes is None or not self._allocator.counts:
             yield
             return
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        before = torch.cuda.get_per_process_memory_fraction(self.device)
-        share = min(before, (self.base + budget_bytes) / total)
-        with suppress(RuntimeError):  # allocators of other makers know no limit
-            torch.cuda.set_per_process_memory_fraction(share, self.device)
-        try:
+        self._budget = budget_bytes
+        with self._allocator.limited():
+            self._hold_to(min(planned_bytes, budget_bytes))
             yield
-        finally:
-            with suppress(RuntimeError):
-                torch.cuda.set_per_process_memory_fraction(before, self.device)
+        self._limit = self._budget = None
+
+    def lift(self) -> bool:
+        """Hold to the budget instead of the plan; False: that is so already."""
+        if self._limit is None or self._budget is None or self._limit >= self._budget:
+            return False
+        self._hold_to(self._budget)
+        return True
+
+    def _hold_to(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._allocator.limit(self._base + limit_bytes)
+
+    def make_way(self, nbytes: int) -> None:
+        """To be called before so many bytes are taken that no hole may be large enough for."""
+        if self._limit is not None:
+            self._allocator.make_way(nbytes, self._base + self._limit)
 
     def give_back(self) -> None:
         """Give memory that is reserved and not used back to the card."""
-        if self.counted:
-            torch.cuda.empty_cache()
-
-    def begin(self) -> None:
-        """Count the peak from here on."""
-        self.give_back()
-        if self.counted:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._allocator.give_back()
 
     def peak_bytes(self) -> int | None:
-        if not self.counted:
-            return None
-        return torch.cuda.max_memory_reserved(self.device) - self.base
+        """The most that was taken, or None where it is not counted."""
+        return max(0, self._allocator.peak() - self._base) if self._allocator.counts else None
 
 
 def give_back_pinned() -> None:
     """Give back to the system what PyTorch keeps of pinned memory, as what decoding used."""
     if torch.cuda.is_initialized() and hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()
-
-
-def _reserved_for(places: Collection[int], device: torch.device) -> int:
-    """Bytes of the allocator's segments that any of these addresses is in."""
-    found, wanted = 0, sorted(places)
-    for segment in torch.cuda.memory_snapshot():
-        if segment["device"] == device.index:
-            start = segment["address"]
-            index = bisect_left(wanted, start)
-            if index < len(wanted) and wanted[index] < start + segment["total_size"]:
-                found += segment["total_size"]
-    return found

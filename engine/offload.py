@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .allocator import ran_out
 from .streaming import BeforeBlock, Stream, Transfers
 from .work import Work
 
@@ -217,9 +218,9 @@ class OffloadedModule:
         return sum(block.footprint for block in self.all_blocks if block.resident)
 
     @property
-    def resident_places(self) -> list[int]:
-        """Addresses on the device of what is resident."""
-        return [block.address for block in self.all_blocks if block.resident]
+    def resident_places(self) -> dict[int, int]:
+        """Addresses on the device of what is resident, and its bytes."""
+        return {block.address: block.nbytes for block in self.all_blocks if block.resident}
 
     def fitting(self, budget_bytes: float) -> list[WeightBlock]:
         """The blocks that `keep_resident` would keep in that many bytes."""
@@ -244,7 +245,9 @@ class OffloadedModule:
             if not block.resident:
                 try:
                     block.stay_on(device)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not ran_out(error):
+                        raise
                     return
 
     def release(self, weight_bytes: float) -> int:

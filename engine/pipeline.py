@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..messages import say
+from .allocator import ran_out
 from .card import card_of
 from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT
@@ -328,19 +330,18 @@ class Run:
         self.report.phases.append(report)
         start = time.perf_counter()
         own = [c for c in self.pipeline.components if c.patcher.device == device]
-        memory = Memory(device, [place for c in own for place in c.weights.resident_places])
         before = component.weights.resident_bytes
-        finished = False
+        memory, finished = None, False
         try:
-            with memory.held_to(self._budget(component)):
-                self._make_room(component, plan, own)
-                if component is self.pipeline.dit and plan.visiting and memory.counted:
-                    component.patcher.pin()  # the text encoders and the VAE run once: not worth it
-                memory.begin()
+            self._make_room(component, plan, own)
+            memory = Memory(device, ChainMap(*(c.weights.resident_places for c in own)))
+            with memory.held_to(report.planned_bytes, self._budget(component)):
                 relieve = partial(self._relieve, component, own, memory)
-                yield plan, Work(plan.tokens, plan.groups, relieve)
+                yield plan, Work(plan.tokens, plan.groups, relieve, memory.make_way)
             finished = True
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             said = say(
                 "The card ran out of memory in the phase '{phase}', which needs {smallest:.2f} GB "
                 "at least. Close other programs that use the card, or choose a smaller picture or "
@@ -351,7 +352,9 @@ class Run:
             # By PyTorch's words ComfyUI's canvas knows what to say at once.
             raise BudgetError("\n".join([said, str(error)])) from error
         finally:
-            report.peak_bytes = memory.peak_bytes()
+            if memory is not None:
+                report.peak_bytes = memory.peak_bytes()
+                memory.give_back()  # for other programs; this one would keep it
             report.seconds = time.perf_counter() - start
             if device != CPU:  # where weights are computed with at home
                 report.moved_bytes += max(0, component.weights.resident_bytes - before)
@@ -384,6 +387,8 @@ class Run:
         memory: Memory,
     ) -> bool:
         """Free memory for a phase that found less than was planned. False: there is none."""
+        if memory.lift():
+            return True
         freed = sum(other.weights.release(float("inf")) for other in own if other is not component)
         if not freed:
             freed = component.weights.release(RELIEF_BLOCKS * component.weights.largest_bytes)

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, _int_mm, _scaled_mm, nn  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn import functional as F
 
 from ..messages import say
 from . import kernels
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
+FEWEST_ROWS = 32  # of the same: cuBLAS wants more than 16
+SIDE_MULTIPLE = 16  # of both sides of a weight that matrix units multiply in 8 bits
 CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
-
-_refused: WeakSet[StoredLinear] = WeakSet()  # no kernel takes them
 
 
 class Product(Protocol):
@@ -74,8 +74,7 @@ class Dequantized:
 class EightBit:
     """Rows and weights both in 8 bits, where the weights are in one of `dtypes`.
 
-    Every other layer, and every layer whose shape a kernel refuses, is left to `otherwise`. A
-    refusal holds as long as the layer lives, and is told once.
+    Every other layer, and every layer whose shape the units do not take, is left to `otherwise`.
     """
 
     def __init__(self, dtypes: Collection[torch.dtype], device: torch.device, otherwise: Product):
@@ -85,7 +84,7 @@ class EightBit:
 
     def wanted(self, layer: StoredLinear) -> Wanted | None:
         dtype = layer.weight.dtype
-        if dtype not in self.dtypes or layer in _refused:
+        if not self.takes(layer):
             return self.otherwise.wanted(layer)
         if self.kitchen and dtype == torch.int8:
             return None  # its kernel rotates and quantizes by itself
@@ -98,42 +97,24 @@ class EightBit:
         exact = isinstance(x, Tensor) and (
             x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype != self.dtype
         )
-        if dtype not in self.dtypes or layer in _refused or exact:
+        if not self.takes(layer) or exact:
             return self.otherwise(layer, x, out, columns)
-        try:
-            if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
-                return _kitchen_product(layer, x, columns)
-            if isinstance(x, Tensor):
-                x = prepare(x, wanted=Wanted(dtype, LIMITS[dtype], layer.group))
-            assert isinstance(x, Rows)
-            product = _int8_product if dtype == torch.int8 else _float8_product
-            return product(layer, x, out, columns)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Triton's errors are its own
-            return self._refused(layer, x, out, columns, error)
+        if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
+            return kitchen_product(layer, x, columns)
+        if isinstance(x, Tensor):
+            x = prepare(x, wanted=Wanted(dtype, LIMITS[dtype], layer.group))
+        assert isinstance(x, Rows)
+        product = _int8_product if dtype == torch.int8 else _float8_product
+        return product(layer, x, out, columns)
 
-    def _refused(
-        self,
-        layer: StoredLinear,
-        x: Tensor | Rows,
-        out: Tensor | None,
-        columns: slice,
-        error: Exception,
-    ) -> Tensor:
-        if not _refused:
-            shape, reason = "x".join(map(str, layer.weight.shape)), str(error).split("\n")[0]
-            log.warning(
-                "No 8-bit product for a weight of %s here (%s). It is dequantized instead, as "
-                "is every other that is refused.",
-                shape,
-                reason,
-            )
-        _refused.add(layer)
-        if isinstance(x, Rows):
-            values, scale = _flat(x)
-            x = Rows((values.float() * scale).to(x.dtype).view(x.values.shape), None, x.dtype)
-        return self.otherwise(layer, x, out, columns)
+    def takes(self, layer: StoredLinear) -> bool:
+        """Whether matrix units multiply this weight: by what is declared, not by trying.
+
+        An error of a product that was taken is one of the run, such as a full card.
+        """
+        return layer.weight.dtype in self.dtypes and not any(
+            side % SIDE_MULTIPLE for side in layer.weight.shape
+        )
 
 
 @dataclass(frozen=True)
@@ -235,7 +216,7 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
                 **values,
             )
         return say("{format} matrix units begin with compute capability {needed}", **values)
-    if forced or dtype == FLOAT8_DTYPE or kernels.kitchen_works():
+    if forced or dtype == FLOAT8_DTYPE or kernels.kitchen_works(device):
         return ""
     works = kernels.triton_works(device) and kernels.int8_product_works(device)
     return "" if works else _unfused(name)
@@ -318,15 +299,17 @@ def _int8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: sli
         triton_kernels.int8_product(values, row_scale, weight, scale, bias, y.flatten(0, -2))
     else:
         for first in range(0, len(values), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
-            sums = _int_mm(values[some], weight.T)
-            sums = sums.float()
+            rows = values[first : first + ROWS_AT_ONCE]
+            some = slice(first, first + len(rows))
+            more = max(0, FEWEST_ROWS - len(rows))
+            padded = F.pad(rows, (0, 0, 0, more)) if more else rows
+            sums = _int_mm(padded, weight.T)[: len(rows)].float()
             sums.mul_(row_scale[some]).mul_(scale)
             y.flatten(0, -2)[some] = sums if bias is None else sums.add_(bias)
     return y
 
 
-def _kitchen_product(layer: StoredLinear, x: Tensor, columns: slice) -> Tensor:
+def kitchen_product(layer: StoredLinear, x: Tensor, columns: slice) -> Tensor:
     import comfy_kitchen
 
     weight, scale, bias = layer.matrix(columns)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import vae_bands
+from .allocator import ran_out
 from .offload import BeforeBlock, OffloadedModule, Patcher, at_hand
 from .streaming import Stream
 from .work import Work
@@ -36,7 +37,7 @@ class VAE:
         weights, or in the smallest ones if it is short of memory. The picture is the same with any,
         up to rounding. Returns it and the bytes of weights that were moved.
         """
-        decoder = self.weights.module["decoder"]
+        decoder, work = self.weights.module["decoder"], work or Work()
 
         def decoded(latent: Tensor, limit: float) -> Tensor:
             latent = latent[None].to(self.patcher.device, self.dtype)
@@ -46,11 +47,11 @@ class VAE:
             else:
                 beside = 2 * latent.nbytes  # it, and what the decoder makes of it first
                 bands = vae_bands.plan_decode(rows, columns, latent.itemsize, limit - beside)
-                picture = vae_bands.decode(decoder, latent, bands, before_block)
+                picture = vae_bands.decode(decoder, latent, bands, before_block, work.make_way)
             return (picture.float().cpu() / 2 + 0.5).clamp_(0, 1).movedim(1, -1)
 
         visits = self.weights.running_on(self.patcher.device, before_block, 0, ring_bytes, work)
-        return self._each(decoder, latents, decoded, visits, limit_bytes, work or Work())
+        return self._each(decoder, latents, decoded, visits, limit_bytes, work)
 
     def encode(
         self,
@@ -64,7 +65,7 @@ class VAE:
 
         The reverse of `decode`, and in the same way; sides are multiples of 8.
         """
-        encoder = self.weights.module["encoder"]
+        encoder, work = self.weights.module["encoder"], work or Work()
 
         def encoded(picture: Tensor, limit: float) -> Tensor:
             picture = picture[None].movedim(-1, 1) * 2 - 1
@@ -73,11 +74,11 @@ class VAE:
                 latent = encoder(picture.to(self.patcher.device, self.dtype))
             else:
                 bands = vae_bands.plan_encode(height, width, self.dtype.itemsize, limit)
-                latent = vae_bands.encode(encoder, picture, bands, before_block)
+                latent = vae_bands.encode(encoder, picture, bands, before_block, work.make_way)
             return latent.float().cpu()
 
         visits = self.weights.running_on(self.patcher.device, before_block, 0, ring_bytes, work)
-        return self._each(encoder, pictures, encoded, visits, limit_bytes, work or Work())
+        return self._each(encoder, pictures, encoded, visits, limit_bytes, work)
 
     @staticmethod
     def _each(
@@ -95,7 +96,9 @@ class VAE:
                 try:
                     done.append(run(item, limit_bytes))
                     continue
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not ran_out(error):
+                        raise
                     limit_bytes = 0
                 done.append(work.attempt(partial(run, item, limit_bytes)))
         return torch.cat(done), stream.moved_bytes

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BeforeBand = Callable[[], None]  # called before each band; may raise to stop there
+MakeWay = Callable[[int], None]  # called before each pass with the bytes that it will allocate
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, float32 [1, channels, 1, 1]
 Make = Callable[[int, int], Tensor]  # the band that comes of rows first to last
 
@@ -39,12 +40,12 @@ class Bands:
     """How to run over pictures of one size.
 
     passes: for each pass over a map, in order: how many rows a band has (of attention: tokens),
-    and whether the map that it fills stays on the device.
+    whether the map that it fills stays on the device, and the bytes that it allocates there.
     peak_bytes: device memory held at most, without weights, input and scratch of convolutions.
     host_bytes: host memory held at most, pinned for a CUDA device; includes a decoded picture.
     """
 
-    passes: tuple[tuple[int, bool], ...]
+    passes: tuple[tuple[int, bool, int], ...]
     peak_bytes: int
     host_bytes: int
 
@@ -65,14 +66,18 @@ def plan_encode(height: int, width: int, itemsize: int, limit_bytes: float) -> B
 
 @torch.no_grad()
 def decode(
-    decoder: Any, latent: Tensor, bands: Bands, before_band: BeforeBand | None = None
+    decoder: Any,
+    latent: Tensor,
+    bands: Bands,
+    before_band: BeforeBand | None = None,
+    make_way: MakeWay | None = None,
 ) -> Tensor:
     """`FluxVAEDecoder`'s forward: latent [1, 16, h, w] -> picture [1, 3, 8h, 8w] in host memory.
 
     The latent is on the decoder's device and in its dtype, which is also that of the picture.
     bands: of `plan_decode` for h, w. The picture is the same with any.
     """
-    run = _Run(latent.device, latent.dtype, bands.passes, before_band)
+    run = _Run(latent.device, latent.dtype, bands.passes, before_band, make_way)
     x = _Map(latent / decoder.scaling_factor + decoder.shift_factor, True)
     picture = run.whole(decoder, x, resident=False).values
     if latent.is_cuda:
@@ -82,7 +87,11 @@ def decode(
 
 @torch.no_grad()
 def encode(
-    encoder: Any, picture: Tensor, bands: Bands, before_band: BeforeBand | None = None
+    encoder: Any,
+    picture: Tensor,
+    bands: Bands,
+    before_band: BeforeBand | None = None,
+    make_way: MakeWay | None = None,
 ) -> Tensor:
     """`FluxVAEEncoder`'s forward: picture [1, 3, H, W] in -1..1 -> latent [1, 16, H/8, W/8].
 
@@ -90,7 +99,7 @@ def encode(
     in its dtype. bands: of `plan_encode` for H, W. The latent is the same with any.
     """
     weight = encoder.conv_in.weight
-    run = _Run(weight.device, weight.dtype, bands.passes, before_band)
+    run = _Run(weight.device, weight.dtype, bands.passes, before_band, make_way)
     picture = picture.to(weight.dtype, memory_format=torch.channels_last)
     x = _Map(picture, picture.device == weight.device)
     latent = run.whole(encoder, x, resident=True).values[:, :16]
@@ -128,10 +137,12 @@ class _Run:
         self,
         device: torch.device,
         dtype: torch.dtype,
-        passes: tuple[tuple[int, bool], ...] = (),
+        passes: tuple[tuple[int, bool, int], ...] = (),
         before_band: BeforeBand | None = None,
+        make_way: MakeWay | None = None,
     ):
-        self.device, self.dtype, self.before_band = device, dtype, before_band
+        self.device, self.dtype = device, dtype
+        self.before_band, self.make_way = before_band, make_way
         self.choices = iter(passes)
 
     def whole(self, model: Any, x: _Map, resident: bool) -> _Map:
@@ -260,7 +271,9 @@ class _Run:
         inside: the map to fill; `make` reads no row of it that an earlier band replaced. What
         `cost`, `resident` and `bounds` say is in the choices already, see `_Planner`.
         """
-        rows, resident = next(self.choices)
+        rows, resident, nbytes = next(self.choices)
+        if self.make_way is not None:
+            self.make_way(nbytes)
         target = None if inside is None else inside.values
         moments: list[Tensor] = []
         for first in range(0, count, rows):
@@ -329,7 +342,7 @@ class _Planner(_Run):
     def __init__(self, dtype: torch.dtype, limit_bytes: float, reserve: int):
         super().__init__(META, dtype)
         self.limit_bytes, self.reserve = limit_bytes, reserve
-        self.chosen: list[tuple[int, bool]] = []
+        self.chosen: list[tuple[int, bool, int]] = []
         self.maps: WeakSet[_Map] = WeakSet()
         self.peak_bytes = self.host_bytes = 0
 
@@ -365,7 +378,7 @@ class _Planner(_Run):
         if count > most or needed(count) > room:
             rows = bisect_right(range(1, count), room, key=needed)
             rows = min(count, most, max(least, rows))
-        self.chosen.append((rows, resident))
+        self.chosen.append((rows, resident, needed(rows)))
         self.peak_bytes = max(self.peak_bytes, self.held(True) + needed(rows))
         if inside is not None and not (resident and rows == count):
             nbytes = inside.nbytes  # filled in place

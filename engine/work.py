@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import TypeVar
 
-import torch
+from .allocator import ran_out
 
 log = logging.getLogger("majicflux")
 
@@ -23,11 +23,13 @@ class Work:
 
     tokens: in what is not attention; 0: all of them. groups: of heads, one attention after another.
     relieve: frees device memory and returns True, or returns False when it has none to free.
+    make_way: takes the bytes that are about to be allocated, where no hole may be large enough.
     """
 
     tokens: int = 0
     groups: int = 1
     relieve: Callable[[], bool] | None = None
+    make_way: Callable[[int], None] | None = None
     longest: int = field(default=0, init=False)  # stretch of tokens that was divided into chunks
 
     def chunks(self, tokens: slice) -> Iterator[slice]:
@@ -67,8 +69,10 @@ class Work:
         while True:
             try:
                 return part()
-            except torch.OutOfMemoryError:
-                pass  # out of `except`, which keeps the failed part's tensors alive
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                # Out of `except`, which keeps the failed part's tensors alive.
             freed = self.relieve is not None and self.relieve()
             if not freed and not (less or self.fewer_tokens)():
                 return part()

@@ -18,6 +18,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io, ui
 from torch import Tensor, nn
 
+from ..engine.allocator import ran_out
 from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
 from ..messages import say
@@ -157,7 +158,9 @@ def progress(
         if previewer and clean is not None:
             try:
                 preview = previewer.decode_latent_to_preview_image("JPEG", clean)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
                 log.debug("no preview: the card is short of memory")
         bar.update_absolute(bar.current + 1, passes, preview)
         seconds = (time.perf_counter() - start) * passes / steps / bar.current

@@ -106,8 +106,10 @@ def free_memory(device: "torch.device") -> int:
     """Bytes of a card, with what PyTorch has reserved but does not use."""
     import torch
 
+    from ..engine.allocator import allocator_of
+
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + allocator_of(device).unused()
 
 
 def model_folders(category: str) -> list[Path]:
@@ -232,12 +234,12 @@ class StandalonePatcher:
         _patchers.add(self)
 
     def load(self, working_bytes: int, weight_cap: int | None) -> None:
-        import torch
+        from ..engine.allocator import allocator_of
 
         wanted = self.weights.travelling_bytes if weight_cap is None else weight_cap
         if self.device.type == "cuda":
             wanted = min(wanted, self._make_room(wanted, working_bytes))
-            torch.cuda.empty_cache()
+            allocator_of(self.device).give_back()
         self.weights.keep_resident(self.device, wanted)
 
     def release(self, weight_bytes: int) -> None:

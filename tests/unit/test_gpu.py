@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from majicflux.engine import kernels, products
+from majicflux.engine import kernels
 from majicflux.engine import pipeline as pipeline_module
 from majicflux.engine.latents import to_vae_space
 from majicflux.engine.pipeline import paint
@@ -117,11 +117,10 @@ def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, l
         layer.weight.double() * layer.scale.double()[:, None]
     ).T + layer.bias.double()
     assert (found.double() - exact).norm() <= (6e-3 if lacking else 4e-3) * exact.norm()
-    assert layer not in products._refused
     assert torch.equal(found, layer(layer.rows(x), out=torch.empty_like(found)))
 
 
-def test_what_a_kernel_refuses_is_dequantized(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
     layer = StoredLinear(24, 40, True, INT8_ROTATED).to_empty(device=CUDA)
     weight = torch.randn(40, 24, device=CUDA)
     quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
@@ -132,7 +131,6 @@ def test_what_a_kernel_refuses_is_dequantized(caplog: pytest.LogCaptureFixture) 
     found = layer(layer.rows(x))
     exact = x.double() @ weight.double().T
     assert (found.double() - exact).norm() <= 0.03 * exact.norm()
-    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])

@@ -1,7 +1,5 @@
 """The ways to multiply a stored weight, and which is chosen where."""
 
-import logging
-
 import pytest
 import torch
 from live_bytes import LiveBytes
@@ -20,7 +18,7 @@ from majicflux.engine.precision import (
 )
 from majicflux.engine.products import Computing, Dequantized, EightBit, choose
 from majicflux.engine.request import Request
-from majicflux.engine.rows import Rows
+from majicflux.engine.rows import Rows, quantize_activations
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows, rotate
 
 CPU = torch.device("cpu")
@@ -171,37 +169,52 @@ def test_a_low_rank_term_is_added_beside_the_stored_weight(storage, eight_bit: b
     assert torch.equal(layer(layer.rows(x), out=out), out)
 
 
-def test_a_refused_layer_is_dequantized_and_told_once(monkeypatch, caplog) -> None:
-    calls = []
-
-    def refuse(*_: object) -> torch.Tensor:
-        calls.append(1)
-        raise RuntimeError("no such kernel\nand a long story")
-
-    monkeypatch.setattr(products, "_int8_product", refuse)
-    layers = [filled(INT8_ROTATED)[0] for _ in range(2)]
-    x = torch.randn(1, 160, 512)
-    with caplog.at_level(logging.WARNING):
-        for layer in (*layers, *layers):  # the second time in another run
-            layer.product = in_8_bits(layer)
-            exact = x.double() @ stored_weight(layer).T + layer.bias.double()
-            assert relative(layer(layer.rows(x)), exact) < 0.02
-    assert len(calls) == 2  # each layer is tried once
-    assert [record.message for record in caplog.records] == [
-        "No 8-bit product for a weight of 48x512 here (no such kernel). It is dequantized instead, "
-        "as is every other that is refused."
-    ]
+def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
+    layer = StoredLinear(24, 40, True, INT8_ROTATED).to_empty(device=CPU)
+    weight = torch.randn(40, 24)
+    quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
+    layer.bias.data.zero_()
+    layer.product = in_8_bits(layer)
+    x = torch.randn(1, 160, 24)
+    assert isinstance(layer.rows(x), torch.Tensor) or layer.rows(x).scale is None
+    assert relative(layer(layer.rows(x)), x.double() @ stored_weight(layer).T) < 1e-5
 
 
-def test_a_full_card_is_no_refusal(monkeypatch) -> None:
-    def full(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(products, "_int8_product", full)
+@pytest.mark.parametrize("message", ["CUBLAS_STATUS_ALLOC_FAILED when calling", "no such kernel"])
+def test_one_bad_moment_costs_nothing_later(monkeypatch, message: str) -> None:
     layer, _ = filled(INT8_ROTATED)
     layer.product = in_8_bits(layer)
-    with pytest.raises(torch.OutOfMemoryError):
-        layer(layer.rows(torch.randn(1, 160, 512)))
+    x = torch.randn(1, 160, 512)
+    before = layer(layer.rows(x))
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> torch.Tensor:
+            raise RuntimeError(message)
+
+        patched.setattr(products, "_int_mm", fail)
+        with pytest.raises(RuntimeError, match=message):
+            layer(layer.rows(x))
+    assert torch.equal(layer(layer.rows(x)), before)
+
+
+@pytest.mark.parametrize("rows", [1, 12, 16, 1024 + 12, 2 * 1024 + 1])
+def test_a_product_of_int8_takes_any_number_of_rows(monkeypatch, rows: int) -> None:
+    """cuBLAS refuses 16 rows and fewer, also as the tail of many."""
+    multiply = products._int_mm
+
+    def as_on_a_card(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert len(a) > 16
+        return multiply(a, b)
+
+    monkeypatch.setattr(products, "_int_mm", as_on_a_card)
+    layer, _ = filled(INT8_ROTATED)
+    layer.product = in_8_bits(layer)
+    x = torch.randn(1, rows, 512)
+    found = quantize_activations(x, layer.product.wanted(layer), x.dtype)
+    exact = (found.values.double() * found.scale) @ (
+        layer.weight.double() * layer.scale[:, None]
+    ).T + layer.bias.double()
+    assert relative(layer(found), exact) < 1e-6
 
 
 SMALL = FluxGeometry(hidden=256, double_blocks=1, single_blocks=1, text_width=64)
@@ -216,7 +229,7 @@ def card(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(kernels, "capability", lambda _: capability)
         monkeypatch.setattr(kernels, "triton_works", lambda _: triton)
         monkeypatch.setattr(kernels, "int8_product_works", lambda _: triton)
-        monkeypatch.setattr(kernels, "kitchen_works", lambda: kitchen)
+        monkeypatch.setattr(kernels, "kitchen_works", lambda _: kitchen)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
 
     return make
@@ -296,7 +309,7 @@ def test_kitchens_product_is_ours(group: int) -> None:
     layer, _ = filled(Storage("int8", scaled=True, rotated=group))
     x = torch.randn(1, 160, 512)
     layer.product = in_8_bits(layer)
-    assert relative(products._kitchen_product(layer, x, slice(None)), layer(x).double()) < 2e-3
+    assert relative(products.kitchen_product(layer, x, slice(None)), layer(x).double()) < 2e-3
 
 
 # Peak signal to noise against bfloat16, in dB, of a picture that random weights paint.

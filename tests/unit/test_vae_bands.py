@@ -115,7 +115,7 @@ def noise(*shape: int) -> Tensor:
 
 def narrow(plan: Callable[[float], Bands]) -> Iterator[Bands]:
     """Bands of several sizes, with maps in either memory; small pictures get none by themselves."""
-    yield replace(plan(0), passes=tuple((5, resident) for _, resident in plan(0).passes))
+    yield replace(plan(0), passes=tuple((5, *rest) for _, *rest in plan(0).passes))
     some = plan(0.4 * plan(ROOMY).peak_bytes)
     assert len({resident for _, resident in some.passes[:-1]}) == 2
     yield replace(some, passes=tuple((7, resident) for _, resident in some.passes))
