@@ -14,7 +14,7 @@ from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTrans
 from torch import Tensor
 from torch.nn import functional as F
 
-from .flux_dit import HEAD_DIM
+from .flux_dit import HEAD_DIM, TokenSequence
 from .offload import at_hand
 from .rows import add_gated_, rms_rope_
 from .work import Work
@@ -36,29 +36,36 @@ class JointBlock(FluxJointTransformerBlock):
         ]
 
     def forward(
-        self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
+        self, sequences: Sequence[TokenSequence], modulation: Sequence[Sequence[Tensor]], work: Work
     ) -> None:
-        """x: [batch, words + image tokens, width], the residual, changed in place; modulation: what
-        each of `modulation_layers` gave, [1, 1, 6 * width], in the dtype of x; rope: as
-        RoPEEmbedding gives it."""
+        """modulation: for each sequence what each of `modulation_layers` gave, [1, 1, 6 * width],
+        in the dtype of its residual."""
         attention = self.attn
-        image_mod, text_mod = (mod.chunk(6, dim=-1) for mod in modulation)
-        text, image = slice(0, words), slice(words, x.shape[1])
-        parts = (
-            (text, text_mod[:2], attention.b_to_qkv, (attention.norm_q_b, attention.norm_k_b)),
-            (image, image_mod[:2], attention.a_to_qkv, (attention.norm_q_a, attention.norm_k_a)),
+        streams = (
+            (attention.b_to_qkv, (attention.norm_q_b, attention.norm_k_b)),
+            (attention.a_to_qkv, (attention.norm_q_a, attention.norm_k_a)),
         )
         # Each block of weights is asked for once, for all pictures: it may have to travel.
-        pictures = x.split(1)
+        pictures, mixed = [], []
+        for sequence, told in zip(sequences, modulation, strict=True):
+            x, words = sequence.x, sequence.words
+            both = slice(0, words), slice(words, x.shape[1])
+            of_image, of_text = (given.chunk(6, dim=-1) for given in told)
+            mods = of_text, of_image
+            pictures += [(x, sequence.rope, both, mods) for x in x.split(1)]
         with at_hand(attention.b_to_qkv):
-            mixed = [mix(picture, parts, rope, attention.num_heads, work) for picture in pictures]
-        for tokens, mod, to_out, mlp in (
-            (text, text_mod, attention.b_to_out, self.ff_b),
-            (image, image_mod, attention.a_to_out, self.ff_a),
+            for x, rope, both, mods in pictures:
+                parts = [
+                    (tokens, mod[:2], *stream)
+                    for tokens, mod, stream in zip(both, mods, streams, strict=True)
+                ]
+                mixed.append(mix(x, parts, rope, attention.num_heads, work))
+        for index, (to_out, mlp) in enumerate(
+            ((attention.b_to_out, self.ff_b), (attention.a_to_out, self.ff_a))
         ):
             with at_hand(to_out):
-                for picture, of_picture in zip(pictures, mixed, strict=True):
-                    _rest(picture, tokens, of_picture, mod, to_out, mlp, work)
+                for (x, _, both, mods), of_picture in zip(pictures, mixed, strict=True):
+                    _rest(x, both[index], of_picture, mods[index], to_out, mlp, work)
 
 
 class SingleBlock(FluxSingleTransformerBlock):
@@ -71,15 +78,16 @@ class SingleBlock(FluxSingleTransformerBlock):
         return [[self.to_qkv_mlp, self.proj_out]]
 
     def forward(
-        self, x: Tensor, words: int, modulation: Sequence[Tensor], rope: Tensor, work: Work
+        self, sequences: Sequence[TokenSequence], modulation: Sequence[Sequence[Tensor]], work: Work
     ) -> None:
-        """As of JointBlock."""
-        norm, gate = modulation[0].chunk(3, dim=-1)[:2], modulation[0].chunk(3, dim=-1)[2]
+        """As of JointBlock, with [1, 1, 3 * width]."""
         with at_hand(self.to_qkv_mlp):
-            for picture in x.split(1):
-                given = (picture, norm, gate, rope, work)
-                if not work.attempt(partial(self._at_once, *given)):
-                    self._in_chunks(*given)
+            for sequence, (told,) in zip(sequences, modulation, strict=True):
+                shift, scale, gate = told.chunk(3, dim=-1)
+                for picture in sequence.x.split(1):
+                    given = (picture, (shift, scale), gate, sequence.rope, work)
+                    if not work.attempt(partial(self._at_once, *given)):
+                        self._in_chunks(*given)
 
     def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Work) -> bool:
         """All tokens: one product instead of two, which is faster where there is memory for it.

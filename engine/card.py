@@ -7,23 +7,34 @@ import torch
 from torch import _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
 from . import kernels
+from .allocator import allocator_of, ran_out
 from .plan import MB, Card
 from .products import Computing
 
+MEASURING_BYTES = 256 * MB
+ONES = 0x38  # in each byte: a number of about 1 in float8, small ones in other formats
 WORKSPACE_BYTES = 128 * MB  # of cuBLAS and cuDNN, and what the allocator rounds up
 
 
 def card_of(device: torch.device, computing: Computing | None = None, rates: bool = False) -> Card:
-    """rates: measure them too, for `computing`, which takes a moment the first time."""
+    """rates: measure them too, for `computing`, which takes a moment and up to MEASURING_BYTES of
+    the device the first time. Where there is no memory for it they stay unknown."""
     workspace = WORKSPACE_BYTES if device.type == "cuda" else 0
     fused = device.type == "cuda" and kernels.triton_works(device)
     if not rates or device.type != "cuda":
         return Card(workspace, fused)
     assert computing is not None
-    attention = _product_rate(device, computing.dtype)
     eight_bit = sorted(computing.eight_bit, key=str)
-    product = _product_rate(device, eight_bit[0]) if eight_bit else attention
-    return Card(workspace, fused, copy_rate(device), product, attention)
+    try:
+        attention = _product_rate(device, computing.dtype)
+        product = _product_rate(device, eight_bit[0]) if eight_bit else attention
+        return Card(workspace, fused, copy_rate(device), product, attention)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return Card(workspace, fused)
+    finally:
+        allocator_of(device).give_back()
 
 
 @cache
@@ -38,7 +49,8 @@ def copy_rate(device: torch.device) -> float:
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two matrices in this dtype."""
     side = 4096
-    a = torch.ones(side, side, device=device).to(dtype)
+    a = torch.empty(side, side, dtype=dtype, device=device)
+    a.view(torch.uint8).fill_(ONES)
     if dtype == torch.int8:
         product = lambda: _int_mm(a, a.T)  # noqa: E731
     elif dtype.itemsize == 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .flux_dit import TokenSequence
 from .offload import CPU, at_hand
 from .rows import prepare
 from .solvers import Velocity
@@ -85,30 +86,51 @@ def conditions_of(
     ]
 
 
-def flux_velocity(dit: Any, conditions: Conditions, work: Work | None = None) -> Velocity:
-    """The transformer as a function of the latents and one of the sigmas of `conditions`.
+def flux_velocity(
+    dit: Any,
+    positive: Conditions,
+    work: Work | None = None,
+    negative: Conditions | None = None,
+    cfg: float = 1.0,
+) -> Velocity:
+    """The transformer as a function of the latents and one of the sigmas of its conditions.
 
-    The arithmetic is that of DiffSynth's `model_fn_flux_image`.
+    With a negative prompt: classifier-free guidance. Both prompts go through the blocks side by
+    side, so that each block of weights travels once. The arithmetic is that of DiffSynth's
+    `model_fn_flux_image`.
     """
     work = work or Work()
-    text = conditions.text
-    rope: dict[tuple[int, int], Tensor] = {}  # the same at every step
+    prompts = [each for each in (positive, negative) if each is not None]
+    rope: dict[tuple[int, int, int], Tensor] = {}  # the same at every step
     sizes = [len(layer.weight) for layer in _modulation_layers(dit)]
+
+    def rope_of(words: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        size = (words, rows, columns)
+        if size not in rope:
+            rope[size] = _rope(dit, *size).to(device)
+        return rope[size]
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         height, width = latents.shape[2:]
-        size = (height // 2, width // 2)
-        if size not in rope:
-            rope[size] = _rope(dit, text.shape[1], *size).to(latents.device)
-        told = conditions.modulation[sigma.item()]
-        told = work.attempt(partial(told.to, latents.device, non_blocking=True))
-        modulation = iter(told.split(sizes, dim=-1))
-        x = work.attempt(partial(_embedded, dit, latents, text))
+        sequences, modulations = [], []
+        for prompt in prompts:
+            told = prompt.modulation[sigma.item()]
+            told = work.attempt(partial(told.to, latents.device, non_blocking=True))
+            modulations.append(iter(told.split(sizes, dim=-1)))
+            words = prompt.text.shape[1]
+            turned = rope_of(words, height // 2, width // 2, latents.device)
+            x = work.attempt(partial(_embedded, dit, latents, prompt.text))
+            sequences.append(TokenSequence(x, words, turned))
         for block in _blocks(dit):
-            of_block = [next(modulation) for _ in block.modulation_layers()]
-            block(x, text.shape[1], of_block, rope[size], work)
-        out = work.attempt(partial(_final, dit, x[:, text.shape[1] :], next(modulation)))
-        return dit.unpatchify(out, height, width).to(latents.dtype)
+            layers = block.modulation_layers()
+            of_block = [[next(of_prompt) for _ in layers] for of_prompt in modulations]
+            block(sequences, of_block, work)
+        found = []
+        for sequence, modulation in zip(sequences, modulations, strict=True):
+            image = sequence.x[:, sequence.words :]
+            out = work.attempt(partial(_final, dit, image, next(modulation)))
+            found.append(dit.unpatchify(out, height, width).to(latents.dtype))
+        return found[0] if negative is None else found[1] + cfg * (found[0] - found[1])
 
     return velocity
 

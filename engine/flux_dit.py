@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .offload import OffloadedModule, Patcher
 from .precision import Precision, Storage
@@ -34,6 +34,19 @@ class FluxGeometry:
     @property
     def heads(self) -> int:
         return self.hidden // HEAD_DIM
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """What the blocks work on, for all pictures under one prompt.
+
+    x: [batch, words + image tokens, width], the residual, changed in place; rope: of one picture,
+    as RoPEEmbedding gives it.
+    """
+
+    x: Tensor
+    words: int
+    rope: Tensor
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocator import ran_out
+from .pinned import Pinned
 from .streaming import BeforeBlock, Stream, Transfers
 from .work import Work
 
@@ -37,7 +38,8 @@ class Patcher(Protocol):
         device whose memory is not counted."""
 
     def pin(self) -> None:
-        """Pin the weights' CPU memory as far as the host allows, until they leave the device."""
+        """Let the weights that travel at every pass be pinned as far as the host allows, until they
+        leave the device."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class OffloadedModule:
         self.blocks, self.once = found[: len(blocks)], found[len(blocks) :]
         self._scoped = scoped
         self.anonymous = False  # whether the weights are in memory of the process, not in a file
-        self._pinned: list[Tensor] = []
+        self._pinned: Pinned | None = None
         self.report = ""  # what was loaded, for the log and the canvas
 
     def allocate(self) -> "OffloadedModule":
@@ -159,29 +161,24 @@ class OffloadedModule:
             block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, device="meta"))
 
     def pin(self, pin: Callable[[Tensor], bool], unpin: Callable[[Tensor], object]) -> None:
-        """Pin the CPU memory of what can visit, block by block until `pin` refuses.
+        """Let what travels at every pass be pinned as it travels, until `pin` refuses.
 
-        `unpin` is called for each block when `unpin` is, or when the weights are dropped. Mapped
-        weights are not pinned: that would take the memory that mapping them saves.
+        `unpin` is called for each piece when `unpin` is, or when the weights are dropped.
         """
-        if self._pinned or not self.anonymous:
-            return
-        self._unpin = weakref.finalize(self, _unpin_all, self._pinned, unpin)
-        self._unpin.atexit = False  # CUDA may be gone by then, and the memory goes anyway
-        for block in self.travelling:
-            if block.nbytes and block.home is not None and not block.home.is_pinned():
-                if not pin(block.home):
-                    break
-                self._pinned.append(block.home)
+        if self._pinned is None:
+            homes = [block.home for block in self.blocks if block.home is not None]
+            self._pinned = Pinned(homes, not self.anonymous, pin, unpin)
+            # Not at exit: CUDA may be gone by then, and the memory goes anyway.
+            weakref.finalize(self, self._pinned.release).atexit = False
 
     def unpin(self) -> None:
         """Give pinned memory back to the system's free use."""
-        if self._pinned:
-            self._unpin()
+        if self._pinned is not None:
+            self._pinned.release()
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(home.nbytes for home in self._pinned)
+        return 0 if self._pinned is None else self._pinned.nbytes
 
     @property
     def travelling(self) -> list[WeightBlock]:
@@ -281,7 +278,8 @@ class OffloadedModule:
         """
         ring_bytes = ring_bytes or 2 * self.largest_bytes
         order = [*self.once, *self.blocks * passes] if passes else []
-        stream = Stream(order, device, ring_bytes, before_block, work, transfers)
+        pinned = self._pinned if passes > 1 else None  # for one it is not worth the while
+        stream = Stream(order, device, ring_bytes, before_block, work, transfers, pinned)
         hooks = []
         root_was_resident = self.root.resident
         try:
@@ -310,11 +308,6 @@ class OffloadedModule:
                     block.point_home()
             if not root_was_resident:
                 self.root.leave()
-
-
-def _unpin_all(pinned: list[Tensor], unpin: Callable[[Tensor], object]) -> None:
-    while pinned:
-        unpin(pinned.pop())
 
 
 class _Visit:

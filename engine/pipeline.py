@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..messages import say
 from .allocator import ran_out
-from .card import card_of
+from .card import MEASURING_BYTES, card_of
 from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT
 from .latents import CHANNELS
@@ -105,9 +105,10 @@ class Pipeline:
         that are measured the first time.
         """
         names = self.painting if names is None else names
-        phases = tuple(self._plan_phase(name, job, rates) for name in names)
+        phases = tuple(self._plan_phase(name, job) for name in names)
         seconds = None
         if rates:
+            self.dit.patcher.load(MEASURING_BYTES, self.dit.weights.resident_bytes)
             card = card_of(self.dit.patcher.device, self.computing, rates)
             denoising = next(phase for phase in phases if phase.name == DENOISING)
             seconds = step_seconds(denoising, self.dit.geometry, job, card)
@@ -121,7 +122,7 @@ class Pipeline:
             return self.dit
         return self.checked_text_encoders if name == TEXT else self.checked_vae
 
-    def _plan_phase(self, name: str, job: Job, rates: bool) -> Phase:
+    def _plan_phase(self, name: str, job: Job) -> Phase:
         component, computing = self.component(name), self.computing
         device, budget = component.patcher.device, self._budget(component)
         if name == TEXT:
@@ -136,7 +137,7 @@ class Pipeline:
             phase = plan_denoising(
                 dit.weights, dit.geometry, job, computing.dtype.itemsize,
                 bool(computing.eight_bit), computing.conversion_bytes(dit.weights.module), budget,
-                card_of(device, computing, rates),
+                card_of(device),
             )  # fmt: skip
         else:
             plan_vae = plan_decode if name == DECODE else plan_encode
@@ -159,8 +160,11 @@ def paint(
     on_pass: OnPass,
     before_block: BeforeBlock,
     latents_dtype: torch.dtype = torch.float32,
+    preview_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Report]:
     """Run the request; `before_block` is called before each block of weights and may raise.
+
+    preview_bytes: of the device, that `on_pass` takes.
 
     Returns float32 RGB [batch, height, width, 3] in 0..1 and the float32 latents
     [batch, 16, height/8, width/8] in model space, both on the CPU, and what the run used.
@@ -170,7 +174,7 @@ def paint(
     names = [DENOISING, DECODE] if request.picture is None else [ENCODE, DENOISING, DECODE]
     if any(isinstance(prompt, str) for prompt in request.prompts):
         names.insert(0, TEXT)
-    run = Run(pipeline, _job_of(pipeline, request), names, before_block)
+    run = Run(pipeline, _job_of(pipeline, request, preview_bytes), names, before_block)
     prompts = run.encode_prompts(request.prompts)
     clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
     latents = run.denoise(request.task(clean), prompts, request.guidance, on_pass, latents_dtype)
@@ -180,8 +184,9 @@ def paint(
     return picture, latents, run.report
 
 
-def _job_of(pipeline: Pipeline, request: Request) -> Job:
-    return replace(request.job, words=_words(pipeline, request.prompts))
+def _job_of(pipeline: Pipeline, request: Request, preview_bytes: int) -> Job:
+    words = _words(pipeline, request.prompts)
+    return replace(request.job, words=words, preview_bytes=preview_bytes)
 
 
 def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
@@ -223,9 +228,11 @@ def denoise(
     on_pass: OnPass,
     before_block: BeforeBlock,
     latents_dtype: torch.dtype = torch.float32,
+    preview_bytes: int = 0,
 ) -> tuple[Tensor, Report]:
     """The request's latents; its prompts are encoded, and it has no picture."""
-    run = Run(pipeline, _job_of(pipeline, request), [DENOISING], before_block)
+    job = _job_of(pipeline, request, preview_bytes)
+    run = Run(pipeline, job, [DENOISING], before_block)
     prompts = run.encode_prompts(request.prompts)
     task = request.task(request.latents)
     return run.denoise(task, prompts, request.guidance, on_pass, latents_dtype), run.report
@@ -304,16 +311,16 @@ class Run:
         dit, computing = self.pipeline.dit, self.pipeline.computing
         device, module = dit.patcher.device, dit.weights.module
         with self.phase(DENOISING) as (plan, work):
-            through = len(prompts) * passes(task.solver, task.sigmas)
+            through = passes(task.solver, task.sigmas)
             visits = dit.weights.running_on(device, self.before_block, through, plan.ring, work)
             with visits as stream:
                 with computing.applied_to(module, device):
                     given = (guidance, computing.dtype, device, latents_dtype, task.sigmas)
                     conditions = work.attempt(partial(conditions_of, module, prompts, *given))
                 with computing.applied_to(module, device):  # with a new buffer for conversions
-                    ways = [flux_velocity(module, each, work) for each in conditions]
-                    positive, negative = [*ways, None][:2]
-                    latents = sample(task, positive, negative, on_pass, device, latents_dtype)
+                    positive, negative = [*conditions, None][:2]
+                    velocity = flux_velocity(module, positive, work, negative, task.cfg)
+                    latents = sample(task, velocity, on_pass, device, latents_dtype)
                 self.report.phases[-1].moved_bytes += stream.moved_bytes
         return latents.float().cpu()
 
@@ -334,6 +341,8 @@ class Run:
         memory, finished = None, False
         try:
             self._make_room(component, plan, own)
+            if component is self.pipeline.dit and plan.visiting:
+                component.patcher.pin()
             memory = Memory(device, ChainMap(*(c.weights.resident_places for c in own)))
             with memory.held_to(report.planned_bytes, self._budget(component)):
                 relieve = partial(self._relieve, component, own, memory)

@@ -46,8 +46,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Job:
-    """The picture: pixels, pictures at once, denoising steps, prompts that each step follows, and
-    T5's tokens of each."""
+    """The picture: pixels, pictures at once, denoising steps, prompts that each step follows, T5's
+    tokens of each, and bytes that a preview takes on the device."""
 
     width: int
     height: int
@@ -55,6 +55,7 @@ class Job:
     steps: int = 20
     prompts: int = 1
     words: int = T5_TOKENS
+    preview_bytes: int = 0
 
     @property
     def image_tokens(self) -> int:

@@ -63,9 +63,10 @@ def plan_denoising(
     rows, columns = job.latent_size
     latents = pictures * CHANNELS * rows * columns
     modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
+    side_by_side = pictures * job.prompts
     fixed = (
-        (pictures * tokens + modulation + job.prompts * words) * width * 4  # tokens: the residual
-        + tokens * HEAD_DIM * 2 * 4  # RoPE
+        (side_by_side * tokens + job.prompts * (modulation + words)) * width * 4
+        + job.prompts * tokens * HEAD_DIM * 2 * 4  # RoPE, which prompts of one length share
         + latents * 10 * 4
         + conversion_bytes
     )
@@ -93,7 +94,7 @@ def plan_denoising(
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.
         waiting = 0 if chunk or share < 1 else MLP_RATIO * one_of_width
-        others = (pictures - 1) * one_of_width  # what the other pictures mix to, in a joint block
+        others = (side_by_side - 1) * one_of_width  # what they mix to, in a joint block
         qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
         step = fixed + max(
             others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
@@ -105,7 +106,8 @@ def plan_denoising(
         return max(step, conditions)
 
     chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
-    choices = [(chunk, values(chunk)) for chunk in chunks]
+    # Between two steps there is a preview, which is left out where it finds no room.
+    choices = [(chunk, max(values(chunk), fixed + job.preview_bytes)) for chunk in chunks]
     grouped = []
     for groups in GROUPS:  # with the largest chunks that take no more than the smallest
         least = values(chunks[-1], groups)
@@ -259,4 +261,4 @@ def step_seconds(phase: Phase, geometry: FluxGeometry, job: Job, card: Card) -> 
     products = 2 * 12 * width**2 * blocks * tokens * passes
     attention = 4 * width * tokens**2 * blocks * passes
     arithmetic = products / card.product_rate + attention / card.attention_rate
-    return max(job.prompts * phase.visiting / card.copy_rate, arithmetic)
+    return max(phase.visiting / card.copy_rate, arithmetic)

@@ -92,8 +92,8 @@ class Request:
 
     @property
     def passes(self) -> int:
-        """Of the transformer, for each picture."""
-        return len(self.prompts) * passes(self.solver, self.sigmas)
+        """Of all pictures and prompts through the transformer."""
+        return passes(self.solver, self.sigmas)
 
     @property
     def job(self) -> Job:

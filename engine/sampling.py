@@ -9,7 +9,7 @@ from torch import Tensor
 from .solvers import Solver, Velocity, euler
 
 # on_pass(estimate of the clean latents): called after each pass of the transformer
-OnPass = Callable[[Tensor | None], None]
+OnPass = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Task:
 
 def sample(
     task: Task,
-    positive: Velocity,
-    negative: Velocity | None,
+    velocity: Velocity,
     on_pass: OnPass,
     device: torch.device,
     dtype: torch.dtype,
@@ -48,7 +47,6 @@ def sample(
     def known(sigma: Tensor) -> Tensor:
         return (1 - sigma) * clean + sigma * noise
 
-    velocity = positive if negative is None else guided(positive, negative, task.cfg, on_pass)
     velocity = reported(velocity, on_pass)
     if task.mask is None:
         latents = task.solver(velocity, known(task.sigmas[0]), task.sigmas)
@@ -58,18 +56,6 @@ def sample(
         latents = task.solver(velocity, known(task.sigmas[0]), task.sigmas)
         latents = torch.where(mask == 0, known(task.sigmas[-1]), latents)
     return latents / (1 - task.sigmas[-1])
-
-
-def guided(positive: Velocity, negative: Velocity, cfg: float, on_pass: OnPass) -> Velocity:
-    """Classifier-free guidance: two passes."""
-
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        towards = positive(latents, sigma)
-        on_pass(None)
-        away = negative(latents, sigma)
-        return away + cfg * (towards - away)
-
-    return velocity
 
 
 def reported(velocity: Velocity, on_pass: OnPass) -> Velocity:

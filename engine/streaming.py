@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from .pinned import Pinned
 from .work import Work
 
 if TYPE_CHECKING:
@@ -59,24 +60,27 @@ class PlainTransfers:
 class CudaTransfers:
     """Copies on a stream of their own.
 
-    Pinned memory is copied by the device itself. Other memory, such as a mapped file, passes
-    through a few pinned buffers, filled by a thread, so that launching kernels never waits for it.
+    Pinned memory is copied by the device itself. Other memory, such as a mapped file, is pinned on
+    its first journey, or else passes through a few pinned buffers. A thread does both, so that
+    launching kernels never waits for it.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, pinned: Pinned | None = None):
         self.device = device
+        self._pinned = pinned or Pinned((), False, bool, bool)
+        self._pinned.refused = False
         self.stream = torch.cuda.Stream(device)
         self._thread: ThreadPoolExecutor | None = None
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def copy(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
-        pinned = home.is_pinned()
-        if pinned and self._thread is None:
-            return self._copy(home, place, after)
+        pinned = self._pinned.known(home)
+        if pinned is not None and self._thread is None:
+            return self._copy(pinned, place, after)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "majicflux-weights")
-        # From the first staged copy on all go through the thread, which keeps them in order.
-        return self._thread.submit(self._copy if pinned else self._copy_staged, home, place, after)
+        # From the first other copy on all go through the thread, which keeps them in order.
+        return self._thread.submit(self._copy_or_stage, home, place, after)
 
     def wait(self, copied: Any) -> None:
         event = copied.result() if isinstance(copied, Future) else copied
@@ -100,7 +104,14 @@ class CudaTransfers:
             return self.stream.record_event()
 
     @torch.inference_mode()
-    def _copy_staged(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+    def _copy_or_stage(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+        with torch.cuda.device(self.device):
+            pinned = self._pinned.of(home)
+        if pinned is not None:
+            return self._copy(pinned, place, after)
+        return self._stage(home, place, after)
+
+    def _stage(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
         for event in after:
             self.stream.wait_event(event)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
@@ -122,8 +133,8 @@ class CudaTransfers:
         return self._staging[-1]
 
 
-def transfers_to(device: torch.device) -> Transfers:
-    return CudaTransfers(device) if device.type == "cuda" else PlainTransfers()
+def transfers_to(device: torch.device, pinned: Pinned | None = None) -> Transfers:
+    return CudaTransfers(device, pinned) if device.type == "cuda" else PlainTransfers()
 
 
 @dataclass
@@ -153,6 +164,7 @@ class Stream:
         before_block: BeforeBlock | None = None,
         work: Work | None = None,
         transfers: Transfers | None = None,
+        pinned: Pinned | None = None,
     ):
         self.order = order
         self.device = device
@@ -160,7 +172,7 @@ class Stream:
         self.moved_bytes = 0
         self._before_block = before_block
         self._work = work or Work()
-        self._transfers = transfers or transfers_to(device)
+        self._transfers = transfers or transfers_to(device, pinned)
         self._ring: Tensor | None = None
         self._places: list[_Place] = []  # in the order in which they were taken
         self._fetched: dict[WeightBlock, _Place] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..engine.allocator import ran_out
 from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
+from ..engine.sizes import PIXELS_PER_LATENT
 from ..messages import say
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "model_names",
     "model_path",
     "prepared_folder",
+    "preview_bytes",
     "progress",
     "result_device",
     "show_on_node",
@@ -49,6 +51,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("majicflux")
+
+# Four maps of 64 channels in float32 at the size of the picture, of which three are alive at once.
+TAESD_PIXEL_BYTES = 4 * 64 * 4
 
 check_cancelled = mm.throw_exception_if_processing_interrupted
 compute_device = mm.get_torch_device
@@ -141,10 +146,25 @@ def shown_pictures(pictures: Tensor, node: type) -> Any:
     return ui.PreviewImage(pictures, cls=node)
 
 
+def preview_bytes(width: int, height: int) -> int:
+    """Of the device, that a preview of a picture of this size takes at most."""
+    if latent_preview.args.preview_method != latent_preview.LatentPreviewMethod.TAESD:
+        return 0
+    rows, columns = _previewed(height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    return rows * columns * PIXELS_PER_LATENT**2 * TAESD_PIXEL_BYTES
+
+
+def _previewed(rows: int, columns: int) -> tuple[int, int]:
+    """The size of latents whose picture is not larger than what is shown of it."""
+    most = max(1, latent_preview.MAX_PREVIEW_RESOLUTION // PIXELS_PER_LATENT)
+    share = min(1.0, most / max(rows, columns))
+    return max(1, round(rows * share)), max(1, round(columns * share))
+
+
 def progress(
     passes: int, steps: int, device: torch.device, node_id: str | None
-) -> Callable[[Tensor | None], None]:
-    """A function to call after each pass, with the clean latents so far where they are known.
+) -> Callable[[Tensor], None]:
+    """A function to call after each pass, with the clean latents so far.
 
     The bar raises ComfyUI's interrupt exception when the user has cancelled. The node shows how
     long a step takes.
@@ -153,10 +173,13 @@ def progress(
     previewer = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
     start = time.perf_counter()
 
-    def on_pass(clean: Tensor | None) -> None:
+    def on_pass(clean: Tensor) -> None:
         preview = None
-        if previewer and clean is not None:
+        if previewer:
             try:
+                if isinstance(previewer, latent_preview.TAESDPreviewerImpl):
+                    size = _previewed(*clean.shape[2:])
+                    clean = torch.nn.functional.interpolate(clean[:1], size, mode="area")
                 preview = previewer.decode_latent_to_preview_image("JPEG", clean)
             except RuntimeError as error:
                 if not ran_out(error):

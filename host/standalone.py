@@ -34,6 +34,7 @@ __all__ = [
     "model_names",
     "model_path",
     "prepared_folder",
+    "preview_bytes",
     "progress",
     "result_device",
     "show_on_node",
@@ -181,15 +182,20 @@ def shown_pictures(pictures: "Tensor", node: type) -> None:
     """Nothing to show them on: what is to be kept goes to SaveImage."""
 
 
+def preview_bytes(width: int, height: int) -> int:
+    """Nothing is previewed."""
+    return 0
+
+
 def progress(
     passes: int, steps: int, device: "torch.device", node_id: str | None
-) -> "Callable[[Tensor | None], None]":
+) -> "Callable[[Tensor], None]":
     """A function to call after each pass of the transformer."""
     from tqdm import tqdm
 
     bar = tqdm(total=passes, desc=say("sampling"), unit=say("step"), unit_scale=steps / passes)
 
-    def on_pass(clean: "Tensor | None") -> None:
+    def on_pass(clean: "Tensor") -> None:
         bar.update()
         if bar.n == passes:
             bar.close()

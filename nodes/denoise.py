@@ -153,6 +153,9 @@ class Denoise(io.ComfyNode):
         on_pass = host.progress(
             request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
         )
-        found, report = denoise(pipeline, request, on_pass, host.check_cancelled)
+        preview_bytes = host.preview_bytes(width, height)
+        found, report = denoise(
+            pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
+        )
         host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
         return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})

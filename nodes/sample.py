@@ -245,7 +245,10 @@ class Sample(io.ComfyNode):
         on_pass = host.progress(
             request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
         )
-        painted, found, report = paint(pipeline, request, on_pass, host.check_cancelled)
+        preview_bytes = host.preview_bytes(width, height)
+        painted, found, report = paint(
+            pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
+        )
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
         counts = "" if positive else f"\n{pipeline.checked_text_encoders.count(prompt)}"

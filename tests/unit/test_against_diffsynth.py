@@ -86,7 +86,7 @@ def test_euler_integrates_a_straight_line_exactly() -> None:
     seen: list[torch.Tensor] = []
     task = Task(diffsynth_sigmas(5, 16, 16), noise)
     given = (seen.append, torch.device("cpu"), torch.float32)
-    end = sample(task, lambda x, sigma: noise - clean, None, *given)
+    end = sample(task, lambda x, sigma: noise - clean, *given)
     assert torch.allclose(end, clean, atol=1e-5)
     assert len(seen) == 5
     assert all(torch.allclose(x0, clean, atol=1e-5) for x0 in seen)

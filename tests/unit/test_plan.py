@@ -20,7 +20,7 @@ from majicflux.engine import blocks, denoise, kernels, plan_alone, planning, pro
 from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.plan import GB, BudgetError, Card, Job, Phase, Plan
+from majicflux.engine.plan import GB, MB, BudgetError, Card, Job, Phase, Plan
 from majicflux.engine.planning import plan_decode, plan_denoising, plan_text, step_seconds
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing
@@ -173,10 +173,11 @@ def denoised(name: str, job: Job, tokens: int, groups: int, is_fused: bool) -> i
     with torch.inference_mode(), LiveBytes() as live:
         with computing.applied_to(module, META):
             given = (torch.bfloat16, META, torch.float32, task.sigmas)
-            (conditions,) = conditions_of(module, [text], 3.5, *given)
+            prompts = conditions_of(module, [text] * job.prompts, 3.5, *given)
         with computing.applied_to(module, META):
-            velocity = flux_velocity(module, conditions, Work(tokens, groups))
-            sample(task, velocity, None, lambda _: None, META, torch.float32)
+            positive, negative = [*prompts, None][:2]
+            velocity = flux_velocity(module, positive, Work(tokens, groups), negative, 2.0)
+            sample(task, velocity, lambda _: None, META, torch.float32)
     return live.peak
 
 
@@ -193,7 +194,7 @@ def assert_planned(name: str, job: Job, card: str) -> set[tuple[int, int]]:
             continue
         found.add(size)
         # The modulation of the blocks that are not there.
-        absent = (12 * 18 + 3 * 37) * FULL.hidden * 4
+        absent = (12 * 18 + 3 * 37) * FULL.hidden * 4 * job.prompts
         peak = denoised(name, job, *size, card == "fused") + absent
         share = peak / phase.values
         if not 0.85 <= share <= 1:
@@ -266,6 +267,25 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
         groups.append(phase.groups)
     assert groups == sorted(groups), "as few as will do"
     assert {*groups} == {*GROUPS} or side == 1024
+
+
+def test_two_prompts_side_by_side_are_planned(as_cuda) -> None:
+    assert_planned("bfloat16", Job(1024, 1024, steps=1, prompts=2), "plain")
+
+
+def test_two_prompts_side_by_side_are_planned_with_fused_kernels(as_cuda, fused) -> None:
+    assert_planned("float8", Job(512, 512, 2, 1, prompts=2), "fused")
+
+
+def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:
+    job, card = Job(1024, 1024), CARDS["fused"]
+    plain, small, large = (
+        denoising("float8", replace(job, preview_bytes=size), 24 * GB, card)
+        for size in (0, 100 * MB, GB)
+    )
+    assert small == plain
+    assert GB < large.values < 2 * GB
+    assert large.smallest == plain.smallest, "without room for it there is none"
 
 
 def test_a_long_prompt_is_planned(as_cuda) -> None:

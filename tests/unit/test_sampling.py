@@ -301,16 +301,15 @@ def test_a_run_handed_over_equals_one_run(exact, solver, at: int) -> None:
 
 def test_progress_counts_passes_and_shows_the_estimate(exact) -> None:
     for change, expected in (
-        ({}, "...."),
-        ({"solver": heun}, "......."),
-        ({"cfg": 2.0}, "-.-.-.-."),
-        ({"cfg": 2.0, "solver": heun}, "-." * 7),
+        ({}, 4),
+        ({"solver": heun}, 7),
+        ({"cfg": 2.0}, 4),
+        ({"cfg": 2.0, "solver": heun}, 7),
     ):
         request = replace(REQUEST, **change)
-        seen: list[Tensor | None] = []
+        seen: list[Tensor] = []
         found = paint(exact, request, seen.append, lambda: None)[1]
-        assert "".join("-" if clean is None else "." for clean in seen) == expected
-        assert len(seen) == request.passes
+        assert len(seen) == request.passes == expected
         assert torch.allclose(seen[-1].float(), found, atol=1e-4), "at the end it is the picture"
 
 

@@ -489,7 +489,7 @@ def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float, 
     expected = paint(make_pipeline(device=ACCELERATOR), request, lambda *_: None, lambda: None)[1]
     cards: list[LateCard] = []
 
-    def late(_: torch.device) -> LateCard:
+    def late(*_: object) -> LateCard:
         cards.append(LateCard(chance, len(cards)))
         return cards[-1]
 
@@ -499,7 +499,7 @@ def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float, 
     monkeypatch.setattr(dit.patcher, "load", lambda *_, **__: None)  # nothing becomes resident
     found = paint(pipeline, request, lambda *_: None, lambda: None)[1]
     assert torch.equal(found, expected)
-    passes = 2 * len(request.prompts)
+    passes = 2  # of both prompts together
     assert cards[-2].copies == len(dit.weights.once) + passes * len(dit.weights.blocks)
     assert_at_rest(*(c.weights for c in pipeline.components))
 
@@ -521,7 +521,7 @@ def moved_for(dit: DiT, batch: int, steps: int, ring_blocks: int) -> int:
         given = (computing.dtype, ACCELERATOR, torch.float32)
         (conditions,) = conditions_of(module, [text], 3.5, *given, task.sigmas)
         velocity = flux_velocity(module, conditions)
-        sample(task, velocity, None, lambda _: None, *given[1:])
+        sample(task, velocity, lambda _: None, *given[1:])
     return stream.moved_bytes
 
 

@@ -117,9 +117,9 @@ def narrow(plan: Callable[[float], Bands]) -> Iterator[Bands]:
     """Bands of several sizes, with maps in either memory; small pictures get none by themselves."""
     yield replace(plan(0), passes=tuple((5, *rest) for _, *rest in plan(0).passes))
     some = plan(0.4 * plan(ROOMY).peak_bytes)
-    assert len({resident for _, resident in some.passes[:-1]}) == 2
-    yield replace(some, passes=tuple((7, resident) for _, resident in some.passes))
-    yield replace(some, passes=tuple((11, resident) for _, resident in plan(ROOMY).passes))
+    assert len({resident for _, resident, _ in some.passes[:-1]}) == 2
+    yield replace(some, passes=tuple((7, *rest) for _, *rest in some.passes))
+    yield replace(some, passes=tuple((11, *rest) for _, *rest in plan(ROOMY).passes))
     yield plan(ROOMY)
 
 
@@ -165,7 +165,7 @@ def test_norms_measure_the_whole_picture(decoder: nn.Module) -> None:
         halves = torch.cat([decoder(latent[:, :, :4]), decoder(latent[:, :, 4:])], dim=2)
     assert (halves - exact)[:, :, :16].abs().mean() > 0.1 * exact.std(), "nothing to be wrong about"
     bands = plan_decode(8, 6, 4, 0)
-    bands = replace(bands, passes=tuple((4, resident) for _, resident in bands.passes))
+    bands = replace(bands, passes=tuple((4, *rest) for _, *rest in bands.passes))
     assert_same(decode(decoder, latent, bands), exact)
 
 
@@ -327,7 +327,7 @@ def test_bands_are_copied_in_one_piece(decoder: nn.Module, monkeypatch: pytest.M
     kept: list[Tensor] = []
     monkeypatch.setattr(vae_bands, "host_map", host_map)
     bands = plan_decode(3, 5, 4, 0)
-    bands = replace(bands, passes=tuple((5, resident) for _, resident in bands.passes))
+    bands = replace(bands, passes=tuple((5, *rest) for _, *rest in bands.passes))
     with Copies() as copies:
         decode(decoder, noise(16, 3, 5), bands)
     assert copies.seen > 50
