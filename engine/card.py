@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import kernels
 from .allocator import allocator_of, ran_out
@@ -26,8 +27,8 @@ def card_of(device: torch.device, computing: Computing | None = None, rates: boo
     assert computing is not None
     eight_bit = sorted(computing.eight_bit, key=str)
     try:
-        attention = _product_rate(device, computing.dtype)
-        product = _product_rate(device, eight_bit[0]) if eight_bit else attention
+        product = _product_rate(device, eight_bit[0] if eight_bit else computing.dtype)
+        attention = _attention_rate(device, computing.dtype)
         return Card(workspace, fused, copy_rate(device), product, attention)
     except RuntimeError as error:
         if not ran_out(error):
@@ -61,6 +62,15 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     else:
         product = lambda: a @ a.T  # noqa: E731
     return 2 * side**3 / _seconds(product, device)
+
+
+@cache
+def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of an attention of as many heads and about as many tokens as Flux.1's has."""
+    heads, tokens, width = 24, 4096, 128
+    q = torch.zeros(1, heads, tokens, width, dtype=dtype, device=device)
+    seconds = _seconds(lambda: scaled_dot_product_attention(q, q, q), device)
+    return 4 * heads * tokens**2 * width / seconds
 
 
 def _seconds(run, device: torch.device) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .allocator import ran_out
 from .pinned import Pinned
-from .streaming import BeforeBlock, Stream, Transfers
+from .streaming import BeforeBlock, PlainTransfers, Stream, Transfers, transfers_to
 from .work import Work
 
 CPU = torch.device("cpu")
@@ -81,9 +81,14 @@ class WeightBlock:
         self.home = buffer
         self.point_into(buffer)
 
-    def stay_on(self, device: torch.device) -> None:
+    def stay_on(self, device: torch.device, transfers: Transfers) -> None:
+        """Be resident there, once `transfers` has been closed."""
         assert self.home is not None, "the weights have not been given memory"
-        place = self.home if device == CPU else self.home.to(device, copy=True)
+        place = self.home
+        if device != CPU:
+            place = torch.empty_like(self.home, device=device)
+            # Whoever had this memory may still compute.
+            transfers.copy(self.home, place, [transfers.computed()])
         self.address = place.data_ptr()
         self.point_into(place)
         self.resident = True
@@ -238,14 +243,18 @@ class OffloadedModule:
         for block in {*self.all_blocks} - {*chosen}:  # leave before others come
             if block.resident:
                 block.leave()
-        for block in chosen:
-            if not block.resident:
-                try:
-                    block.stay_on(device)
-                except RuntimeError as error:
-                    if not ran_out(error):
-                        raise
-                    return
+        if self._pinned is not None:
+            self._pinned.grows = False
+        transfers = transfers_to(device, self._pinned)
+        try:
+            for block in chosen:
+                if not block.resident:
+                    block.stay_on(device, transfers)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        finally:
+            transfers.close()
 
     def release(self, weight_bytes: float) -> int:
         """Give back residency, the least preferred block first; returns the bytes that left.
@@ -278,13 +287,14 @@ class OffloadedModule:
         """
         ring_bytes = ring_bytes or 2 * self.largest_bytes
         order = [*self.once, *self.blocks * passes] if passes else []
-        pinned = self._pinned if passes > 1 else None  # for one it is not worth the while
-        stream = Stream(order, device, ring_bytes, before_block, work, transfers, pinned)
+        if self._pinned is not None:
+            self._pinned.grows = passes > 1  # for one it is not worth the while
+        stream = Stream(order, device, ring_bytes, before_block, work, transfers, self._pinned)
         hooks = []
         root_was_resident = self.root.resident
         try:
             if not root_was_resident and device != CPU:
-                (work or Work()).attempt(lambda: self.root.stay_on(device))
+                (work or Work()).attempt(lambda: self.root.stay_on(device, PlainTransfers()))
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
             for index, modules in enumerate(self._modules):

@@ -25,7 +25,7 @@ class Pinned:
         self._wanted = {home.data_ptr() for home in homes if home.nbytes}
         self._mapped, self._pin, self._unpin = mapped, pin, unpin
         self._memory: dict[int, Tensor] = {}  # by the address of where the weights live
-        self.refused = False  # since somebody has set it to False last
+        self.grows = False  # whether more may be pinned
 
     @property
     def nbytes(self) -> int:
@@ -38,9 +38,9 @@ class Pinned:
     def of(self, home: Tensor) -> Tensor | None:
         """The same, made if it is worth it and there is room for it."""
         memory = self.known(home)
-        if memory is None and not self.refused and home.data_ptr() in self._wanted:
+        if memory is None and self.grows and home.data_ptr() in self._wanted:
             memory = self._new(home)
-            self.refused = memory is None
+            self.grows = memory is not None
         return memory
 
     def _new(self, home: Tensor) -> Tensor | None:

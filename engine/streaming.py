@@ -68,7 +68,6 @@ class CudaTransfers:
     def __init__(self, device: torch.device, pinned: Pinned | None = None):
         self.device = device
         self._pinned = pinned or Pinned((), False, bool, bool)
-        self._pinned.refused = False
         self.stream = torch.cuda.Stream(device)
         self._thread: ThreadPoolExecutor | None = None
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BeforeBand = Callable[[], None]  # called before each band; may raise to stop there
-MakeWay = Callable[[int], None]  # called before each pass with the bytes that it will allocate
+MakeWay = Callable[[int], None]  # called before each band with the bytes that it will allocate
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, float32 [1, channels, 1, 1]
 Make = Callable[[int, int], Tensor]  # the band that comes of rows first to last
 
@@ -272,13 +272,13 @@ class _Run:
         `cost`, `resident` and `bounds` say is in the choices already, see `_Planner`.
         """
         rows, resident, nbytes = next(self.choices)
-        if self.make_way is not None:
-            self.make_way(nbytes)
         target = None if inside is None else inside.values
         moments: list[Tensor] = []
         for first in range(0, count, rows):
             if self.before_band is not None:
                 self.before_band()
+            if self.make_way is not None:
+                self.make_way(nbytes)
             last = min(first + rows, count)
             band = make(first, last)
             if measured:
