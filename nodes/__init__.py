@@ -3,7 +3,7 @@
 from functools import partial
 
 from ..host import current as host
-from ..host.provenance import carry
+from ..host import provenance
 from .decode import Decode
 from .denoise import Denoise
 from .dit_loader import DiTLoader
@@ -32,7 +32,7 @@ NODES = [
 class MajicFlux(host.ComfyExtension):
     async def on_load(self) -> None:
         kinds = {node.define_schema().node_id for node in NODES}
-        host.on_prompt(partial(carry, kinds=kinds))
+        host.on_prompt(partial(provenance.carry, kinds=kinds))
 
     async def get_node_list(self) -> list[type]:
         return [*NODES]

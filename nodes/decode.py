@@ -1,7 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..host.provenance import keep
+from ..host import provenance
 from .sockets import CATEGORY, PipelineHandle
 
 if TYPE_CHECKING:
@@ -46,6 +46,6 @@ class Decode(io.ComfyNode):
 
         picture, report = decode(pipeline, native.from_latent(latent), host.check_cancelled)
         host.show_on_node(cls.hidden.unique_id, str(report))
-        keep(cls.hidden, report.as_dict())
+        provenance.keep(cls.hidden, report.as_dict())
         picture = picture.to(host.result_device())
         return io.NodeOutput(picture, ui=host.shown_pictures(picture, cls))

@@ -1,7 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..host.provenance import keep
+from ..host import provenance
 from ..messages import say
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
@@ -156,5 +156,5 @@ class Denoise(io.ComfyNode):
         )
         found, report = denoise(pipeline, request, on_pass, host.check_cancelled)
         host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
-        keep(cls.hidden, {"seed": seed, **report.as_dict()})
+        provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
         return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})

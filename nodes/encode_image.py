@@ -1,7 +1,7 @@
 from typing import TYPE_CHECKING
 
 from ..host import current as host
-from ..host.provenance import keep
+from ..host import provenance
 from .sockets import CATEGORY, PipelineHandle
 
 if TYPE_CHECKING:
@@ -42,5 +42,5 @@ class EncodeImage(io.ComfyNode):
         picture = native.from_image(image)
         latents, report = encode_pictures(pipeline, picture, host.check_cancelled)
         host.show_on_node(cls.hidden.unique_id, str(report))
-        keep(cls.hidden, report.as_dict())
+        provenance.keep(cls.hidden, report.as_dict())
         return io.NodeOutput(native.to_latent(latents, host.result_device()))

@@ -1,7 +1,7 @@
 from typing import TYPE_CHECKING
 
 from ..host import current as host
-from ..host.provenance import keep
+from ..host import provenance
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
 
@@ -57,5 +57,5 @@ class EncodePrompt(io.ComfyNode):
         (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled)
         counts = pipeline.checked_text_encoders.count(prompt)
         host.show_on_node(cls.hidden.unique_id, f"{report}\n{counts}".strip())
-        keep(cls.hidden, report.as_dict())
+        provenance.keep(cls.hidden, report.as_dict())
         return io.NodeOutput(native.to_conditioning(embedding, guidance))
