@@ -123,7 +123,10 @@ def _is_link(value: Any, graph: Graph) -> bool:
 
 
 def _sources_first(start: T, sources: Callable[[T], Iterable[T]]) -> Iterator[T]:
-    """`start` and all that `sources` lead to, each once. No recursion: loops make long chains."""
+    """`start` and all that `sources` lead to, each once, after its own sources.
+
+    Without recursion: a loop in a graph makes a long chain.
+    """
     opened, path = {start}, [(start, iter(sources(start)))]
     while path:
         for source in path[-1][1]:

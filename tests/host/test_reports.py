@@ -26,6 +26,17 @@ def save(source: str, prefix: str) -> dict[str, Any]:
     return node("SaveImage", images=[source, 0], filename_prefix=prefix)
 
 
+def saved_late(source: str) -> dict[str, Any]:
+    """Nodes that save a picture only when all that others show were made.
+
+    ComfyUI first runs what is near to an output.
+    """
+    found = {f"{source}-show": node("PreviewImage", images=[source, 0])}
+    for turn, above in enumerate((source, f"{source}-0", f"{source}-1")):
+        found[f"{source}-{turn}"] = node("ImageInvert", image=[above, 0])
+    return {**found, f"{source}-save": save(f"{source}-2", source)}
+
+
 def read(path: Path) -> Any:
     with Image.open(path) as picture:
         return json.loads(picture.text[KEY])
@@ -53,12 +64,7 @@ def two(graph: dict) -> dict:
     graph["15"] = copy.deepcopy(graph["5"])
     graph["15"]["inputs"].update(seed=1, width=32, steps=1)
     for key in ("5", "15"):
-        graph[f"{key}-show"] = node("PreviewImage", images=[key, 0])
-        source = key
-        for turn in range(3):  # ComfyUI first runs what is near an output
-            graph[f"{key}-{turn}"] = node("ImageInvert", image=[source, 0])
-            source = f"{key}-{turn}"
-        graph[f"{key}-save"] = save(source, key)
+        graph |= saved_late(key)
     return graph
 
 
@@ -280,6 +286,6 @@ def test_a_sample_node_inside_a_node_that_expands_is_found(comfy, graph, painted
     for key, seed in (("a", 50), ("b", 51)):
         inputs = json.dumps({**sample, "seed": seed})
         graph[key] = node("Expanding", pipeline=["4", 0], inputs=inputs)
-        graph[f"{key}-save"] = save(key, key)
+        graph |= saved_late(key)
     found = painted(comfy.executor(), graph)
     assert {key: record["seed"] for key, (record,) in found.items()} == {"a": 50, "b": 51}
