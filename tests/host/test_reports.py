@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def test_the_queue_and_the_history_are_json_at_any_time(server: Server, two: dic
     shutil.rmtree(server.base / "output")
     queued = server.post("/prompt", body)["prompt_id"]
     while queued not in server.get("/history"):
-        pass
+        time.sleep(0.1)
     (path,) = (server.base / "output").glob("again*")
     assert read(path) == found["5-save"]
 
