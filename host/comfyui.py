@@ -16,13 +16,18 @@ import latent_preview
 import server
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
+from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
 from torch import Tensor, nn
+
+import nodes
 
 from ..engine.allocator import ran_out
 from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
 from ..engine.sizes import PIXELS_PER_LATENT
 from ..messages import say
+from .graph import Place
 
 __all__ = [
     "ComfyExtension",
@@ -31,6 +36,7 @@ __all__ = [
     "comfyui_version",
     "compute_device",
     "compute_dtype",
+    "executing",
     "free_memory",
     "io",
     "language",
@@ -39,6 +45,7 @@ __all__ = [
     "model_folders",
     "model_names",
     "model_path",
+    "on_prompt",
     "prepared_folder",
     "preview_bytes",
     "progress",
@@ -81,6 +88,32 @@ def language() -> str:
         return settings.get("Comfy.Locale") or settings.get("MajicFlux.Language") or "en"
     except (OSError, ValueError, AttributeError):  # none yet, being written, or of another form
         return "en"
+
+
+def executing() -> Place | None:
+    """Where the prompt is whose node runs in this thread; None outside of nodes."""
+    context, state = get_executing_context(), get_progress_state()
+    if context is None or context.prompt_id != state.prompt_id:
+        return None
+    prompt = state.dynprompt
+    graph = {key: prompt.get_node(key) for key in prompt.all_node_ids()}
+    inside: dict[str, list[str]] = {}
+    for key in graph:
+        if (parent := prompt.get_parent_node_id(key)) is not None:
+            inside.setdefault(parent, []).append(key)
+    return Place(graph, context.node_id, context.list_index or 0, inside, _regroups)
+
+
+def _regroups(class_type: str) -> bool:
+    kind = nodes.NODE_CLASS_MAPPINGS[class_type]  # pyright: ignore[reportAttributeAccessIssue]
+    return getattr(kind, "INPUT_IS_LIST", False) or any(getattr(kind, "OUTPUT_IS_LIST", ()))
+
+
+def on_prompt(handler: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Have the body of every POST /prompt changed by `handler`."""
+    instance = getattr(server.PromptServer, "instance", None)
+    if instance is not None:
+        instance.add_on_prompt_handler(handler)
 
 
 def model_folders(category: str) -> list[Path]:

@@ -3,7 +3,8 @@
 For a first try, for scripts and for tests; ComfyUI stays the place for everything else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -13,6 +14,21 @@ from .schema import ComfyNode, Schema, Socket
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs"}
 NUMBERS = {"INT": int, "FLOAT": float}
 SWITCH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run of a graph is: at `node`, with the inputs of number `index` in their lists.
+
+    inside: the nodes that a node was replaced by while the graph ran; regroups: whether nodes of
+    a class take or give whole lists, so that numbers mean nothing beyond them.
+    """
+
+    graph: Graph
+    node: str
+    index: int = 0
+    inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    regroups: Callable[[str], bool] = lambda _: False
 
 
 class GraphError(ValueError):
@@ -81,16 +97,19 @@ def run_graph(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> list
     schemas = _check(graph, node_classes)
     done: dict[str, tuple[Any, ...]] = {}
     shown = []
-    for key in _order(graph, [k for k, s in schemas.items() if s.is_output_node]):
-        inputs = {
-            name: done[value[0]][value[1]] if isinstance(value, list) else value
-            for name, value in graph[key]["inputs"].items()
-        }
-        ComfyNode.hidden.unique_id, ComfyNode.hidden.prompt = key, graph
-        output = node_classes[graph[key]["class_type"]].execute(**inputs)
-        done[key] = output.args
-        if output.ui is not None:
-            shown.append(output.ui)
+    try:
+        for key in _order(graph, [k for k, s in schemas.items() if s.is_output_node]):
+            inputs = {
+                name: done[value[0]][value[1]] if isinstance(value, list) else value
+                for name, value in graph[key]["inputs"].items()
+            }
+            ComfyNode.hidden.unique_id, ComfyNode.hidden.prompt = key, graph
+            output = node_classes[graph[key]["class_type"]].execute(**inputs)
+            done[key] = output.args
+            if output.ui is not None:
+                shown.append(output.ui)
+    finally:
+        ComfyNode.hidden.unique_id = ComfyNode.hidden.prompt = None
     return shown
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ..messages import say
-from .schema import ComfyExtension, io
+from .graph import Place
+from .schema import ComfyExtension, ComfyNode, io
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ __all__ = [
     "comfyui_version",
     "compute_device",
     "compute_dtype",
+    "executing",
     "free_memory",
     "io",
     "language",
@@ -33,6 +35,7 @@ __all__ = [
     "model_folders",
     "model_names",
     "model_path",
+    "on_prompt",
     "prepared_folder",
     "preview_bytes",
     "progress",
@@ -101,6 +104,16 @@ def language() -> str:
     if name.startswith(("zh", "chinese")):
         return "zh-TW" if TRADITIONAL.search(name) else "zh"
     return "ja" if name.startswith("ja") else "en"
+
+
+def executing() -> Place | None:
+    """Where the graph that runs is."""
+    hidden = ComfyNode.hidden
+    return None if hidden.unique_id is None else Place(hidden.prompt, hidden.unique_id)
+
+
+def on_prompt(handler: "Callable[[dict[str, Any]], dict[str, Any]]") -> None:
+    """Nothing to do: prompts are queued at a server."""
 
 
 def free_memory(device: "torch.device") -> int:

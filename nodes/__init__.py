@@ -1,6 +1,9 @@
 """What the canvas sees."""
 
+from functools import partial
+
 from ..host import current as host
+from ..host import provenance
 from .decode import Decode
 from .denoise import Denoise
 from .dit_loader import DiTLoader
@@ -27,6 +30,10 @@ NODES = [
 
 
 class MajicFlux(host.ComfyExtension):
+    async def on_load(self) -> None:
+        kinds = {node.define_schema().node_id for node in NODES}
+        host.on_prompt(partial(provenance.carry, kinds=kinds))
+
     async def get_node_list(self) -> list[type]:
         return [*NODES]
 

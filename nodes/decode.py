@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..host import provenance
 from .sockets import CATEGORY, PipelineHandle
 
 if TYPE_CHECKING:
@@ -45,5 +46,6 @@ class Decode(io.ComfyNode):
 
         picture, report = decode(pipeline, native.from_latent(latent), host.check_cancelled)
         host.show_on_node(cls.hidden.unique_id, str(report))
+        provenance.keep(cls.hidden, report.as_dict())
         picture = picture.to(host.result_device())
         return io.NodeOutput(picture, ui=host.shown_pictures(picture, cls))

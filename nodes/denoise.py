@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..host import provenance
 from ..messages import say
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
@@ -158,4 +159,5 @@ class Denoise(io.ComfyNode):
             pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
         )
         host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
+        provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
         return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})

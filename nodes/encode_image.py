@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING
 
 from ..host import current as host
+from ..host import provenance
 from .sockets import CATEGORY, PipelineHandle
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class EncodeImage(io.ComfyNode):
                     "image", tooltip="Sides that are no multiple of 16 lose their edges."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             outputs=[io.Latent.Output(display_name="latent", tooltip="As ComfyUI's VAEEncode.")],
         )
 
@@ -41,4 +42,5 @@ class EncodeImage(io.ComfyNode):
         picture = native.from_image(image)
         latents, report = encode_pictures(pipeline, picture, host.check_cancelled)
         host.show_on_node(cls.hidden.unique_id, str(report))
+        provenance.keep(cls.hidden, report.as_dict())
         return io.NodeOutput(native.to_latent(latents, host.result_device()))

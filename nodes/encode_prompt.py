@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING
 
 from ..host import current as host
+from ..host import provenance
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
 
@@ -40,7 +41,7 @@ class EncodePrompt(io.ComfyNode):
                 ),
                 sampling.guidance(),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning", tooltip="The prompt and its guidance."
@@ -56,4 +57,5 @@ class EncodePrompt(io.ComfyNode):
         (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled)
         counts = pipeline.checked_text_encoders.count(prompt)
         host.show_on_node(cls.hidden.unique_id, f"{report}\n{counts}".strip())
+        provenance.keep(cls.hidden, report.as_dict())
         return io.NodeOutput(native.to_conditioning(embedding, guidance))

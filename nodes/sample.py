@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..host import provenance
 from ..messages import say
 from . import sampling
 from .sockets import CATEGORY, PipelineHandle
@@ -253,8 +254,7 @@ class Sample(io.ComfyNode):
             painted = native.pasted(painted, picture, mask)
         counts = "" if positive else f"\n{pipeline.checked_text_encoders.count(prompt)}"
         host.show_on_node(cls.hidden.unique_id, f"{report}{counts}{drawn}")
-        if cls.hidden.extra_pnginfo is not None:  # SaveImage writes it into the picture
-            cls.hidden.extra_pnginfo["majicflux"] = {"seed": seed, **report.as_dict()}
+        provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
         device = host.result_device()
         painted = painted.to(device)
         shown = host.shown_pictures(painted, cls)

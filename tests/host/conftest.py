@@ -55,11 +55,13 @@ class Comfy:
             cache_args={"lru": 0, "ram": 0, "ram_inactive": 0},
         )
 
-    def run(self, executor, graph: dict[str, Any]) -> list[tuple[str, dict]]:
+    def run(
+        self, executor, graph: dict[str, Any], extra: dict[str, Any] | None = None
+    ) -> list[tuple[str, dict]]:
         """Validate and execute; returns the status messages."""
         valid = asyncio.run(self.execution.validate_prompt("id", graph, None))
         assert valid[0], valid
-        executor.execute(graph, "id", {"client_id": "test"}, valid[2])
+        executor.execute(graph, "id", {"client_id": "test", **(extra or {})}, valid[2])
         return executor.status_messages
 
     def outputs(self, executor, graph: dict[str, Any]) -> dict[str, Any]:

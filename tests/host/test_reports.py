@@ -1,0 +1,292 @@
+"""Each picture carries the report of its own run, in a real ComfyUI."""
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_server import Run, Server
+
+API = Path(__file__).parents[2] / "workflows" / "api"
+KEY = "majicflux"
+PHASES = ["text encoders", "denoising", "VAE decode"]
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def save(source: str, prefix: str) -> dict[str, Any]:
+    return node("SaveImage", images=[source, 0], filename_prefix=prefix)
+
+
+def saved_late(source: str) -> dict[str, Any]:
+    """Nodes that save a picture only when all that others show were made.
+
+    ComfyUI first runs what is near to an output.
+    """
+    found = {f"{source}-show": node("PreviewImage", images=[source, 0])}
+    for turn, above in enumerate((source, f"{source}-0", f"{source}-1")):
+        found[f"{source}-{turn}"] = node("ImageInvert", image=[above, 0])
+    return {**found, f"{source}-save": save(f"{source}-2", source)}
+
+
+def read(path: Path) -> Any:
+    with Image.open(path) as picture:
+        return json.loads(picture.text[KEY])
+
+
+def carried(server: Server, run: Run) -> dict[str, Any]:
+    """What the one picture of each SaveImage carries, by the node's id."""
+    assert not run.of("execution_error")
+    found = server.images(run, "output").items()
+    return {key: read(path) for key, paths in found for path in paths}
+
+
+@pytest.fixture
+def graph() -> dict:
+    """The shipped graph without its SaveImage."""
+    graph = json.loads((API / "text_to_image.json").read_text(encoding="utf-8"))
+    graph["5"]["inputs"].update(width=64, height=48, steps=2)
+    del graph["6"]
+    return graph
+
+
+@pytest.fixture
+def two(graph: dict) -> dict:
+    """Two pictures of different seeds, sizes and steps, which are saved after both were made."""
+    graph["15"] = copy.deepcopy(graph["5"])
+    graph["15"]["inputs"].update(seed=1, width=32, steps=1)
+    for key in ("5", "15"):
+        graph |= saved_late(key)
+    return graph
+
+
+def reseeded(graph: dict, first: int) -> dict:
+    graph["5"]["inputs"].update(seed=first, prompt=f"prompt {first}")
+    graph["15"]["inputs"].update(seed=first + 1, prompt=f"prompt {first + 1}")
+    return graph
+
+
+def test_pictures_that_are_saved_late_carry_their_own_runs(server: Server, two: dict) -> None:
+    run = server.run(reseeded(two, 1000), workflow={})
+    order = [data["node"] for data in run.of("executing")]
+    assert max(map(order.index, ("5", "15"))) < min(map(order.index, ("5-save", "15-save")))
+    found = carried(server, run)
+    assert [found[f"{key}-save"]["seed"] for key in ("5", "15")] == [1000, 1001]
+    seconds = [[phase["seconds"] for phase in one["phases"]] for one in found.values()]
+    assert not set(seconds[0]) & set(seconds[1])
+    for key in ("5", "15"):
+        assert [phase["name"] for phase in found[f"{key}-save"]["phases"]] == PHASES
+        (shown,) = server.images(run, "temp")[key]
+        assert read(shown) == found[f"{key}-save"], "the picture on the node too"
+
+
+def test_pictures_from_the_cache_carry_the_run_that_made_them(server: Server, two: dict) -> None:
+    first = carried(server, server.run(reseeded(two, 1010), workflow={}))
+    for key in ("5", "15"):
+        two[f"{key}-save"]["inputs"]["filename_prefix"] = "again"
+    run = server.run(two, workflow={})
+    assert run.executed_nodes == {"5-save", "15-save"}
+    assert carried(server, run) == first
+    two["5-save"]["inputs"]["images"] = ["5", 0]
+    two["15"]["inputs"].update(seed=-1)
+    run = server.run(two, workflow={})
+    assert "5" not in run.executed_nodes
+    found = carried(server, run)
+    assert found["5-save"] == first["5-save"]
+    assert f"seed {found['15-save']['seed']}" in run.texts["15"]
+
+
+def test_pictures_of_one_batch_carry_both_runs_apart(server: Server, two: dict) -> None:
+    two["both"] = node("ImageBatch", image1=["5-2", 0], image2=["15-2", 0])
+    two["one"] = node("ImageFromBatch", image=["both", 0], batch_index=0, length=1)
+    two["one-save"] = save("one", "one")
+    two["canvas"] = node("EmptyImage", width=16, height=16, batch_size=1, color=0)
+    two["canvas-save"] = save("canvas", "canvas")
+    found = carried(server, server.run(reseeded(two, 1020), workflow={}))
+    runs = {run.pop("node"): run for run in found["one-save"]["runs"]}
+    assert runs == {"5": found["5-save"], "15": found["15-save"]}
+    assert found["canvas-save"] == {"runs": []}, "made by none"
+
+
+def test_a_picture_made_in_parts_carries_all_of_them_as_one(server: Server, graph: dict) -> None:
+    del graph["5"]
+    pipeline = ["4", 0]
+    graph |= {
+        "prompt": node("MajicFluxEncodePrompt", pipeline=pipeline, prompt="parts", guidance=3.5),
+        "empty": node("EmptySD3LatentImage", width=64, height=48, batch_size=1),
+        "vae": node("VAELoader", vae_name="ae.safetensors"),
+    }
+    for key, seed in (("a", 1030), ("b", 1031)):
+        graph[key] = node(
+            "MajicFluxDenoise", pipeline=pipeline, positive=["prompt", 0], latent=["empty", 0],
+            seed=seed, steps=1, guidance=3.5,
+        )  # fmt: skip
+        graph[f"{key}-ours"] = node("MajicFluxDecode", pipeline=pipeline, latent=[key, 0])
+        graph[f"{key}-theirs"] = node("VAEDecode", samples=[key, 0], vae=["vae", 0])
+        for whose in ("ours", "theirs"):
+            graph[f"{key}-{whose}-save"] = save(f"{key}-{whose}", whose)
+    first = carried(server, server.run(graph, workflow={}))
+    for key, seed in (("a", 1030), ("b", 1031)):
+        for whose, phases in (("ours", PHASES), ("theirs", PHASES[:2])):
+            found = first[f"{key}-{whose}-save"]
+            assert found["seed"] == seed
+            assert [phase["name"] for phase in found["phases"]] == phases
+    graph["a-ours-save"]["inputs"]["filename_prefix"] = "again"
+    again = carried(server, server.run(graph, workflow={}))
+    assert again["a-ours-save"] == first["a-ours-save"]
+
+
+def test_the_queue_and_the_history_are_json_at_any_time(server: Server, two: dict) -> None:
+    other = copy.deepcopy(reseeded(two, 1050))
+    workflow = {"id": "0a", "nodes": []}
+    queues = []
+
+    def look(message: dict) -> None:
+        if message["type"] != "progress" or queues:
+            return
+        extra = {"extra_pnginfo": {"workflow": workflow}}
+        waiting = server.post("/prompt", {"prompt": other, "extra_data": extra})["prompt_id"]
+        queues.append(server.get("/queue"))
+        assert server.get(f"/api/jobs/{waiting}")["id"] == waiting
+        server.post("/queue", {"delete": [waiting]})
+
+    run = server.run(reseeded(two, 1040), on_message=look, workflow=workflow)
+    history = server.get(f"/history/{run.prompt_id}")[run.prompt_id]["prompt"]
+    for prompt in (*queues[0]["queue_running"], *queues[0]["queue_pending"], history):
+        assert prompt[3]["extra_pnginfo"]["workflow"] == workflow
+    assert len(queues[0]["queue_pending"]) == 1
+    # A script that queues what it finds in the history gets the picture's own run, not this.
+    assert run.prompt_id in server.get("/history")
+    found = carried(server, run)
+    again = copy.deepcopy(history[2])
+    again["5-save"]["inputs"]["filename_prefix"] = "again"
+    body = {"prompt": again, "extra_data": history[3]}
+    assert "majicflux" in body["extra_data"]["extra_pnginfo"]
+    shutil.rmtree(server.base / "output")
+    queued = server.post("/prompt", body)["prompt_id"]
+    while queued not in server.get("/history"):
+        time.sleep(0.1)
+    (path,) = (server.base / "output").glob("again*")
+    assert read(path) == found["5-save"]
+
+
+# From here on inside the process, with nodes made for the purpose.
+
+
+class Numbers:
+    RETURN_TYPES = ("INT",)
+    OUTPUT_IS_LIST = (True,)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"first": ("INT", {})}}
+
+    def run(self, first: int) -> tuple[list[int]]:
+        return ([first, first + 1, first + 2],)
+
+
+class Joined:
+    RETURN_TYPES = ("IMAGE",)
+    INPUT_IS_LIST = True
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"images": ("IMAGE", {})}}
+
+    def run(self, images: list[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (torch.cat(images),)
+
+
+class Expanding:
+    """Becomes the sample node that it describes."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"pipeline": ("MAJICFLUX_PIPELINE", {"rawLink": True}),
+                             "inputs": ("STRING", {})}}  # fmt: skip
+
+    def run(self, pipeline: list, inputs: str) -> dict:
+        from comfy_execution.graph_utils import GraphBuilder
+
+        builder = GraphBuilder()
+        given = {**json.loads(inputs), "pipeline": pipeline}
+        made = builder.node("MajicFluxSample", **given)
+        return {"result": (made.out(0),), "expand": builder.finalize()}
+
+
+@pytest.fixture
+def painted(comfy, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, list[Any]]]:
+    """A function that runs a graph as the server would and gives what its pictures carry."""
+    import nodes
+
+    for kind in (Numbers, Joined, Expanding):
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, kind.__name__, kind)
+
+    def run(executor, graph: dict) -> dict[str, list[Any]]:
+        shutil.rmtree(comfy.base / "output", ignore_errors=True)
+        body = {"prompt": graph, "extra_data": {"extra_pnginfo": {"workflow": {}}}}
+        kinds = {"MajicFluxSample"}
+        extra = comfy.pack("host.provenance").carry(body, kinds)["extra_data"]
+        comfy.run(executor, graph, extra)
+        assert executor.success, executor.status_messages
+        found: dict[str, list[Any]] = {}
+        for path in sorted((comfy.base / "output").glob("*.png")):
+            found.setdefault(path.name.split("_")[0], []).append(read(path))
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("cache", ["CLASSIC", "LRU", "NONE", "RAM_PRESSURE"])
+def test_every_cache_of_comfyui_keeps_them_apart(comfy, graph, painted, cache: str) -> None:
+    executor = comfy.executor(cache)
+    graph["6"] = save("5", "one")
+    found = []
+    for number, seed in enumerate((7, 8, 7)):
+        graph["5"]["inputs"]["seed"] = seed
+        graph["6"]["inputs"]["filename_prefix"] = f"run{number}"
+        ((record,),) = painted(executor, graph).values()
+        assert record["seed"] == seed
+        found.append(record)
+    assert (found[0] == found[2]) == (cache == "RAM_PRESSURE"), "which still has the picture"
+
+
+def test_each_picture_of_a_list_carries_its_own_run(comfy, graph, painted) -> None:
+    graph["numbers"] = node("Numbers", first=40)
+    graph["5"]["inputs"]["seed"] = ["numbers", 0]
+    graph["6"] = save("5", "one")
+    graph["joined"] = node("Joined", images=["5", 0])
+    graph["7"] = save("joined", "joined")
+    executor = comfy.executor()
+    first = painted(executor, graph)
+    assert [record["seed"] for record in first["one"]] == [40, 41, 42]
+    for record in first["joined"]:
+        assert [run["seed"] for run in record["runs"]] == [40, 41, 42]
+    assert len(first["joined"]) == 3
+    graph["6"]["inputs"]["filename_prefix"] = "again"
+    assert painted(executor, graph)["again"] == first["one"], "from the cache"
+
+
+def test_a_sample_node_inside_a_node_that_expands_is_found(comfy, graph, painted) -> None:
+    sample = graph.pop("5")["inputs"]
+    del sample["pipeline"]
+    for key, seed in (("a", 50), ("b", 51)):
+        inputs = json.dumps({**sample, "seed": seed})
+        graph[key] = node("Expanding", pipeline=["4", 0], inputs=inputs)
+        graph |= saved_late(key)
+    found = painted(comfy.executor(), graph)
+    assert {key: record["seed"] for key, (record,) in found.items()} == {"a": 50, "b": 51}
