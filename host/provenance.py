@@ -69,8 +69,12 @@ def carry(queued: dict[str, Any], kinds: Collection[str]) -> dict[str, Any]:
 
     A node does the same when it runs, which one whose picture is in ComfyUI's cache does not.
     """
-    extra = queued.get("extra_data", {}).get("extra_pnginfo")
-    if isinstance(extra, dict) and any(n["class_type"] in kinds for n in queued["prompt"].values()):
+    # Nothing has been checked yet: whatever is not as it should be is refused later, in words.
+    graph, extra = queued.get("prompt"), queued.get("extra_data")
+    extra = extra.get("extra_pnginfo") if isinstance(extra, dict) else None
+    nodes = graph.values() if isinstance(graph, dict) else ()
+    ours = any(isinstance(node, dict) and node.get("class_type") in kinds for node in nodes)
+    if isinstance(extra, dict) and ours:
         extra[KEY] = Runs()
     return queued
 

@@ -203,6 +203,13 @@ def test_a_client_without_metadata_is_served(extra: Any, graph: Graph, here) -> 
     body = {"prompt": graph, "extra_data": {"extra_pnginfo": extra}}
     assert carry(copy.deepcopy(body), {"Sample"}) == body
     assert carry({"prompt": graph}, {"Sample"}) == {"prompt": graph}
+    for damaged in (
+        {},
+        {"prompt": {"1": {}}},
+        {"prompt": {"1": None}, "extra_data": None},
+        {"prompt": []},
+    ):
+        assert carry(copy.deepcopy(damaged), {"Sample"}) == damaged
 
 
 def test_only_prompts_with_nodes_of_the_pack_are_changed(graph: Graph) -> None:
