@@ -2,11 +2,14 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from majicflux.engine import pipeline as pipeline_module
 from majicflux.engine import vae_bands
+from majicflux.engine.memory import Memory
 from majicflux.engine.pipeline import Pipeline, paint
 from majicflux.engine.plan import BudgetError
 from majicflux.engine.request import Request
@@ -204,3 +207,34 @@ def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
     # The second picture does not try again what failed for the first.
     assert taken == [planned] * (limit < float("inf")) + [smallest] * 2
     assert (found - expected).abs().max() < 1e-4
+
+
+def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monkeypatch) -> None:
+    """Else what leaves is held against what comes: a limit too high, and a negative peak."""
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=100 * 2**20)
+    events: list[str] = []
+
+    class Noted(Memory):
+        def __init__(self, *given: Any):
+            events.append("base")
+            super().__init__(*given)
+
+        def held_to(self, *given: Any):
+            events.append("limit")
+            return super().held_to(*given)
+
+    monkeypatch.setattr(pipeline_module, "Memory", Noted)
+    for component in components(pipeline):
+        load, release = component.patcher.load, component.patcher.release
+        monkeypatch.setattr(
+            component.patcher,
+            "load",
+            lambda *a, load=load, **k: (events.append("load"), load(*a, **k)),
+        )
+        monkeypatch.setattr(
+            component.patcher,
+            "release",
+            lambda *a, release=release: (events.append("release"), release(*a)),
+        )
+    run(pipeline)
+    assert events == ["release", "release", "load", "base", "limit"] * 3

@@ -1,0 +1,108 @@
+"""Weights are pinned as they travel: what travels first, as far as there is room."""
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from majicflux.engine.pinned import RAM_LEFT, Pinned
+
+SIZE = 1000
+RAM = 100 * SIZE
+
+
+class Host:
+    """What pins memory, up to `most` pieces."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.pinned: list[Tensor] = []
+
+    def pin(self, memory: Tensor) -> bool:
+        if len(self.pinned) == self.most:
+            return False
+        self.pinned.append(memory)
+        return True
+
+    def unpin(self, memory: Tensor) -> None:
+        self.pinned = [other for other in self.pinned if other is not memory]
+
+
+@pytest.fixture
+def homes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: False)  # which asks the driver for its view
+    free(monkeypatch, RAM)
+    return [torch.full((SIZE,), index, dtype=torch.uint8) for index in range(6)]
+
+
+def free(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    ram = SimpleNamespace(available=available, total=RAM)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
+
+
+def pinned_of(homes: list[Tensor], host: Host, mapped: bool) -> Pinned:
+    pinned = Pinned(homes, mapped, host.pin, host.unpin)
+    pinned.grows = True
+    return pinned
+
+
+def test_mapped_weights_are_copied_once(homes: list[Tensor]) -> None:
+    host = Host(most=9)
+    pinned = pinned_of(homes, host, mapped=True)
+    assert pinned.known(homes[3]) is None
+    copy = pinned.of(homes[3])
+    assert copy is not None
+    assert torch.equal(copy, homes[3])
+    assert copy.data_ptr() != homes[3].data_ptr()
+    assert pinned.of(homes[3]) is pinned.known(homes[3]) is copy
+    assert (len(host.pinned), pinned.nbytes) == (1, SIZE)
+
+
+def test_the_processs_own_weights_are_pinned_where_they_are(homes: list[Tensor]) -> None:
+    host = Host(most=9)
+    assert pinned_of(homes, host, mapped=False).of(homes[2]) is homes[2]
+    assert host.pinned == [homes[2]]
+
+
+def test_what_travels_first_is_pinned_until_the_host_refuses(homes: list[Tensor]) -> None:
+    host = Host(most=2)
+    pinned = pinned_of(homes, host, mapped=True)
+    order = [4, 1, 3, 0]
+    found = [pinned.of(homes[index]) for index in order]
+    assert [memory is not None for memory in found] == [True, True, False, False]
+    host.most = 9
+    assert pinned.of(homes[3]) is None, "nobody has asked for more"
+    pinned.grows = True
+    assert pinned.of(homes[3]) is not None
+
+
+def test_what_does_not_travel_at_every_pass_is_not_pinned(homes: list[Tensor]) -> None:
+    host = Host(most=9)
+    pinned = pinned_of(homes[:2], host, mapped=True)
+    assert pinned.of(homes[5]) is None
+    assert pinned.of(homes[0]) is not None, "and that is no refusal"
+    pinned.grows = False
+    assert pinned.of(homes[1]) is None
+    assert pinned.of(homes[0]) is not None
+
+
+def test_copies_leave_memory_to_others(homes: list[Tensor], monkeypatch) -> None:
+    host = Host(most=9)
+    pinned = pinned_of(homes, host, mapped=True)
+    free(monkeypatch, int(RAM_LEFT * RAM) + SIZE - 1)
+    assert pinned.of(homes[0]) is None
+    in_place = pinned_of(homes, host, mapped=False)
+    assert in_place.of(homes[0]) is homes[0], "which takes none"
+
+
+def test_all_of_it_is_given_back(homes: list[Tensor]) -> None:
+    host = Host(most=9)
+    pinned = pinned_of(homes, host, mapped=True)
+    for home in homes:
+        pinned.of(home)
+    pinned.release()
+    assert not host.pinned
+    assert pinned.nbytes == 0
+    assert pinned.known(homes[0]) is None
