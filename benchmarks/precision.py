@@ -24,7 +24,13 @@ from torch.nn import functional as F
 
 from majicflux.dev import find_comfyui
 from majicflux.engine.blocks import JointBlock, SingleBlock
-from majicflux.engine.flux_dit import ROPE_AXES, ROPE_THETA, FluxGeometry, kind_of_layer
+from majicflux.engine.flux_dit import (
+    ROPE_AXES,
+    ROPE_THETA,
+    FluxGeometry,
+    TokenSequence,
+    kind_of_layer,
+)
 from majicflux.engine.precision import PRECISIONS, Precision
 from majicflux.engine.products import Computing
 from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, StoredNorm, store
@@ -252,7 +258,7 @@ def advance(module: Any, state: State, rope: Tensor) -> State:
         active = F.silu(conditioning)[:, None]
         modulation = [layer(active) for layer in module.modulation_layers()]
         both = torch.cat([text, image], dim=1)
-        module(both, text.shape[1], modulation, rope, Work())
+        module([TokenSequence(both, text.shape[1], rope)], [modulation], Work())
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
     if isinstance(module, FluxSingleTransformerBlock):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from majicflux.engine import blocks, denoise, products
 from majicflux.engine.denoise import Conditions, flux_velocity
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
+from majicflux.engine.flux_dit import FluxGeometry, TokenSequence, build_flux_dit
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing, choose
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows
@@ -113,8 +113,9 @@ def through_blocks(
     x = torch.randn(1, tokens, width, generator=drawn)
     rope = torch.randn(1, 1, tokens, 64, 2, 2, generator=drawn)
     with BFLOAT16.applied_to(dit, CPU), LiveBytes("cpu", allowed) as live:
-        dit.blocks[0](x, WORDS, joint, rope, work)
-        dit.single_blocks[0](x, WORDS, [single], rope, work)
+        sequences = [TokenSequence(x, WORDS, rope)]
+        dit.blocks[0](sequences, [joint], work)
+        dit.single_blocks[0](sequences, [[single]], work)
     return x, live
 
 
