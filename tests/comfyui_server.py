@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,19 +70,32 @@ def example_picture() -> Image.Image:
 
 
 class Server(ComfyUI):
-    """`python main.py --cpu` in a base folder of its own, with this pack and `small_encoders`."""
+    """`python main.py --cpu` in a base folder of its own, with this pack and `small_encoders`.
 
-    def __init__(self, comfyui: Path, base: Path, models: Path, flags: Sequence[str] = ()):
+    runs_tests: it also takes calls of `begin_tests`.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path,
+        models: Path,
+        flags: Sequence[str] = ("--cpu",),
+        runs_tests: bool = False,
+    ):
         (base / "custom_nodes").mkdir(parents=True)
         (base / "user" / "default").mkdir(parents=True)
         shutil.copy(ROOT / "tests" / "small_encoders.py", base / "custom_nodes")
+        if runs_tests:
+            shutil.copy(ROOT / "tests" / "tests_inside.py", base / "custom_nodes")
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
         (base / "input").mkdir()
         example_picture().save(base / "input" / "example.png")
         self.settings_file = base / "user" / "default" / "comfy.settings.json"
         self.forget_settings()
         # Threads that spin while they wait take the processor from the tests and the browser.
-        super().__init__(comfyui, base, ["--cpu", *flags], {"OMP_WAIT_POLICY": "PASSIVE"})
+        passive = {"OMP_WAIT_POLICY": "PASSIVE", "MAJICFLUX_ROOT": str(ROOT)}
+        super().__init__(comfyui, base, flags, passive)
 
     @contextlib.contextmanager
     def real_vocabularies(self) -> Iterator[None]:
@@ -144,6 +158,15 @@ class Server(ComfyUI):
                     return run
                 if message["type"] == "executing" and data["node"] is None:
                     return run
+
+    def begin_tests(self, ids: Sequence[str]) -> None:
+        """Run these tests in the server's process, in this order; see `outcome`."""
+        self.post("/tests", ids)
+
+    def outcome(self, test: str) -> tuple[str, str]:
+        """ "passed", "failed" or "skipped", and what was said of it, when that test has ended."""
+        found = self.get(f"/tests?id={urllib.parse.quote(test)}", timeout=900)
+        return tuple(found) if found else ("failed", f"It did not run.\n{self.log()[-5000:]}")
 
     def outputs(self, run: Run) -> list[Path]:
         """The files that the run saved."""
