@@ -4,8 +4,8 @@ For each set of flags and each amount of memory left on the card by a second pro
 paints the documented graph without a budget and with several, and ComfyUI's own graph, each twice
 with new seeds. Then fresh servers paint their first picture: ours while it converts the weights,
 ours with prepared weights, ComfyUI's. --turns and --soak: see `turns.py`. Every prompt is printed
-as it ends. Needs ComfyUI (COMFYUI_PATH) and 34 + 22 GB in --scratch. --quick paints with
-the demo models on the CPU, where only errors are judged.
+as it ends. Needs ComfyUI (COMFYUI_PATH) and 34 + 22 GB in --scratch. --quick paints with the demo
+models on the CPU, where times and the card are not judged.
 """
 
 import argparse
@@ -49,7 +49,8 @@ PARTS = {
     "turns": "in turns, cancelled, under pressure",
     "soak": "mixed prompts",
 }
-SERVER_SECONDS = 60  # that must be left for another server to begin
+# That must be left for another server, another pair of prompts, or the three first ones.
+SERVER_SECONDS, PAIR_SECONDS, FIRST_SECONDS = 60, 40, 150
 
 
 @dataclass
@@ -77,8 +78,8 @@ class Bench:
         shown = dataclasses.asdict(painting) | {"picture": str(painting.picture)}
         print(json.dumps(shown), flush=True)
 
-    def in_time(self, what: str) -> bool:
-        if time.monotonic() + SERVER_SECONDS < self.end:
+    def in_time(self, what: str, seconds: float = SERVER_SECONDS) -> bool:
+        if time.monotonic() + seconds < self.end:
             return True
         print(f"not measured, no time: {what}", flush=True)
         return False
@@ -132,6 +133,8 @@ def side_by_side(
     """Each twice in one server; what others hold on the card is given back before."""
     kinds = [(OURS, budget) for budget in budgets] + [(peer, 0.0) for peer in peers]
     for what, budget in kinds:
+        if not bench.in_time(f"{session.where}, {what}, {budget:g} GB", PAIR_SECONDS):
+            continue
         session.free()
         for number in (1, 2):
             bench.paint(session, what, number, budget)
@@ -189,7 +192,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="of --turns; default: 20, quick: 2")
     parser.add_argument("--prompts", type=int, help="of --soak; default: 200, quick: 20")
     parser.add_argument("--steps", type=int, help="default: 20, quick: 2")
-    parser.add_argument("--seconds", type=float, default=3600, help="begin no server after that")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing that ends later")
     parser.add_argument("--out", type=Path, help="a JSON file for all prompts")
     chosen = parser.parse_args()
     comfyui = find_comfyui()
@@ -243,7 +246,7 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> list[Row]:
                 rows += turns.under_pressure(session, *scale)
         if "soak" in parts:
             rows += turns.soak(session, bench.side, chosen.prompts or (20 if quick else 200))
-    if "first" in parts and bench.in_time("first prompts"):
+    if "first" in parts and bench.in_time("first prompts", FIRST_SECONDS):
         first_prompts(bench)
     return judged(bench.paintings, quick) + rows
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .card_counter import grabbing
-from .flux_graphs import Graph, native, ours
+from .flux_graphs import PROMPT, Graph, native, ours
 from .painting import PROMPT_SECONDS, Painting, Session
 from .table import Row
 
@@ -113,10 +113,9 @@ def cancelled(session: Session, steps: int, side: int) -> Iterator[Row]:
 
 
 def _repeated(
-    session: Session, steps: int, side: int, before: Painting, name: str, *prompt: str
+    session: Session, steps: int, side: int, before: Painting, name: str, prompt: str = PROMPT
 ) -> Row:
-    sample: dict[str, Any] = {"prompt": prompt[0]} if prompt else {}
-    again = session.paint(ours(77, steps, side, **sample), name)
+    again = session.paint(ours(77, steps, side, prompt=prompt), name)
     differs = not before.pixels or again.pixels != before.pixels
     return Row(f"{session.where}, {name}: another picture", differs, "", bar=0)
 

@@ -70,7 +70,7 @@ def example_picture() -> Image.Image:
 
 
 class Server(ComfyUI):
-    """`python main.py --cpu` in a base folder of its own, with this pack and `small_encoders`.
+    """`python main.py` in a base folder of its own, with this pack and `small_encoders`.
 
     runs_tests: it also takes calls of `begin_tests`.
     """
@@ -164,8 +164,10 @@ class Server(ComfyUI):
         self.post("/tests", ids)
 
     def outcome(self, test: str) -> tuple[str, str]:
-        """ "passed", "failed" or "skipped", and what was said of it, when that test has ended."""
-        found = self.get(f"/tests?id={urllib.parse.quote(test)}", timeout=900)
+        """Whether it "passed", "failed" or was "skipped", and what was said; waits for its end."""
+        found = None
+        with contextlib.suppress(OSError):  # the server has gone, of which its log may tell
+            found = self.get(f"/tests?id={urllib.parse.quote(test)}", timeout=900)
         return tuple(found) if found else ("failed", f"It did not run.\n{self.log()[-5000:]}")
 
     def outputs(self, run: Run) -> list[Path]:
