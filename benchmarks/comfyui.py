@@ -43,8 +43,8 @@ class ComfyUI:
     ):
         installed = base / "custom_nodes" / "majicflux"
         installed.parent.mkdir(parents=True, exist_ok=True)
-        if not installed.exists():
-            installed.symlink_to(ROOT, target_is_directory=True)
+        installed.unlink(missing_ok=True)  # it may be of another checkout
+        installed.symlink_to(ROOT, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

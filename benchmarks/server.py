@@ -202,7 +202,8 @@ def main() -> None:
         scratch = chosen.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         quick = chosen.quick
         steps, side = chosen.steps or (2 if quick else 20), 64 if quick else 1024
-        bench = Bench(comfyui, scratch.absolute(), quick, steps, side, chosen.seconds)
+        scratch = scratch.absolute() / ("small" if quick else "full")
+        bench = Bench(comfyui, scratch, quick, steps, side, chosen.seconds)
         try:
             rows = _measure(bench, chosen)
         finally:
