@@ -1,11 +1,13 @@
 """Set-up and tests on a bare machine: `python dev.py demo` or `python dev.py test`.
 
-`python dev.py locales` writes the English texts of the canvas anew, from the nodes, and
-`python dev.py templates` the workflows.
+`python dev.py test --in-comfyui` fails where ComfyUI or Chromium is absent, instead of leaving out
+what needs them. `python dev.py locales` writes the English texts of the canvas anew, from the
+nodes, and `python dev.py templates` the workflows.
 Needs Python 3.10 to 3.12 and a package registry. Everything goes into `.venv` beside this file.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ PYTEST = BIN / ("pytest.exe" if os.name == "nt" else "pytest")
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 # What writes files of the repository anew, from the node definitions.
 WRITERS = {"locales": "locales/english.py", "templates": "workflows/build.py"}
+IN_COMFYUI = "--in-comfyui"  # what `test` is called with where nothing may be left out
 TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
 
 
@@ -39,8 +42,20 @@ def main() -> int:
     return test(sys.argv[2:])
 
 
-def test(pytest_arguments: list[str]) -> int:
+def test(arguments: list[str]) -> int:
+    pytest_arguments = [argument for argument in arguments if argument != IN_COMFYUI]
     comfyui = find_comfyui()
+    absent = []
+    if comfyui is None:
+        absent.append(
+            "NOT TESTED IN COMFYUI: no checkout was found. Set COMFYUI_PATH to one, "
+            f"or put one at {default_comfyui()}."
+        )
+    if find_chromium() is None:
+        absent.append("NOT TESTED ON THE CANVAS: no Chromium was found; install it.")
+    if absent and IN_COMFYUI in arguments:
+        print(*absent, sep="\n")
+        return 1
     host = ["-r", str(comfyui / "requirements.txt")] if comfyui else []
     install("-e", str(ROOT), *TOOLS, *host)
     checks = [
@@ -56,11 +71,7 @@ def test(pytest_arguments: list[str]) -> int:
     failed = [command for command in checks if run(*command) != 0]
     for command in failed:
         print("FAILED:", *command)
-    if comfyui is None:
-        print(
-            "NOT TESTED IN COMFYUI: no checkout was found. Set COMFYUI_PATH to one, "
-            f"or put one at {default_comfyui()}."
-        )
+    print(*absent, sep="\n")
     return 1 if failed else 0
 
 
@@ -71,6 +82,10 @@ def find_comfyui() -> Path | None:
         if (Path(place) / "comfyui_version.py").is_file():
             return Path(place).resolve()
     return None
+
+
+def find_chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def default_comfyui() -> Path:

@@ -1,11 +1,18 @@
-"""A transformer file of majicflus_v134's layout and full size, made up."""
+"""Model files of the real layouts and full size, made up."""
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.loaders.layouts import flux_dit_layout
+from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.loaders import demo_models
+from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
+
+PREFIX = "model.diffusion_model."
 
 
 def write_majicflus(
@@ -15,19 +22,69 @@ def write_majicflus(
 
     Without content the file is sparse: its header is real, its tensors were never written.
     """
-    header, end = {}, 0
-    for name, shape in flux_dit_layout(geometry or FluxGeometry()).items():
-        length = 2 * math.prod(shape)
-        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + length]}
-        header[f"model.diffusion_model.{name}"] = entry
-        end += length
-    text = json.dumps(header).encode()
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def fill(file: BinaryIO, end: int) -> None:
         if content is None:
-            file.truncate(8 + len(text) + end)
+            file.truncate(file.tell() + end)
         else:
             for start in range(0, end, len(content)):
                 file.write(content[: end - start])
+
+    _write(path, flux_dit_layout(geometry or FluxGeometry()), PREFIX, fill)
+
+
+def write_models(folder: Path, small: bool) -> None:
+    """All files of the documented graph under `folder`, 34 GB, random; those there are kept.
+
+    small: in the sizes of the demo models, but with a row for every token of the real vocabularies.
+    """
+    clip, t5 = ClipGeometry(), T5Geometry()
+    dit = demo_models.DIT if small else FluxGeometry()
+    if small:
+        clip = replace(demo_models.CLIP, vocabulary=clip.vocabulary)
+        t5 = replace(demo_models.T5, vocabulary=t5.vocabulary)
+    for file, layout, prefix in (
+        (demo_models.DIT_FILE, flux_dit_layout(dit), PREFIX),
+        (demo_models.CLIP_FILE, clip_layout(clip), ""),
+        (demo_models.T5_FILE, t5_layout(t5), ""),
+        (demo_models.VAE_FILE, vae_layout(), ""),
+    ):
+        if not (folder / file).exists():
+            _write(
+                folder / file, layout, prefix, lambda file, _, layout=layout: _draw(file, layout)
+            )
+
+
+def _draw(file: BinaryIO, layout: Layout) -> None:
+    """Weights that keep the size of what passes through them, drawn on the card if there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(len(layout))
+    for name, shape in layout.items():
+        if len(shape) == 1:
+            norm = "norm" in name and not name.endswith("bias")
+            values = torch.full(shape, float(norm), device=device)
+        else:
+            table = "embed" in name or "shared" in name
+            std = 0.02 if table else 1 / math.sqrt(math.prod(shape[1:]))
+            values = torch.randn(shape, generator=generator, device=device).mul_(std)
+        file.write(values.bfloat16().view(-1).view(torch.uint8).cpu().numpy().data)
+
+
+def _write(path: Path, layout: Layout, prefix: str, fill: Callable[[BinaryIO, int], None]) -> None:
+    """fill: writes the tensors, in the order of the layout, given the bytes of all of them."""
+    header, end = {}, 0
+    for name, shape in layout.items():
+        length = 2 * math.prod(shape)
+        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + length]}
+        header[prefix + name] = entry
+        end += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that readers can map the tensors
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        fill(file, end)
     partial.replace(path)

@@ -2,16 +2,10 @@
 
 import contextlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
+import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
-START_SECONDS = 180
+from majicflux.benchmarks.comfyui import ROOT, ComfyUI, Refused
+
+__all__ = ["Refused", "Run", "Server"]
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
@@ -66,17 +61,6 @@ class Run:
         return {data["node"] for data in self.of("executing") if data["node"] is not None}
 
 
-class Refused(Exception):
-    """POST /prompt answered 400; `errors` is node id -> list of messages."""
-
-    def __init__(self, body: dict[str, Any]):
-        super().__init__(json.dumps(body))
-        self.errors = {
-            node: [f"{e['message']}: {e['details']}" for e in found["errors"]]
-            for node, found in body["node_errors"].items()
-        }
-
-
 def example_picture() -> Image.Image:
     """64 x 64, transparent in the upper half, which LoadImage makes the white of a mask."""
     shade = Image.linear_gradient("L").resize((64, 64))
@@ -85,38 +69,33 @@ def example_picture() -> Image.Image:
     return picture
 
 
-class Server:
-    """`python main.py --cpu` in a base folder of its own, with this pack and `small_encoders`."""
+class Server(ComfyUI):
+    """`python main.py` in a base folder of its own, with this pack and `small_encoders`.
 
-    def __init__(self, comfyui: Path, base: Path, models: Path):
+    runs_tests: it also takes calls of `begin_tests`.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path,
+        models: Path,
+        flags: Sequence[str] = ("--cpu",),
+        runs_tests: bool = False,
+    ):
         (base / "custom_nodes").mkdir(parents=True)
         (base / "user" / "default").mkdir(parents=True)
-        (base / "custom_nodes" / "majicflux").symlink_to(ROOT, target_is_directory=True)
         shutil.copy(ROOT / "tests" / "small_encoders.py", base / "custom_nodes")
+        if runs_tests:
+            shutil.copy(ROOT / "tests" / "tests_inside.py", base / "custom_nodes")
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
         (base / "input").mkdir()
         example_picture().save(base / "input" / "example.png")
         self.settings_file = base / "user" / "default" / "comfy.settings.json"
         self.forget_settings()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.base = base
-        self.address = f"127.0.0.1:{port}"
-        self.log_file = base / "server.log"
-        command = [
-            sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port),
-            "--disable-auto-launch", "--base-directory", str(base),
-            "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
-        ]  # fmt: skip
         # Threads that spin while they wait take the processor from the tests and the browser.
-        policy = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        environment = {**os.environ, **policy}
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-        self._wait_until_ready()
+        passive = {"OMP_WAIT_POLICY": "PASSIVE", "MAJICFLUX_ROOT": str(ROOT)}
+        super().__init__(comfyui, base, flags, passive)
 
     @contextlib.contextmanager
     def real_vocabularies(self) -> Iterator[None]:
@@ -136,47 +115,12 @@ class Server:
             for path, content in before.items():
                 path.write_bytes(content)
 
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                self.get("/system_stats")
-                return
-            time.sleep(0.2)
-        self.stop()
-        raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
-
     def forget_settings(self) -> None:
         """Those of a user whom the canvas need not introduce itself to, and who chose nothing.
 
         The canvas checks what it opens against its own schema of workflows.
         """
         self.settings_file.write_text(json.dumps(SETTINGS), encoding="utf-8")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
-
-    def log(self) -> str:
-        return self.log_file.read_text(encoding="utf-8", errors="replace")
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as answer:
-            return json.loads(answer.read())
-
-    def post(self, path: str, body: Any) -> Any:
-        request = urllib.request.Request(
-            f"http://{self.address}{path}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            if error.code != 400:
-                raise
-            raise Refused(json.loads(error.read())) from None
 
     def run(
         self,
@@ -215,18 +159,21 @@ class Server:
                 if message["type"] == "executing" and data["node"] is None:
                     return run
 
+    def begin_tests(self, ids: Sequence[str]) -> None:
+        """Run these tests in the server's process, in this order; see `outcome`."""
+        self.post("/tests", ids)
+
+    def outcome(self, test: str) -> tuple[str, str]:
+        """Whether it "passed", "failed" or was "skipped", and what was said; waits for its end."""
+        found = None
+        with contextlib.suppress(OSError):  # the server has gone, of which its log may tell
+            found = self.get(f"/tests?id={urllib.parse.quote(test)}", timeout=900)
+        return tuple(found) if found else ("failed", f"It did not run.\n{self.log()[-5000:]}")
+
     def outputs(self, run: Run) -> list[Path]:
         """The files that the run saved."""
         return [path for images in self.images(run, "output").values() for path in images]
 
     def images(self, run: Run, kind: str) -> dict[str, list[Path]]:
         """The pictures of each node, by its id; kind: "output" when saved, "temp" when shown."""
-        found = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
-        return {
-            node: [
-                self.base / image["type"] / image["subfolder"] / image["filename"]
-                for image in shown.get("images", [])
-                if image["type"] == kind
-            ]
-            for node, shown in found.items()
-        }
+        return self.pictures(run.prompt_id, kind)

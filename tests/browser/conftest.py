@@ -1,12 +1,12 @@
 """ComfyUI's own canvas in headless Chromium."""
 
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from comfyui_server import Server
+from majicflux.dev import find_chromium
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -21,7 +21,7 @@ READY = (
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = find_chromium()
     if chromium is None:
         pytest.skip("NOT TESTED ON THE CANVAS: no Chromium was found; install it")
     with sync_playwright() as playwright:

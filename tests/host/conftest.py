@@ -1,158 +1,52 @@
-"""ComfyUI inside the test process: its node registry, executor and memory manager."""
+"""The tests in `inside` run in the process of a server that ComfyUI's own main.py has started."""
 
-import asyncio
-import gc
-import importlib
-import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-from weakref import WeakSet, WeakValueDictionary
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[2]
-API = ROOT / "workflows" / "api" / "text_to_image.json"
-ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
-CPU = torch.device("cpu")
-MB = 2**20
+from comfyui_server import Server
+from majicflux.loaders.demo_models import write_demo_models
 
-
-class _Client:
-    """What the executor needs of a server that nobody is connected to."""
-
-    client_id = None
-    last_node_id = None
-
-    def __init__(self) -> None:
-        self.sockets_metadata: dict[str, Any] = {}
-
-    def send_sync(self, event: str, *_: object) -> None:
-        pass
+INSIDE = Path(__file__).parent / "inside"
+IN_COMFYUI = "comfy.cli_args" in sys.modules  # this process is such a server
+BEGUN = pytest.StashKey[bool]()
 
 
-@dataclass
-class Comfy:
-    """The host's modules, and the pack as the host has loaded it."""
-
-    execution: ModuleType
-    manager: ModuleType
-    base: Path
-
-    def pack(self, name: str) -> ModuleType:
-        """A module of the pack under the name that ComfyUI gave it."""
-        return importlib.import_module(f"{str(ROOT).replace('.', '_x_')}.{name}")
-
-    def executor(self, cache_type: str = "CLASSIC"):
-        return self.execution.PromptExecutor(
-            _Client(),
-            cache_type=self.execution.CacheType[cache_type],
-            cache_args={"lru": 0, "ram": 0, "ram_inactive": 0},
-        )
-
-    def run(
-        self, executor, graph: dict[str, Any], extra: dict[str, Any] | None = None
-    ) -> list[tuple[str, dict]]:
-        """Validate and execute; returns the status messages."""
-        valid = asyncio.run(self.execution.validate_prompt("id", graph, None))
-        assert valid[0], valid
-        executor.execute(graph, "id", {"client_id": "test", **(extra or {})}, valid[2])
-        return executor.status_messages
-
-    def outputs(self, executor, graph: dict[str, Any]) -> dict[str, Any]:
-        """What each node's first output holds after a run of `graph`, by the node's id."""
-        cache = executor.caches.outputs
-        entries = {node: cache.get_local(node) for node in graph}
-        return {n: e.outputs[0][0] for n, e in entries.items() if e is not None and e.outputs}
+def runs_elsewhere(item: pytest.Item) -> bool:
+    return not IN_COMFYUI and INSIDE in item.path.parents
 
 
 @pytest.fixture(scope="session")
-def comfy(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy:
-    # At these sizes threads cost more than they bring, and far more on a busy machine.
-    torch.set_num_threads(1)
-    host = os.environ["COMFYUI_PATH"]
-    base = tmp_path_factory.mktemp("base")
-    (base / "models").symlink_to(models, target_is_directory=True)
-    sys.path.insert(0, host)
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.base_directory = str(base)
-    import comfy.model_management
-    import comfy.utils
-    import execution
-
-    import nodes
-
-    def progress_hook(*_: object, **__: object) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    comfy.utils.set_progress_bar_global_hook(progress_hook)
-    assert asyncio.run(nodes.load_custom_node(str(ROOT), set(), "custom_nodes"))
-    return Comfy(execution, comfy.model_management, base)
+def server_inside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("inside")
+    write_demo_models(folder / "models")  # to these tests the fixture `models` is the server's
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    server = Server(comfyui, folder / "base", folder / "models", runs_tests=True)
+    yield server
+    server.stop()
 
 
-@pytest.fixture
-def small_graph() -> dict:
-    """The shipped graph with a picture that is painted in a second."""
-    graph = json.loads(API.read_text(encoding="utf-8"))
-    graph["5"]["inputs"].update(width=64, height=64, steps=2)
-    return graph
+def pytest_itemcollected(item: pytest.Function) -> None:
+    if runs_elsewhere(item):
+        item.fixturenames = ["server_inside"]  # its own are set up where it runs
 
 
-@dataclass
-class Card:
-    """A simulated card, which holds what models say they hold."""
-
-    total: int
-    models: WeakSet[Any] = field(default_factory=WeakSet)
-
-    @property
-    def free(self) -> int:
-        return self.total - sum(model.loaded_size() for model in self.models)
-
-
-@pytest.fixture
-def card() -> Card:
-    return Card(3000 * MB)
-
-
-@pytest.fixture
-def manager(comfy, card: Card, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The real manager on the simulated card."""
-    mm = comfy.manager
-    mm.unload_all_models()
-    monkeypatch.setattr(mm, "current_loaded_models", [])
-    make = mm.LoadedModel.__init__
-
-    def noticed(self: Any, model: Any) -> None:
-        card.models.add(model)
-        make(self, model)
-
-    def free(device=None, torch_free_too=False):
-        return (card.free, 0) if torch_free_too else card.free
-
-    monkeypatch.setattr(mm.LoadedModel, "__init__", noticed)
-    monkeypatch.setattr(mm, "get_free_memory", free)
-    monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == CPU)
-    monkeypatch.setattr(mm, "get_all_torch_devices", lambda *_: [ACCELERATOR])
-    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(mm, "minimum_inference_memory", mm.extra_reserved_memory)
-    monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", 100 * MB)
-    return mm
-
-
-@pytest.fixture
-def on_the_card(comfy, manager, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
-    """The nodes compute on the simulated card; a function that gives the components loaded."""
-    host = comfy.pack("host.comfyui")
-    for place in ("compute_device", "text_encoder_device", "vae_device"):
-        monkeypatch.setattr(host, place, lambda: ACCELERATOR)
-    monkeypatch.setattr(comfy.pack("nodes.model_files"), "_in_use", WeakValueDictionary())
-    gc.collect()
-    return lambda: [entry.model for entry in manager.current_loaded_models]
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Take the outcome from the server, which runs all chosen ones of them in one go."""
+    if not runs_elsewhere(pyfuncitem):
+        return None
+    server = pyfuncitem.funcargs["server_inside"]
+    if BEGUN not in pyfuncitem.session.stash:
+        pyfuncitem.session.stash[BEGUN] = True
+        chosen = filter(runs_elsewhere, pyfuncitem.session.items)
+        server.begin_tests([item.nodeid for item in chosen])
+    outcome, said = server.outcome(pyfuncitem.nodeid)
+    if outcome == "skipped":
+        pytest.skip(said)
+    if outcome == "failed":
+        pytest.fail(said, pytrace=False)
+    return True

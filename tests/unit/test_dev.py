@@ -1,6 +1,7 @@
 """The set-up script: what it can be tested for without installing anything."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,38 @@ def test_comfyui_is_found_where_people_have_it(dev, tmp_path: Path, monkeypatch)
     named = checkout(tmp_path / "elsewhere")
     monkeypatch.setenv("COMFYUI_PATH", str(named))
     assert dev.find_comfyui() == named
+
+
+@pytest.fixture
+def commands(dev, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What was run; everything passes, and nothing is installed."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(dev, "install", lambda *_: None)
+    monkeypatch.setattr(dev, "run", lambda *command: ran.append([*map(str, command)]) or 0)
+    return ran
+
+
+@pytest.mark.parametrize("option", [[], ["--in-comfyui"]])
+@pytest.mark.parametrize("chromium", [None, "/usr/bin/chromium"])
+@pytest.mark.parametrize("comfyui", [False, True])
+def test_what_is_absent_is_said_and_fails_where_nothing_may_be_left_out(
+    dev, commands, monkeypatch, capsys, option: list[str], chromium: str | None, comfyui: bool
+) -> None:
+    if comfyui:
+        checkout(dev.default_comfyui())
+    monkeypatch.setenv("COMFYUI_PATH", "")  # put back afterwards, whatever `test` sets
+    monkeypatch.setattr(dev.shutil, "which", lambda name: chromium)
+    complete = comfyui and chromium is not None
+    assert dev.test([*option, "-x"]) == (1 if option and not complete else 0)
+    said = capsys.readouterr().out
+    assert ("NOT TESTED IN COMFYUI" in said) != comfyui
+    assert ("NOT TESTED ON THE CANVAS" in said) == (chromium is None)
+    if complete:
+        assert commands[-1][1:] == ["tests/host", "tests/browser", "-x"]
+
+
+def test_a_release_leaves_nothing_out() -> None:
+    workflow = (DEV.parent / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    tested = workflow.index("run: python dev.py test --in-comfyui\n")
+    cloned = re.search(r"git clone --depth 1 --branch v[\d.]+ \S+/ComfyUI \S+/ComfyUI", workflow)
+    assert cloned.start() < tested < workflow.index("publish-node-action")

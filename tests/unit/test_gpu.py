@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from comfyui_server import Server
 from majicflux.engine import kernels
 from majicflux.engine import pipeline as pipeline_module
 from majicflux.engine.latents import to_vae_space
@@ -192,29 +190,23 @@ def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline,
 
 
 @pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="needs ComfyUI: set COMFYUI_PATH")
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_in_turns_with_comfyuis_own_flux(models: Path, make_pipeline, mode: str) -> None:
-    """dynamic: what ComfyUI does on NVIDIA, where comfy-aimdo pages its own models' weights."""
-    script = Path(__file__).parents[1] / "beside_comfyui.py"
-    command = [sys.executable, str(script), mode, str(models)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    dynamic = "Dynamic" in found["native patcher"]
-    assert dynamic == (mode == "dynamic")
-    for turn in ("ours after theirs", "ours in little", "ours after that", "and once more"):
-        assert found[turn] == 0, turn
-    for turn in ("theirs after ours", "theirs after that"):
-        assert found[turn] == 0, turn
-    before, after = found["given way"]
-    assert before > after == 0
-    assert found["resident again"] > 0
-    assert found["unloaded"] == 0
-    before, after = found["pinned"]
-    assert before > after == 0
+@pytest.mark.parametrize("flags", [[], ["--disable-dynamic-vram"]], ids=["default", "static"])
+def test_in_turns_with_comfyuis_own_flux(
+    models: Path, make_pipeline, tmp_path: Path, flags: list[str]
+) -> None:
+    comfyui, base = Path(os.environ["COMFYUI_PATH"]), tmp_path / "base"
+    server = Server(comfyui, base, models, flags, runs_tests=True)
+    test = "tests/host/inside/test_on_a_card.py::test_in_turns_with_comfyuis_own_flux"
+    try:
+        server.begin_tests([test])
+        outcome, said = server.outcome(test)
+    finally:
+        server.stop()
+    assert outcome == "passed", said
     alone = paint(make_pipeline(device=CUDA), REQUEST, lambda *_: None, lambda: None)[1]
     expected = to_vae_space(alone)  # but that ComfyUI lets attention with a bias add up in 16 bits
-    assert (torch.load(found["latents"]) - expected).norm() < 0.02 * expected.norm()
+    latents = torch.load(base / "latents.pt")
+    assert (latents - expected).norm() < 0.02 * expected.norm()
 
 
 def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(monkeypatch, make_pipeline) -> None:

@@ -263,7 +263,7 @@ def test_a_shortage_of_the_root_is_survived(unseen, make_pipeline, monkeypatch, 
     before = resident(pipeline)
     assert before
     shortage = Shortage(
-        monkeypatch, WeightBlock, "stay_on", lambda call: call < 2, where=lambda b, _: b is root
+        monkeypatch, WeightBlock, "stay_on", lambda call: call < 2, where=lambda b, *_: b is root
     )
     assert same(run(pipeline), expected)
     assert shortage.calls == 3

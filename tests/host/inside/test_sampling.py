@@ -1,6 +1,5 @@
 """Our sampling nodes and ComfyUI's in the same graphs, in float32 on the CPU."""
 
-import asyncio
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,19 +15,6 @@ from majicflux.loaders.demo_models import CLIP_FILE, DIT_FILE, VAE_FILE
 
 SIZE = 64
 Graph = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def extras(comfy) -> None:
-    """The stock nodes that are not in ComfyUI's `nodes.py`."""
-    import comfy_extras
-
-    import nodes
-
-    folder = Path(comfy_extras.__path__[0])
-    for name in ("flux", "custom_sampler", "sd3", "cond", "latent", "mask", "preview_any"):
-        path = folder / f"nodes_{name}.py"
-        assert asyncio.run(nodes.load_custom_node(str(path), set(), "comfy_extras")), path
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

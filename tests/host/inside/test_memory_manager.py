@@ -4,6 +4,7 @@ import copy
 import gc
 import shutil
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def moves(comfy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     block = comfy.pack("engine.offload").WeightBlock
     stay_on, sizes = block.stay_on, []
 
-    def watched(self, device: torch.device) -> None:
+    def watched(self, device: torch.device, transfers: Any) -> None:
         sizes.append(self.nbytes)
-        stay_on(self, device)
+        stay_on(self, device, transfers)
 
     def refused(self, *_: object, **__: object) -> None:
         raise AssertionError(f"the whole of {type(self).__name__} was moved")
@@ -59,6 +60,15 @@ def moves(comfy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(block, "stay_on", watched)
     monkeypatch.setattr(torch.nn.Module, "_apply", refused)
     return sizes
+
+
+def travel(patcher) -> None:
+    """All blocks go to the card once, among the passes of a run."""
+    patcher.pin()
+    pinned = patcher.weights._pinned
+    pinned.grows = True
+    for block in patcher.weights.blocks:
+        pinned.of(block.home)
 
 
 def component(comfy, blocks: int, block_mb: int, device: torch.device = ACCELERATOR):
@@ -227,7 +237,7 @@ def native(size_mb: int, dynamic: bool = False):
 def test_reuse_moves_no_weights(comfy, manager, driver, moves) -> None:
     patcher = component(comfy, 4, 64)
     patcher.load(100 * MB, None)
-    patcher.pin()
+    travel(patcher)
     before = [p.data_ptr() for p in patcher.weights.module.parameters()]
     moved, pinned = len(moves), dict(driver.pinned)
     patcher.load(100 * MB, None)
@@ -239,7 +249,7 @@ def test_reuse_moves_no_weights(comfy, manager, driver, moves) -> None:
 def test_unload_all_models_releases_us(comfy, manager, driver) -> None:
     patcher = component(comfy, 4, 64)
     patcher.load(100 * MB, None)
-    patcher.pin()
+    travel(patcher)
     assert manager.TOTAL_PINNED_MEMORY == patcher.weights.pinned_bytes == 4 * 64 * MB
     manager.unload_all_models()
     assert resident(patcher) == 0
@@ -247,7 +257,7 @@ def test_unload_all_models_releases_us(comfy, manager, driver) -> None:
     assert manager.TOTAL_PINNED_MEMORY == patcher.weights.pinned_bytes == 0
     assert not driver.pinned
     patcher.load(100 * MB, None)
-    patcher.pin()
+    travel(patcher)
     assert (resident(patcher), len(driver.pinned)) == (4, 4)
 
 
@@ -255,7 +265,7 @@ def test_memory_is_pinned_until_the_system_refuses(comfy, manager, driver) -> No
     driver.most = 150 * MB
     patcher = component(comfy, 4, 64)
     for _ in range(3):
-        patcher.pin()
+        travel(patcher)
         assert patcher.weights.pinned_bytes == manager.TOTAL_PINNED_MEMORY == 2 * 64 * MB
     patcher.detach()
     assert not driver.pinned
@@ -264,17 +274,17 @@ def test_memory_is_pinned_until_the_system_refuses(comfy, manager, driver) -> No
 def test_memory_is_pinned_up_to_the_managers_limit(comfy, manager, driver, monkeypatch) -> None:
     monkeypatch.setattr(manager, "MAX_PINNED_MEMORY", 150 * MB)
     first, second = component(comfy, 2, 64), component(comfy, 2, 64)
-    first.pin()
-    second.pin()
+    travel(first)
+    travel(second)
     assert manager.TOTAL_PINNED_MEMORY == 2 * 64 * MB
     first.detach()
-    second.pin()
+    travel(second)
     assert second.weights.pinned_bytes == 2 * 64 * MB
 
 
 def test_a_manager_that_does_not_pin_is_no_error(comfy, manager) -> None:
     patcher = component(comfy, 2, 1)
-    patcher.pin()
+    travel(patcher)
     assert patcher.weights.pinned_bytes == 0
 
 
@@ -283,7 +293,7 @@ def test_what_another_model_takes_stays_pinned(comfy, manager, driver, card) -> 
     card.total = 1000 * MB + RESERVED
     patcher = component(comfy, 8, 64)
     patcher.load(100 * MB, None)
-    patcher.pin()
+    travel(patcher)
     manager.load_models_gpu([native(400)], memory_required=100 * MB)
     assert resident(patcher) == 7
     assert len(driver.pinned) == 8
@@ -292,7 +302,7 @@ def test_what_another_model_takes_stays_pinned(comfy, manager, driver, card) -> 
 def test_a_dropped_component_is_freed_without_the_garbage_collector(comfy, manager, driver) -> None:
     patcher = component(comfy, 4, 1)
     patcher.load(1 * MB, None)
-    patcher.pin()
+    travel(patcher)
     assert driver.pinned
     alive = weakref.ref(patcher.weights)
     gc.disable()

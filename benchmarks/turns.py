@@ -1,0 +1,173 @@
+"""One ComfyUI server that is used as servers are: with others, under pressure, cancelled, all day.
+
+For `server.py`. Each function paints with the server of a session and yields rows for the table.
+"""
+
+import itertools
+import random
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .card_counter import grabbing
+from .flux_graphs import PROMPT, Graph, native, ours
+from .painting import PROMPT_SECONDS, Painting, Session
+from .table import Row
+
+PEER = "fp8_e4m3fn"
+GROWTH_GIB = 0.1
+SLOWER = 1.1  # times as long as alone, at most
+GRAB_GIB = 4
+SETTLED = 10  # prompts, after which a server may not grow
+KINDS = {  # of the soak: how often in ten, how it may end
+    "plain": (3, {"success"}),
+    "batch": (1, {"success"}),
+    "cfg": (1, {"success"}),
+    "native": (1, {"success"}),
+    "after /free": (1, {"success"}),
+    "cancelled": (1, {"success", "interrupted"}),
+    "refused": (1, {"refused"}),
+    "error": (1, {"error"}),
+}
+
+
+def in_turns(session: Session, steps: int, side: int, rounds: int, judged: bool) -> Iterator[Row]:
+    """Ours and ComfyUI's Flux, twice each in each round; the second as fast as alone."""
+    seeds = itertools.count(1000)
+
+    def twice(what: str) -> list[Painting]:
+        graphs: dict[str, Callable[[int], Graph]] = {
+            "ours": lambda seed: ours(seed, steps, side),
+            PEER: lambda seed: native(seed, steps, side, PEER),
+        }
+        return [
+            session.paint(graphs[what](next(seeds)), f"turns: {what}", number) for number in (1, 2)
+        ]
+
+    alone: dict[str, float] = {}
+    failed = 0
+    for what in ("ours", PEER):
+        session.free(forget=True)
+        painted = twice(what) + twice(what)
+        failed += sum(painting.status != "success" for painting in painted)
+        alone[what] = min(painting.seconds for painting in painted)
+    again: dict[str, list[float]] = {what: [] for what in alone}
+    after: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        for what, seconds in again.items():
+            painted = twice(what)
+            failed += sum(painting.status != "success" for painting in painted)
+            seconds.append(painted[1].seconds)
+        after.append(session.held())
+    place = f"{session.where}, {rounds} rounds in turns"
+    yield Row(f"{place}: failed", failed, "", bar=0)
+    for what, seconds in again.items():
+        bar = round(SLOWER * alone[what], 2) if judged else None
+        yield Row(f"{place}: {what}", statistics.median(seconds), "s", alone[what], "alone", bar)
+    yield from _growth(place, after[min(2, rounds - 2)], after[-1])
+
+
+def _growth(place: str, early: tuple[float, float], late: tuple[float, float]) -> Iterator[Row]:
+    for name, before, now in zip(("card", "resident memory"), early, late, strict=True):
+        yield Row(f"{place}: growth, {name}", round(now - before, 3), "GiB", bar=GROWTH_GIB)
+
+
+def under_pressure(session: Session, steps: int, side: int) -> Iterator[Row]:
+    """Another process takes memory in the middle of a run: the same bits, or the sentence."""
+    undisturbed = [session.paint(ours(77, steps, side), "undisturbed", n) for n in (1, 2)][1]
+    seconds = undisturbed.seconds
+    with grabbing(GRAB_GIB, 2 * seconds + 5) as grab:
+        disturbed = _meanwhile(
+            seconds / 3, grab, lambda: session.paint(ours(77, steps, side), "disturbed")
+        )
+    said = disturbed.error.startswith("majicflux.BudgetError")
+    right = said or (undisturbed.pixels and disturbed.pixels == undisturbed.pixels)
+    place = f"{session.where}, {GRAB_GIB} GiB taken in a run"
+    yield Row(f"{place}: neither the same bits nor the sentence", not right, "", bar=0)
+    yield _repeated(session, steps, side, undisturbed, "after the pressure")
+
+
+def cancelled(session: Session, steps: int, side: int) -> Iterator[Row]:
+    """/interrupt inside each phase, then the same picture as before; and after /free."""
+    session.paint(ours(76, steps, side), "warm")
+    reference = session.paint(ours(77, steps, side, prompt="a cat"), "reference")
+    begin, ran_on = 0.0, 0
+    for number, (phase, seconds) in enumerate(reference.phases):
+        # A new prompt, or its encoding is remembered.
+        graph = ours(78, steps, side, prompt=f"a cat and {number} dogs")
+        stopped = _meanwhile(
+            begin + seconds / 2,
+            lambda: session.server.post("/interrupt", {}),
+            lambda graph=graph, phase=phase: session.paint(graph, f"cancelled: {phase}"),
+        )
+        ran_on += stopped.status != "interrupted"
+        begin += seconds
+        yield _repeated(session, steps, side, reference, f"after a cancel in {phase}", "a cat")
+    # The last phase may be over before the cancel arrives.
+    yield Row(f"{session.where}: cancels that came to nothing", ran_on, "of 3", bar=1)
+    for forget in (False, True):
+        session.free(forget)
+        name = f"after /free{', everything' * forget}"
+        yield _repeated(session, steps, side, reference, name, "a cat")
+
+
+def _repeated(
+    session: Session, steps: int, side: int, before: Painting, name: str, prompt: str = PROMPT
+) -> Row:
+    again = session.paint(ours(77, steps, side, prompt=prompt), name)
+    differs = not before.pixels or again.pixels != before.pixels
+    return Row(f"{session.where}, {name}: another picture", differs, "", bar=0)
+
+
+def _meanwhile(seconds: float, do: Callable[[], object], paint: Callable[[], Painting]) -> Painting:
+    timer = threading.Timer(seconds, do)
+    timer.start()
+    try:
+        return paint()
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def soak(session: Session, side: int, prompts: int) -> Iterator[Row]:
+    """Mixed prompts, small and short; none lost, and nothing held that was not held before."""
+    chosen, lost = random.Random(0), 0
+    held: dict[int, tuple[float, float]] = {}
+    ten = [kind for kind, (times, _) in KINDS.items() for _ in range(times)]
+    for number in range(1, prompts + 1):
+        if number % len(ten) == 1:
+            chosen.shuffle(ten)
+        kind = ten[number % len(ten)]
+        graph = _mixed(kind, number, chosen, side)
+        if kind == "after /free":
+            session.free(forget=chosen.random() < 0.5)
+        # What is interrupted when nothing runs any more is nothing.
+        wait = chosen.uniform(0, 1) if kind == "cancelled" else PROMPT_SECONDS
+        painting = _meanwhile(
+            wait,
+            lambda: session.server.post("/interrupt", {}),
+            lambda graph=graph, kind=kind, number=number: session.paint(graph, kind, number),
+        )
+        lost += painting.status not in KINDS[kind][1]
+        if number in (SETTLED, prompts):
+            session.free(forget=True)
+            held[number] = session.held()
+    place = f"{session.where}, {prompts} mixed prompts"
+    yield Row(f"{place}: lost", lost, "", bar=0)
+    yield from _growth(place, held[min(SETTLED, prompts)], held[prompts])
+
+
+def _mixed(kind: str, seed: int, chosen: random.Random, side: int) -> Graph:
+    small = chosen.choice((side // 4, side // 2, 3 * side // 4))
+    sample: dict[str, Any] = {
+        "batch": {"batch_size": 2},
+        "cfg": {"cfg": 3.0, "negative_prompt": "blurry"},
+        "refused": {"width": 100},
+        "error": {"strength": 0.5},  # without a picture to begin from
+    }.get(kind, {})
+    if kind == "native":
+        return native(seed, 2, side // 2, PEER)
+    graph = ours(seed, 2, small, chosen.choice((0, 2, 4)))
+    graph["5"]["inputs"].update(sample)
+    return graph
