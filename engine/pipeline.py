@@ -246,6 +246,20 @@ def decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> tu
     return run.decode(latents), run.report
 
 
+def _with_ring(component: Component, plan: Phase) -> Phase:
+    """The plan with a ring in place of weights that the host kept from becoming resident.
+
+    As ComfyUI with --novram does with all of them.
+    """
+    weights = component.weights
+    absent = plan.resident - weights.resident_bytes
+    if plan.ring or absent <= 0:
+        return plan
+    ring = max(weights.largest_bytes, min(2 * weights.largest_bytes, absent))
+    weights.release(ring - absent)
+    return replace(plan, ring=ring)
+
+
 class Run:
     """A run of a pipeline: its plan, its report, and the memory that it moves about.
 
@@ -341,6 +355,7 @@ class Run:
         memory, finished = None, False
         try:
             self._make_room(component, plan, own)
+            plan = _with_ring(component, plan)
             if component is self.pipeline.dit and plan.visiting:
                 component.patcher.pin()
             memory = Memory(device, ChainMap(*(c.weights.resident_places for c in own)))
