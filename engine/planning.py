@@ -5,12 +5,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from . import vae_bands
-from .flux_dit import HEAD_DIM, MLP_RATIO, FluxGeometry
+from .geometry import HEAD_DIM, MLP_RATIO, FluxGeometry, T5Geometry
 from .latents import CHANNELS
 from .plan import DECODE, DENOISING, ENCODE, TEXT, Card, Job, Phase
 from .products import CONVERTED_AT_ONCE
 from .prompts import T5_TOKENS
-from .text_encoders import T5Geometry
 from .work import CHUNKS, GROUPS, Work
 
 if TYPE_CHECKING:
