@@ -7,10 +7,8 @@ import torch
 from torch import _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
 from . import kernels
-from .plan import MB, Card
+from .plan import MB, WORKSPACE_BYTES, Card
 from .products import Computing
-
-WORKSPACE_BYTES = 128 * MB  # of cuBLAS and cuDNN, and what the allocator rounds up
 
 
 def card_of(device: torch.device, computing: Computing | None = None, rates: bool = False) -> Card:

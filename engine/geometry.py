@@ -53,6 +53,44 @@ class T5Geometry:
     buckets: int = 32  # relative positions
 
 
+@dataclass(frozen=True)
+class VAEPart:
+    """Flux's VAE decoder or encoder: 3x3 convolutions at both ends, and what lies between.
+
+    steps: residual, attention, up or down, and the channels of the map that it gives.
+    """
+
+    channels_in: int
+    steps: tuple[tuple[str, int], ...]
+    channels_out: int
+
+    @property
+    def first(self) -> int:
+        """Channels after the first convolution."""
+        return self.steps[0][1]
+
+
+_MIDDLE = (("residual", 512), ("attention", 512), ("residual", 512))
+VAE_DECODER = VAEPart(
+    16,
+    (
+        *_MIDDLE,
+        *(step for c in (512, 512, 256) for step in (*[("residual", c)] * 3, ("up", c))),
+        *[("residual", 128)] * 3,
+    ),
+    3,
+)
+VAE_ENCODER = VAEPart(
+    3,
+    (
+        *(step for c in (128, 256, 512) for step in (*[("residual", c)] * 2, ("down", c))),
+        *[("residual", 512)] * 2,
+        *_MIDDLE,
+    ),
+    32,  # mean and variance; the latents are the mean
+)
+
+
 def kind_of_layer(name: str) -> str:
     """The field of `Precision` that a layer or norm of this name belongs to."""
     if not BLOCK.match(name):

@@ -15,13 +15,13 @@ from ..messages import say
 from . import kernels
 from .rows import Rows, Wanted, prepare
 from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product
+from .work import CONVERTED_AT_ONCE
 
 log = logging.getLogger("majicflux")
 CPU = torch.device("cpu")
 
 FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
-CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
 
 _refused: WeakSet[StoredLinear] = WeakSet()  # no kernel takes them
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import TypeVar
 
-import torch
-
 log = logging.getLogger("majicflux")
 
 CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
 GROUPS = (2, 4, 8)  # that the heads of an attention are divided into, besides one
+CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
 ROW_MULTIPLE = 64  # of rows computed at once; what matrix units like
 SHORT = "The card has less memory than planned; from here on %s."
 Result = TypeVar("Result")
@@ -64,6 +63,8 @@ class Work:
 
         `part` changes nothing before all its memory is there, so it can be repeated.
         """
+        import torch  # not above: the plan needs none of it
+
         while True:
             try:
                 return part()
