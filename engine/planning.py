@@ -29,9 +29,9 @@ def plan_text(
     run once a prompt, and what made room for them would have to come back.
     """
     scores = t5.heads * words**2
-    # The position bias, the scores, and both in float32 around the softmax: no fused attention
+    # The position bias, and the scores in float32 before and after the softmax: no fused attention
     # takes a bias everywhere.
-    values = scores * (2 * itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
+    values = scores * (itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
     phase = _phase(TEXT, weights, [(0, values)], budget, card)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase
