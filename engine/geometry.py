@@ -1,4 +1,4 @@
-"""Sizes of the models, and in which order their weights are needed. Nothing here needs PyTorch."""
+"""Sizes of the models. Nothing here needs PyTorch."""
 
 import re
 from dataclasses import dataclass
