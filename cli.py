@@ -275,7 +275,6 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folder: Path) -> None:
-    standalone.set_up_torch()
     standalone.models_folder = models
     metadata: dict[str, Any] = {"prompt": graph}
     ComfyNode.hidden.extra_pnginfo = metadata

@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
 from torch import Tensor
 from torch.nn import functional as F
 
-from .flux_dit import HEAD_DIM, TokenSequence
+from .diffsynth_files import diffsynth_module
+from .flux_dit import TokenSequence
+from .geometry import HEAD_DIM
 from .offload import at_hand
 from .rows import add_gated_, rms_rope_
 from .work import Work
 
+_theirs = diffsynth_module("models.flux_dit")
 
-class JointBlock(FluxJointTransformerBlock):
+
+class JointBlock(_theirs.FluxJointTransformerBlock):
     """Image (a) and text (b) with weights of their own, attending to each other."""
 
     def modulation_layers(self) -> list[Any]:
@@ -68,7 +71,7 @@ class JointBlock(FluxJointTransformerBlock):
                     _rest(x, both[index], of_picture, mods[index], to_out, mlp, work)
 
 
-class SingleBlock(FluxSingleTransformerBlock):
+class SingleBlock(_theirs.FluxSingleTransformerBlock):
     """Text and image as one sequence, attention and MLP side by side."""
 
     def modulation_layers(self) -> list[Any]:

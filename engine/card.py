@@ -9,12 +9,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import kernels
 from .allocator import allocator_of, ran_out
-from .plan import MB, Card
+from .plan import MB, WORKSPACE_BYTES, Card
 from .products import Computing
 
 MEASURING_BYTES = 256 * MB
 ONES = 0x38  # in each byte: a number of about 1 in float8, small ones in other formats
-WORKSPACE_BYTES = 128 * MB  # of cuBLAS and cuDNN, and what the allocator rounds up
 
 
 def card_of(device: torch.device, computing: Computing | None = None, rates: bool = False) -> Card:

@@ -1,39 +1,18 @@
 """DiffSynth's Flux transformer, built from a geometry instead of fixed sizes."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .diffsynth_files import diffsynth_module
+from .geometry import ROPE_AXES, TIMESTEP_CHANNELS, FluxGeometry, kind_of_layer
 from .offload import OffloadedModule, Patcher
 from .precision import Precision, Storage
 from .stored_linear import StorageOf, store
 
-ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 ROPE_THETA = 10000
-HEAD_DIM = sum(ROPE_AXES)
-TIMESTEP_CHANNELS = 256
-MLP_RATIO = 4
-BLOCK = re.compile(r"(single_)?blocks\.\d+\.")  # in DiffSynth's names
-
-
-@dataclass(frozen=True)
-class FluxGeometry:
-    """Sizes of a Flux.1 transformer. The defaults are those of FLUX.1-dev."""
-
-    hidden: int = 3072
-    double_blocks: int = 19
-    single_blocks: int = 38
-    in_channels: int = 64  # latent channels x patch area
-    out_channels: int = 64
-    text_width: int = 4096
-    pooled_width: int = 768
-    guidance: bool = True  # absent in schnell
-
-    @property
-    def heads(self) -> int:
-        return self.hidden // HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -57,15 +36,6 @@ class DiT:
     patcher: Patcher
     geometry: FluxGeometry
     precision: Precision
-
-
-def kind_of_layer(name: str) -> str:
-    """The field of `Precision` that a layer or norm of this name belongs to."""
-    if not BLOCK.match(name):
-        return "rest"
-    if ".linear" in name:
-        return "modulation"
-    return "attention" if ".attn." in name else "mlp"
 
 
 def build_flux_dit(
@@ -95,23 +65,15 @@ def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) 
 
     FluxDiT's own constructor builds one size only.
     """
-    from diffsynth.core.vram.initialization import skip_model_initialization
-    from diffsynth.models.flux_dit import (
-        AdaLayerNormContinuous,
-        FluxDiT,
-        RoPEEmbedding,
-        TimestepEmbeddings,
-    )
+    theirs, g = diffsynth_module("models.flux_dit"), geometry
 
-    g = geometry
-
-    class SizedFluxDiT(FluxDiT):
+    class SizedFluxDiT(theirs.FluxDiT):
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.pos_embedder = RoPEEmbedding(g.hidden, ROPE_THETA, ROPE_AXES)
-            self.time_embedder = TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden)
+            self.pos_embedder = theirs.RoPEEmbedding(g.hidden, ROPE_THETA, ROPE_AXES)
+            self.time_embedder = theirs.TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden)
             self.guidance_embedder = (
-                TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden) if g.guidance else None
+                theirs.TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden) if g.guidance else None
             )
             self.pooled_text_embedder = nn.Sequential(
                 nn.Linear(g.pooled_width, g.hidden), nn.SiLU(), nn.Linear(g.hidden, g.hidden)
@@ -124,9 +86,9 @@ def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) 
             self.single_blocks = nn.ModuleList(
                 single_block(g.hidden, g.heads) for _ in range(g.single_blocks)
             )
-            self.final_norm_out = AdaLayerNormContinuous(g.hidden)
+            self.final_norm_out = theirs.AdaLayerNormContinuous(g.hidden)
             self.final_proj_out = nn.Linear(g.hidden, g.out_channels)
             self.input_dim = g.in_channels
 
-    with skip_model_initialization():
+    with torch.device("meta"):
         return SizedFluxDiT()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHANNELS = 16
 SCALE = 0.3611
 SHIFT = 0.1159
 

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from .allocator import ran_out
 from .pinned import Pinned
 from .streaming import BeforeBlock, PlainTransfers, Stream, Transfers, transfers_to
+from .weight_sizes import BlockSize, WeightSizes, aligned, fitting, preferred
 from .work import Work
 
 CPU = torch.device("cpu")
-SMALL_BYTES, RESERVED = 2**20, 2 * 2**20  # from the one on, it reserves multiples of the other
-ALIGNMENT = 256  # bytes; what CUDA's allocator and vector loads expect of a tensor's start
-GOLDEN = (5**0.5 - 1) / 2
 
 Blocks = Sequence[Sequence[nn.Module]]
 
@@ -70,10 +68,9 @@ class WeightBlock:
         for owner, name, meta in parameters:
             view = _View(owner, name, end, meta.shape, meta.dtype)
             self._views.append(view)
-            end += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
-        self.nbytes = end
-        # What PyTorch's CUDA allocator reserves for it.
-        self.footprint = end if end < SMALL_BYTES else -(-end // RESERVED) * RESERVED
+            end += aligned(view.nbytes)
+        self.size = BlockSize(end)
+        self.nbytes, self.footprint = end, self.size.footprint
         self.home: Tensor | None = None
 
     def live_in(self, buffer: Tensor) -> None:
@@ -142,6 +139,13 @@ class OffloadedModule:
             for parts_of in parts
         ]
         self.blocks, self.once = found[: len(blocks)], found[len(blocks) :]
+        self.sizes = WeightSizes(
+            self.root.size,
+            [block.size for block in self.blocks],
+            [block.size for block in self.once],
+            any(getattr(layer, "group", 0) for layer in module.modules()),
+            any(not weight.is_floating_point() for weight in module.parameters()),
+        )
         self._scoped = scoped
         self.anonymous = False  # whether the weights are in memory of the process, not in a file
         self._pinned: Pinned | None = None
@@ -187,14 +191,8 @@ class OffloadedModule:
 
     @property
     def travelling(self) -> list[WeightBlock]:
-        """What may be resident, in the order of preference.
-
-        The root comes first, then the blocks of every pass, then those that a run needs once. The
-        golden ratio spreads the resident ones evenly over the pass, however many there are: while
-        they compute, the others are copied.
-        """
-        spread = sorted(range(len(self.blocks)), key=lambda index: index * GOLDEN % 1)
-        return [self.root, *(self.blocks[index] for index in spread), *self.once]
+        """What may be resident, in the order of preference."""
+        return preferred(self.root, self.blocks, self.once)
 
     @property
     def all_blocks(self) -> list[WeightBlock]:
@@ -208,12 +206,12 @@ class OffloadedModule:
     @property
     def travelling_bytes(self) -> int:
         """Of the device, if all that can be resident is."""
-        return sum(block.footprint for block in self.travelling)
+        return self.sizes.travelling_bytes
 
     @property
     def largest_bytes(self) -> int:
         """Of a block that can visit."""
-        return max((block.nbytes for block in [*self.blocks, *self.once]), default=0)
+        return self.sizes.largest_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -226,13 +224,7 @@ class OffloadedModule:
 
     def fitting(self, budget_bytes: float) -> list[WeightBlock]:
         """The blocks that `keep_resident` would keep in that many bytes."""
-        used = 0
-        chosen = []
-        for block in self.travelling:
-            if used + block.footprint <= budget_bytes:
-                used += block.footprint
-                chosen.append(block)
-        return chosen
+        return fitting(self.travelling, budget_bytes)
 
     def keep_resident(self, device: torch.device, budget_bytes: float) -> None:
         """Keep the root and as many blocks as fit into `budget_bytes` on `device`.

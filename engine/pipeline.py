@@ -17,7 +17,6 @@ from .allocator import ran_out
 from .card import MEASURING_BYTES, card_of
 from .denoise import conditions_of, flux_velocity
 from .flux_dit import DiT
-from .latents import CHANNELS
 from .memory import Memory, PhaseReport, Report
 from .offload import CPU, BeforeBlock
 from .plan import DECODE, DENOISING, ENCODE, GB, TEXT, BudgetError, Job, Phase, Plan
@@ -25,7 +24,7 @@ from .planning import plan_decode, plan_denoising, plan_encode, plan_text, step_
 from .products import Computing
 from .request import Request
 from .sampling import OnPass, Task, sample
-from .sizes import PATCH, PIXELS_PER_LATENT, STEP
+from .sizes import CHANNELS, PATCH, PIXELS_PER_LATENT, STEP
 from .solvers import passes
 from .text_encoders import TextEmbedding, TextEncoders
 from .vae import VAE
@@ -129,20 +128,20 @@ class Pipeline:
             encoders = self.checked_text_encoders
             others = sum(c.weights.travelling_bytes for c in self.components if c is not encoders)
             phase = plan_text(
-                encoders.weights, encoders.t5_geometry, encoders.itemsize, budget,
+                encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
                 card_of(device), others, job.words,
             )  # fmt: skip
         elif name == DENOISING:
             dit = self.dit
             phase = plan_denoising(
-                dit.weights, dit.geometry, job, computing.dtype.itemsize,
+                dit.weights.sizes, dit.geometry, job, computing.dtype.itemsize,
                 bool(computing.eight_bit), computing.conversion_bytes(dit.weights.module), budget,
                 card_of(device),
             )  # fmt: skip
         else:
             plan_vae = plan_decode if name == DECODE else plan_encode
             vae = self.checked_vae
-            phase = plan_vae(vae.weights, job, vae.dtype.itemsize, budget, card_of(device))
+            phase = plan_vae(vae.weights.sizes, job, vae.dtype.itemsize, budget, card_of(device))
         return replace(phase, smallest=0) if device == CPU else phase
 
     def _budget(self, component: Component) -> int | None:

@@ -13,6 +13,7 @@ from .sizes import PIXELS_PER_LATENT, STEP
 
 GB = 2**30
 MB = 2**20
+WORKSPACE_BYTES = 128 * MB  # of cuBLAS and cuDNN, and what the allocator rounds up
 # The phases of a run.
 TEXT, DENOISING = later("text encoders"), later("denoising")
 ENCODE, DECODE = later("VAE encode"), later("VAE decode")

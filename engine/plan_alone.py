@@ -1,16 +1,10 @@
 """The plan of a card that is not here, for models that are not here either."""
 
-import torch
-
-from .card import WORKSPACE_BYTES
-from .flux_dit import FluxGeometry, build_flux_dit
-from .plan import GB, Card, Job, Plan
+from .geometry import ClipGeometry, FluxGeometry, T5Geometry
+from .model_sizes import conversion_bytes, flux_dit_sizes, text_encoder_sizes, vae_sizes
+from .plan import GB, WORKSPACE_BYTES, Card, Job, Plan
 from .planning import plan_decode, plan_denoising, plan_text, step_seconds
-from .precision import Precision
-from .products import Computing
-from .stored_linear import LIMITS
-from .text_encoders import ClipGeometry, T5Geometry, build_text_encoders
-from .vae import build_vae
+from .precision import BFLOAT16, Precision, itemsize
 
 ATTENTION_SHARE = 0.5  # of the rate of products in 8 bits that attention, in bfloat16, reaches
 
@@ -28,11 +22,10 @@ def plan_alone(
 
     job: width, height, pictures, steps. Rates in GB/s and TFLOP/s, for a prediction of the time.
     """
-    geometry, the_job, dtype = geometry or FluxGeometry(), Job(*job), torch.bfloat16
-    dit = build_flux_dit(geometry, precision)
-    encoders = build_text_encoders(ClipGeometry(), T5Geometry(), dtype)
-    vae = build_vae(dtype)
-    computing = Computing(dtype, frozenset(LIMITS) if eight_bit else frozenset())
+    geometry, the_job, dtype = geometry or FluxGeometry(), Job(*job), BFLOAT16.dtype
+    dit = flux_dit_sizes(geometry, precision)
+    encoders = text_encoder_sizes(ClipGeometry(), T5Geometry(), dtype)
+    vae = vae_sizes(dtype)
     rates = () if not (copy_rate and matrix_rate) else (
         copy_rate * 1e9, matrix_rate * 1e12, matrix_rate * 1e12 * ATTENTION_SHARE
     )  # fmt: skip
@@ -40,12 +33,12 @@ def plan_alone(
     budget = None if vram_gb is None else int(vram_gb * GB)
     others = dit.travelling_bytes + vae.travelling_bytes
     denoising = plan_denoising(
-        dit, geometry, the_job, dtype.itemsize, eight_bit and precision.eight_bit,
-        computing.conversion_bytes(dit.module), budget, card,
+        dit, geometry, the_job, itemsize(dtype), eight_bit and precision.eight_bit,
+        conversion_bytes(geometry, precision, dtype, eight_bit), budget, card,
     )  # fmt: skip
     phases = (
-        plan_text(encoders, T5Geometry(), dtype.itemsize, budget, card, others),
+        plan_text(encoders, T5Geometry(), itemsize(dtype), budget, card, others),
         denoising,
-        plan_decode(vae, the_job, dtype.itemsize, budget, card),
+        plan_decode(vae, the_job, itemsize(dtype), budget, card),
     )
     return Plan(the_job, budget, phases, step_seconds(denoising, geometry, the_job, card))

@@ -2,25 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
-from . import vae_bands
-from .flux_dit import HEAD_DIM, MLP_RATIO, FluxGeometry
-from .latents import CHANNELS
+from . import vae_plan
+from .geometry import HEAD_DIM, MLP_RATIO, FluxGeometry, T5Geometry
 from .plan import DECODE, DENOISING, ENCODE, TEXT, Card, Job, Phase
-from .products import CONVERTED_AT_ONCE
 from .prompts import T5_TOKENS
-from .text_encoders import T5Geometry
-from .work import CHUNKS, GROUPS, Work
-
-if TYPE_CHECKING:
-    from .offload import OffloadedModule
+from .sizes import CHANNELS
+from .weight_sizes import WeightSizes
+from .work import CHUNKS, CONVERTED_AT_ONCE, GROUPS, Work
 
 RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being copied
 
 
 def plan_text(
-    weights: "OffloadedModule",
+    weights: WeightSizes,
     t5: T5Geometry,
     itemsize: int,
     budget: int | None,
@@ -34,9 +29,9 @@ def plan_text(
     run once a prompt, and what made room for them would have to come back.
     """
     scores = t5.heads * words**2
-    # The position bias, the scores, and both in float32 around the softmax: no fused attention
+    # The position bias, and the scores in float32 before and after the softmax: no fused attention
     # takes a bias everywhere.
-    values = scores * (2 * itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
+    values = scores * (itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
     phase = _phase(TEXT, weights, [(0, values)], budget, card)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase
@@ -44,7 +39,7 @@ def plan_text(
 
 
 def plan_denoising(
-    weights: "OffloadedModule",
+    weights: WeightSizes,
     geometry: FluxGeometry,
     job: Job,
     itemsize: int,
@@ -55,8 +50,6 @@ def plan_denoising(
 ) -> Phase:
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
-    rotated = any(getattr(layer, "group", 0) for layer in weights.module.modules())
-    integers = any(not weight.is_floating_point() for weight in weights.module.parameters())
     pictures, words = job.batch_size, job.words
     tokens = job.image_tokens + words
     width = geometry.hidden
@@ -89,7 +82,7 @@ def plan_denoising(
         one_at_once = max(each_at_once)  # of picture and text
         share = work.heads(geometry.heads) / geometry.heads  # of the heads at once
         before_row, joint_row, single_row = _row_bytes(
-            geometry, itemsize, eight_bit, rotated, integers, card, share
+            geometry, itemsize, eight_bit, weights, card, share
         )
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.
@@ -122,14 +115,12 @@ def _row_bytes(
     geometry: FluxGeometry,
     itemsize: int,
     eight_bit: bool,
-    rotated: bool,
-    integers: bool,
+    weights: WeightSizes,
     card: Card,
     share: float,
 ) -> tuple[int, int, int]:
     """Bytes for each token that is computed at once: before the attention, after it in a joint
-    block and in a single one. integers: whether weights are; share: of the heads that attend at
-    once."""
+    block and in a single one. share: of the heads that attend at once."""
     width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
     joined = width + hidden  # the input of a single block's last layer
     if card.fused:  # straight into the format that the product takes
@@ -141,8 +132,9 @@ def _row_bytes(
     # Normed rows in float32 and as the product takes them, or float32 queries or keys as they are
     # turned.
     before = int(max(4 + itemsize, 20 * share) * width)
-    more = itemsize * rotated
-    if eight_bit and integers:  # float32 rows as they are rotated, or sums in int32 and in float32
+    more = itemsize * weights.rotated
+    if eight_bit and weights.integers:
+        # Float32 rows as they are rotated, or sums in int32 and in float32.
         before = int(max(11, 27 * share) * width)
         more = 8  # in float32 before they are rotated, and after
     elif eight_bit:
@@ -154,28 +146,28 @@ def _row_bytes(
 
 
 def plan_decode(
-    weights: "OffloadedModule", job: Job, itemsize: int, budget: int | None, card: Card
+    weights: WeightSizes, job: Job, itemsize: int, budget: int | None, card: Card
 ) -> Phase:
     """The VAE: its weights are there as one block, the picture in bands of rows."""
     rows, columns = job.latent_size
     latents = CHANNELS * rows * columns * 2 * itemsize
-    plan = partial(vae_bands.plan_decode, rows, columns, itemsize)
+    plan = partial(vae_plan.plan_decode, rows, columns, itemsize)
     return _plan_vae(DECODE, plan, latents, weights, budget, card)
 
 
 def plan_encode(
-    weights: "OffloadedModule", job: Job, itemsize: int, budget: int | None, card: Card
+    weights: WeightSizes, job: Job, itemsize: int, budget: int | None, card: Card
 ) -> Phase:
     """As of `plan_decode`."""
-    plan = partial(vae_bands.plan_encode, job.height, job.width, itemsize)
+    plan = partial(vae_plan.plan_encode, job.height, job.width, itemsize)
     return _plan_vae(ENCODE, plan, 0, weights, budget, card)
 
 
 def _plan_vae(
     name: str,
-    plan: Callable[[float], vae_bands.Bands],
+    plan: Callable[[float], vae_plan.Bands],
     beside: int,
-    weights: "OffloadedModule",
+    weights: WeightSizes,
     budget: int | None,
     card: Card,
 ) -> Phase:
@@ -190,7 +182,7 @@ def _plan_vae(
 
 def _phase(
     name: str,
-    weights: "OffloadedModule",
+    weights: WeightSizes,
     choices: Sequence[tuple[int, int]],
     budget: int | None,
     card: Card,

@@ -42,6 +42,11 @@ class Storage:
         return self.dtype + " unscaled" * (self.eight_bit and not self.scaled)
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of a value of this dtype, one of those in which weights are stored."""
+    return {"float32": 4, "bfloat16": 2}.get(dtype, 1)
+
+
 def rotation_group(width: int, wanted: int) -> int:
     """The largest power of 4 up to `wanted` that divides `width`; 0 when that is 1."""
     group = 1

@@ -15,6 +15,7 @@ from ..messages import say
 from . import kernels
 from .rows import Rows, Wanted, prepare
 from .stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, dequantized_product
+from .work import CONVERTED_AT_ONCE
 
 log = logging.getLogger("majicflux")
 CPU = torch.device("cpu")
@@ -23,7 +24,6 @@ FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
 FEWEST_ROWS = 32  # of the same: cuBLAS wants more than 16
 SIDE_MULTIPLE = 16  # of both sides of a weight that matrix units multiply in 8 bits
-CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
 
 
 class Product(Protocol):

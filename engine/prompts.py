@@ -12,7 +12,7 @@ from ..messages import say
 CLIP_TOKENS = 77  # with those that mark start and end
 T5_TOKENS = 512  # at least, with the one that marks the end
 T5_MULTIPLE = 256  # of the tokens of a longer prompt
-MOST_T5_TOKENS = 4096  # T5's attention then takes 13 GB: it grows with the square of the tokens
+MOST_T5_TOKENS = 4096  # T5's attention then takes 11 GB: it grows with the square of the tokens
 EMPHASIS = 1.1  # of brackets without a number
 WHOLE_TOKENS = 8  # CLIP's room for a text ends before it, not within it, if it is shorter than this
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..messages import later, say
-from .latents import CHANNELS, draw_noise, latent_mask
+from .latents import draw_noise, latent_mask
 from .plan import Job
 from .sampling import Task
 from .schedule import Schedule, diffsynth_sigmas
-from .sizes import size_problem
+from .sizes import CHANNELS, size_problem
 from .solvers import Solver, euler, passes
 from .text_encoders import TextEmbedding
 

@@ -2,6 +2,7 @@
 
 from ..messages import say
 
+CHANNELS = 16  # of latents
 PIXELS_PER_LATENT = 8  # of the VAE, per side
 PATCH = 2  # latents per token of the transformer, per side
 STEP = PIXELS_PER_LATENT * PATCH

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import kernels
+from .diffsynth_files import diffsynth_module
 from .precision import Storage, rotation_group
 from .rows import Rows, prepare
 
@@ -191,15 +192,14 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def store(module: nn.Module, storage_of: StorageOf, prefix: str = "") -> None:
     """Replace every linear layer and RMS norm below `module`, which is on the meta device."""
-    from diffsynth.models.general_modules import RMSNorm
-
+    rms_norm = diffsynth_module("models.general_modules").RMSNorm
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
             stored: nn.Module = StoredLinear(
                 child.in_features, child.out_features, child.bias is not None, storage_of(path)
             )
-        elif isinstance(child, RMSNorm):
+        elif isinstance(child, rms_norm):
             dtype = getattr(torch, storage_of(path).vector_dtype)
             stored = StoredNorm(len(child.weight), child.eps, dtype)  # pyright: ignore[reportArgumentType]
         else:

@@ -12,38 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .diffsynth_files import diffsynth_module
+from .geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from .offload import BeforeBlock, OffloadedModule, Patcher
 from .prompts import T5_TOKENS, Segments, TokenCounts, tokenize, weighted_segments
+from .t5 import T5Encoder
 from .work import Work
 
 log = logging.getLogger("majicflux")
 
 REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in bfloat16
-CLIP_HEAD_DIM = 64  # of every CLIP text encoder
-
-
-@dataclass(frozen=True)
-class ClipGeometry:
-    """Sizes of a CLIP text encoder. The defaults are CLIP-L's."""
-
-    width: int = 768
-    mlp_width: int = 3072
-    layers: int = 12
-    vocabulary: int = 49408
-    positions: int = 77
-
-
-@dataclass(frozen=True)
-class T5Geometry:
-    """Sizes of a T5 v1.1 encoder. The defaults are T5-XXL's."""
-
-    width: int = 4096
-    mlp_width: int = 10240
-    layers: int = 24
-    heads: int = 64
-    head_dim: int = 64
-    vocabulary: int = 32128
-    buckets: int = 32  # relative positions
 
 
 @dataclass(frozen=True)
@@ -87,11 +65,7 @@ class TextEncoders:
 
     @property
     def t5_geometry(self) -> T5Geometry:
-        config = self.weights.module.t5.config
-        return T5Geometry(
-            config.d_model, config.d_ff, config.num_layers, config.num_heads, config.d_kv,
-            config.vocab_size, config.relative_attention_num_buckets,
-        )  # fmt: skip
+        return self.weights.module.t5.geometry
 
     @property
     def itemsize(self) -> int:
@@ -148,14 +122,11 @@ def build_text_encoders(
 
     T5's matrices travel one by one, CLIP's layers too. The tables of token vectors stay at home.
     """
-    from diffsynth.core.vram.initialization import skip_model_initialization
-
-    with skip_model_initialization():
-        clip: Any = _build_clip(clip_geometry).to(dtype)
-        t5 = _build_t5(t5_geometry).to(dtype)
-    t5.shared = HomeEmbedding(t5.shared)
-    t5.encoder.embed_tokens = t5.shared  # one table under two names
-    clip.token_embedding = HomeEmbedding(clip.token_embedding)
+    with torch.device("meta"):
+        clip: Any = _sized_clip(clip_geometry).to(dtype)
+        table = HomeEmbedding(t5_geometry.vocabulary, t5_geometry.width)
+        t5: Any = T5Encoder(t5_geometry, table).to(dtype)
+    clip.attn_mask = clip.attention_mask(clip_geometry.positions)  # no parameter: it has values
     both = nn.ModuleDict({"clip": clip, "t5": t5})
     blocks = [[layer] for layer in clip.encoders]
     for layer in t5.encoder.block:
@@ -186,46 +157,31 @@ def _attempt(work: Work, forward: Callable[..., Any], *args: Any, **kwargs: Any)
 class HomeEmbedding(nn.Module):
     """A table whose rows are looked up in CPU memory, where it stays."""
 
-    def __init__(self, table: nn.Embedding):
+    def __init__(self, rows: int, width: int):
         super().__init__()
-        self.weight = table.weight
+        self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(input.to(self.weight.device), self.weight).to(input.device)
 
 
-def _build_clip(g: ClipGeometry) -> nn.Module:
-    from diffsynth.models.flux_text_encoder_clip import CLIPEncoderLayer, FluxTextEncoderClip
-
-    clip = FluxTextEncoderClip(g.width, g.vocabulary, g.positions, 0, g.mlp_width)
-    # DiffSynth's own layers would have 12 heads at every width.
+def _sized_clip(g: ClipGeometry) -> Any:
+    """DiffSynth's CLIP of this geometry; its own constructor gives every width 12 heads."""
+    theirs = diffsynth_module("models.flux_text_encoder_clip")
     heads = g.width // CLIP_HEAD_DIM
-    clip.encoders.extend(
-        CLIPEncoderLayer(g.width, g.mlp_width, heads, CLIP_HEAD_DIM) for _ in range(g.layers)
-    )
-    return clip
 
-
-def _build_t5(g: T5Geometry) -> Any:
-    from diffsynth.models.flux_text_encoder_t5 import FluxTextEncoderT5
-    from transformers import T5Config, T5EncoderModel
-
-    class SizedT5(FluxTextEncoderT5):
+    class SizedClip(theirs.FluxTextEncoderClip):
         def __init__(self) -> None:
-            config = T5Config(
-                vocab_size=g.vocabulary,
-                d_model=g.width,
-                d_kv=g.head_dim,
-                d_ff=g.mlp_width,
-                num_layers=g.layers,
-                num_heads=g.heads,
-                relative_attention_num_buckets=g.buckets,
-                feed_forward_proj="gated-gelu",
-                use_cache=False,
+            nn.Module.__init__(self)
+            self.token_embedding = HomeEmbedding(g.vocabulary, g.width)
+            self.position_embeds = nn.Parameter(torch.empty(1, g.positions, g.width))
+            self.encoders = nn.ModuleList(
+                theirs.CLIPEncoderLayer(g.width, g.mlp_width, heads, CLIP_HEAD_DIM)
+                for _ in range(g.layers)
             )
-            T5EncoderModel.__init__(self, config)  # the parent's builds T5-XXL only
+            self.final_layer_norm = nn.LayerNorm(g.width)
 
-    return SizedT5()
+    return SizedClip()
 
 
 def _weighted(tokens: Tensor, empty: Tensor, weights: list[float]) -> Tensor:

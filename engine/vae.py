@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import vae_bands
 from .allocator import ran_out
+from .diffsynth_files import diffsynth_module
 from .offload import BeforeBlock, OffloadedModule, Patcher, at_hand
 from .streaming import Stream
 from .work import Work
@@ -106,9 +107,8 @@ class VAE:
 
 def build_vae(dtype: torch.dtype) -> OffloadedModule:
     """Encoder and decoder with uninitialised weights, as one component."""
-    from diffsynth.core.vram.initialization import skip_model_initialization
-    from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
-
-    with skip_model_initialization():
-        both = nn.ModuleDict({"encoder": FluxVAEEncoder(), "decoder": FluxVAEDecoder()}).to(dtype)
+    theirs = diffsynth_module("models.flux_vae")
+    with torch.device("meta"):
+        parts = {"encoder": theirs.FluxVAEEncoder(), "decoder": theirs.FluxVAEDecoder()}
+    both = nn.ModuleDict(parts).to(dtype)
     return OffloadedModule(both, [[both["decoder"]]], once=[[both["encoder"]]])

@@ -9,18 +9,18 @@ Maps are [1, channels, height, width] in channels-last order, in which a band of
 contiguous piece that a single copy moves.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
-from math import prod
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .vae_plan import PARTS, Bands, plan_decode, plan_encode
+
+__all__ = ["Bands", "decode", "encode", "plan_decode", "plan_encode"]
 
 BeforeBand = Callable[[], None]  # called before each band; may raise to stop there
 MakeWay = Callable[[int], None]  # called before each band with the bytes that it will allocate
@@ -28,40 +28,7 @@ Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, float32 [1, c
 Make = Callable[[int, int], Tensor]  # the band that comes of rows first to last
 
 META = torch.device("meta")
-_ROWS = (16, 2**31)  # of a band, least and most: smaller ones save little and leave a card idle
-_QUERIES = (256, 4096)  # the most because a score for each pair of tokens would be too much
 _GROUPS = 32  # of every norm
-_PARTS = 4  # of a band, converted to float32 one after another to be measured
-_SMALL_BYTES = 2**20  # scales, shifts and moments, which no cost below counts
-
-
-@dataclass(frozen=True)
-class Bands:
-    """How to run over pictures of one size.
-
-    passes: for each pass over a map, in order: how many rows a band has (of attention: tokens),
-    whether the map that it fills stays on the device, and the bytes that it allocates there.
-    peak_bytes: device memory held at most, without weights, input and scratch of convolutions.
-    host_bytes: host memory held at most, pinned for a CUDA device; includes a decoded picture.
-    """
-
-    passes: tuple[tuple[int, bool, int], ...]
-    peak_bytes: int
-    host_bytes: int
-
-
-def plan_decode(height: int, width: int, itemsize: int, limit_bytes: float) -> Bands:
-    """The largest bands for latents of `height` x `width` that fit into `limit_bytes`.
-
-    itemsize: bytes of a value of the dtype to compute in. Where nothing fits: the smallest bands,
-    whose `peak_bytes` is above the limit.
-    """
-    return _plan("decoder", (16, height, width), itemsize, limit_bytes)
-
-
-def plan_encode(height: int, width: int, itemsize: int, limit_bytes: float) -> Bands:
-    """As `plan_decode`; height and width in pixels."""
-    return _plan("encoder", (3, height, width), itemsize, limit_bytes)
 
 
 @torch.no_grad()
@@ -79,7 +46,7 @@ def decode(
     """
     run = _Run(latent.device, latent.dtype, bands.passes, before_band, make_way)
     x = _Map(latent / decoder.scaling_factor + decoder.shift_factor, True)
-    picture = run.whole(decoder, x, resident=False).values
+    picture = run.whole(decoder, x).values
     if latent.is_cuda:
         torch.cuda.current_stream(latent.device).synchronize()
     return picture
@@ -102,7 +69,7 @@ def encode(
     run = _Run(weight.device, weight.dtype, bands.passes, before_band, make_way)
     picture = picture.to(weight.dtype, memory_format=torch.channels_last)
     x = _Map(picture, picture.device == weight.device)
-    latent = run.whole(encoder, x, resident=True).values[:, :16]
+    latent = run.whole(encoder, x).values[:, :16]
     return ((latent - encoder.shift_factor) * encoder.scaling_factor).contiguous()
 
 
@@ -125,19 +92,16 @@ class _Map:
     values: Tensor  # [1, channels, height, width]
     resident: bool  # on the device
     moments: list[Tensor] = field(default_factory=list)  # of its parts, see `_moments`
-    nbytes: int = 0  # that it keeps, where a run is planned
 
 
 class _Run:
-    """One pass over a map after another. Each says what a band of so many rows costs: the values
-    that are on the device for it at once, besides those of whole maps.
-    """
+    """One pass over a map after another; `vae_plan` has walked the same way."""
 
     def __init__(
         self,
         device: torch.device,
         dtype: torch.dtype,
-        passes: tuple[tuple[int, bool, int], ...] = (),
+        passes: tuple[tuple[int, bool, int], ...],
         before_band: BeforeBand | None = None,
         make_way: MakeWay | None = None,
     ):
@@ -145,7 +109,7 @@ class _Run:
         self.before_band, self.make_way = before_band, make_way
         self.choices = iter(passes)
 
-    def whole(self, model: Any, x: _Map, resident: bool) -> _Map:
+    def whole(self, model: Any, x: _Map) -> _Map:
         steps = {
             "ResnetBlock": self.residual,
             "VAEAttentionBlock": self.attention,
@@ -156,37 +120,29 @@ class _Run:
         for block in model.blocks:
             x = steps[type(block).__name__](block, x)
         norm = self.affine(model.conv_norm_out, x)
-        return self.convolve(x, norm, model.conv_out, resident=resident, measured=False)
+        return self.convolve(x, norm, model.conv_out, measured=False)
 
-    def convolve(self, x: _Map, norm: Affine | None, conv: Any, **options: Any) -> _Map:
+    def convolve(self, x: _Map, norm: Affine | None, conv: Any, measured: bool = True) -> _Map:
         """The 3x3 convolution of x, or of SiLU(norm(x))."""
-        _, before, height, width = x.values.shape
-        after = conv.out_channels
+        height, width = x.values.shape[2:]
 
         def make(top: int, bottom: int) -> Tensor:
             return _conv(self.halo(x, top - 1, bottom + 1, norm), conv, padding=(0, 1))
 
-        def cost(rows: int) -> int:
-            return width * ((rows + 2) * before + rows * after)
-
-        return self.fill(height, make, cost, (after, height, width), **options)
+        return self.fill(height, make, (conv.out_channels, height, width), measured=measured)
 
     def residual(self, block: Any, x: _Map) -> _Map:
         inner = self.convolve(x, self.affine(block.norm1, x), block.conv1)
         norm = self.affine(block.norm2, inner)
         _, after, height, width = inner.values.shape
         shortcut = block.conv_shortcut
-        beside = (0 if x.resident else x.values.shape[1]) + (0 if shortcut is None else after)
 
         def make(top: int, bottom: int) -> Tensor:
             out = _conv(self.halo(inner, top - 1, bottom + 1, norm), block.conv2, padding=(0, 1))
             rest = self.on_device(x, x.values[:, :, top:bottom])
             return out.add_(rest if shortcut is None else _conv(rest, shortcut))
 
-        def cost(rows: int) -> int:
-            return width * (rows * after + max((rows + 2) * after, rows * beside))
-
-        return self.fill(height, make, cost, (after, height, width), _narrowed(x, after))
+        return self.fill(height, make, (after, height, width), _narrowed(x, after))
 
     def up(self, block: Any, x: _Map) -> _Map:
         channels, height, width = x.values.shape[1:]
@@ -195,10 +151,7 @@ class _Run:
             larger = F.interpolate(self.halo(x, top - 1, bottom + 1), scale_factor=2.0)
             return _conv(larger[:, :, 1:-1], block.conv, padding=(0, 1))
 
-        def cost(rows: int) -> int:
-            return channels * width * (4 * (rows + 2) + max(rows + 2, 4 * rows))
-
-        return self.fill(height, make, cost, (channels, 2 * height, 2 * width))
+        return self.fill(height, make, (channels, 2 * height, 2 * width))
 
     def down(self, block: Any, x: _Map) -> _Map:
         channels, height, width = x.values.shape[1:]
@@ -208,11 +161,7 @@ class _Run:
             padded = F.pad(self.halo(x, 2 * top, 2 * bottom + 1), (0, 1))
             return _conv(padded, block.conv, stride=2)
 
-        def cost(rows: int) -> int:
-            read = 2 * rows + 1
-            return channels * (read * (width + 1) + max(read * width, rows * shape[2]))
-
-        return self.fill(shape[1], make, cost, shape)
+        return self.fill(shape[1], make, shape)
 
     def attention(self, block: Any, x: _Map) -> _Map:
         (layer,) = block.transformer_blocks
@@ -220,7 +169,6 @@ class _Run:
         flat = x.values.flatten(2)[..., None]  # a token a row; a view, as all below
         _, channels, count, _ = flat.shape
         tokens = flat[0, ..., 0].T
-        copied = 0 if x.resident else 1
 
         def normed(rows: Tensor) -> Tensor:
             assert norm is not None
@@ -232,44 +180,30 @@ class _Run:
             pair = torch.cat([_linear(rows, layer.to_k), _linear(rows, layer.to_v)], dim=1)
             return pair.T[None, ..., None]
 
-        def keys_cost(rows: int) -> int:
-            return 5 * rows * channels
-
         def make(first: int, last: int) -> Tensor:
             rows = self.on_device(x, tokens[first:last])
             q = _linear(normed(rows), layer.to_q)
             found = F.scaled_dot_product_attention(q[None, None], k, v)[0, 0]
             return _linear(found, layer.to_out).add_(rows).T[None, ..., None]
 
-        def cost(rows: int) -> int:
-            # Without a fused kernel: all keys, scaled, beside the scores; then the scores twice.
-            scores = rows * count
-            return scores + max(scores, count * channels) + rows * channels * (2 + copied)
-
-        shape = channels, count, 1
-        options: dict[str, Any] = {"resident": True, "measured": False, "bounds": _QUERIES}
-        pairs = self.fill(count, make_keys, keys_cost, (2 * channels, count, 1), **options)
+        pairs = self.fill(count, make_keys, (2 * channels, count, 1), measured=False)
         k, v = pairs.values[..., 0].mT[:, None].split(channels, dim=-1)
         with _math_attention_in_16_bits():
             inside = replace(x, values=flat)
-            filled = self.fill(count, make, cost, shape, inside, bounds=_QUERIES)
+            filled = self.fill(count, make, (channels, count, 1), inside)
         return replace(filled, values=filled.values[..., 0].unflatten(2, x.values.shape[2:]))
 
     def fill(
         self,
         count: int,
         make: Make,
-        cost: Callable[[int], int],
         shape: tuple[int, int, int],
         inside: _Map | None = None,
         measured: bool = True,
-        resident: bool | None = None,
-        bounds: tuple[int, int] = _ROWS,
     ) -> _Map:
         """The map [1, *shape] that consists of the bands from `make`, of `count` rows in all.
 
-        inside: the map to fill; `make` reads no row of it that an earlier band replaced. What
-        `cost`, `resident` and `bounds` say is in the choices already, see `_Planner`.
+        inside: the map to fill; `make` reads no row of it that an earlier band replaced.
         """
         rows, resident, nbytes = next(self.choices)
         target = None if inside is None else inside.values
@@ -287,6 +221,7 @@ class _Run:
                 return _Map(band, True, moments)
             if target is None:
                 target = self.new_map(shape, resident)
+                nbytes -= target.nbytes if resident else 0
             step = shape[1] // count
             target[:, :, first * step : last * step].copy_(band, non_blocking=True)
             del band  # before the next one is made
@@ -333,94 +268,6 @@ class _Run:
         return band
 
 
-class _Planner(_Run):
-    """Makes the choices of a run, by walking through it with maps that have only a size.
-
-    reserve: bytes with which every pass gets by when all maps are in host memory.
-    """
-
-    def __init__(self, dtype: torch.dtype, limit_bytes: float, reserve: int):
-        super().__init__(META, dtype)
-        self.limit_bytes, self.reserve = limit_bytes, reserve
-        self.chosen: list[tuple[int, bool, int]] = []
-        self.maps: WeakSet[_Map] = WeakSet()
-        self.peak_bytes = self.host_bytes = 0
-
-    def fill(
-        self,
-        count: int,
-        make: Make,
-        cost: Callable[[int], int],
-        shape: tuple[int, int, int],
-        inside: _Map | None = None,
-        measured: bool = True,
-        resident: bool | None = None,
-        bounds: tuple[int, int] = _ROWS,
-    ) -> _Map:
-        channels, height, width = shape
-        nbytes = prod(shape) * self.dtype.itemsize
-        room = self.limit_bytes - self.held(True)
-        if inside is not None:
-            resident = inside.resident
-        elif resident is None:
-            resident = nbytes + self.reserve <= room
-        new = nbytes if resident and inside is None else 0
-
-        def needed(rows: int) -> int:
-            out_rows = rows * (height // count)
-            out = prod((channels, out_rows, width)) * self.dtype.itemsize
-            if measured and self.dtype.itemsize < 4:
-                out += 4 * channels * -(-out_rows // _PARTS) * width
-            return max(cost(rows) * self.dtype.itemsize, out) + (new if rows < count else 0)
-
-        least, most = bounds
-        rows = count
-        if count > most or needed(count) > room:
-            rows = bisect_right(range(1, count), room, key=needed)
-            rows = min(count, most, max(least, rows))
-        self.chosen.append((rows, resident, needed(rows)))
-        self.peak_bytes = max(self.peak_bytes, self.held(True) + needed(rows))
-        if inside is not None and not (resident and rows == count):
-            nbytes = inside.nbytes  # filled in place
-        elif not resident:
-            self.host_bytes = max(self.host_bytes, self.held(False) + nbytes)
-        return self.add(shape, resident, nbytes)
-
-    def add(self, shape: tuple[int, int, int], resident: bool, nbytes: int) -> _Map:
-        values = torch.empty((1, *shape), dtype=self.dtype, device=META)
-        self.maps.add(result := _Map(values, resident, nbytes=nbytes))
-        return result
-
-    def held(self, resident: bool) -> int:
-        return sum(x.nbytes for x in self.maps if x.resident == resident)
-
-    def affine(self, norm: Any, x: _Map) -> Affine | None:
-        return None
-
-
-def _plan(part: str, shape: tuple[int, int, int], itemsize: int, limit_bytes: float) -> Bands:
-    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-
-    def walk(limit_bytes: float, reserve: int) -> _Planner:
-        planner = _Planner(dtype, limit_bytes, reserve)
-        x = planner.add(shape, True, prod(shape) * itemsize)
-        planner.whole(_models()[part], x, resident=part == "encoder")
-        return planner
-
-    smallest = walk(0, 0)
-    planner = walk(limit_bytes - _SMALL_BYTES, smallest.peak_bytes)
-    return Bands(tuple(planner.chosen), planner.peak_bytes + _SMALL_BYTES, planner.host_bytes)
-
-
-@cache
-def _models() -> dict[str, Any]:
-    """Decoder and encoder without weights, for their geometry."""
-    from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
-
-    with META:
-        return {"decoder": FluxVAEDecoder(), "encoder": FluxVAEEncoder()}
-
-
 def _narrowed(x: _Map, channels: int) -> _Map | None:
     """Room for a map of so many channels in the memory of x, or None where x has fewer.
 
@@ -447,7 +294,7 @@ def _linear(x: Tensor, layer: Any) -> Tensor:
 def _moments(band: Tensor) -> list[Tensor]:
     """Mean, variance and count of each group in parts of a band, float32 [3, groups] each."""
     found = []
-    for part in band.chunk(_PARTS if band.dtype.itemsize < 4 else 1, dim=2):
+    for part in band.chunk(PARTS if band.dtype.itemsize < 4 else 1, dim=2):
         groups = part.float().unflatten(1, (_GROUPS, -1))
         variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
         count = torch.full_like(mean, groups[0, 0].numel())

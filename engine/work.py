@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import TypeVar
 
-from .allocator import ran_out
-
 log = logging.getLogger("majicflux")
 
 CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
 GROUPS = (2, 4, 8)  # that the heads of an attention are divided into, besides one
+CONVERTED_AT_ONCE = 2**22  # values of a weight, for rows that are not in the dtype of the run
 ROW_MULTIPLE = 64  # of rows computed at once; what matrix units like
 SHORT = "The card has less memory than planned; from here on %s."
 Result = TypeVar("Result")
@@ -66,10 +65,13 @@ class Work:
 
         `part` changes nothing before all its memory is there, so it can be repeated.
         """
+
         while True:
             try:
                 return part()
             except RuntimeError as error:
+                from .allocator import ran_out  # the plan, which comes without PyTorch, needs none
+
                 if not ran_out(error):
                     raise
                 # Out of `except`, which keeps the failed part's tensors alive.

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 from ..messages import say
+from . import standalone
 from .schema import ComfyNode, Schema, Socket
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs"}
@@ -95,6 +96,7 @@ def run_graph(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> list
     when the graph is not sound; what a node raises passes through.
     """
     schemas = _check(graph, node_classes)
+    standalone.set_up_torch()  # not before: PyTorch takes seconds to import
     done: dict[str, tuple[Any, ...]] = {}
     shown = []
     try:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..engine.latents import CHANNELS, to_model_space, to_vae_space
-from ..engine.sizes import STEP
+from ..engine.latents import to_model_space, to_vae_space
+from ..engine.sizes import CHANNELS, STEP
 from ..engine.text_encoders import TextEmbedding
 from ..messages import later, say
 

@@ -5,8 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.flux_dit import FluxGeometry
-from ..engine.text_encoders import ClipGeometry, T5Geometry
+from ..engine.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from ..messages import say
 from .layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 

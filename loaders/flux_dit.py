@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.flux_dit import HEAD_DIM, FluxGeometry, build_flux_dit, kind_of_layer
+from ..engine.diffsynth_files import diffsynth_module
+from ..engine.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.precision import FLOAT8, Precision, Storage
 from ..messages import say
 from .diffusers_names import flux_from_diffusers
@@ -65,11 +66,12 @@ def load_flux_dit(
     of 8 bits are kept there once they have been converted, and mapped from there instead of being
     read and converted again. `device` converts them.
     """
-    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
+    from ..engine.flux_dit import build_flux_dit
 
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
-    renamed = FluxDiTStateDictConverter(sources)
+    names = diffsynth_module("utils.state_dict_converters.flux_dit")
+    renamed = names.FluxDiTStateDictConverter(sources)
     weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
     convert = partial(fill, weights.module, renamed, progress, device)
     mapped = (

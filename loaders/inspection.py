@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ..engine.flux_dit import FluxGeometry, kind_of_layer
+from ..engine.diffsynth_files import diffsynth_module
+from ..engine.geometry import FluxGeometry, kind_of_layer
 from ..engine.precision import FLOAT8, INT8_ROTATED, PRECISIONS, STORAGES, Precision, Storage
 from .fill import Progress, read_scale, store_rows
 from .flux_dit import storage_in
@@ -99,10 +100,9 @@ def measure(
     stored by the function that loading uses, so that rows which the file holds in a format have
     no error in it. Raises ModelFileError as loading does.
     """
-    from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
-
-    shapes: Layout = FluxDiTStateDictConverter(flux_dit_layout(geometry))
-    renamed: dict[str, Source] = FluxDiTStateDictConverter(sources)
+    names = diffsynth_module("utils.state_dict_converters.flux_dit")
+    shapes: Layout = names.FluxDiTStateDictConverter(flux_dit_layout(geometry))
+    renamed: dict[str, Source] = names.FluxDiTStateDictConverter(sources)
     with _one_thread():
         squares = _measured(_samples(shapes, renamed, rows), progress)
 

@@ -4,12 +4,16 @@ They are what the loaders demand of a file and what the demo models are made of.
 their key-and-shape hash is the one by which DiffSynth knows the real files (see the tests).
 """
 
-from ..engine.flux_dit import HEAD_DIM, TIMESTEP_CHANNELS, FluxGeometry
-from ..engine.text_encoders import ClipGeometry, T5Geometry
+from ..engine.geometry import (
+    HEAD_DIM,
+    MLP_RATIO,
+    TIMESTEP_CHANNELS,
+    ClipGeometry,
+    FluxGeometry,
+    T5Geometry,
+)
 
 Layout = dict[str, tuple[int, ...]]
-
-MLP_RATIO = 4
 
 
 def flux_dit_layout(g: FluxGeometry) -> Layout:

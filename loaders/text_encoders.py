@@ -6,12 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.text_encoders import (
-    CLIP_HEAD_DIM,
-    ClipGeometry,
-    T5Geometry,
-    build_text_encoders,
-)
+from ..engine.diffsynth_files import diffsynth_module
+from ..engine.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..messages import say
 from .fill import Progress, fill
 from .layouts import clip_layout, t5_layout
@@ -97,16 +93,15 @@ def load_text_encoders(
 
     With a `prepared_folder` they are kept there, laid out as they travel, and mapped from there.
     """
-    from diffsynth.utils.state_dict_converters.flux_text_encoder_clip import (
-        FluxTextEncoderClipStateDictConverter,
-    )
+    from ..engine.text_encoders import build_text_encoders
 
     start = time.perf_counter()
     clip_geometry, clip_sources = inspect_clip(clip_path)
     t5_geometry, t5_sources = inspect_t5(t5_path)
     weights = build_text_encoders(clip_geometry, t5_geometry, dtype)
     positions = clip_sources.pop(CLIP_POSITIONS)  # the converter would reshape this one
-    clip_names = FluxTextEncoderClipStateDictConverter(clip_sources)
+    names = diffsynth_module("utils.state_dict_converters.flux_text_encoder_clip")
+    clip_names = names.FluxTextEncoderClipStateDictConverter(clip_sources)
 
     def convert() -> None:
         fill(weights.module["clip"], {**clip_names, "position_embeds": positions})

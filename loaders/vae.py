@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engine.diffsynth_files import diffsynth_module
 from ..messages import say
 from .diffusers_names import vae_from_diffusers
 from .fill import fill
@@ -51,18 +52,14 @@ def inspect_vae(path: Path) -> dict[str, Source]:
 
 def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     """Read encoder and decoder into CPU memory in `dtype`."""
-    from diffsynth.utils.state_dict_converters.flux_vae import (
-        FluxVAEDecoderStateDictConverter,
-        FluxVAEEncoderStateDictConverter,
-    )
-
     from ..engine.vae import build_vae
 
     start = time.perf_counter()
+    names = diffsynth_module("utils.state_dict_converters.flux_vae")
     sources = inspect_vae(path)
     weights = build_vae(dtype).allocate()
-    fill(weights.module["encoder"], FluxVAEEncoderStateDictConverter(sources))
-    fill(weights.module["decoder"], FluxVAEDecoderStateDictConverter(sources))
+    fill(weights.module["encoder"], names.FluxVAEEncoderStateDictConverter(sources))
+    fill(weights.module["decoder"], names.FluxVAEDecoderStateDictConverter(sources))
     weights.report = say(
         "{file}: Flux VAE, {size}", file=path.name, size=size_and_time(weights, dtype, start)
     )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from majicflux.loaders import demo_models
 
+LIBRARIES = {"torch", "numpy", "PIL", "transformers", "diffsynth", "modelscope"}
 WORKFLOW = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 # Any connection, even a name look-up, ends the process.
 NO_NETWORK = """
@@ -85,6 +86,51 @@ def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list, said: str) ->
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["demo", "--help"],
+        ["download", "--help"],
+        [],
+        ["paint"],
+        ["run"],
+        ["run", "gone.json"],
+        ["run", "text.json"],
+        ["run", WORKFLOW],
+        ["run", WORKFLOW, "--models", "MODELS", "--set", "width=17"],
+        ["run", WORKFLOW, "--set", "sed=1"],
+        ["plan", "--vram", "4"],
+        ["plan", "--vram", "0.1"],
+        ["plan", "--json", "--vram", "8", "--precision", "int8 rotated", "--batch", "2"],
+        ["plan", "--file", f"MODELS/{demo_models.DIT_FILE}"],
+        ["cache", "list", "--models", "MODELS"],
+        ["cache", "clear"],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)).replace(str(WORKFLOW), "WORKFLOW"),
+)
+def test_what_computes_nothing_waits_for_no_library(
+    models: Path, tmp_path: Path, arguments: list
+) -> None:
+    """PyTorch alone takes seconds to import."""
+    (tmp_path / "text.json").write_text("no JSON")
+    code = f"""
+import sys
+from majicflux.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("LOADED", *{LIBRARIES} & {{name.partition(".")[0] for name in sys.modules}})
+"""
+    filled = [str(argument).replace("MODELS", str(models)) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *filled], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED"
 
 
 def test_a_canvas_file_is_told_from_an_api_file(models: Path, tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_the_shards_of_a_model_are_one(models: Path, folder: Path) -> None:
     ("absent", "silent"),
     [
         (["psutil"], ["RAM"]),
-        (["diffsynth"], ["plan of a FLUX.1 transformer"]),
-        (["torch"], ["torch", "card", "copies to the card", "models"]),
+        (["diffsynth"], []),
+        (["torch"], ["torch", "card", "copies to the card", "plan of a FLUX.1 transformer"]),
     ],
 )
 def test_what_is_not_installed_is_said_in_its_line(
@@ -161,7 +161,10 @@ print(diagnosis())
     found = parts(done.stdout)
     for part in silent:
         assert found[part].startswith(" not known (ModuleNotFoundError: "), part
-    for part in {*BEGINNINGS} - {*silent, "compute_precision auto", "plan of a FLUX.1 transformer"}:
+    computing = found["compute_precision auto"]
+    assert computing.count("not known") == (0 if absent == ["psutil"] else len(PRECISIONS))
+    assert ("DiffSynth-Studio is not installed. Run" in computing) == (absent == ["diffsynth"])
+    for part in {*BEGINNINGS} - {*silent, "compute_precision auto"}:
         assert "not known" not in found[part], part
     assert "no diffsynth, no transformers, no triton" in found["packages"]
 

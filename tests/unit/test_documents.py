@@ -2,8 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,15 +84,6 @@ def test_every_choice_is_explained() -> None:
         )
         assert all(f" `{name}` |" in settings for name in [*PRECISIONS, *COMPUTE_PRECISIONS])
         assert all(f"`{n}`" in about_sampling for n in [*sampling.SOLVERS, *sampling.SCHEDULES])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built_once() -> Iterator[None]:
-    """`plan_alone` builds its models at the first call only."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in ("build_flux_dit", "build_text_encoders", "build_vae"):
-            monkeypatch.setattr(plan_alone, name, cache(getattr(plan_alone, name)))
-        yield
 
 
 def planned(gb: float, side: int = 1024) -> Plan:

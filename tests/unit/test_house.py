@@ -94,6 +94,29 @@ def test_the_package_has_its_workflows_translations_and_help_pages() -> None:
     assert packaged == there
 
 
+def test_a_picture_waits_for_no_import_of_diffsynth(models: Path) -> None:
+    """Of its files for Flux alone; its package brings ModelScope and PyTorch's compiler."""
+    code = f"""
+import sys
+from pathlib import Path
+from majicflux.host import standalone
+from majicflux.nodes import DiTLoader, PipelineNode, Sample, TextEncodersNode, VAELoader
+standalone.models_folder = Path({str(models)!r})
+dit = DiTLoader.execute("majicflus_v134.safetensors", "float8_e4m3fn").args[0]
+text = TextEncodersNode.execute("clip_l.safetensors", "t5xxl_fp16.safetensors", "bfloat16").args[0]
+vae = VAELoader.execute("ae.safetensors").args[0]
+pipeline = PipelineNode.execute(dit, text, vae, 0.0, "auto").args[0]
+Sample.execute(pipeline, "a cat", 0, 1, 3.5, 32, 32, 1)
+from majicflux.engine.blocks import JointBlock
+print(*JointBlock.__mro__[1].forward.__code__.co_filename.rpartition("diffsynth")[1:])
+print(*{{"diffsynth", "modelscope", "torch._dynamo", "torch._inductor"}} & {{*sys.modules}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    file, loaded = done.stdout.splitlines()[-2:]
+    assert file == "diffsynth /models/flux_dit.py"
+    assert loaded == ""
+
+
 def test_nothing_touches_the_network_without_being_told_to(models: Path) -> None:
     """The whole chain of nodes with connections and name look-ups cut, and no offline switch."""
     code = f"""

@@ -175,7 +175,7 @@ def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> Non
         component.weights.keep_resident(meta, share * component.weights.total_bytes)
     with torch.inference_mode(), encoders.weights.running_on(meta):
         t5 = encoders.weights.module.t5  # its table looks tokens up on the CPU
-        t5.encoder(inputs_embeds=torch.zeros(1, 512, t5.config.d_model, device=meta).bfloat16())
+        t5.encoder(torch.zeros(1, 512, t5.geometry.width, device=meta).bfloat16())
     text = TextEmbedding(
         torch.zeros(1, 512, dit.geometry.text_width), torch.zeros(1, dit.geometry.pooled_width)
     )

@@ -89,7 +89,7 @@ def denoising(
     precision, computing = computing_of(name)
     weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
     eight_bit = bool(computing.eight_bit)
-    return plan_denoising(weights, geometry, job, 2, eight_bit, converted, budget, card)
+    return plan_denoising(weights.sizes, geometry, job, 2, eight_bit, converted, budget, card)
 
 
 rope_once = cache(denoise._rope)
@@ -326,7 +326,7 @@ def test_the_text_encoders_hold_what_was_planned(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     weights = encoders(2)
-    phase = plan_text(weights, T5Geometry(layers=2), 2, None, Card(), words=words)
+    phase = plan_text(weights.sizes, T5Geometry(layers=2), 2, None, Card(), words=words)
     with torch.inference_mode(), LiveBytes() as live:
         clip_ids = torch.zeros(1, CLIP_TOKENS, dtype=torch.int64, device=META)
         t5_ids = torch.zeros(1, words, dtype=torch.int64, device=META)
@@ -362,7 +362,7 @@ def test_the_decoder_holds_what_was_planned(
         job = Job(*size, batch_size)
         found = set()
         for gb in (1, 2, 4, 8, 24):
-            phase = plan_decode(autoencoder(), job, 2, gb * GB, CARDS["fused"])
+            phase = plan_decode(autoencoder().sizes, job, 2, gb * GB, CARDS["fused"])
             if phase.smallest > gb * GB:
                 continue
             latents_bytes = batch_size * 16 * job.latent_size[0] * job.latent_size[1] * 4
@@ -382,19 +382,6 @@ def test_the_decoder_holds_what_was_planned(
         assert found
 
 
-@pytest.fixture
-def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`plan_alone` builds its models at the first call only."""
-    for name in ("build_flux_dit", "build_text_encoders", "build_vae"):
-        monkeypatch.setattr(plan_alone, name, _built[name])
-
-
-_built = {
-    name: cache(getattr(plan_alone, name))
-    for name in ("build_flux_dit", "build_text_encoders", "build_vae")
-}
-
-
 def planned(name: str, size: tuple[int, int], batch: int, gb: float | None) -> Plan:
     precision, eight_bit = COMPUTED[name]
     job = (*size, batch, 20)
@@ -403,9 +390,7 @@ def planned(name: str, size: tuple[int, int], batch: int, gb: float | None) -> P
 
 @pytest.mark.parametrize(("name", "batch"), [*zip(COMPUTED, (1, 2, 4, 1, 4), strict=True)])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_budget_is_kept_or_refused(
-    built_once, size: tuple[int, int], batch: int, name: str
-) -> None:
+def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: str) -> None:
     for gb in (0.1, 0.3, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24):
         plan = planned(name, size, batch, gb)
         assert plan.budget_bytes == int(gb * GB)
@@ -434,9 +419,7 @@ def test_a_budget_is_kept_or_refused(
 
 @pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_smallest_budget_is_enough_and_less_is_not(
-    built_once, size: tuple[int, int], name: str
-) -> None:
+def test_the_smallest_budget_is_enough_and_less_is_not(size: tuple[int, int], name: str) -> None:
     smallest = planned(name, size, 1, None).smallest_bytes
     plan = planned(name, size, 1, smallest / GB)
     assert plan.budget_bytes == smallest
@@ -486,7 +469,7 @@ def test_what_chunks_repeat_is_done_for_all_tokens_at_once(name: str, card: str,
         assert phase.ring == planning.RING_BLOCKS * largest
 
 
-def test_without_a_budget_everything_stays(built_once) -> None:
+def test_without_a_budget_everything_stays() -> None:
     plan = planned("float8", (1024, 1024), 1, None)
     plan.require_budget()
     assert all(phase.ring == phase.visiting == phase.once == 0 for phase in plan.phases)
@@ -498,10 +481,10 @@ def test_without_a_budget_everything_stays(built_once) -> None:
 def test_encoders_stay_only_where_the_others_fit_too() -> None:
     weights, geometry, card = encoders(24), T5Geometry(), CARDS["fused"]
     others = 12 * GB
-    alone = plan_text(weights, geometry, 2, 24 * GB, card).peak
-    plan = plan_text(weights, geometry, 2, alone + others, card, others)
+    alone = plan_text(weights.sizes, geometry, 2, 24 * GB, card).peak
+    plan = plan_text(weights.sizes, geometry, 2, alone + others, card, others)
     assert (plan.ring, plan.resident) == (0, weights.travelling_bytes)
-    plan = plan_text(weights, geometry, 2, alone + others - 1, card, others)
+    plan = plan_text(weights.sizes, geometry, 2, alone + others - 1, card, others)
     assert (plan.visiting, plan.resident) == (
         sum(block.nbytes for block in weights.blocks),
         weights.root.nbytes,
@@ -540,7 +523,7 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, s
     return code, *capsys.readouterr()
 
 
-def test_plan_says_what_a_budget_allows(built_once, capsys) -> None:
+def test_plan_says_what_a_budget_allows(capsys) -> None:
     code, text, errors = said(capsys, "--vram", 8, "--size", "768x1344", "--batch", 2)
     assert (code, errors) == (0, "")
     lines = text.splitlines()
@@ -557,7 +540,7 @@ def test_plan_says_what_a_budget_allows(built_once, capsys) -> None:
     assert 0.05 < float(seconds) < 2
 
 
-def test_plan_says_everything_to_programs(built_once, capsys) -> None:
+def test_plan_says_everything_to_programs(capsys) -> None:
     code, text, errors = said(capsys, "--json", "--vram", 6, "--compute", "bfloat16")
     assert (code, errors) == (0, "")
     found = json.loads(text)
@@ -581,7 +564,7 @@ def test_plan_says_everything_to_programs(built_once, capsys) -> None:
     assert {phase["ring"] for phase in without["phases"]} == {0}
 
 
-def test_plan_refuses_a_budget_that_is_too_small(built_once, capsys) -> None:
+def test_plan_refuses_a_budget_that_is_too_small(capsys) -> None:
     code, text, errors = said(capsys, "--vram", 0.2, "--size", "2048x2048")
     assert code == 1
     assert text.startswith("1 x 2048x2048"), "the plan is shown all the same"
@@ -616,7 +599,7 @@ def test_plan_refuses_what_is_no_number(capsys, arguments: list[str]) -> None:
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_plan_takes_the_sizes_of_a_file(models, built_once, capsys) -> None:
+def test_plan_takes_the_sizes_of_a_file(models, capsys) -> None:
     file = models / demo_models.DIT_FILE
     code, text, _ = said(capsys, "--json", "--file", file, "--precision", "bfloat16")
     weights = transformer(demo_models.DIT, "bfloat16")

@@ -1,0 +1,100 @@
+"""Sizes of the models. Nothing here needs PyTorch."""
+
+import re
+from dataclasses import dataclass
+
+ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
+HEAD_DIM = sum(ROPE_AXES)
+TIMESTEP_CHANNELS = 256
+MLP_RATIO = 4
+CLIP_HEAD_DIM = 64  # of every CLIP text encoder
+BLOCK = re.compile(r"(single_)?blocks\.\d+\.")  # in DiffSynth's names
+
+
+@dataclass(frozen=True)
+class FluxGeometry:
+    """Sizes of a Flux.1 transformer. The defaults are those of FLUX.1-dev."""
+
+    hidden: int = 3072
+    double_blocks: int = 19
+    single_blocks: int = 38
+    in_channels: int = 64  # latent channels x patch area
+    out_channels: int = 64
+    text_width: int = 4096
+    pooled_width: int = 768
+    guidance: bool = True  # absent in schnell
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // HEAD_DIM
+
+
+@dataclass(frozen=True)
+class ClipGeometry:
+    """Sizes of a CLIP text encoder. The defaults are CLIP-L's."""
+
+    width: int = 768
+    mlp_width: int = 3072
+    layers: int = 12
+    vocabulary: int = 49408
+    positions: int = 77
+
+
+@dataclass(frozen=True)
+class T5Geometry:
+    """Sizes of a T5 v1.1 encoder. The defaults are T5-XXL's."""
+
+    width: int = 4096
+    mlp_width: int = 10240
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    vocabulary: int = 32128
+    buckets: int = 32  # relative positions
+
+
+@dataclass(frozen=True)
+class VAEPart:
+    """Flux's VAE decoder or encoder: 3x3 convolutions at both ends, and what lies between.
+
+    steps: residual, attention, up or down, and the channels of the map that it gives.
+    """
+
+    channels_in: int
+    steps: tuple[tuple[str, int], ...]
+    channels_out: int
+
+    @property
+    def first(self) -> int:
+        """Channels after the first convolution."""
+        return self.steps[0][1]
+
+
+_MIDDLE = (("residual", 512), ("attention", 512), ("residual", 512))
+VAE_DECODER = VAEPart(
+    16,
+    (
+        *_MIDDLE,
+        *(step for c in (512, 512, 256) for step in (*[("residual", c)] * 3, ("up", c))),
+        *[("residual", 128)] * 3,
+    ),
+    3,
+)
+VAE_ENCODER = VAEPart(
+    3,
+    (
+        *(step for c in (128, 256, 512) for step in (*[("residual", c)] * 2, ("down", c))),
+        *[("residual", 512)] * 2,
+        *_MIDDLE,
+    ),
+    32,  # mean and variance; the latents are the mean
+)
+
+
+def kind_of_layer(name: str) -> str:
+    """The field of `Precision` that a layer or norm of this name belongs to."""
+    if not BLOCK.match(name):
+        return "rest"
+    if ".linear" in name:
+        return "modulation"
+    return "attention" if ".attn." in name else "mlp"
