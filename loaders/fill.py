@@ -88,7 +88,7 @@ def _workers(
 
     def load(piece: _Piece) -> None:
         if not hasattr(own, "buffer"):
-            own.buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8) if card is None else card.buffer()
+            own.buffer = card.buffer() if card else torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         with torch.inference_mode(inference), torch.no_grad():
             data = reader.read(piece.stretch, own.buffer)
             if make_room is not None:

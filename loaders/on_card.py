@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Some 60 MB of the card for each. One is copied there, one computed with, one copied back.
-PIECES_AT_ONCE = 3
+PIECES_AT_ONCE = 2  # each takes 60 MB of the card, or 90 if it is rotated
 
 
 class OnCard:

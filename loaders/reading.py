@@ -67,7 +67,7 @@ class Reader:
                 readers = self._readers
             start = time.perf_counter()
             try:
-                self._read_exactly(stretch, memoryview(buffer.numpy())[: stretch.length])
+                self._read_exactly(stretch, memoryview(buffer.numpy().data)[: stretch.length])
             except OSError as error:
                 reason = error.strerror or error
                 raise ModelFileError(

@@ -127,9 +127,7 @@ class DiTLoader(io.ComfyNode):
 
         def load() -> DiT:
             device = host.compute_device()
-            weights, geometry = load_flux_dit(
-                path, precision, progress, prepared, device
-            )
+            weights, geometry = load_flux_dit(path, precision, progress, prepared, device)
             patcher = host.make_patcher(weights, device, "MajicFluxDiT")
             return DiT(weights, patcher, geometry, precision)
 

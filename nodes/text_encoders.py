@@ -113,9 +113,7 @@ class TextEncodersNode(io.ComfyNode):
                 T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
             )
             prepared = host.prepared_folder() if keep_prepared else None
-            weights = load_text_encoders(
-                clip_path, t5_path, dtype, progress, prepared
-            )
+            weights = load_text_encoders(clip_path, t5_path, dtype, progress, prepared)
             device = host.text_encoder_device()
             patcher = host.make_patcher(weights, device, "MajicFluxTextEncoders")
             return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
