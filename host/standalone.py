@@ -168,8 +168,10 @@ def loading_progress(node_id: str | None) -> "Callable[[int, int, str], None]":
     def on_bytes(done: int, total: int, doing: str) -> None:
         bar.total = total
         text = say(doing, done=done / 1e9, total=total / 1e9)
-        bar.set_description(text, refresh=done == total)
+        bar.set_description(text, refresh=False)
         bar.update(done - bar.n)
+        if done == total:  # which may be for long
+            bar.refresh()
 
     return on_bytes
 

@@ -117,9 +117,7 @@ def test_a_damaged_weight_is_named_by_another_device_too(models: Path, tmp_path:
     tensors = load_file(models / demo_models.DIT_FILE)
     tensors["model.diffusion_model.single_blocks.1.linear1.weight"][3, 5] = float("inf")
     path = dit_with(tmp_path, tensors)
-    with pytest.raises(
-        ModelFileError, match=r"1\.linear1\.weight: the weight holds"
-    ):
+    with pytest.raises(ModelFileError, match=r"1\.linear1\.weight: the weight holds"):
         load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=torch.device("cpu", 0))
 
 
