@@ -107,7 +107,7 @@ def _measure(reader: str, source: Path, folder: Path, device: str) -> None:
         while not over.wait(0.01):
             most[:] = [max(m, now - s) for m, now, s in zip(most, _resident(), start, strict=True)]
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began, worked = time.perf_counter(), time.process_time()
     weights = READERS[reader](source, folder, device)

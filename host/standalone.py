@@ -161,7 +161,7 @@ def loading_progress(node_id: str | None) -> "Callable[[int, int, str], None]":
     with `done` and `total` in GB."""
     from tqdm import tqdm
 
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+    shape = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
     bar = tqdm(desc=say("preparing to load"), unit="B", unit_scale=True, leave=False,
                bar_format=shape)  # fmt: skip
 
