@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FLOAT8_DTYPE = torch.float8_e4m3fn
 LIMITS = {FLOAT8_DTYPE: 448.0, torch.int8: 127.0}  # largest value that is used of each format
 VALUES_AT_ONCE = 256 * 3072  # of a conversion: few enough for the processor's cache
+VALUES_AT_ONCE_ON_CARD = 2**23  # many enough for a card, in 33 MB
 
 ALL = slice(None)
 StorageOf = Callable[[str], Storage]  # of the linear layer of that name
@@ -147,32 +148,56 @@ def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor, group: int = 0) -
         into.copy_(weight)
         scale.fill_(1.0)
         return
+    # A tensor, because CUDA multiplies by the inverse of a number, which rounds otherwise.
     limit = LIMITS[into.dtype]
+    divisor = torch.full((), limit, device=weight.device)
     exact = weight.dtype == torch.float8_e5m2 and into.dtype == FLOAT8_DTYPE
-    rows_at_once = max(1, VALUES_AT_ONCE // weight.shape[1])
-    shape = (min(rows_at_once, weight.shape[0]), weight.shape[1])
-    buffer = torch.empty(shape, device=weight.device)
+    at_once = VALUES_AT_ONCE if weight.device.type == "cpu" else VALUES_AT_ONCE_ON_CARD
+    rows_at_once = max(1, at_once // weight.shape[1])
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
-        values = rotate(buffer[: len(weight[rows])].copy_(weight[rows]), group)
-        largest = values.abs().amax(dim=1)
-        if not torch.isfinite(largest).all():
-            raise ValueError("the weight holds an infinity or a NaN")
-        row_scale = largest / limit
+        values = rotate(float32_of(weight[rows]), group)
+        largest = torch.maximum(values.amax(dim=1), values.amin(dim=1).neg_())
+        row_scale = largest / divisor
         if exact:
             row_scale = torch.exp2(torch.ceil(torch.log2(row_scale)))
         # Values of below 1e-36 have a scale that float32 cannot hold; they are as good as zero.
-        row_scale = torch.where(row_scale >= torch.finfo(torch.float32).tiny, row_scale, 1.0)
+        row_scale = torch.where(row_scale < torch.finfo(torch.float32).tiny, 1.0, row_scale)
         # Division can land a hair above the limit, which the cast would turn into NaN.
         values.div_(row_scale[:, None]).clamp_(-limit, limit)
         into[rows].copy_(values.round_() if into.dtype == torch.int8 else values)
         scale[rows].copy_(row_scale)
+    if not torch.isfinite(scale).all():  # once, because a card is waited for
+        raise ValueError("the weight holds an infinity or a NaN")
+
+
+def float32_of(values: Tensor) -> Tensor:
+    """A copy in float32. On a CPU PyTorch takes 2 to 3 times as long for float8."""
+    if values.itemsize > 1 or not values.is_floating_point() or values.device.type != "cpu":
+        return values.to(torch.float32, copy=True)
+    bits = values.view(torch.int8).to(torch.int16)
+    if values.dtype == torch.float8_e5m2:  # the upper half of a float16
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
+    if holds_nan(values):  # which has no place below
+        return values.float()
+    # The bits in their places of a float16 are the value with an exponent that is 8 too small.
+    bits.bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return bits.view(torch.float16).float().mul_(256)
+
+
+def holds_nan(values: Tensor) -> bool:
+    """Whether a NaN is among these float8_e4m3fn."""
+    return bool((values.view(torch.int8).bitwise_and(0x7F) == 0x7F).any())
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
     """x [..., n] with each `group` of its last axis rotated; its own inverse. 0: x as it is."""
     if group == 0:
         return x
+    if group > 16 and x.itemsize >= 4 and x.device.type == "cpu":
+        # It is the product of two smaller ones, one across the columns of the other: 3 x as fast.
+        inner, outer = (hadamard(size, x.device, x.dtype) for size in (16, group // 16))
+        return (outer @ (x.reshape(-1, 16) @ inner).view(-1, group // 16, 16)).view(x.shape)
     return (x.reshape(-1, group) @ hadamard(group, x.device, x.dtype)).view(x.shape)
 
 

@@ -59,6 +59,7 @@ __all__ = [
 
 log = logging.getLogger("majicflux")
 
+SHOW_SECONDS = 0.25  # between two texts on a node that is loading
 # Four maps of 64 channels in float32 at the size of the picture, of which three are alive at once.
 TAESD_PIXEL_BYTES = 4 * 64 * 4
 
@@ -156,13 +157,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
 
 
-def loading_progress() -> Callable[[int, int], None]:
-    """A function to call with the bytes read so far and in all; it raises when cancelled."""
+def loading_progress(node_id: str | None) -> Callable[[int, int, str], None]:
+    """A function to call with bytes done, bytes in all and what is being done, as a text for `say`
+    with `done` and `total` in GB; it raises when cancelled. The node shows them, now and then."""
+    show_on_node(node_id, say("preparing to load"))
     bar = comfy.utils.ProgressBar(1)
+    shown = ("", 0.0)  # what was being done, and when that was
 
-    def on_bytes(done: int, total: int) -> None:
+    def on_bytes(done: int, total: int, doing: str) -> None:
+        nonlocal shown
         check_cancelled()
-        bar.update_absolute(done, total)
+        now = time.monotonic()
+        if doing != shown[0] or now - shown[1] >= SHOW_SECONDS or done == total:
+            shown = doing, now
+            bar.update_absolute(done, total)
+            show_on_node(node_id, say(doing, done=done / 1e9, total=total / 1e9))
 
     return on_bytes
 

@@ -172,17 +172,22 @@ def compute_dtype(device: "torch.device") -> "torch.dtype":
     return torch.bfloat16 if native else torch.float32
 
 
-def loading_progress() -> "Callable[[int, int], None]":
-    """A function to call with the bytes read so far and in all."""
+def loading_progress(node_id: str | None) -> "Callable[[int, int, str], None]":
+    """A function to call with bytes done, bytes in all and what is being done, as a text for `say`
+    with `done` and `total` in GB."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=say("loading"), unit="B", unit_scale=True, leave=False)
+    shape = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+    bar = tqdm(desc=say("preparing to load"), unit="B", unit_scale=True, leave=False,
+               bar_format=shape)  # fmt: skip
 
-    def on_bytes(done: int, total: int) -> None:
+    def on_bytes(done: int, total: int, doing: str) -> None:
         bar.total = total
+        text = say(doing, done=done / 1e9, total=total / 1e9)
+        bar.set_description(text, refresh=False)
         bar.update(done - bar.n)
-        if done == total:
-            bar.close()
+        if done == total:  # which may be for long
+            bar.refresh()
 
     return on_bytes
 

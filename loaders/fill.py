@@ -1,13 +1,16 @@
 """From the bytes of files into the weights of a module."""
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ..messages import say
-from .reading import BUFFER_BYTES, Stretch, read_ahead
+from ..messages import later, say
+from .on_card import OnCard
+from .reading import BUFFER_BYTES, Reader, Stretch
 from .safetensors_file import DTYPES, ModelFileError
 from .sources import Part, Sources
 
@@ -15,10 +18,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-SHARED_BYTES = 2**20  # a piece smaller than this is converted by one thread
+MOST_WORKERS = 16  # each with a buffer to read into
+READING = later("reading and converting {done:.1f} of {total:.1f} GB")
 
-# progress(bytes read so far, bytes in all); may raise to stop
-Progress = Callable[[int, int], None]
+# progress(bytes done, bytes in all, what is being done: a text for `say` with fields `done` and
+# `total` in GB); may raise to stop
+Progress = Callable[[int, int, str], None]
+MakeRoom = Callable[["Tensor"], None]  # called with rows of a weight before they are written
 
 
 @dataclass(frozen=True)
@@ -38,76 +44,73 @@ def fill(
     sources: Sources,
     progress: Progress | None = None,
     device: "torch.device | None" = None,
+    make_room: MakeRoom | None = None,
 ) -> None:
     """Convert each source into the parameter of the same name, some megabytes at a time.
 
-    Files are read once, from front to back. Rows that the file holds in the 8 bits of the
-    parameter are copied as they are, with its scale or 1; other rows are given a scale where the
-    parameter has one, and are rotated and quantized on `device` (None: the CPU).
-    Raises ModelFileError when a file cannot be read or holds an infinity or a NaN.
+    Files are read once, from front to back, by threads that each convert what they have read.
+    Rows that the file holds in the 8 bits of the parameter are copied as they are, with its scale
+    or 1; other rows are given a scale where the parameter has one, and are rotated and quantized
+    on `device` (None: the CPU).
+    Raises ModelFileError when a file cannot be read or holds an infinity or a NaN, and what
+    `make_room` raises.
     """
     pieces = sorted(_pieces(module, sources), key=lambda p: (p.stretch.path, p.stretch.start))
     total = sum(piece.stretch.length for piece in pieces)
     done = 0
-    with _converters() as convert:
-        stretches = [piece.stretch for piece in pieces]
-        for piece, data in zip(pieces, read_ahead(stretches), strict=True):
-            convert(piece, data, device)
+    with _workers(device, make_room) as start:
+        if progress is not None:
+            progress(0, total, READING)
+        jobs = [start(piece) for piece in pieces]
+        for piece, job in zip(pieces, jobs, strict=True):
+            job.result()
             done += piece.stretch.length
             if progress is not None:
-                progress(done, total)
+                progress(done, total, READING)
 
 
 @contextmanager
-def _converters() -> Iterator[Callable[[_Piece, "Tensor", "torch.device | None"], None]]:
-    """A function that converts a piece, its rows shared out among as many threads as PyTorch uses.
+def _workers(
+    device: "torch.device | None", make_room: MakeRoom | None
+) -> Iterator[Callable[[_Piece], Future[None]]]:
+    """A function that has a piece read, converted and written by one of several threads.
 
-    Threads of our own, because PyTorch's wait for each other by spinning, which the reader and
-    other programs pay for. They take over whether the caller is in inference mode.
+    Threads of our own, because PyTorch's wait for each other by spinning, which other programs
+    pay for. They take over whether the caller is in inference mode. When the context is left by
+    an error, what they have not begun is not done.
     """
     import torch
 
     count, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    workers = min(MOST_WORKERS, count + 1)  # one may wait for the disk
+    card = None if device in (None, torch.device("cpu")) else OnCard(device)
+    own = threading.local()
 
-    def convert_rows(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
+    def load(piece: _Piece) -> None:
+        if not hasattr(own, "buffer"):
+            own.buffer = card.buffer() if card else torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         with torch.inference_mode(inference), torch.no_grad():
-            _convert(piece, data, device)
-
-    def convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
-        if len(data) < SHARED_BYTES:
-            convert_rows(piece, data, device)
-            return
-        jobs = [
-            pool.submit(convert_rows, part, rows, device)
-            for part, rows in _shares(piece, data, count)
-        ]
-        for job in jobs:
-            job.result()
+            data = reader.read(piece.stretch, own.buffer)
+            if make_room is not None:
+                make_room(piece.weight)
+                if piece.row_scale is not None:
+                    make_room(piece.row_scale)
+            _convert(piece, data, card)
 
     try:
-        with ThreadPoolExecutor(count, "majicflux-convert", torch.set_num_threads, (1,)) as pool:
-            yield convert
+        with (
+            Reader() as reader,
+            ThreadPoolExecutor(workers, "majicflux-load", torch.set_num_threads, (1,)) as pool,
+        ):
+            try:
+                yield partial(pool.submit, load)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     finally:  # once the last thread is gone: a part of PyTorch keeps one number for the process
         torch.set_num_threads(count)
-
-
-def _shares(piece: _Piece, data: "Tensor", count: int) -> Iterator[tuple[_Piece, "Tensor"]]:
-    """The piece as up to `count` pieces of about as many rows each, with their bytes."""
-    total = len(piece.weight)
-    row_bytes = len(data) // total
-    step = -(-total // count)
-    for first in range(0, total, step):
-        rows = slice(first, min(first + step, total))
-        scale = piece.source_scale
-        yield (
-            replace(
-                piece,
-                weight=piece.weight[rows],
-                row_scale=None if piece.row_scale is None else piece.row_scale[rows],
-                source_scale=scale if scale is None or len(scale) == 1 else scale[rows],
-            ),
-            data[rows.start * row_bytes : rows.stop * row_bytes],
-        )
+        if card is not None:
+            card.close()
 
 
 def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:
@@ -166,17 +169,18 @@ def read_scale(part: Part) -> "Tensor | None":
     return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
 
 
-def _convert(piece: _Piece, data: "Tensor", device: "torch.device | None") -> None:
+def _convert(piece: _Piece, data: "Tensor", card: OnCard | None) -> None:
     import torch
+
+    from ..engine.stored_linear import holds_nan
 
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
-    scale = piece.source_scale
     part, weight = piece.part, piece.weight
-    store_rows(part, values, scale, weight, piece.row_scale, piece.group, device)
+    store_rows(part, values, piece.source_scale, weight, piece.row_scale, piece.group, card)
     # A cast to float8 without a scale makes a NaN of what is too large for the format.
     cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
-    if cast and weight.float().isnan().any():
+    if cast and holds_nan(weight):
         raise ModelFileError(
             say(
                 "{file}, tensor {name}: a value is too large for float8 without a scale. Choose "
@@ -194,41 +198,45 @@ def store_rows(
     weight: "Tensor",
     row_scale: "Tensor | None",
     group: int,
-    device: "torch.device | None" = None,
+    card: OnCard | None = None,
 ) -> None:
     """Write rows of `part` into rows of a weight, as `fill` describes.
 
-    values: [rows, n] as the file holds them, scale: [rows] or [1] if it scales them; weight:
-    [rows, n] in its dtype, row_scale: [rows] float32 if it has scales, group: columns that are
-    rotated together in it. Raises ModelFileError for an infinity or a NaN.
+    values: [rows, n] as the file holds them, which a `card` uses up, scale: [rows] or [1] if it
+    scales them; weight: [rows, n] in its dtype, row_scale: [rows] float32 if it has scales, group:
+    columns that are rotated together in it. Raises ModelFileError for an infinity or a NaN.
     """
     import torch
 
-    from ..engine.stored_linear import quantize_rows, rotate
+    from ..engine.stored_linear import VALUES_AT_ONCE, float32_of, quantize_rows, rotate
 
     rotation = part.rotation or 0
     if row_scale is not None and values.dtype == weight.dtype and rotation == group:
         weight.copy_(values)
         row_scale.copy_(torch.ones(1) if scale is None else scale)
         return
-    if scale is not None:
-        values = rotate(values.to(torch.float32, copy=True).mul_(scale[:, None]), rotation)
-    if row_scale is None:
-        weight.copy_(values)
-        return
-    values = values.to(device)
-    quantized = torch.empty(values.shape, dtype=weight.dtype, device=device)
-    quantized_scale = torch.empty(len(values), device=device)
-    try:
-        quantize_rows(values, quantized, quantized_scale, group)
-    except ValueError as error:
-        raise ModelFileError(
-            say(
-                "{file}, tensor {name}: the weight holds an infinity or a NaN. The file is "
-                "damaged; download it again.",
-                file=part.file.path.name,
-                name=part.name,
-            )
-        ) from error
-    weight.copy_(quantized)
-    row_scale.copy_(quantized_scale)
+    quantize = quantize_rows if card is None else card.quantize
+    whole = scale is None and (row_scale is not None or values.dtype == weight.dtype)
+    step = len(values) if whole else max(1, VALUES_AT_ONCE // values.shape[1])
+    for first in range(0, len(values), step):
+        rows = slice(first, first + step)
+        some = values[rows]
+        if scale is not None:
+            by = scale if len(scale) == 1 else scale[rows]
+            some = rotate(float32_of(some).mul_(by[:, None]), rotation)
+        if row_scale is None:
+            # By way of float32, because PyTorch is slow where neither format is wider.
+            narrow = some.dtype != weight.dtype and some.itemsize < 4
+            weight[rows].copy_(float32_of(some) if narrow else some)
+            continue
+        try:
+            quantize(some, weight[rows], row_scale[rows], group)
+        except ValueError as error:
+            raise ModelFileError(
+                say(
+                    "{file}, tensor {name}: the weight holds an infinity or a NaN. The file is "
+                    "damaged; download it again.",
+                    file=part.file.path.name,
+                    name=part.name,
+                )
+            ) from error

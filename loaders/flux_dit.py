@@ -77,7 +77,7 @@ def load_flux_dit(
     mapped = (
         prepared_folder is not None
         and precision.eight_bit
-        and keep(prepared_folder, model_parts(path), weights, str(precision), convert)
+        and keep(prepared_folder, model_parts(path), weights, str(precision), convert, progress)
     )
     if not mapped:
         weights.allocate()

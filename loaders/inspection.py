@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.geometry import FluxGeometry, kind_of_layer
 from ..engine.precision import FLOAT8, INT8_ROTATED, PRECISIONS, STORAGES, Precision, Storage
-from .fill import Progress, read_scale, store_rows
+from .fill import read_scale, store_rows
 from .flux_dit import storage_in
 from .layouts import Layout, flux_dit_layout
 from .reading import Stretch, read_ahead
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS = 64  # of each matrix; 1 % of a full-size file
+Progress = Callable[[int, int], None]  # bytes read so far, and in all
 VALUES_AT_ONCE = 2**18  # that are compared in float64
 KINDS = tuple(field.name for field in fields(Precision))
 # The 8-bit choices that can be suggested. Without scales there is nothing to gain: where that is

@@ -13,14 +13,18 @@ import logging
 import mmap
 import os
 import shutil
+import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..messages import say
+from ..messages import later, say
+from .fill import MakeRoom, Progress
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:
@@ -37,6 +41,10 @@ HEADER_BYTES = 16 * PAGE
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
 SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody
+WRITE_OUT_SECONDS = 1.0
+KEEPING = later("keeping {total:.1f} GB on disk")
+
+Convert = Callable[[MakeRoom], None]  # fills the weights, asking for room for what it writes
 
 
 def prepared_file(
@@ -63,17 +71,20 @@ def keep(
     parts: list[Path],
     weights: "OffloadedModule",
     precision: str,
-    convert: Callable[[], None],
+    convert: Convert,
+    progress: Progress | None = None,
 ) -> bool:
     """Map the weights from where they are kept, after `convert` has filled them if they are not.
 
     False when they cannot be kept; the weights then have no memory.
     """
     path = prepared_file(folder, parts, weights, precision)
-    return map_prepared(weights, path) or prepare(weights, path, convert)
+    return map_prepared(weights, path) or prepare(weights, path, convert, progress)
 
 
-def prepare(weights: "OffloadedModule", path: Path, convert: Callable[[], None]) -> bool:
+def prepare(
+    weights: "OffloadedModule", path: Path, convert: Convert, progress: Progress | None = None
+) -> bool:
     """Let `convert` fill the weights in a file, which becomes `path`, and map it from there.
 
     The weights are in the file's pages from the beginning, never in anonymous memory. False, with
@@ -85,7 +96,7 @@ def prepare(weights: "OffloadedModule", path: Path, convert: Callable[[], None])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w+b") as file:
-            _fill(weights, file, convert)
+            _fill(weights, file, convert, progress)
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException as error:
@@ -140,28 +151,72 @@ def clear_prepared(folder: Path) -> int:
     return freed
 
 
-def _fill(weights: "OffloadedModule", file: BinaryIO, convert: Callable[[], None]) -> None:
+def _fill(
+    weights: "OffloadedModule", file: BinaryIO, convert: Convert, progress: Progress | None
+) -> None:
     sizes = [block.nbytes for block in weights.all_blocks]
     length = HEADER_BYTES + sum(map(_page_end, sizes))
     if shutil.disk_usage(Path(file.name).parent).free < length + SPARE_BYTES:
         raise OSError("the disk is too full")
-    if hasattr(os, "posix_fallocate"):  # or a disk that fills up kills the process as it writes
-        os.posix_fallocate(file.fileno(), 0, length)
-    else:
-        file.truncate(length)
+    file.truncate(length)
     mapped = mmap.mmap(file.fileno(), length)
     weights.live_in(_buffers(mapped, sizes))
-    convert()
+    with _written_out_meanwhile(file):
+        convert(_room_in(file, mapped))
     homes = [block.home for block in weights.all_blocks if block.home is not None]
     header = json.dumps(_header(homes)).encode() + b"\n"
     if len(header) > HEADER_BYTES:
         raise ValueError(f"{len(homes)} blocks are more than a header of prepared weights can hold")
     mapped[: len(header)] = header
+    if progress is not None:
+        progress(length, length, KEEPING)
     mapped.flush()
     del homes
     weights.forget()
     with contextlib.suppress(BufferError):  # somebody still looks at the weights
         mapped.close()  # Windows does not rename a file that is mapped
+
+
+def _room_in(file: BinaryIO, mapped: mmap.mmap) -> MakeRoom:
+    """A function that has the disk set room aside for a tensor in the mapped file.
+
+    Without, a disk that fills up kills the process as it writes. Tensor by tensor, because a disk
+    in memory (tmpfs) takes seconds for the whole file, in which nothing would be read.
+    """
+    import torch
+
+    start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+
+    def make_room(rows: "Tensor") -> None:
+        if rows.nbytes:
+            os.posix_fallocate(file.fileno(), rows.data_ptr() - start, rows.nbytes)
+
+    if not hasattr(os, "posix_fallocate"):  # where the length that a file was given is its own
+        return lambda _: None
+    os.posix_fallocate(file.fileno(), 0, HEADER_BYTES)
+    return make_room
+
+
+@contextmanager
+def _written_out_meanwhile(file: BinaryIO) -> Iterator[None]:
+    """What is in the file's pages goes to the disk from time to time, so that the last sync, in
+    which nothing can be done besides, is short. Raises OSError when the disk does."""
+    over = threading.Event()
+
+    def write_out() -> None:
+        while not over.wait(WRITE_OUT_SECONDS):
+            os.fdatasync(file.fileno())
+
+    if not hasattr(os, "fdatasync"):
+        yield
+        return
+    with ThreadPoolExecutor(1, "majicflux-write-out") as pool:
+        writing = pool.submit(write_out)
+        try:
+            yield
+        finally:
+            over.set()
+    writing.result()  # an error is told once, here and not to the last sync
 
 
 def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:

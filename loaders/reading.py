@@ -1,9 +1,12 @@
-"""Reads stretches of files in order, one thread ahead of the arithmetic, in bounded memory."""
+"""Reads stretches of files, in several threads or one thread ahead of the arithmetic."""
 
 import os
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 16 * 2**20
 BUFFERS = 3  # one being filled, one being used, one between them
+# Bytes a second from which on reading at several places at once is no loss: more than SATA carries.
+FAST = 0.6e9
+JUDGED_BYTES = 2**20  # a stretch of fewer tells little of how fast they come
 
 
 @dataclass(frozen=True)
@@ -28,79 +34,90 @@ class Stretch:
     length: int
 
 
+class Reader:
+    """Reads stretches for as many threads as ask, each file being opened once.
+
+    While bytes come slowly, as from a disk that turns, one stretch is read after the other. What
+    has been read is dropped from the page cache, so that a model of 24 GB does not push the user's
+    other programs out of memory.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, FileIO] = {}
+        self._lock = threading.Lock()  # of what is in here
+        self._alone = threading.Lock()  # of who reads from a slow disk
+        self._slow = True
+        self._readers = 0
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, stretch: Stretch, buffer: "Tensor") -> "Tensor":
+        """The bytes of the stretch, at the beginning of `buffer`.
+
+        Raises ModelFileError when the file ends too early or cannot be read.
+        """
+        with self._alone if self._slow else nullcontext():
+            with self._lock:
+                self._readers += 1
+                readers = self._readers
+            start = time.perf_counter()
+            try:
+                self._read_exactly(stretch, memoryview(buffer.numpy().data)[: stretch.length])
+            except OSError as error:
+                reason = error.strerror or error
+                raise ModelFileError(
+                    say("{file} cannot be read: {reason}.", file=stretch.path, reason=reason)
+                ) from error
+            finally:
+                with self._lock:
+                    self._readers -= 1
+            if stretch.length >= JUDGED_BYTES:
+                seconds = time.perf_counter() - start
+                self._slow = readers * stretch.length < FAST * seconds
+        return buffer[: stretch.length]
+
+    def _read_exactly(self, stretch: Stretch, view: memoryview) -> None:
+        with self._lock:
+            file = self._files.get(stretch.path)
+            if file is None:
+                file = self._files[stretch.path] = FileIO(stretch.path)
+        done = 0
+        while done < stretch.length:
+            count = self._read_at(file, stretch.start + done, view[done:])
+            if not count:
+                raise ModelFileError(
+                    say("{file} became shorter while it was read.", file=stretch.path.name)
+                )
+            done += count
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(file.fileno(), stretch.start, done, os.POSIX_FADV_DONTNEED)
+
+    def _read_at(self, file: FileIO, start: int, view: memoryview) -> int | None:
+        if hasattr(os, "preadv"):
+            return os.preadv(file.fileno(), [view], start)
+        with self._lock:  # Windows: the place in the file is the file's, not the thread's
+            file.seek(start)
+            return file.readinto(view)
+
+
 def read_ahead(stretches: Sequence[Stretch]) -> Iterator["Tensor"]:
     """The bytes of each stretch as a uint8 tensor, which is valid until the next one is asked for.
 
-    What has been read is dropped from the page cache, so that a model of 24 GB does not push the
-    user's other programs out of memory. Raises ModelFileError when a file ends too early or
-    cannot be read.
+    Raises ModelFileError when a file ends too early or cannot be read.
     """
     import torch
 
-    free: queue.Queue[Tensor | None] = queue.Queue()
-    filled: queue.Queue[Tensor | BaseException] = queue.Queue()
-    for _ in range(BUFFERS):
-        free.put(torch.empty(BUFFER_BYTES, dtype=torch.uint8))
-
-    def read() -> None:
-        try:
-            _fill_buffers(stretches, free, filled)
-        except BaseException as error:  # raised again by the consumer
-            filled.put(error)
-
-    reader = threading.Thread(target=read, name="majicflux-reader", daemon=True)
-    reader.start()
-    try:
-        for stretch in stretches:
-            buffer = filled.get()
-            if isinstance(buffer, BaseException):
-                raise buffer
-            yield buffer[: stretch.length]
-            free.put(buffer)
-    finally:
-        free.put(None)  # the consumer may have stopped early
-        reader.join()
-
-
-def _fill_buffers(
-    stretches: Sequence[Stretch],
-    free: "queue.Queue[Tensor | None]",
-    filled: "queue.Queue[Tensor | BaseException]",
-) -> None:
-    file: FileIO | None = None
-    path: Path | None = None
-    try:
-        for stretch in stretches:
-            buffer = free.get()
-            if buffer is None:
-                return
-            if stretch.path != path:
-                if file is not None:
-                    file.close()
-                path = stretch.path
-                file = FileIO(path)
-            assert file is not None
-            _read_exactly(file, stretch, memoryview(buffer.numpy().data)[: stretch.length])
-            filled.put(buffer)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ModelFileError(
-            say("{file} cannot be read: {reason}.", file=path, reason=reason)
-        ) from error
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _read_exactly(file: FileIO, stretch: Stretch, view: memoryview) -> None:
-    file.seek(stretch.start)
-    done = 0
-    while done < stretch.length:
-        count = file.readinto(view[done:])
-        if not count:
-            raise ModelFileError(
-                say("{file} became shorter while it was read.", file=stretch.path.name)
-            )
-        done += count
-    if hasattr(os, "posix_fadvise"):  # Linux
-        os.posix_fadvise(file.fileno(), stretch.start, done, os.POSIX_FADV_DONTNEED)
+    buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
+    jobs: deque[Future[Tensor]] = deque()
+    with Reader() as reader, ThreadPoolExecutor(1, "majicflux-reader") as pool:
+        for index, stretch in enumerate(stretches):
+            jobs.append(pool.submit(reader.read, stretch, buffers[index % BUFFERS]))
+            if len(jobs) == BUFFERS:
+                yield jobs.popleft().result()
+        while jobs:
+            yield jobs.popleft().result()

@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,13 +104,13 @@ def load_text_encoders(
     names = diffsynth_module("utils.state_dict_converters.flux_text_encoder_clip")
     clip_names = names.FluxTextEncoderClipStateDictConverter(clip_sources)
 
-    def convert() -> None:
-        fill(weights.module["clip"], {**clip_names, "position_embeds": positions})
-        fill(weights.module["t5"], t5_sources, progress)
-
+    sources = {f"clip.{name}": source for name, source in clip_names.items()}
+    sources |= {f"t5.{name}": source for name, source in t5_sources.items()}
+    sources["clip.position_embeds"] = positions
+    convert = partial(fill, weights.module, sources, progress, None)
     parts = [*model_parts(t5_path), *model_parts(clip_path)]
     mapped = prepared_folder is not None and keep(
-        prepared_folder, parts, weights, f"text encoders {dtype}", convert
+        prepared_folder, parts, weights, f"text encoders {dtype}", convert, progress
     )
     if not mapped:
         weights.allocate()

@@ -113,6 +113,7 @@ class DiTLoader(io.ComfyNode):
         mlp_precision: str = SAME,
         modulation_precision: str = SAME,
     ) -> io.NodeOutput:
+        progress = host.loading_progress(cls.hidden.unique_id)
         from ..engine.flux_dit import DiT
         from ..loaders.flux_dit import load_flux_dit
 
@@ -126,9 +127,7 @@ class DiTLoader(io.ComfyNode):
 
         def load() -> DiT:
             device = host.compute_device()
-            weights, geometry = load_flux_dit(
-                path, precision, host.loading_progress(), prepared, device
-            )
+            weights, geometry = load_flux_dit(path, precision, progress, prepared, device)
             patcher = host.make_patcher(weights, device, "MajicFluxDiT")
             return DiT(weights, patcher, geometry, precision)
 

@@ -94,6 +94,7 @@ class TextEncodersNode(io.ComfyNode):
     def execute(
         cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
     ) -> io.NodeOutput:
+        progress = host.loading_progress(cls.hidden.unique_id)
         import torch
 
         from ..engine.text_encoders import TextEncoders
@@ -112,9 +113,7 @@ class TextEncodersNode(io.ComfyNode):
                 T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
             )
             prepared = host.prepared_folder() if keep_prepared else None
-            weights = load_text_encoders(
-                clip_path, t5_path, dtype, host.loading_progress(), prepared
-            )
+            weights = load_text_encoders(clip_path, t5_path, dtype, progress, prepared)
             device = host.text_encoder_device()
             patcher = host.make_patcher(weights, device, "MajicFluxTextEncoders")
             return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)

@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from comfyui_server import Server
+from file_layouts import sparse_file
 from majicflux.engine import kernels
 from majicflux.engine import pipeline as pipeline_module
+from majicflux.engine.flux_dit import FluxGeometry
 from majicflux.engine.latents import to_vae_space
 from majicflux.engine.pipeline import paint
 from majicflux.engine.plan import Job
@@ -20,6 +23,8 @@ from majicflux.engine.request import Request
 from majicflux.engine.stored_linear import StoredLinear, quantize_rows
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.layouts import flux_dit_layout
+from majicflux.loaders.on_card import OnCard
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
@@ -131,16 +136,63 @@ def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
     assert (found.double() - exact).norm() <= 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize("card_is_full", [False, True])
 @pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
-def test_the_card_converts_to_the_weights_of_the_cpu(models: Path, precision: str) -> None:
+def test_the_card_converts_to_the_weights_of_the_cpu(
+    models: Path, precision: str, card_is_full: bool
+) -> None:
     path = models / demo_models.DIT_FILE
     on_cpu, _ = load_flux_dit(path, PRECISIONS[precision])
-    on_card, _ = load_flux_dit(path, PRECISIONS[precision], device=CUDA)
+    torch.empty(1, device=CUDA)
+    torch.cuda.empty_cache()
+    if card_is_full:  # then the CPU does it
+        torch.cuda.set_per_process_memory_fraction(0.0)
+    try:
+        on_card, _ = load_flux_dit(path, PRECISIONS[precision], device=CUDA)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     theirs = dict(on_card.module.named_parameters())
     for name, parameter in on_cpu.module.named_parameters():
         assert parameter.device == theirs[name].device
+        if precision == "float8_e4m3fn" or card_is_full:
+            bits = theirs[name].view(torch.uint8)
+            assert torch.equal(parameter.view(torch.uint8), bits), name
         difference = (parameter.float() - theirs[name].float()).abs().mean()
         assert difference <= 1e-3 * parameter.float().abs().mean(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_rows_in_pinned_memory_come_back_as_the_cpu_quantizes_them(dtype: torch.dtype) -> None:
+    card = OnCard(CUDA)
+    exact = (torch.randn(1000, 3072) * torch.logspace(-9, 2, 1000)[:, None]).to(dtype)
+    expected, scale = torch.empty(1000, 3072, dtype=torch.float8_e4m3fn), torch.empty(1000)
+    quantize_rows(exact, expected, scale)
+
+    def convert(_: int) -> bool:
+        values = card.buffer()[: exact.nbytes].view(dtype).view(exact.shape).copy_(exact)
+        found, found_scale = torch.empty_like(expected), torch.empty(1000)
+        card.quantize(values, found, found_scale, 0)
+        bits = torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+        return bits and torch.equal(found_scale, scale)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(convert, range(64)))
+
+
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+def test_converting_takes_little_of_the_card_and_gives_it_back(
+    tmp_path: Path, precision: str
+) -> None:
+    layout = flux_dit_layout(FluxGeometry(double_blocks=1, single_blocks=2))
+    path = sparse_file(tmp_path / "wide.safetensors", layout)
+    torch.empty(1, device=CUDA)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    load_flux_dit(path, PRECISIONS[precision], device=CUDA)
+    # cudaMallocAsync reserves more than it uses
+    assert 2**20 < torch.cuda.max_memory_allocated() < 200e6
+    assert torch.cuda.memory_reserved() <= before + 2 * 2**20
 
 
 def test_streaming_holds_less_of_the_card(make_pipeline) -> None:

@@ -12,6 +12,7 @@ from majicflux.engine.precision import PRECISIONS
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.on_card import OnCard
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
 from majicflux.loaders.tokenizers import T5_TOKENIZER, load_tokenizer
@@ -80,23 +81,54 @@ def test_the_published_recipe_casts_every_parameter(models: Path) -> None:
         assert torch.equal(parameter.float(), plain[name].to(torch.float8_e4m3fn).float()), name
 
 
-def test_another_device_can_convert(models: Path) -> None:
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+@pytest.mark.parametrize("short_of_memory", [False, True])
+def test_another_device_can_convert(models: Path, precision: str, short_of_memory: bool) -> None:
     path = models / demo_models.DIT_FILE
     device = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
-    seen: list[torch.device] = []
-    convert = stored_linear.quantize_rows
+    there = 0
+    quantize, convert = OnCard.quantize, stored_linear.quantize_rows
 
-    def watched(weight: torch.Tensor, *into: torch.Tensor) -> None:
-        seen.append(weight.device)
-        convert(weight, *into)
+    def watched(card: OnCard, values: torch.Tensor, *into: torch.Tensor) -> None:
+        nonlocal there
+        there += 1
+        refuse = [short_of_memory]
+
+        def refused_once(*arguments) -> None:
+            if refuse.pop() if refuse else False:
+                raise torch.OutOfMemoryError
+            convert(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stored_linear, "quantize_rows", refused_once)
+            quantize(card, values, *into)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored_linear, "quantize_rows", watched)
-        elsewhere = load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=device)[0]
-    assert seen
-    here = parameters(load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0])
+        patch.setattr(OnCard, "quantize", watched)
+        patch.setattr("majicflux.loaders.fill.MOST_WORKERS", 1)  # what is patched is shared
+        elsewhere = load_flux_dit(path, PRECISIONS[precision], device=device)[0]
+    assert there
+    here = parameters(load_flux_dit(path, PRECISIONS[precision])[0])
     for name, parameter in parameters(elsewhere).items():
         assert torch.equal(parameter.view(torch.uint8), here[name].view(torch.uint8)), name
+
+
+def test_a_damaged_weight_is_named_by_another_device_too(models: Path, tmp_path: Path) -> None:
+    tensors = load_file(models / demo_models.DIT_FILE)
+    tensors["model.diffusion_model.single_blocks.1.linear1.weight"][3, 5] = float("inf")
+    path = dit_with(tmp_path, tensors)
+    with pytest.raises(ModelFileError, match=r"1\.linear1\.weight: the weight holds"):
+        load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=torch.device("cpu", 0))
+
+
+def test_both_text_encoders_count_in_the_progress(models: Path) -> None:
+    clip, t5 = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
+    told: list[tuple[int, int, str]] = []
+    load_text_encoders(clip, t5, torch.bfloat16, lambda *t: told.append(t))
+    tensors = {**load_file(clip), **load_file(t5)}
+    total = sum(t.nbytes for n, t in tensors.items() if "position_ids" not in n)
+    assert told[0][:2] == (0, total)
+    assert told[-1][:2] == (total, total)
 
 
 def test_a_float8_file_is_not_rounded_a_second_time(models: Path, tmp_path: Path) -> None:

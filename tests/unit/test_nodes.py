@@ -337,3 +337,12 @@ def test_the_pipeline_shows_what_it_computes_in(monkeypatch: pytest.MonkeyPatch)
     )
     with pytest.raises(ValueError, match="Choose float8_e4m3fn or int8 rotated"):
         PipelineNode.execute(*handles("bfloat16"), 0.0, "8-bit")
+
+
+def test_loading_is_told_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    told = standalone.loading_progress(None)
+    told(0, 20_000_000_000, "reading and converting {done:.1f} of {total:.1f} GB")
+    told(20_000_000_000, 20_000_000_000, "keeping {total:.1f} GB on disk")
+    shown = capsys.readouterr().err
+    assert "preparing to load" in shown
+    assert "keeping 20.0 GB on disk: 100%" in shown

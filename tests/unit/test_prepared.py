@@ -1,5 +1,6 @@
 """Prepared weights: kept once, mapped from then on, never half, never wrong."""
 
+import itertools
 import logging
 import os
 import random
@@ -159,6 +160,80 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     assert "in memory" in weights.report
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the file's length is its room")
+def test_a_disk_that_fills_up_while_converting_leaves_nothing(
+    source, folder, monkeypatch, caplog
+) -> None:
+    """As a disk in memory does, which has set nothing aside for the whole file."""
+    left = [30]
+    allocate = os.posix_fallocate
+
+    def allocates(*arguments: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        allocate(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocates)
+    weights = load(source, folder)
+    assert "No space left on device" in warned_once(caplog)
+    assert prepared_files(folder) == []
+    assert bits(weights) == bits(load(source, None))
+
+
+def test_all_weights_have_their_room_before_they_are_written(source, folder, monkeypatch) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("the file's length is its room")
+    rooms: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _, start, size: rooms.append((start, size)))
+    weights = load(source, folder)
+    assert sum(size for start, size in rooms if start) == sum(
+        p.nbytes for p in weights.module.parameters()
+    )
+    assert rooms[0] == (0, prepared.HEADER_BYTES)
+    assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(sorted(rooms)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="Linux only")
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_converted_is_written_out_meanwhile(
+    source, folder, monkeypatch, caplog, fails: bool
+) -> None:
+    """An error of the disk is told once, so that the last sync does not know of it."""
+    written: list[int] = []
+
+    def write_out(_: int) -> None:
+        written.append(1)
+        if fails:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", write_out)
+    monkeypatch.setattr(prepared, "WRITE_OUT_SECONDS", 0.001)
+    weights = load_flux_dit(source, FLOAT8, lambda *_: time.sleep(0.001), folder)[0]
+    assert written
+    assert ("Input/output error" in caplog.text) == fails == weights.anonymous
+    assert prepared_files(folder) == [] if fails else prepared_files(folder)
+
+
+def test_it_is_told_that_weights_are_being_kept(source, folder, monkeypatch) -> None:
+    told: list[tuple[int, int, str]] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (told.append((0, 0, "sync")), sync(file)))
+    load_flux_dit(source, FLOAT8, lambda *t: told.append(t), folder)
+    (kept,) = prepared_files(folder)
+    size = kept.stat().st_size
+    assert told[-2:] == [(size, size, prepared.KEEPING), (0, 0, "sync")]
+
+    def cancel(done: int, total: int, doing: str) -> None:
+        if doing == prepared.KEEPING:
+            raise KeyboardInterrupt
+
+    kept.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        load_flux_dit(source, FLOAT8, cancel, folder)
+    assert prepared_files(folder) == []
+
+
 def test_a_folder_that_cannot_be_made_is_no_obstacle(source, folder, caplog) -> None:
     folder.write_text("a file where the folder should be")
     assert "in memory" in load(source, folder).report
@@ -171,7 +246,9 @@ def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, fold
     expected = bits(finished)
     other = load(source, None)
 
-    def convert() -> None:  # with nothing in it that starts threads, which do not survive a fork
+    def convert(
+        _: object,
+    ) -> None:  # with nothing in it that starts threads, which do not survive a fork
         for to, block in zip(other.all_blocks, finished.all_blocks, strict=True):
             to.home.numpy()[:] = block.home.numpy()
 

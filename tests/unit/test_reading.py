@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 from file_layouts import sparse_file
 from majicflux.engine.precision import PRECISIONS
 from majicflux.loaders import demo_models, reading
+from majicflux.loaders.fill import MOST_WORKERS, READING
 from majicflux.loaders.flux_dit import load_flux_dit
-from majicflux.loaders.reading import Stretch, read_ahead
+from majicflux.loaders.reading import JUDGED_BYTES, Reader, Stretch, read_ahead
 from majicflux.loaders.safetensors_file import ModelFileError
 
 # Loads a sparse file of majicflus_v134's full size but for the number of blocks, in a process of
@@ -23,6 +26,7 @@ MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
 from majicflux.engine.precision import PRECISIONS
+from majicflux.loaders.fill import MOST_WORKERS, READING
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders import demo_models
 import torch
@@ -69,24 +73,73 @@ def test_the_reader_ends_with_its_consumer(tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
-def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path) -> None:
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_slow_disk_is_read_at_one_place_and_a_fast_one_at_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(20 * JUDGED_BYTES))
+    if not slow:
+        monkeypatch.setattr(reading, "FAST", 1e6)
+    together, most, lock = 0, 0, threading.Lock()
+    read_at = Reader._read_at
+
+    def watched(*arguments) -> int | None:
+        nonlocal together, most
+        with lock:
+            together += 1
+            most = max(most, together)
+        time.sleep(0.01)  # for 1 MB: 0.1 GB/s
+        count = read_at(*arguments)
+        with lock:
+            together -= 1
+        return count
+
+    monkeypatch.setattr(Reader, "_read_at", watched)
+
+    def read(index: int) -> None:
+        buffer = torch.empty(JUDGED_BYTES, dtype=torch.uint8)
+        reader.read(Stretch(path, index * JUDGED_BYTES, JUDGED_BYTES), buffer)
+
+    with Reader() as reader, ThreadPoolExecutor(4) as pool:
+        read(0)
+        list(pool.map(read, range(20)))
+    assert (most == 1) == slow
+
+
+def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path, monkeypatch) -> None:
     path = models / demo_models.DIT_FILE
-    seen: list[tuple[int, int]] = []
-    load_flux_dit(path, PRECISIONS["float8_e4m3fn"], lambda *counts: seen.append(counts))
+    seen: list[tuple[int, int, str]] = []
+    load_flux_dit(path, PRECISIONS["float8_e4m3fn"], lambda *told: seen.append(told))
     total = sum(t.nbytes for t in load_file(path).values())
-    assert seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[0] == (0, total, READING), "before the first byte has come"
+    assert seen[-1] == (total, total, READING)
+    assert [done for done, *_ in seen] == sorted({done for done, *_ in seen})
 
     class Cancelled(BaseException):
         pass
 
-    def cancel(*_: int) -> None:
-        raise Cancelled
+    begun: list[Stretch] = []
+    read = Reader.read
 
-    before = threading.active_count()
-    with pytest.raises(Cancelled):
-        load_flux_dit(path, PRECISIONS["float8_e4m3fn"], cancel)
-    assert threading.active_count() == before
+    def read_slowly(reader: Reader, stretch: Stretch, buffer: torch.Tensor) -> torch.Tensor:
+        begun.append(stretch)
+        time.sleep(0.005)
+        return read(reader, stretch, buffer)
+
+    monkeypatch.setattr(Reader, "read", read_slowly)
+    before = threading.active_count(), torch.get_num_threads()
+    for last in (0, 1, total // 2):  # as it begins, and on the way
+
+        def cancel(done: int, *_: object, last: int = last) -> None:
+            if done >= last:
+                raise Cancelled
+
+        begun.clear()
+        with pytest.raises(Cancelled):
+            load_flux_dit(path, PRECISIONS["float8_e4m3fn"], cancel)
+        assert (threading.active_count(), torch.get_num_threads()) == before
+        assert len(begun) < 0.9 * len(seen), "the rest is not read"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -95,10 +148,8 @@ def test_the_number_of_threads_changes_no_bit_and_is_put_back(models: Path, thre
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("majicflux.loaders.fill.SHARED_BYTES", 1)
-            with torch.inference_mode():  # as in ComfyUI
-                found = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0]
+        with torch.inference_mode():  # as in ComfyUI
+            found = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0]
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -128,7 +179,7 @@ def test_loading_holds_little_more_than_the_weights(models: Path, tmp_path: Path
     command = [sys.executable, "-c", MEASURE, str(path), str(models / demo_models.DIT_FILE)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     weights, anonymous, file = json.loads(done.stdout)
-    # Fixed: three buffers to read into, and what each thread converts in.
-    buffers = (60 + 16 * torch.get_num_threads()) * 2**20
+    # Fixed: a buffer to read into and what to convert in, for each thread.
+    buffers = (16 + 16) * min(MOST_WORKERS, torch.get_num_threads() + 1) * 2**20
     assert anonymous * 1024 < 1.01 * weights + buffers
     assert file * 1024 < 20 * 2**20

@@ -6,6 +6,8 @@ from majicflux.engine.stored_linear import (
     FLOAT8_DTYPE,
     LIMITS,
     StoredLinear,
+    float32_of,
+    holds_nan,
     quantize_rows,
     rotate,
 )
@@ -71,6 +73,18 @@ def test_what_no_scale_can_save_is_refused(bad: float) -> None:
     weight[1, 1] = bad
     with pytest.raises(ValueError, match="infinity or a NaN"):
         quantized(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_float8_is_what_pytorch_makes_of_it(dtype: torch.dtype) -> None:
+    bits = torch.arange(256, dtype=torch.uint8)
+    for chosen in (bits, bits[~bits.view(dtype).float().isnan()]):
+        values = chosen.view(dtype)
+        found = float32_of(values)
+        assert torch.equal(found.nan_to_num(1000.0), values.float().nan_to_num(1000.0))
+        if dtype == FLOAT8_DTYPE:
+            assert holds_nan(values) == found.isnan().any()
+    assert torch.equal(chosen, values.view(torch.uint8)), "the source is left as it was"
 
 
 @pytest.mark.parametrize("bias", [True, False])
