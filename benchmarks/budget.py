@@ -1,18 +1,22 @@
 """The VRAM budget on a card: kept, how fast within it, and what others do with as much.
 
-Full-size random weights: a transformer in CPU memory (pinned, as far as --pinned says so), T5-XXL
-and the VAE. Whole runs at 1024x1024 under every budget, the smallest ones at 1024 and 2048, then
-steps of denoising: nothing resident against the copies and the resident step, everything resident
-against no streaming at all, and the peers of `budget_peers` under the same budget. --quick runs
-small models on the CPU, where nothing is measured, to show that the script works.
+Full-size random weights as the loader leaves them: prepared files in --scratch (27 GB), mapped, of
+which what travels at every step is pinned as it travels. Whole runs at 1024x1024 under every
+budget, the smallest ones at 1024 and 2048, then steps of denoising: nothing resident against the
+copies and the resident step, everything resident against no streaming at all, all of them against
+the prediction, and the peers of `budget_peers` under the same budget. --quick runs small models on
+the CPU, where nothing is measured, to show that the script works.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +28,7 @@ from majicflux.engine.denoise import conditions_of, flux_velocity
 from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import GB, BudgetError
+from majicflux.engine.plan import DENOISING, GB, BudgetError
 from majicflux.engine.planning import RING_BLOCKS
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import choose
@@ -38,6 +42,8 @@ from majicflux.engine.text_encoders import (
 )
 from majicflux.engine.vae import VAE, build_vae
 from majicflux.host.standalone import make_patcher
+from majicflux.loaders.fill import MakeRoom
+from majicflux.loaders.prepared import prepare
 
 from . import budget_peers
 from .step import BFLOAT16, GUIDANCE, Case, random_weights
@@ -58,17 +64,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small version, for any CPU")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--precision", choices=PRECISIONS, default="float8_e4m3fn")
-    parser.add_argument("--pinned", action="store_true", help="weights in pinned memory")
+    parser.add_argument("--scratch", type=Path, help="where the prepared files are kept")
     parser.add_argument("--parts", default="budgets,steps,peers", help="what to measure")
     chosen = parser.parse_args()
     if not chosen.quick and not torch.cuda.is_available():
         sys.exit("not measured: no CUDA card here; --quick shows that the script works")
     device = torch.device("cpu", 0) if chosen.quick else torch.device("cuda", 0)
-    pipeline = random_pipeline(chosen.precision, device, chosen.quick, chosen.pinned)
-    print(pipeline.computing.report)
     rows: list[Row] = []
     parts = chosen.parts.split(",")
-    with torch.inference_mode():
+    with tempfile.TemporaryDirectory(dir=chosen.scratch) as scratch, torch.inference_mode():
+        pipeline = random_pipeline(chosen.precision, device, chosen.quick, Path(scratch))
+        print(pipeline.computing.report)
         if "budgets" in parts:
             rows += budgets(pipeline, chosen.quick)
         if "steps" in parts:
@@ -78,13 +84,15 @@ def main() -> None:
     report(rows, chosen.check)
 
 
-def random_pipeline(precision: str, device: torch.device, quick: bool, pinned: bool) -> Pipeline:
+def random_pipeline(precision: str, device: torch.device, quick: bool, folder: Path) -> Pipeline:
     geometry, t5 = (SMALL, SMALL_T5) if quick else (FluxGeometry(), T5Geometry())
     clip = ClipGeometry(mlp_width=64, layers=2) if quick else ClipGeometry()
     dit = build_flux_dit(geometry, PRECISIONS[precision])
     parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
-    for weights in parts:
-        _fill(weights, device, pinned and weights is dit)
+    for name, weights in zip(("dit", "text encoders", "vae"), parts, strict=True):
+        convert = partial(_fill, weights, device)
+        if not prepare(weights, folder / f"{name}.majicflux", convert):
+            sys.exit(f"not measured: {folder} takes no prepared weights; choose another --scratch")
     one, two, three = (make_patcher(weights, device, "") for weights in parts)
     return Pipeline(
         DiT(parts[0], one, geometry, PRECISIONS[precision]),
@@ -105,13 +113,11 @@ class Letters:
         return SimpleNamespace(input_ids=[1, *ids, 2] if add_special_tokens else ids)
 
 
-def _fill(weights: OffloadedModule, device: torch.device, pinned: bool) -> None:
+def _fill(weights: OffloadedModule, device: torch.device, make_room: MakeRoom) -> None:
     """Random weights that keep the values in range from block to block."""
-    for block in weights.all_blocks:
-        block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, pin_memory=pinned))
-    weights.anonymous = True
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in weights.module.named_parameters():
+        make_room(parameter)
         if parameter.dim() < 2:
             value = float("norm" in name)
             parameter.fill_(2e-4 if parameter.dtype == torch.float32 else value)
@@ -200,9 +206,18 @@ def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
     yield Row("all resident", kept, "s", resident, "no streaming", bar=1.01 * resident)
     copy = sum(block.nbytes for block in weights.blocks) / copy_rate(device)
     print(f"copying all blocks at the pinned rate: {copy:.4f} s")
-    bar = 1.05 * resident if copy < resident else 1.10 * copy
-    yield Row("nothing resident", nothing, "s", max(copy, resident), "copy or step", bar=bar)
-    yield Row("half resident", half, "s", max(copy / 2, resident), "half the copy or step")
+    nothing_peer, half_peer = max(copy, resident), max(copy / 2, resident)
+    yield Row("nothing resident", nothing, "s", nothing_peer, "copy or step", 1.15 * nothing_peer)
+    yield Row("half resident", half, "s", half_peer, "half the copy or step", 1.1 * half_peer)
+    job = Request("", 0, STEPS, GUIDANCE, 1024, 1024).job
+    predicted = pipeline.plan(job, [DENOISING], rates=True).seconds
+    assert predicted is not None
+    for name, measured, expected in (
+        ("all", kept, predicted), ("half", half, max(copy / 2, predicted)),
+        ("nothing", nothing, max(copy, predicted)),
+    ):  # fmt: skip
+        off = 100 * abs(expected / measured - 1)
+        yield Row(f"prediction off, {name} resident ({expected:.4f} s)", off, "%", bar=15)
 
 
 def _seconds(
@@ -228,6 +243,7 @@ def _seconds(
         (conditions,) = conditions_of(module, [case.text], GUIDANCE, *given)
         velocity = flux_velocity(module, conditions)
         velocity(case.latents, case.sigma)
+    pipeline.dit.patcher.pin()
     with (
         computing.applied_to(module, device),
         weights.running_on(device, passes=PASSES, ring_bytes=ring) if streamed else _nothing(),
