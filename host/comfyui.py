@@ -27,7 +27,7 @@ from ..engine.memory import give_back_pinned
 from ..engine.offload import OffloadedModule
 from ..engine.sizes import PIXELS_PER_LATENT
 from ..messages import say
-from .graph import Place
+from .place import Place
 
 __all__ = [
     "ComfyExtension",

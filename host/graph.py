@@ -3,33 +3,17 @@
 For a first try, for scripts and for tests; ComfyUI stays the place for everything else.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
 from ..messages import say
 from . import standalone
+from .place import Graph
 from .schema import ComfyNode, Schema, Socket
 
-Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs"}
 NUMBERS = {"INT": int, "FLOAT": float}
 SWITCH = {"true": True, "false": False}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the run of a graph is: at `node`, with the inputs of number `index` in their lists.
-
-    inside: the nodes that a node was replaced by while the graph ran; regroups: whether nodes of
-    a class take or give whole lists, so that numbers mean nothing beyond them.
-    """
-
-    graph: Graph
-    node: str
-    index: int = 0
-    inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    regroups: Callable[[str], bool] = lambda _: False
 
 
 class GraphError(ValueError):

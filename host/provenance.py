@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any, TypeAlias, TypeVar
 
 from . import current as host
-from .graph import Graph, Place
+from .place import Graph, Place
 
 KEY = "majicflux"
 REMEMBERED_RUNS = 1000  # of some kB each; ComfyUI's cache holds fewer pictures

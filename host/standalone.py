@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ..messages import say
-from .graph import Place
+from .place import Place
 from .schema import ComfyExtension, ComfyNode, io
 
 if TYPE_CHECKING:

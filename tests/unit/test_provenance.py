@@ -11,7 +11,7 @@ from PIL import Image
 
 from majicflux import cli
 from majicflux.host import provenance, standalone
-from majicflux.host.graph import Graph, Place
+from majicflux.host.place import Graph, Place
 from majicflux.host.provenance import KEY, Runs, carry, combined, keep
 from majicflux.host.schema import ComfyNode
 
