@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from majicflux.engine.card import copy_rate
-from majicflux.engine.denoise import conditions_of, flux_velocity
+from majicflux.engine.conditioning import conditions_of
+from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline, paint

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from majicflux.dev import find_comfyui
 from majicflux.engine import kernels
-from majicflux.engine.denoise import conditions_of, flux_velocity
+from majicflux.engine.conditioning import conditions_of
+from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing, choose

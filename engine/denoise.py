@@ -1,89 +1,21 @@
 """The forward of the Flux transformer, as a velocity for solvers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .conditioning import Conditions, blocks_of, modulation_layers
 from .flux_dit import TokenSequence
-from .offload import CPU, at_hand
+from .offload import CPU
 from .rows import prepare
 from .solvers import Velocity
-from .text_encoders import TextEmbedding
 from .work import Work
 
 # The first and the last layer take as many tokens at once whatever the memory: one of their sides
 # is so narrow that a card adds up in another order for fewer of them, and the picture would differ.
 ENDS = Work(1024)
-
-
-@dataclass
-class Conditions:
-    """What the transformer is told besides the latents, computed once for a whole run.
-
-    text: [1, words, width], in the dtype that the residual is to have; modulation: by sigma, what
-    all modulation layers give, [1, 1, n * width], the final norm's last. It waits in the host's
-    memory for its step.
-    """
-
-    text: Tensor
-    modulation: dict[float, Tensor] = field(default_factory=dict)
-
-
-def conditions_of(
-    dit: Any,
-    prompts: Sequence[TextEmbedding],
-    guidance: float,
-    compute_dtype: torch.dtype,
-    device: torch.device,
-    dtype: torch.dtype,
-    sigmas: Tensor,
-) -> list[Conditions]:
-    """The conditions of each prompt for every sigma but 0, with one visit of each layer.
-
-    Modulation depends on the step, the guidance and the pooled text alone, while its layers are a
-    quarter of the parameters: computed before the first step, they need not travel at every step.
-    dtype: of the latents. If it is float32, so are these conditions, the residual and both ends:
-    three quarters less error with bfloat16 products, because an error of the modulation is one of
-    every token (see benchmarks/README.md). If it is bfloat16, all is rounded as in DiffSynth, which
-    makes a guidance of 3504 of 3500.
-    """
-    sigmas = sigmas[sigmas > 0]
-    wide = torch.promote_types(dtype, compute_dtype)
-
-    def active(text: TextEmbedding) -> Tensor:
-        """What the modulation layers take, [sigmas, 1, width]."""
-        own = guidance if text.guidance is None else text.guidance
-        strength = torch.full((1,), own, device=device, dtype=dtype) * 1000
-        pooled = dit.pooled_text_embedder(text.pooled.to(device, wide))
-
-        def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
-            timestep = (sigma * 1000).to(device, dtype).reshape(1)
-            found = dit.time_embedder(timestep, wide) + pooled
-            if dit.guidance_embedder is None:
-                return found
-            return found + dit.guidance_embedder(strength, wide)
-
-        return F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
-
-    with at_hand(dit.context_embedder):
-        words = [dit.context_embedder(p.tokens.to(device, wide)) for p in prompts]
-        inputs = [active(prompt) for prompt in prompts]
-
-    def given_by(layer: Any) -> list[Tensor]:
-        with at_hand(layer):
-            return [_on_host(layer(of_prompt)) for of_prompt in inputs]
-
-    found = map(given_by, _modulation_layers(dit))
-    of_prompts = (_pinned(torch.cat(x, dim=-1), device) for x in zip(*found, strict=True))
-    return [
-        Conditions(tokens, dict(zip(sigmas.tolist(), of_prompt.split(1), strict=True)))
-        for tokens, of_prompt in zip(words, of_prompts, strict=True)
-    ]
 
 
 def flux_velocity(
@@ -102,7 +34,7 @@ def flux_velocity(
     work = work or Work()
     prompts = [each for each in (positive, negative) if each is not None]
     rope: dict[tuple[int, int, int], Tensor] = {}  # the same at every step
-    sizes = [len(layer.weight) for layer in _modulation_layers(dit)]
+    sizes = [len(layer.weight) for layer in modulation_layers(dit)]
 
     def rope_of(words: int, rows: int, columns: int, device: torch.device) -> Tensor:
         size = (words, rows, columns)
@@ -121,7 +53,7 @@ def flux_velocity(
             turned = rope_of(words, height // 2, width // 2, latents.device)
             x = work.attempt(partial(_embedded, dit, latents, prompt.text))
             sequences.append(TokenSequence(x, words, turned))
-        for block in _blocks(dit):
+        for block in blocks_of(dit):
             layers = block.modulation_layers()
             of_block = [[next(of_prompt) for _ in layers] for of_prompt in modulations]
             block(sequences, of_block, work)
@@ -133,18 +65,6 @@ def flux_velocity(
         return found[0] if negative is None else found[1] + cfg * (found[0] - found[1])
 
     return velocity
-
-
-def _on_host(x: Tensor) -> Tensor:
-    return x if x.is_meta else x.cpu()  # nothing can be copied from the meta device
-
-
-def _pinned(x: Tensor, device: torch.device) -> Tensor:
-    """The same in memory from which copies to `device` need not wait, if it has so much."""
-    try:
-        return x.pin_memory() if device.type == "cuda" else x
-    except RuntimeError:
-        return x
 
 
 def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
@@ -167,15 +87,6 @@ def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
         for some in ENDS.chunks(slice(0, len(mine))):
             x[picture, words:][some] = dit.x_embedder(mine[some])
     return x
-
-
-def _blocks(dit: Any) -> list[Any]:
-    return [*dit.blocks, *dit.single_blocks]
-
-
-def _modulation_layers(dit: Any) -> list[Any]:
-    of_blocks = [layer for block in _blocks(dit) for layer in block.modulation_layers()]
-    return [*of_blocks, dit.final_norm_out.linear]
 
 
 def _rope(dit: Any, words: int, rows: int, columns: int) -> Tensor:

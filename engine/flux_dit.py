@@ -1,11 +1,12 @@
 """DiffSynth's Flux transformer, built from a geometry instead of fixed sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .conditioning import LastConditions
 from .diffsynth_files import diffsynth_module
 from .geometry import ROPE_AXES, TIMESTEP_CHANNELS, FluxGeometry, kind_of_layer
 from .offload import OffloadedModule, Patcher
@@ -36,6 +37,7 @@ class DiT:
     patcher: Patcher
     geometry: FluxGeometry
     precision: Precision
+    last_conditions: LastConditions = field(default_factory=LastConditions, repr=False)
 
 
 def build_flux_dit(

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..messages import say
 from .allocator import ran_out
 from .card import MEASURING_BYTES, card_of
-from .denoise import conditions_of, flux_velocity
+from .conditioning import Conditions, conditions_of
+from .denoise import flux_velocity
 from .flux_dit import DiT
 from .memory import Memory, PhaseReport, Report
 from .offload import CPU, BeforeBlock
@@ -326,10 +327,16 @@ class Run:
         with self.phase(DENOISING) as (plan, work):
             through = passes(task.solver, task.sigmas)
             visits = dit.weights.running_on(device, self.before_block, through, plan.ring, work)
-            with visits as stream:
+            given = (guidance, computing.dtype, device, latents_dtype, task.sigmas)
+
+            def make() -> list[Conditions]:
                 with computing.applied_to(module, device):
-                    given = (guidance, computing.dtype, device, latents_dtype, task.sigmas)
-                    conditions = work.attempt(partial(conditions_of, module, prompts, *given))
+                    return conditions_of(module, prompts, *given)
+
+            key = (guidance, computing, latents_dtype, *task.sigmas.tolist())
+            with visits as stream:
+                last = partial(dit.last_conditions.of, prompts, make, device, *key)
+                conditions = work.attempt(last)
                 with computing.applied_to(module, device):  # with a new buffer for conversions
                     positive, negative = [*conditions, None][:2]
                     velocity = flux_velocity(module, positive, work, negative, task.cfg)

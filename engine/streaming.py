@@ -70,16 +70,18 @@ class CudaTransfers:
         self._pinned = pinned or Pinned((), False, bool, bool)
         self.stream = torch.cuda.Stream(device)
         self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[Any] | None = None
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def copy(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
         pinned = self._pinned.known(home)
-        if pinned is not None and self._thread is None:
+        if pinned is not None and (self._last is None or self._last.done()):
             return self._copy(pinned, place, after)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "majicflux-weights")
-        # From the first other copy on all go through the thread, which keeps them in order.
-        return self._thread.submit(self._copy_or_stage, home, place, after)
+        # While the thread has something to do, the others queue up too: they keep their order.
+        self._last = self._thread.submit(self._copy_or_stage, home, place, after)
+        return self._last
 
     def wait(self, copied: Any) -> None:
         event = copied.result() if isinstance(copied, Future) else copied
@@ -206,7 +208,7 @@ class Stream:
         if place := self._fetched.pop(block, None):
             block.point_home()
             place.left, place.needed = self._transfers.computed(), False
-        self._look_ahead()
+            self._look_ahead()
 
     def close(self) -> None:
         """End the run, wherever it is: no copy is under way, and the ring is given back."""

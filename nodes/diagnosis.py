@@ -250,10 +250,11 @@ def _plan() -> str:
         smallest = in_gb_above(plan.smallest_bytes)
         return say("on a card, 1024x1024 needs {smallest} GB of VRAM or more", smallest=smallest)
     computing, card = _measured(PLANNED)
-    assert card.copy_rate is not None
-    assert card.product_rate is not None
+    rates = [None, None]  # where the card is too full to be measured
+    if card.copy_rate and card.product_rate:
+        rates = [card.copy_rate / 1e9, card.product_rate / 1e12]
     plan = plan_alone(
         None, PRECISIONS[PLANNED], JOB, host.free_memory(device) / GB, bool(computing.eight_bit),
-        card.copy_rate / 1e9, card.product_rate / 1e12,
+        *rates,
     )  # fmt: skip
     return "\n- ".join(["", *str(plan).splitlines()])

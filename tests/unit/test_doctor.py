@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from majicflux.engine import card, kernels
+from majicflux.engine.allocator import Allocator
 from majicflux.engine.plan import GB
 from majicflux.engine.plan_alone import plan_alone
 from majicflux.engine.precision import PRECISIONS
@@ -197,6 +198,8 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(card, "copy_rate", lambda _: 12e9)
     rates = {torch.int8: 100e12, torch.bfloat16: 50e12}
     monkeypatch.setattr(card, "_product_rate", lambda _, dtype: rates[dtype])
+    monkeypatch.setattr(card, "_attention_rate", lambda *_: 25e12)
+    monkeypatch.setattr(card, "allocator_of", lambda _: Allocator(torch.device("cpu")))
     total = type("Properties", (), {"total_memory": 8 * GB})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
     found = parts(diagnosis())
@@ -212,6 +215,16 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
     shown = found["plan of a FLUX.1 transformer"]
     assert [x.removeprefix("- ") for x in shown.splitlines()[1:]] == str(plan).splitlines()
     assert "predicted: " in shown
+
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(card, "_product_rate", full)
+    found = parts(diagnosis())
+    assert "int8 rotated weights: computes in int8" in found["compute_precision auto"]
+    assert "TFLOP/s" not in found["compute_precision auto"]
+    assert "denoising: " in found["plan of a FLUX.1 transformer"]
+    assert "predicted: " not in found["plan of a FLUX.1 transformer"]
 
 
 def test_the_command_prints_it_on_any_console(models: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from majicflux.engine.denoise import conditions_of, flux_velocity
+from majicflux.engine.conditioning import conditions_of
+from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.offload import CPU, OffloadedModule, WeightBlock
 from majicflux.engine.pipeline import paint
 from majicflux.engine.precision import PRECISIONS

@@ -87,8 +87,8 @@ def test_a_run_can_be_stopped_between_blocks_and_begun_again(make_pipeline) -> N
     pipeline = make_pipeline()
     expected = run(pipeline)
     weights = pipeline.dit.weights
-    blocks = len(weights.once) + len(weights.blocks)
-    visited: list[int] = []  # the prompt is remembered, so these are the transformer's
+    blocks = len(weights.blocks)
+    visited: list[int] = []  # the prompt and what it means to each step are remembered
 
     class Cancelled(BaseException):
         pass
@@ -238,3 +238,26 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
         )
     run(pipeline)
     assert events == ["release", "release", "load", "base", "limit"] * 3
+
+
+def test_another_seed_needs_no_layer_that_a_run_needs_once(make_pipeline) -> None:
+    """A quarter of the weights stays where it is; everything else that is changed asks for it."""
+    pipeline = make_pipeline(device=ACCELERATOR)
+    once = {id(part) for block in pipeline.dit.weights._modules[-3:] for part in block}
+    asked: list[str] = []
+    for part in pipeline.dit.weights.module.modules():
+        if id(part) in once:
+            part.register_forward_pre_hook(lambda *_: asked.append(""))
+    first = run(pipeline)
+    assert asked
+    for change, again in (
+        ({"seed": 1}, False), ({"seed": 0}, False), ({"width": 48}, False),
+        ({"guidance": 2.0}, True), ({"steps": 3}, True), ({"prompt": "a dog"}, True),
+        ({"cfg": 2.0}, True), ({"cfg": 2.0, "seed": 3}, False),
+    ):  # fmt: skip
+        asked.clear()
+        request = replace(REQUEST, **change)
+        found = run(pipeline, request)
+        assert bool(asked) == again, change
+        assert torch.equal(found, run(make_pipeline(device=ACCELERATOR), request)), change
+    assert torch.equal(run(pipeline), first)

@@ -17,7 +17,8 @@ from torch import Tensor
 from majicflux import engine
 from majicflux.cli import main
 from majicflux.engine import blocks, denoise, kernels, plan_alone, planning, products, vae_bands
-from majicflux.engine.denoise import conditions_of, flux_velocity
+from majicflux.engine.conditioning import conditions_of
+from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
 from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.plan import GB, MB, BudgetError, Card, Job, Phase, Plan
@@ -551,6 +552,7 @@ def test_plan_says_everything_to_programs(capsys) -> None:
         "steps": 20,
         "prompts": 1,
         "words": T5_TOKENS,
+        "preview_bytes": 0,
     }
     assert found["job"] == job
     assert found["budget_bytes"] == 6 * GB

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from majicflux.engine import streaming
-from majicflux.engine.denoise import conditions_of, flux_velocity
+from majicflux.engine.conditioning import conditions_of
+from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import DiT
 from majicflux.engine.offload import OffloadedModule, WeightBlock, at_hand
 from majicflux.engine.pipeline import paint

@@ -10,8 +10,9 @@ from live_bytes import LiveBytes
 from same_bits import same
 from torch import Tensor
 
-from majicflux.engine import blocks, denoise, products
-from majicflux.engine.denoise import Conditions, flux_velocity
+from majicflux.engine import blocks, conditioning, denoise, products
+from majicflux.engine.conditioning import Conditions
+from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, TokenSequence, build_flux_dit
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.products import Computing, choose
@@ -232,7 +233,7 @@ def test_what_cannot_be_pinned_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Tensor, "pin_memory", full)
     x = torch.zeros(1)
-    assert denoise._pinned(x, torch.device("cuda")) is x
+    assert conditioning._pinned(x, torch.device("cuda")) is x
 
 
 @pytest.mark.parametrize("tokens", [0, 256])

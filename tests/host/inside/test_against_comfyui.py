@@ -10,7 +10,8 @@ from comfyui_encoders import END, float_state, their_clip, their_t5
 from safetensors.torch import load_file, save_file
 
 from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
-from majicflux.engine.denoise import Velocity, conditions_of, flux_velocity
+from majicflux.engine.conditioning import conditions_of
+from majicflux.engine.denoise import Velocity, flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_model_space, to_vae_space
 from majicflux.engine.precision import FLOAT32, uniform
 from majicflux.engine.prompts import weighted_segments
