@@ -52,9 +52,9 @@ class _View:
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
-    def point_into(self, buffer: Tensor) -> None:
+    def of(self, buffer: Tensor) -> nn.Parameter:
         data = buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-        setattr(self.owner, self.name, nn.Parameter(data, requires_grad=False))
+        return nn.Parameter(data, requires_grad=False)
 
 
 class WeightBlock:
@@ -72,11 +72,13 @@ class WeightBlock:
         self.size = BlockSize(end)
         self.nbytes, self.footprint = end, self.size.footprint
         self.home: Tensor | None = None
+        self._at_home: list[nn.Parameter] = []
 
     def live_in(self, buffer: Tensor) -> None:
         """Make `buffer`, uint8 [nbytes] in CPU memory, the place where the parameters are kept."""
         self.home = buffer
-        self.point_into(buffer)
+        self._at_home = [view.of(buffer) for view in self._views]
+        self.point_home()
 
     def stay_on(self, device: torch.device, transfers: Transfers) -> None:
         """Be resident there, once `transfers` has been closed."""
@@ -96,12 +98,16 @@ class WeightBlock:
 
     def point_home(self) -> None:
         assert self.home is not None, "the weights have not been given memory"
-        self.point_into(self.home)
+        self._point_to(self._at_home)
 
     def point_into(self, buffer: Tensor) -> None:
         """Let the parameters be views of `buffer`, which holds their bytes."""
-        for view in self._views:
-            view.point_into(buffer)
+        self._point_to([view.of(buffer) for view in self._views])
+
+    def _point_to(self, parameters: list[nn.Parameter]) -> None:
+        for view, parameter in zip(self._views, parameters, strict=True):
+            # Not by setattr, which would take as long as launching what computes with them.
+            view.owner._parameters[view.name] = parameter
 
 
 class OffloadedModule:
