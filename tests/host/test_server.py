@@ -82,12 +82,12 @@ def test_progress_counts_the_passes_of_a_guided_second_order_step(
 ) -> None:
     graph["5"]["inputs"].update(seed=110, cfg=2.0, solver="heun")
     run = server.run(graph, preview_method="latent2rgb")
-    passes = 2 * (2 * STEPS - 1)
+    passes = 2 * STEPS - 1  # both prompts in one
     sampled = [p for p in run.of("progress") if p["node"] == "5"]
     values = [p["value"] for p in sampled]  # the host leaves some out that follow fast
     assert values == sorted({*values})
     assert (values[-1], {p["max"] for p in sampled}) == (passes, {passes})
-    assert run.previews == passes // 2
+    assert run.previews == passes
     labels = [text for node, text in run.all_texts if node == "5" and text.startswith("step ")]
     assert len(labels) == passes
     assert re.fullmatch(rf"step {STEPS} of {STEPS}, \d+\.\d\d s a step", labels[-1])

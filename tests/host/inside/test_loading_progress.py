@@ -1,6 +1,8 @@
 """What a node shows while it loads for the first time."""
 
 import shutil
+from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import pytest
 
@@ -23,12 +25,10 @@ def test_a_loader_says_from_the_beginning_what_it_does(
     bar: list[tuple[int, int]] = []
     monkeypatch.setattr(host, "show_on_node", lambda _, text: shown.append(text))
     monkeypatch.setattr(host, "prepared_folder", lambda: models / "prepared_here")
-    update = ProgressBar.update_absolute
     monkeypatch.setattr(
-        ProgressBar,
-        "update_absolute",
-        lambda self, done, total: (bar.append((done, total)), update(self, done, total)),
+        ProgressBar, "update_absolute", lambda _, done, total: bar.append((done, total))
     )
+    monkeypatch.setattr(comfy.pack("nodes.model_files"), "_in_use", WeakValueDictionary())
     loader = getattr(comfy.pack("nodes"), node)
     clone = loader.PREPARE_CLASS_CLONE({"hidden_inputs": {host.io.Hidden.unique_id: "1"}})
     try:
@@ -51,7 +51,8 @@ def test_a_node_is_not_told_more_often_than_it_can_show(comfy, monkeypatch) -> N
     shown: list[str] = []
     now = [0.0]
     monkeypatch.setattr(host, "show_on_node", lambda _, text: shown.append(text))
-    monkeypatch.setattr(host.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(host.comfy.utils.ProgressBar, "update_absolute", lambda *_: None)
     on_bytes = host.loading_progress("1")
     for step in range(101):
         now[0] = step / 100
