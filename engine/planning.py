@@ -11,6 +11,9 @@ from .sizes import CHANNELS
 from .weight_sizes import WeightSizes
 from .work import CHUNKS, CONVERTED_AT_ONCE, GROUPS, Work
 
+# Of the weights of a pass, that must stay for the others to travel while the card computes: the
+# fastest card with the fewest lanes for each FLOP, an H200, copies all of them in two steps.
+SHARE_UNNOTICED = 0.5
 RING_BLOCKS = 3  # of the largest size: one computes, one waits, one is being copied
 
 
@@ -210,11 +213,12 @@ def _phase(
         overhead, resident = card.overhead(values), weights.travelling_bytes
         return Phase(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
 
-    # Everything at once where all weights stay beside it; else the largest chunks that cost no
-    # residency, because attention decides the peak anyway, or that leave the ring its room where
-    # they cost time. Groups of heads only where it must be.
+    # Everything at once where so many weights stay beside it that the others travel unnoticed, or
+    # where fewer tokens cost time, if the ring has its room; else the largest chunks that cost no
+    # residency, because attention decides the peak anyway. Groups of heads only where it must be.
     blocks = min(RING_BLOCKS, len(weights.blocks))
-    beside = weights.root.nbytes + blocks * largest if repeating else weights.travelling_bytes
+    beside = weights.root.nbytes + blocks * largest
+    beside += 0 if repeating else int(SHARE_UNNOTICED * passing)
     tokens, values = next(
         (tokens, values) for tokens, values in choices
         if values <= tightest or (stay and needed(values, beside) <= budget)

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from majicflux import engine
 from majicflux.cli import main
-from majicflux.engine import blocks, denoise, kernels, plan_alone, planning, products, vae_bands
+from majicflux.engine import (
+    blocks,
+    conditioning,
+    denoise,
+    kernels,
+    plan_alone,
+    planning,
+    products,
+    vae_bands,
+)
 from majicflux.engine.conditioning import conditions_of
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
@@ -121,7 +130,7 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     functional = SimpleNamespace(scaled_dot_product_attention=attention)
     monkeypatch.setattr(Work, "each", first_two)
     monkeypatch.setattr(denoise, "_rope", rope_once)
-    monkeypatch.setattr(denoise, "_on_host", lambda x: torch.empty(x.shape))
+    monkeypatch.setattr(conditioning, "_on_host", lambda x: torch.empty(x.shape))
     monkeypatch.setattr(blocks, "F", functional)
     monkeypatch.setattr(products, "_float8_product", float8_product)
 
@@ -434,7 +443,10 @@ def test_the_smallest_budget_is_enough_and_less_is_not(size: tuple[int, int], na
 @pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize("size", SIZES)
 def test_more_budget_never_means_more_visits(size: tuple[int, int], name: str) -> None:
-    """But where more tokens are computed at once, as each chunk converts weights again."""
+    """But where more tokens are computed at once, as each chunk converts weights again, or where
+    the visits are so few that they cost nothing, while each chunk is launched by itself."""
+    weights = transformer(FULL, computing_of(name)[0])
+    unnoticed = sum(block.nbytes for block in weights.blocks) / 2 + weights.largest_bytes
     found: list[tuple[float, int, float]] = []
     for gb in [n / 50 for n in range(15, 75)] + [n / 5 for n in range(8, 120)]:
         phase = denoising(name, Job(*size), int(gb * GB), CARDS["fused"])
@@ -443,7 +455,7 @@ def test_more_budget_never_means_more_visits(size: tuple[int, int], name: str) -
     rises = [
         (gb, f"{(after - before) / 1e6:.0f} MB more")
         for (_, before, fewer), (gb, after, tokens) in pairwise(found)
-        if after > before and (tokens <= fewer or "dequantized" not in name)
+        if after > before and (tokens <= fewer or ("dequantized" not in name and after > unnoticed))
     ]
     assert not rises
 
@@ -464,7 +476,7 @@ def test_what_chunks_repeat_is_done_for_all_tokens_at_once(name: str, card: str,
     for gb in (2, 4, 8):
         phase = denoising(name, Job(1024, 1024), gb * GB, CARDS[card])
         least = denoising(name, Job(1024, 1024), gb * GB, CARDS["fused"])
-        assert phase.tokens == tokens
+        assert phase.tokens == (0 if gb == 8 else tokens), "most weights stay with 8 GB"
         assert phase.visiting <= least.visiting + GB
         assert phase.peak <= gb * GB
         assert phase.ring == planning.RING_BLOCKS * largest
