@@ -3,7 +3,9 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
+from threading import RLock, Thread
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it should have given
+
+_trying = RLock()
+_verdicts: dict[tuple[str, torch.device], bool] = {}
 
 OFF = "MAJICFLUX_NO_FUSED_KERNELS"  # set to anything: every operation in plain PyTorch
 
@@ -64,7 +69,7 @@ def kitchen_works(device: torch.device) -> bool:
         return False
     from . import kernel_trials
 
-    return _works("comfy-kitchen", lambda: kernel_trials.kitchen(device))
+    return _works("comfy-kitchen", device, lambda: kernel_trials.kitchen(device))
 
 
 @cache
@@ -75,7 +80,7 @@ def triton_works(device: torch.device) -> bool:
         return False
     from . import kernel_trials
 
-    return _works("Triton", lambda: kernel_trials.fused(device, found >= FLOAT8_UNITS))
+    return _works("Triton", device, lambda: kernel_trials.fused(device, found >= FLOAT8_UNITS))
 
 
 @cache
@@ -83,7 +88,7 @@ def int8_product_works(device: torch.device) -> bool:
     """The same for our int8 product, which not every card with Triton needs."""
     from . import kernel_trials
 
-    return _works("The int8 product in Triton", lambda: kernel_trials.int8_product(device))
+    return _works("The int8 product in Triton", device, lambda: kernel_trials.int8_product(device))
 
 
 @cache
@@ -100,7 +105,28 @@ def float8_takes_row_scales(device: torch.device) -> bool:
         return False
 
 
-def _works(what: str, trial: Callable[[], Pairs]) -> bool:
+def try_ahead(device: torch.device) -> None:
+    """Have the kernels compiled and tried while something else is done, such as reading weights.
+
+    Compiling takes seconds the first time on a machine. Whoever asks meanwhile waits for it.
+    """
+
+    def attempt() -> None:
+        with suppress(RuntimeError), torch.cuda.device(device):  # a full card: later, then
+            triton_works(device)
+
+    if device.type == "cuda":
+        Thread(target=attempt, name="majicflux-kernels", daemon=True).start()
+
+
+def _works(what: str, device: torch.device, trial: Callable[[], Pairs]) -> bool:
+    with _trying:
+        if (what, device) not in _verdicts:
+            _verdicts[what, device] = _tried(what, trial)
+        return _verdicts[what, device]
+
+
+def _tried(what: str, trial: Callable[[], Pairs]) -> bool:
     from .kernel_trials import same
 
     try:

@@ -25,7 +25,7 @@ def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         if not torch.cuda.is_available():
             pytest.skip("NOT TESTED ON A CARD: no CUDA device")
         monkeypatch.setattr(kernels, "triton_works", lambda _: False)
-        assert kernels.kitchen_works()
+        assert kernels.kitchen_works(torch.device("cuda", 0))
 
 
 WIDTH, TOKENS, BATCH = 512, 37, 2

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from threading import Event, Timer
 
 import pytest
 import torch
 
-from majicflux.engine import kernels
+from majicflux.engine import kernel_trials, kernels
 
 INTERPRETED = """
 import torch
@@ -100,18 +102,41 @@ def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixt
         yield right, right
         raise torch.OutOfMemoryError
 
-    assert kernels._works("It", lambda: iter([(right, right)]))
+    assert kernels._tried("It", lambda: iter([(right, right)]))
     with pytest.raises(torch.OutOfMemoryError):
-        kernels._works("It", short_of_memory)
+        kernels._tried("It", short_of_memory)
     assert not caplog.messages
-    assert not kernels._works("It", wrong_when_started_again)
-    assert not kernels._works("It", refused)
-    assert not kernels._works("It", lambda: iter([(right * torch.nan, right)]))
+    assert not kernels._tried("It", wrong_when_started_again)
+    assert not kernels._tried("It", refused)
+    assert not kernels._tried("It", lambda: iter([(right * torch.nan, right)]))
     assert [message.split("; ")[0] for message in caplog.messages] == [
         "It does not work here (wrong results)",
         "It does not work here (KeyError: 'no compiler')",
         "It does not work here (wrong results)",
     ]
+
+
+def test_kernels_are_tried_while_something_else_is_done(monkeypatch) -> None:
+    """Once, and whoever asks meanwhile waits for the verdict."""
+    begun, go_on, trials = Event(), Event(), []
+
+    def trial(*_: object):
+        trials.append(1)
+        begun.set()
+        go_on.wait(30)
+        yield torch.ones(3), torch.ones(3)
+
+    device = torch.device("cuda", 7)  # which nothing else asks for
+    monkeypatch.setattr(kernels, "capability", lambda _: (8, 9))
+    monkeypatch.setattr(kernel_trials, "fused", trial)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    kernels.try_ahead(torch.device("cpu"))
+    assert not trials
+    kernels.try_ahead(device)
+    assert begun.wait(30)
+    Timer(0.1, go_on.set).start()
+    assert kernels.triton_works(device)
+    assert len(trials) == 2, "of which the second takes a kernel's shorter way"
 
 
 def test_a_refusal_of_row_scales_is_found() -> None:
