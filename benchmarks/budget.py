@@ -145,6 +145,7 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
             if not quick:
                 torch.cuda.reset_peak_memory_stats()
             limited.text_encoders.forget()
+            limited.dit.last_conditions.forget()
             try:
                 _, latents, found = paint(limited, request, lambda *_: None, lambda: None)
             except BudgetError as error:

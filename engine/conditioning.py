@@ -30,8 +30,12 @@ class LastConditions:
     them, a quarter of the weights, then need not travel."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Have the next run make its own."""
         self._made_of: list[Any] = []
-        self._prompts: Sequence[TextEmbedding] = ()
+        self._prompts: Sequence[TextEmbedding] = ()  # whose ids `_made_of` has: so nobody else does
         self._kept: list[Conditions] = []
 
     def of(
@@ -44,10 +48,10 @@ class LastConditions:
         """On `device` what was made of these prompts' tensors and what else is given, or is now."""
         made_of = [*given, *((id(p.tokens), id(p.pooled), p.guidance) for p in prompts)]
         if made_of != self._made_of:
-            self._made_of, self._kept = [], []  # before there are others: they take memory
+            self.forget()  # before there are others: they take memory
             conditions = make()
             self._kept = [replace(each, text=_on_host(each.text)) for each in conditions]
-            self._prompts, self._made_of = prompts, made_of  # which are kept, so the ids stand
+            self._prompts, self._made_of = prompts, made_of
             return conditions
         return [replace(each, text=each.text.to(device)) for each in self._kept]
 

@@ -72,6 +72,7 @@ class WeightBlock:
         self.size = BlockSize(end)
         self.nbytes, self.footprint = end, self.size.footprint
         self.home: Tensor | None = None
+        self.address = 0  # where it is on the device while it is resident
         self._at_home: list[nn.Parameter] = []
 
     def live_in(self, buffer: Tensor) -> None:
@@ -80,17 +81,22 @@ class WeightBlock:
         self._at_home = [view.of(buffer) for view in self._views]
         self.point_home()
 
-    def stay_on(self, device: torch.device, transfers: Transfers) -> None:
-        """Be resident there, once `transfers` has been closed."""
+    def stay_on(self, device: torch.device, transfers: Transfers) -> Callable[[], None]:
+        """Begin to become resident there; the function that is returned is to be called once."""
         assert self.home is not None, "the weights have not been given memory"
-        place = self.home
+        place, copied = self.home, None
         if device != CPU:
             place = torch.empty_like(self.home, device=device)
             # Whoever had this memory may still compute.
-            transfers.copy(self.home, place, [transfers.computed()])
-        self.address = place.data_ptr()
-        self.point_into(place)
-        self.resident = True
+            copied = transfers.copy(self.home, place, [transfers.computed()])
+
+        def arrive() -> None:
+            transfers.wait(copied)
+            self.address = place.data_ptr()
+            self.point_into(place)
+            self.resident = True
+
+        return arrive
 
     def leave(self) -> None:
         self.point_home()
@@ -244,13 +250,17 @@ class OffloadedModule:
         if self._pinned is not None:
             self._pinned.grows = False
         transfers = transfers_to(device, self._pinned)
+        begun: list[Callable[[], None]] = []
         try:
-            for block in chosen:
-                if not block.resident:
-                    block.stay_on(device, transfers)
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
+            try:
+                for block in chosen:
+                    if not block.resident:
+                        begun.append(block.stay_on(device, transfers))
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            for arrive in begun:
+                arrive()
         finally:
             transfers.close()
 
@@ -292,7 +302,7 @@ class OffloadedModule:
         root_was_resident = self.root.resident
         try:
             if not root_was_resident and device != CPU:
-                (work or Work()).attempt(lambda: self.root.stay_on(device, PlainTransfers()))
+                (work or Work()).attempt(lambda: self.root.stay_on(device, PlainTransfers()))()
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
             for index, modules in enumerate(self._modules):

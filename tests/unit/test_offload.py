@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from majicflux.engine import offload
 from majicflux.engine.conditioning import conditions_of
 from majicflux.engine.denoise import flux_velocity
 from majicflux.engine.offload import CPU, OffloadedModule, WeightBlock
 from majicflux.engine.pipeline import paint
 from majicflux.engine.precision import PRECISIONS
 from majicflux.engine.request import Request
+from majicflux.engine.streaming import PlainTransfers
 from majicflux.engine.text_encoders import TextEmbedding
 
 REQUEST = Request("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)
@@ -254,3 +256,23 @@ def test_what_stays_at_home_never_travels() -> None:
     assert [block.resident for block in weights.blocks] == [True]
     assert weights.travelling_bytes == 512
     assert weights.total_bytes == 1024
+
+
+def test_a_copy_that_fails_makes_nothing_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run would compute with whatever was in that memory."""
+
+    class Failing(PlainTransfers):
+        def wait(self, copied: object) -> None:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    parts = [nn.Linear(8, 8, device="meta") for _ in range(2)]
+    weights = OffloadedModule(nn.Sequential(*parts), [[part] for part in parts]).allocate()
+    monkeypatch.setattr(offload, "transfers_to", lambda *_: Failing())
+    with pytest.raises(RuntimeError, match="unspecified"):
+        weights.keep_resident(ACCELERATOR, float("inf"))
+    assert not any(block.resident for block in weights.all_blocks)
+    at_home = {block.home.data_ptr() for block in weights.blocks}
+    assert {part.weight.data_ptr() for part in parts} == at_home
+    monkeypatch.undo()
+    weights.keep_resident(ACCELERATOR, float("inf"))
+    assert all(block.resident for block in weights.blocks)

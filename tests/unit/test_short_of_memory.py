@@ -174,6 +174,7 @@ def test_a_shortage_at_any_layer_is_survived(
     expected = run(pipeline)
     before = resident(pipeline)
     layer = LAYERS[place](pipeline.dit)
+    pipeline.dit.last_conditions.forget()
     shortage = no_memory_for(layer, monkeypatch, lambda call: call == 0)
     assert same(run(pipeline), expected)
     assert_survived(pipeline, shortage, before, caplog)
@@ -449,6 +450,7 @@ def test_a_run_may_be_stopped_at_every_visit(
     for stop in range(texts if phase == "text encoders" else passes):
         if phase == "text encoders":
             remembered.clear()
+        pipeline.dit.last_conditions.forget()
         stopper = Stop(stop)
         with pytest.raises(Cancelled):
             run(pipeline, request, before_block=stopper)
@@ -457,6 +459,7 @@ def test_a_run_may_be_stopped_at_every_visit(
         if stop % 8 == 5:
             assert same(run(pipeline, request), expected)
     remembered.clear()
+    pipeline.dit.last_conditions.forget()
     assert same(run(pipeline, request, before_block=(every := Stop())), expected)
     assert every.visits == texts + passes
     assert_at_rest(pipeline)

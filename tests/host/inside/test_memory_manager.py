@@ -50,9 +50,9 @@ def moves(comfy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     block = comfy.pack("engine.offload").WeightBlock
     stay_on, sizes = block.stay_on, []
 
-    def watched(self, device: torch.device, transfers: Any) -> None:
+    def watched(self, device: torch.device, transfers: Any) -> Any:
         sizes.append(self.nbytes)
-        stay_on(self, device, transfers)
+        return stay_on(self, device, transfers)
 
     def refused(self, *_: object, **__: object) -> None:
         raise AssertionError(f"the whole of {type(self).__name__} was moved")
