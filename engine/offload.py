@@ -247,8 +247,6 @@ class OffloadedModule:
         for block in {*self.all_blocks} - {*chosen}:  # leave before others come
             if block.resident:
                 block.leave()
-        if self._pinned is not None:
-            self._pinned.grows = False
         transfers = transfers_to(device, self._pinned)
         begun: list[Callable[[], None]] = []
         try:
@@ -295,8 +293,8 @@ class OffloadedModule:
         """
         ring_bytes = ring_bytes or 2 * self.largest_bytes
         order = [*self.once, *self.blocks * passes] if passes else []
-        if self._pinned is not None:
-            self._pinned.grows = passes > 1  # for one it is not worth the while
+        if self._pinned is not None and passes > 1:  # for one it is not worth the while
+            self._pinned.begin()
         stream = Stream(order, device, ring_bytes, before_block, work, transfers, self._pinned)
         hooks = []
         root_was_resident = self.root.resident
@@ -320,6 +318,8 @@ class OffloadedModule:
                 for module in modules:
                     module.__dict__.pop("visit", None)
             stream.close()
+            if self._pinned is not None:
+                self._pinned.grows = False
             for block in self.all_blocks:
                 block.visitors = 0
                 if not block.resident:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-RAM_LEFT = 0.25  # of the machine's memory, which copies of mapped weights leave to others
+# Of the machine's memory: what copies of mapped weights leave to others, and what others must have
+# left for the copies not to be given back when the next run begins.
+RAM_LEFT, RAM_WANTED = 0.25, 0.1
 
 
 class Pinned:
@@ -27,6 +29,13 @@ class Pinned:
         self._memory: dict[int, Tensor] = {}  # by the address of where the weights live
         self.grows = False  # whether more may be pinned
 
+    def begin(self) -> None:
+        """A run begins whose weights travel at every pass: more may be pinned, unless the machine
+        is short of memory. Then all copies go."""
+        self.grows = not self._mapped or _is_free(0, RAM_WANTED)
+        if not self.grows:
+            self.release()
+
     @property
     def nbytes(self) -> int:
         return sum(memory.nbytes for memory in self._memory.values())
@@ -46,7 +55,7 @@ class Pinned:
     def _new(self, home: Tensor) -> Tensor | None:
         memory = home
         if self._mapped:
-            if not _is_free(home.nbytes):
+            if not _is_free(home.nbytes, RAM_LEFT):
                 return None
             # Filled before it is pinned: that is twice as fast as pinning pages that are not there.
             memory = torch.empty_like(home).copy_(home)
@@ -61,8 +70,8 @@ class Pinned:
             self._unpin(self._memory.popitem()[1])
 
 
-def _is_free(nbytes: int) -> bool:
+def _is_free(nbytes: int, share_left: float) -> bool:
     import psutil
 
     ram = psutil.virtual_memory()
-    return ram.available - nbytes >= RAM_LEFT * ram.total
+    return ram.available - nbytes >= share_left * ram.total

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from majicflux.engine.pinned import RAM_LEFT, Pinned
+from majicflux.engine.pinned import RAM_LEFT, RAM_WANTED, Pinned
 
 SIZE = 1000
 RAM = 100 * SIZE
@@ -44,7 +44,7 @@ def free(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
 
 def pinned_of(homes: list[Tensor], host: Host, mapped: bool) -> Pinned:
     pinned = Pinned(homes, mapped, host.pin, host.unpin)
-    pinned.grows = True
+    pinned.begin()
     return pinned
 
 
@@ -74,7 +74,7 @@ def test_what_travels_first_is_pinned_until_the_host_refuses(homes: list[Tensor]
     assert [memory is not None for memory in found] == [True, True, False, False]
     host.most = 9
     assert pinned.of(homes[3]) is None, "nobody has asked for more"
-    pinned.grows = True
+    pinned.begin()
     assert pinned.of(homes[3]) is not None
 
 
@@ -95,6 +95,22 @@ def test_copies_leave_memory_to_others(homes: list[Tensor], monkeypatch) -> None
     assert pinned.of(homes[0]) is None
     in_place = pinned_of(homes, host, mapped=False)
     assert in_place.of(homes[0]) is homes[0], "which takes none"
+
+
+def test_copies_go_when_the_machine_is_short_of_memory(homes: list[Tensor], monkeypatch) -> None:
+    host = Host(most=9)
+    pinned = pinned_of(homes, host, mapped=True)
+    pinned.of(homes[0])
+    free(monkeypatch, int(RAM_LEFT * RAM))  # they have taken what they may: no reason to go
+    pinned.begin()
+    assert pinned.nbytes == SIZE
+    free(monkeypatch, int(RAM_WANTED * RAM) - 1)
+    pinned.begin()
+    assert not host.pinned
+    assert pinned.of(homes[0]) is None
+    free(monkeypatch, RAM)
+    pinned.begin()
+    assert pinned.of(homes[0]) is not None
 
 
 def test_all_of_it_is_given_back(homes: list[Tensor]) -> None:

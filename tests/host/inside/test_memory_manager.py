@@ -66,7 +66,7 @@ def travel(patcher) -> None:
     """All blocks go to the card once, among the passes of a run."""
     patcher.pin()
     pinned = patcher.weights._pinned
-    pinned.grows = True
+    pinned.begin()
     for block in patcher.weights.blocks:
         pinned.of(block.home)
 
