@@ -261,3 +261,36 @@ def test_another_seed_needs_no_layer_that_a_run_needs_once(make_pipeline) -> Non
         assert bool(asked) == again, change
         assert torch.equal(found, run(make_pipeline(device=ACCELERATOR), request)), change
     assert torch.equal(run(pipeline), first)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.97])
+def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
+    make_pipeline, monkeypatch, share: float
+) -> None:
+    """As with --novram: all were planned to stay, and none, or fewer, are let in."""
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30)
+    expected = run(pipeline)
+    planned = {phase.name: phase for phase in pipeline.plan(REQUEST.job).phases}
+    assert all(phase.ring == 0 for phase in planned.values())
+    pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30)
+    taken: list[tuple[int, int, int]] = []
+    for component in components(pipeline):
+        weights = component.weights
+        cap = int(share * weights.travelling_bytes)
+        load, running_on = component.patcher.load, weights.running_on
+
+        def watched(*given: Any, weights=weights, running_on=running_on) -> Any:
+            taken.append((weights.resident_bytes, given[3], weights.largest_bytes))
+            return running_on(*given)
+
+        monkeypatch.setattr(
+            component.patcher,
+            "load",
+            lambda working, weight_cap, load=load, cap=cap: load(working, cap),
+        )
+        monkeypatch.setattr(weights, "running_on", watched)
+    assert torch.equal(run(pipeline), expected)
+    assert len(taken) == len(planned)
+    for (resident, ring, largest), phase in zip(taken, planned.values(), strict=True):
+        assert largest <= ring
+        assert resident + ring <= phase.resident

@@ -179,7 +179,7 @@ def test_loading_holds_little_more_than_the_weights(models: Path, tmp_path: Path
     command = [sys.executable, "-c", MEASURE, str(path), str(models / demo_models.DIT_FILE)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     weights, anonymous, file = json.loads(done.stdout)
-    # Fixed for each thread: a buffer to read into, what to convert in, and what its allocator keeps.
+    # Fixed for each thread: a buffer to read into, what to convert in, what its allocator keeps.
     buffers = (16 + 16 + 4) * min(MOST_WORKERS, torch.get_num_threads() + 1) * 2**20
     assert anonymous * 1024 < 1.01 * weights + buffers
     assert file * 1024 < 20 * 2**20
