@@ -362,7 +362,7 @@ class Run:
         try:
             self._make_room(component, plan, own)
             plan = _with_ring(component, plan)
-            if component is self.pipeline.dit and plan.visiting:
+            if component is self.pipeline.dit and plan.ring:
                 component.patcher.pin()
             memory = Memory(device, ChainMap(*(c.weights.resident_places for c in own)))
             with memory.held_to(report.planned_bytes, self._budget(component)):

@@ -289,7 +289,10 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
             lambda working, weight_cap, load=load, cap=cap: load(working, cap),
         )
         monkeypatch.setattr(weights, "running_on", watched)
+    pinned: list[str] = []
+    monkeypatch.setattr(pipeline.dit.patcher, "pin", lambda: pinned.append(""))
     assert torch.equal(run(pipeline), expected)
+    assert pinned, "what visits after all is pinned as it does"
     assert len(taken) == len(planned)
     for (resident, ring, largest), phase in zip(taken, planned.values(), strict=True):
         assert largest <= ring
