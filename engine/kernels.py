@@ -21,6 +21,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it shoul
 
 _trying = RLock()
 _verdicts: dict[tuple[str, torch.device], bool] = {}
+_tried_ahead: set[torch.device] = set()
 
 OFF = "MAJICFLUX_NO_FUSED_KERNELS"  # set to anything: every operation in plain PyTorch
 
@@ -106,7 +107,7 @@ def float8_takes_row_scales(device: torch.device) -> bool:
 
 
 def try_ahead(device: torch.device) -> None:
-    """Have the kernels compiled and tried while something else is done, such as reading weights.
+    """Have the kernels compiled and tried, once, while something else is done.
 
     Compiling takes seconds the first time on a machine. Whoever asks meanwhile waits for it.
     """
@@ -115,7 +116,8 @@ def try_ahead(device: torch.device) -> None:
         with suppress(RuntimeError), torch.cuda.device(device):  # a full card: later, then
             triton_works(device)
 
-    if device.type == "cuda":
+    if device.type == "cuda" and device not in _tried_ahead:
+        _tried_ahead.add(device)
         Thread(target=attempt, name="majicflux-kernels", daemon=True).start()
 
 

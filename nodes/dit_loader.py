@@ -114,7 +114,6 @@ class DiTLoader(io.ComfyNode):
         modulation_precision: str = SAME,
     ) -> io.NodeOutput:
         progress = host.loading_progress(cls.hidden.unique_id)
-        from ..engine import kernels
         from ..engine.flux_dit import DiT
         from ..loaders.flux_dit import load_flux_dit
 
@@ -128,7 +127,6 @@ class DiTLoader(io.ComfyNode):
 
         def load() -> DiT:
             device = host.compute_device()
-            kernels.try_ahead(device)
             weights, geometry = load_flux_dit(path, precision, progress, prepared, device)
             patcher = host.make_patcher(weights, device, "MajicFluxDiT")
             return DiT(weights, patcher, geometry, precision)

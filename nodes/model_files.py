@@ -83,11 +83,15 @@ def shared(load: Callable[[], Handle], *identity: Any) -> Handle:
     """The handle that was loaded for this identity and is still in use, or a new one.
 
     ComfyUI keeps no outputs under --cache-none, and two loader nodes are two nodes: both would
-    otherwise hold the same weights twice. Nothing is kept here beyond its last user.
+    otherwise hold the same weights twice. Nothing is kept here beyond its last user. While the
+    first one reads, the kernels that will compute with its weights are tried.
     """
     key = (load.__qualname__, repr(identity))
     handle = _in_use.get(key)
     if handle is None:
+        from ..engine import kernels
+
+        kernels.try_ahead(host.compute_device())
         handle = _in_use[key] = load()
     return handle
 

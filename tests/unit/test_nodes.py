@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from majicflux.engine import kernels
 from majicflux.host import standalone
 from majicflux.loaders.catalogue import GROUPS, KnownFile
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -346,3 +347,16 @@ def test_loading_is_told_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().err
     assert "preparing to load" in shown
     assert "keeping 20.0 GB on disk: 100%" in shown
+
+
+def test_kernels_are_tried_while_the_first_weights_are_read(monkeypatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(kernels, "try_ahead", lambda _: events.append("tried"))
+
+    def load() -> type:
+        events.append("read")
+        return type("Handle", (), {})
+
+    kept = model_files.shared(load, "some file", 1)
+    assert model_files.shared(load, "some file", 1) is kept
+    assert events == ["tried", "read"]
