@@ -55,10 +55,16 @@ def fill(
     Raises ModelFileError when a file cannot be read or holds an infinity or a NaN, and what
     `make_room` raises.
     """
-    pieces = sorted(_pieces(module, sources), key=lambda p: (p.stretch.path, p.stretch.start))
+    import torch
+
+    card = None if device in (None, torch.device("cpu")) else OnCard(device)
+    # A processor has enough to do with less at a time, and needs memory to do it in.
+    size = BUFFER_BYTES if card else BUFFER_BYTES // 2
+    pieces = [*_pieces(module, sources, size)]
+    pieces.sort(key=lambda piece: (piece.stretch.path, piece.stretch.start))
     total = sum(piece.stretch.length for piece in pieces)
     done = 0
-    with _workers(device, make_room) as start:
+    with _workers(card, size, make_room) as start:
         if progress is not None:
             progress(0, total, READING)
         jobs = [start(piece) for piece in pieces]
@@ -71,7 +77,7 @@ def fill(
 
 @contextmanager
 def _workers(
-    device: "torch.device | None", make_room: MakeRoom | None
+    card: OnCard | None, size: int, make_room: MakeRoom | None
 ) -> Iterator[Callable[[_Piece], Future[None]]]:
     """A function that has a piece read, converted and written by one of several threads.
 
@@ -83,12 +89,11 @@ def _workers(
 
     count, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     workers = min(MOST_WORKERS, count + 1)  # one may wait for the disk
-    card = None if device in (None, torch.device("cpu")) else OnCard(device)
     own = threading.local()
 
     def load(piece: _Piece) -> None:
         if not hasattr(own, "buffer"):
-            own.buffer = card.buffer() if card else torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+            own.buffer = card.buffer() if card else torch.empty(size, dtype=torch.uint8)
         with torch.inference_mode(inference), torch.no_grad():
             data = reader.read(piece.stretch, own.buffer)
             if make_room is not None:
@@ -113,7 +118,8 @@ def _workers(
             card.close()
 
 
-def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:
+def _pieces(module: "nn.Module", sources: Sources, size: int) -> Iterator[_Piece]:
+    """size: bytes of one at most."""
     from ..engine.stored_linear import StoredLinear
 
     for prefix, child in module.named_modules():
@@ -130,19 +136,19 @@ def _pieces(module: "nn.Module", sources: Sources) -> Iterator[_Piece]:
                 chosen = slice(first, first + part.rows)
                 weight = parameter.view(rows, -1)[chosen]
                 scale = None if row_scale is None else row_scale[chosen]
-                yield from _split(part, weight, scale, group)
+                yield from _split(part, weight, scale, group, size)
                 first += part.rows
 
 
 def _split(
-    part: Part, weight: "Tensor", row_scale: "Tensor | None", group: int
+    part: Part, weight: "Tensor", row_scale: "Tensor | None", group: int, size: int
 ) -> Iterator[_Piece]:
     row_bytes = weight.shape[1] * DTYPES[part.dtype][1]
     if row_bytes == 0:
         return
     entry = part.file.tensors[part.name]
     source_scale = read_scale(part)
-    step = max(1, BUFFER_BYTES // row_bytes)
+    step = max(1, size // row_bytes)
     for first in range(0, part.rows, step):
         rows = slice(first, min(first + step, part.rows))
         count = rows.stop - rows.start
