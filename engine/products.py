@@ -248,6 +248,7 @@ def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: s
         return y.to(x.dtype).view(*x.values.shape[:-1], -1)
     y = _result(weight, x, out)
     flat = y.flatten(0, -2)
+    bias = None if bias is None else bias.to(y.dtype)  # unscaled files keep it in float8 too
     if kernels.float8_takes_row_scales(y.device):
         scaled_product(values, row_scale, weight, scale, bias, flat)
         return y

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from live_bytes import LiveBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from majicflux.engine import kernels, products
 from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
@@ -335,3 +336,28 @@ def test_a_picture_in_each_precision(make_pipeline) -> None:
     assert found["int8 rotated", "bfloat16"] > found["float8_e4m3fn", "bfloat16"]
     assert found["float8_e4m3fn", "bfloat16"] > found["float8_e4m3fn unscaled", "bfloat16"]
     assert found["int8 rotated", "8-bit"] > found["float8_e4m3fn", "8-bit"]
+
+
+@pytest.mark.parametrize("row_scales", [True, False], ids=["row scales", "rescaled"])
+def test_a_card_adds_a_bias_that_is_kept_in_float8(monkeypatch, row_scales: bool) -> None:
+    """As files without scales have it, which no product of a card takes."""
+    monkeypatch.setattr(kernels, "float8_takes_row_scales", lambda _: row_scales)
+    monkeypatch.setattr(kernels, "fused", lambda _: False)
+    biases = []
+
+    def scaled(x, weight, *scales, out, bias=None, **_):
+        biases.append(bias)
+
+    monkeypatch.setattr(products, "_scaled_mm", scaled)
+    monkeypatch.setattr(products, "rescale_", lambda *given: biases.append(given[-1]))
+    layer = StoredLinear(512, 48, True, FLOAT8_UNSCALED)
+    assert layer.bias.dtype == layer.weight.dtype
+    with FakeTensorMode():  # a card of which only dtypes and shapes are known
+        parts = layer.weight, layer.bias
+        on_card = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in parts]
+        monkeypatch.setattr(layer, "matrix", lambda _: (on_card[0], None, on_card[1]))
+        values = torch.empty(1, 40, 512, device="cuda", dtype=layer.weight.dtype)
+        rows = Rows(values, torch.ones(1, 40, 1, device="cuda"), torch.bfloat16)
+        plain = Dequantized([layer], CPU, rows.dtype)
+        EightBit([layer.weight.dtype], CPU, plain)(layer, rows, None, slice(None))
+    assert biases[-1].dtype == torch.bfloat16
