@@ -15,7 +15,7 @@ import folder_paths
 import latent_preview
 import server
 import torch
-from comfy_api.latest import ComfyExtension, io, ui
+from comfy_api.latest import ComfyExtension, io
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from torch import Tensor, nn
@@ -45,13 +45,13 @@ __all__ = [
     "model_folders",
     "model_names",
     "model_path",
+    "node_text",
     "on_prompt",
     "prepared_folder",
     "preview_bytes",
     "progress",
     "result_device",
     "show_on_node",
-    "shown_pictures",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -59,6 +59,7 @@ __all__ = [
 
 log = logging.getLogger("majicflux")
 
+UI, TEXT_EVENT = "majicflux", "majicflux.text"  # web/majicflux.js knows them
 SHOW_SECONDS = 0.25  # between two texts on a node that is loading
 # Four maps of 64 channels in float32 at the size of the picture, of which three are alive at once.
 TAESD_PIXEL_BYTES = 4 * 64 * 4
@@ -177,15 +178,19 @@ def loading_progress(node_id: str | None) -> Callable[[int, int, str], None]:
 
 
 def show_on_node(node_id: str | None, text: str) -> None:
-    """Show a line of text on a node of the canvas."""
+    """Show a text on a node while it runs."""
     instance = getattr(server.PromptServer, "instance", None)
     if instance is not None and node_id is not None:  # there is none when no server runs
-        instance.send_progress_text(text, node_id)
+        instance.send_sync(TEXT_EVENT, {"node": node_id, "text": text}, instance.client_id)
 
 
-def shown_pictures(pictures: Tensor, node: type) -> Any:
-    """`ui` of a NodeOutput that shows float RGB [batch, height, width, 3] on the running node."""
-    return ui.PreviewImage(pictures, cls=node)
+def node_text(text: str, **values: Any) -> dict[str, Any]:
+    """`ui` of a NodeOutput: the text that its node keeps, and for scripts, in the history, values.
+
+    The pack's extension of the canvas shows it. ComfyUI's own progress texts, which newer canvases
+    remove at the end of a job, are in no history.
+    """
+    return {UI: [{"text": text, **values}]}
 
 
 def preview_bytes(width: int, height: int) -> int:

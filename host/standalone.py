@@ -35,13 +35,13 @@ __all__ = [
     "model_folders",
     "model_names",
     "model_path",
+    "node_text",
     "on_prompt",
     "prepared_folder",
     "preview_bytes",
     "progress",
     "result_device",
     "show_on_node",
-    "shown_pictures",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -196,8 +196,8 @@ def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
 
 
-def shown_pictures(pictures: "Tensor", node: type) -> None:
-    """Nothing to show them on: what is to be kept goes to SaveImage."""
+def node_text(text: str, **values: Any) -> None:
+    """Nothing to show it on: the log has the same lines."""
 
 
 def preview_bytes(width: int, height: int) -> int:

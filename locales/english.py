@@ -11,6 +11,7 @@ from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).parent / "en"
 FILES = {"file", "clip_l", "t5"}  # combos whose options are the user's own files
+WRITTEN = {"stopped": "stopped"}  # by web/majicflux.js itself
 CONTROL = {  # what ComfyUI's canvas puts below a seed
     "name": "control_after_generate",
     "tooltip": "What becomes of the number above after each run.",
@@ -23,7 +24,11 @@ def texts() -> dict[str, dict[str, Any]]:
     schemas = [node.define_schema() for node in NODES]
     names = {name for schema in schemas for name in schema.category.split("/")}
     return {
-        "main.json": {"nodeCategories": {name: name for name in sorted(names)}},
+        "main.json": {
+            "nodeCategories": {name: name for name in sorted(names)},
+            "templateWorkflows": {"category": {"majicflux": "MajicFlux"}},
+            "majicflux": WRITTEN,
+        },
         "nodeDefs.json": {schema.node_id: _of_node(schema) for schema in schemas},
     }
 

@@ -2,7 +2,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from ..host import provenance
-from .sockets import CATEGORY, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from ..engine.pipeline import Pipeline
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 io = host.io
 
 
-class Decode(io.ComfyNode):
+class Decode(Node):
     HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI shows remembered pictures again
 
     @classmethod
@@ -45,7 +45,6 @@ class Decode(io.ComfyNode):
         from ..host import native
 
         picture, report = decode(pipeline, native.from_latent(latent), host.check_cancelled)
-        host.show_on_node(cls.hidden.unique_id, str(report))
         provenance.keep(cls.hidden, report.as_dict())
-        picture = picture.to(host.result_device())
-        return io.NodeOutput(picture, ui=host.shown_pictures(picture, cls))
+        shown = host.node_text(str(report), **report.as_dict())
+        return io.NodeOutput(picture.to(host.result_device()), ui=shown)

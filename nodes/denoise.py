@@ -4,7 +4,7 @@ from ..host import current as host
 from ..host import provenance
 from ..messages import say
 from . import sampling
-from .sockets import CATEGORY, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ io = host.io
 LAST_STEP = 10000
 
 
-class Denoise(io.ComfyNode):
+class Denoise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -158,6 +158,7 @@ class Denoise(io.ComfyNode):
         found, report = denoise(
             pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
         )
-        host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
-        provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
-        return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})
+        values = {"seed": seed, **report.as_dict()}
+        provenance.keep(cls.hidden, values)
+        result = {**latent, **native.to_latent(found, host.result_device())}
+        return io.NodeOutput(result, ui=host.node_text(f"{report}{drawn}", **values))

@@ -3,7 +3,7 @@ from typing import Any
 from ..engine.precision import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
-from .sockets import CATEGORY, DiTHandle
+from .sockets import CATEGORY, DiTHandle, Node
 
 io = host.io
 FOLDER = "diffusion_models"
@@ -29,7 +29,7 @@ def _of_kind(kind: str, matrices: str) -> Any:
     )
 
 
-class DiTLoader(io.ComfyNode):
+class DiTLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -133,5 +133,4 @@ class DiTLoader(io.ComfyNode):
 
         files = model_files.fingerprint(FOLDER, file)
         dit = model_files.shared(load, files, precision, keep_prepared)
-        host.show_on_node(cls.hidden.unique_id, dit.weights.report)
-        return io.NodeOutput(dit)
+        return io.NodeOutput(dit, ui=host.node_text(dit.weights.report))

@@ -2,13 +2,13 @@ import logging
 import time
 
 from ..host import current as host
-from .sockets import CATEGORY
+from .sockets import CATEGORY, Node
 
 log = logging.getLogger("majicflux")
 io = host.io
 
 
-class Doctor(io.ComfyNode):
+class Doctor(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -49,5 +49,4 @@ class Doctor(io.ComfyNode):
 
         text = diagnosis()
         log.info("%s", text)
-        host.show_on_node(cls.hidden.unique_id, text)
-        return io.NodeOutput(text)
+        return io.NodeOutput(text, ui=host.node_text(text))

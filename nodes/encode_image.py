@@ -2,7 +2,7 @@ from typing import TYPE_CHECKING
 
 from ..host import current as host
 from ..host import provenance
-from .sockets import CATEGORY, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 io = host.io
 
 
-class EncodeImage(io.ComfyNode):
+class EncodeImage(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -41,6 +41,6 @@ class EncodeImage(io.ComfyNode):
 
         picture = native.from_image(image)
         latents, report = encode_pictures(pipeline, picture, host.check_cancelled)
-        host.show_on_node(cls.hidden.unique_id, str(report))
         provenance.keep(cls.hidden, report.as_dict())
-        return io.NodeOutput(native.to_latent(latents, host.result_device()))
+        shown = host.node_text(str(report), **report.as_dict())
+        return io.NodeOutput(native.to_latent(latents, host.result_device()), ui=shown)

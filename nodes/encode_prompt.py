@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING
 from ..host import current as host
 from ..host import provenance
 from . import sampling
-from .sockets import CATEGORY, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from ..engine.pipeline import Pipeline
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 io = host.io
 
 
-class EncodePrompt(io.ComfyNode):
+class EncodePrompt(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -56,6 +56,6 @@ class EncodePrompt(io.ComfyNode):
 
         (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled)
         counts = pipeline.checked_text_encoders.count(prompt)
-        host.show_on_node(cls.hidden.unique_id, f"{report}\n{counts}".strip())
         provenance.keep(cls.hidden, report.as_dict())
-        return io.NodeOutput(native.to_conditioning(embedding, guidance))
+        shown = host.node_text(f"{report}\n{counts}".strip(), **report.as_dict())
+        return io.NodeOutput(native.to_conditioning(embedding, guidance), ui=shown)

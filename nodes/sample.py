@@ -4,7 +4,7 @@ from ..host import current as host
 from ..host import provenance
 from ..messages import say
 from . import sampling
-from .sockets import CATEGORY, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +37,7 @@ def _side(name: str) -> Any:
     )
 
 
-class Sample(io.ComfyNode):
-    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI shows remembered pictures again
-
+class Sample(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -73,8 +71,8 @@ class Sample(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip=(
-                        "What to paint, in English or Chinese. Empty is allowed. "
-                        "(words:1.3) weighs them more, \\( and \\) are plain brackets."
+                        "What to paint, in English: T5 cannot read Chinese, CLIP-L hardly. Empty "
+                        "is allowed. (words:1.3) weighs them more, \\( and \\) are plain brackets."
                     ),
                 ),
                 sampling.seed(),
@@ -95,7 +93,7 @@ class Sample(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     optional=True,
-                    tooltip="What not to paint. Used when cfg is not 1.",
+                    tooltip="What not to paint. Used, and shown, when cfg is not 1.",
                 ),
                 sampling.cfg(),
                 sampling.solver(),
@@ -105,7 +103,10 @@ class Sample(io.ComfyNode):
                     options=[CUSTOM, *SIZES],
                     default=CUSTOM,
                     optional=True,
-                    tooltip="A size that Flux paints well, or the width and height above.",
+                    tooltip=(
+                        "A size that Flux paints well, or a width and height of your own. An "
+                        "image or latent brings its own size."
+                    ),
                 ),
                 io.Image.Input(
                     "image",
@@ -253,9 +254,8 @@ class Sample(io.ComfyNode):
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
         counts = "" if positive else f"\n{pipeline.checked_text_encoders.count(prompt)}"
-        host.show_on_node(cls.hidden.unique_id, f"{report}{counts}{drawn}")
-        provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
+        values = {"seed": seed, **report.as_dict()}
+        provenance.keep(cls.hidden, values)
         device = host.result_device()
-        painted = painted.to(device)
-        shown = host.shown_pictures(painted, cls)
-        return io.NodeOutput(painted, native.to_latent(found, device), ui=shown)
+        shown = host.node_text(f"{report}{counts}{drawn}", **values)
+        return io.NodeOutput(painted.to(device), native.to_latent(found, device), ui=shown)

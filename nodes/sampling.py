@@ -79,6 +79,7 @@ def solver() -> Any:
         options=SOLVERS,
         default="euler",
         optional=True,
+        advanced=True,
         tooltip=(
             "How one step leads to the next. euler: the published one. deis_2m, deis_3m: as fast, "
             "and with few steps nearer to what many give. heun: two passes a step."
@@ -92,6 +93,7 @@ def schedule() -> Any:
         options=SCHEDULES,
         default=SCHEDULES[0],
         optional=True,
+        advanced=True,
         tooltip=(
             "The noise level of each step. DiffSynth (shift 3): the published one, the same at "
             "every size. resolution-aware (BFL): Black Forest Labs' own, which stays longer at "

@@ -1,4 +1,4 @@
-"""The pack's own socket types: the handles. Everything else on the sockets is ComfyUI's."""
+"""What the nodes have in common, and the pack's own socket types: the handles."""
 
 from ..host import current as host
 
@@ -8,3 +8,7 @@ DiTHandle = host.io.Custom("MAJICFLUX_DIT")
 TextEncodersHandle = host.io.Custom("MAJICFLUX_TEXT_ENCODERS")
 VAEHandle = host.io.Custom("MAJICFLUX_VAE")
 PipelineHandle = host.io.Custom("MAJICFLUX_PIPELINE")
+
+
+class Node(host.io.ComfyNode):
+    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI sends the texts of remembered nodes to the canvas too

@@ -2,14 +2,14 @@ from typing import Any
 
 from ..host import current as host
 from . import model_files
-from .sockets import CATEGORY, TextEncodersHandle
+from .sockets import CATEGORY, Node, TextEncodersHandle
 
 io = host.io
 FOLDER = "text_encoders"
 PRECISIONS = ["bfloat16", "float32"]
 
 
-class TextEncodersNode(io.ComfyNode):
+class TextEncodersNode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -120,5 +120,4 @@ class TextEncodersNode(io.ComfyNode):
 
         files = [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
         encoders = model_files.shared(load, files, dtype, keep_prepared)
-        host.show_on_node(cls.hidden.unique_id, encoders.weights.report)
-        return io.NodeOutput(encoders)
+        return io.NodeOutput(encoders, ui=host.node_text(encoders.weights.report))

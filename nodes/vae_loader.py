@@ -2,13 +2,13 @@ from typing import Any
 
 from ..host import current as host
 from . import model_files
-from .sockets import CATEGORY, VAEHandle
+from .sockets import CATEGORY, Node, VAEHandle
 
 io = host.io
 FOLDER = "vae"
 
 
-class VAELoader(io.ComfyNode):
+class VAELoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -65,5 +65,4 @@ class VAELoader(io.ComfyNode):
             return VAE(weights, patcher, torch.bfloat16)
 
         vae = model_files.shared(load, model_files.fingerprint(FOLDER, file))
-        host.show_on_node(cls.hidden.unique_id, vae.weights.report)
-        return io.NodeOutput(vae)
+        return io.NodeOutput(vae, ui=host.node_text(vae.weights.report))

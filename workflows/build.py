@@ -19,7 +19,6 @@ from majicflux.loaders.catalogue import (
     GROUPS,
     HUB_NAMES,
     HUGGINGFACE,
-    MAJICFLUS_BF16,
     MAJICFLUS_FLOAT8,
     T5_XXL,
     KnownFile,
@@ -28,22 +27,25 @@ from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).resolve().parent
 COMFYUI_VERSION = "0.33.0"
-LINE, WIDGET, TEXT_BOX, TITLE, GAP = 20, 24, 54, 30, 30
-# With more, in width or height, a window of 1600 x 900 shows the nodes too small for their texts.
-WIDTHS = (380, 480, 580, 420)
-NOTE = 480  # height, in a column of that width
-# What a node needs beyond its sockets and widgets: for its report, its picture, longer texts.
+# In Nodes 2.0, which are higher than those of the classic canvas.
+LINE, WIDGET, TEXT_BOX, TITLE, GAP = 22, 30, 100, 40, 30
+WIDTHS = (330, 400, 430, 360)
+NOTE = 330  # height, in a column of that width
+# The scale that a template opens with: text is legible from 0.58 on. Offset: of the first node from
+# the canvas's own bars.
+SCALE, OFFSET = 0.66, (110, 190)
+# What a node needs beyond its sockets and widgets: for its report, its picture, Nodes 2.0's badge.
 ROOM = {
-    "MajicFluxDiTLoader": 122,
-    "MajicFluxTextEncoders": 84,
-    "MajicFluxVAELoader": 72,
-    "MajicFluxPipeline": 248,
-    "MajicFluxSample": 554,
-    "MajicFluxDenoise": 170,
-    "LoadImage": 300,
-    "CLIPTextEncode": 112,
-    "PrimitiveStringMultiline": 112,
+    "MajicFluxDiTLoader": 120,
+    "MajicFluxTextEncoders": 80,
+    "MajicFluxVAELoader": 60,
+    "MajicFluxPipeline": 200,
+    "MajicFluxSample": 150,
+    "MajicFluxDenoise": 150,
+    "LoadImage": 280,
 }
+# Folded away, in a template as it opens.
+FOLDED = ("width", "height", "negative_prompt", "keep_unmasked")
 
 Source = tuple[int, int]  # a node's id and the number of its output
 
@@ -120,7 +122,7 @@ class Template:
             values.append(socket.options.get("default", "") if given is None else given)
             models += _models(values[-1])
             if socket.options.get("control_after_generate"):
-                values.append("fixed")
+                values.append("randomize")
         if inputs:
             raise ValueError(f"{node_type} has no {', '.join(inputs)}")
         node["outputs"] = [
@@ -146,6 +148,12 @@ class Template:
         node["properties"] = {"Node name for S&R": "MarkdownNote"}
         node["widgets_values"] = [text]
 
+    def level(self, *columns: int) -> None:
+        """What comes next in these columns begins at the same height."""
+        lowest = max(self.bottoms[column] for column in columns)
+        for column in columns:
+            self.bottoms[column] = lowest
+
     def app(self, node: int, *names: str) -> None:
         """Show these inputs of a node in the app view."""
         self.app_inputs += [[node, name] for name in names]
@@ -163,6 +171,7 @@ class Template:
             "groups": [],
             "config": {},
             "extra": {
+                "ds": {"scale": SCALE, "offset": list(OFFSET)},
                 "linearData": {"inputs": self.app_inputs, "outputs": saves},
                 "linearMode": False,
             },
@@ -202,6 +211,8 @@ def _height(schema: Schema) -> int:
     height = LINE * max(sockets, len(schema.outputs), 1) + 6
     widgets = [socket for socket in schema.inputs if socket.io_type in WIDGETS]
     for socket in widgets:
+        if socket.id in FOLDED or socket.options.get("advanced"):
+            continue
         extra = bool(socket.options.get("control_after_generate"))
         height += TEXT_BOX if socket.options.get("multiline") else WIDGET * (1 + extra)
     return height + (8 if widgets else 0) + ROOM.get(schema.node_id, 0)
@@ -211,8 +222,8 @@ def _models(value: Any) -> list[dict[str, str]]:
     """What the missing-model dialog needs to download a file, which it does from Hugging Face."""
     for file in GROUPS["all"]:
         if file.name == value:
-            place = (MAJICFLUS_FLOAT8 if file is MAJICFLUS_BF16 else file).place(HUGGINGFACE)
-            assert place is not None
+            place = file.place(HUGGINGFACE)
+            assert place is not None, "the button fetches from Hugging Face"
             url = f"https://huggingface.co/{place.repository}/resolve/{place.revision}/{place.path}"
             return [{"name": file.name, "url": url, "directory": file.folder}]
     return []
@@ -226,40 +237,46 @@ def _version() -> str:
 def _row(file: KnownFile) -> str:
     size = (file.size or file.least_size) / 1e9
     links = ", ".join(f"[{HUB_NAMES[place.hub]}]({place.page})" for place in file.places)
-    return f"| {file.name} ({size:.1f} GB) | models/{file.folder} | {links} |"
+    return f"- **{file.name}**, {size:.1f} GB, {links} → `models/{file.folder}`"
 
 
-def _note(chinese_title: str, english_title: str, chinese: str, english: str) -> str:
+def _note(title: str, chinese: str, english: str, prompt: str = "") -> str:
+    """prompt: the Chinese one that the template's says in English."""
     rows = "\n".join(map(_row, GROUPS["all"]))
-    return f"""## {chinese_title} / {english_title}
+    why = f"提示词请用英文：T5 读不了中文。原文：{prompt}\n\n" if prompt else ""
+    return f"""## {title}
 
 {chinese}
 
 {english}
 
-## 模型文件 / Model files
+{why}## 模型文件 / Model files
 
-| 文件 / file | 放进 / folder | 来源 / source |
-|---|---|---|
 {rows}
 
-前两个文件任选其一：bf16 版 majicflus_v134 精度最高；缺失模型对话框下载的是 float8 版，\
-文件名是 majicflus_v1.safetensors，下载后请在加载节点里选它。放好文件后按 R 刷新。
+前两个文件任选其一，有哪个就用哪个。下载按钮连不上时：`python -m majicflux.cli download all`。\
+放好后按 R。
 
-Take one of the first two files: majicflus_v134 in bf16 is the most accurate. The missing-model \
-dialog downloads the float8 one under the name majicflus_v1.safetensors; choose it in the loader. \
-Press R once the files are in place.
+Either of the first two will do; the loader takes the one that is there. Without the download \
+buttons: `python -m majicflux.cli download all --from huggingface`. Then press R.
 """
 
 
 CITY = (
+    "A futuristic city street in cyberpunk style, a rainy night, blue and pink neon lights "
+    "reflected on the wet ground, flying cars overhead, high-tech atmosphere, rich detail, a cinematic wide "
+    "shot."
+)
+CITY_IN_CHINESE = (
     "赛博朋克风格的未来城市街道,雨夜,蓝色和粉色的霓虹灯光反射在湿漉漉的地面上,头顶有飞行汽车,"
     "高科技氛围,细节丰富,电影感宽幅画面。"
 )
+WATERCOLOR = "A watercolor painting, soft colors, the texture of paper, a hand-drawn illustration."
+CAT = "A cat with a red scarf, soft natural light, a photograph."
 
 
 def _dit(template: Template, column: int, **values: Any) -> Source:
-    return template.add("MajicFluxDiTLoader", column, file=MAJICFLUS_BF16.name, **values), 0
+    return template.add("MajicFluxDiTLoader", column, file=MAJICFLUS_FLOAT8.name, **values), 0
 
 
 def _encoders_and_vae(template: Template) -> dict[str, Any]:
@@ -275,37 +292,43 @@ def _pipeline(template: Template, **values: Any) -> Source:
     return template.add("MajicFluxPipeline", 1, dit=dit, **parts, **values), 0
 
 
-def _save(template: Template, column: int, images: Source, tall: int = 400, **values: Any) -> None:
+def _save(template: Template, column: int, images: Source, tall: int = 360, **values: Any) -> None:
     values = {"filename_prefix": "MajicFlux", **values}
     template.add("SaveImage", column, tall=tall, images=images, **values)
+
+
+def _sample(template: Template, column: int, **values: Any) -> int:
+    sample = template.add("MajicFluxSample", column, **{"size": "1024x1024 (1:1)", **values})
+    shown = ("prompt", "size", "seed", "steps", "guidance", "strength", "batch_size")
+    begins = "image" in values
+    template.app(sample, *(name for name in shown if name != ("size" if begins else "strength")))
+    return sample
 
 
 def text_to_image(name: str = "text_to_image", budget: float = 0.0, note: str = "") -> Template:
     template = Template(name)
     pipeline = _pipeline(template, vram_budget_gb=budget)
-    sample = template.add("MajicFluxSample", 2, pipeline=pipeline, prompt=CITY)
-    _save(template, 3, (sample, 0), 540)
-    template.app(sample, "prompt", "seed", "steps")
+    sample = _sample(template, 2, pipeline=pipeline, prompt=CITY)
+    _save(template, 3, (sample, 0))
     template.note(1, note or _note(
-        "文生图", "Text to image",
-        "写好提示词，运行。中英文都可以，(词:1.3) 加大权重。显存预算 0 表示由 ComfyUI 决定；"
-        "显存不够时填一个 GB 数。",
-        "Write a prompt, in English or Chinese, and run. (words:1.3) weighs them more. A VRAM "
-        "budget of 0 lets ComfyUI decide; type a number of GB to use less.",
+        "文生图 / Text to image",
+        "写好提示词，运行。显存预算 0 表示由 ComfyUI 决定；显存不够时填一个 GB 数。",
+        "Write a prompt and run. A VRAM budget of 0 lets ComfyUI decide; type a number of GB to "
+        "use less.",
+        CITY_IN_CHINESE,
     ))  # fmt: skip
     return template
 
 
 def text_to_image_6gb() -> Template:
     return text_to_image("text_to_image_6gb", 6.0, _note(
-        "6 GB 显存文生图", "Text to image on 6 GB",
-        "权重和计算加在一起不超过 6 GB 显存，其余权重留在内存里，逐块搬到显卡上；"
-        "画面和不限预算时相同，只差舍入。流水线节点显示计划，采样节点显示实际用量。"
+        "6 GB 显存文生图 / Text to image on 6 GB",
+        "权重和计算加在一起不超过 6 GB 显存，其余权重留在内存里，逐块搬到显卡上。"
         "驱动另外还要 0.3 到 0.6 GB：这张卡还接着显示器时，可以填 5。",
         "Weights and calculation together hold at most 6 GB of the card; the other weights stay "
-        "in CPU memory and visit it block by block. The picture is the same up to rounding. The "
-        "pipeline shows the plan, sample what was used. The driver takes 0.3 to 0.6 GB more: with "
-        "a screen on the same card, try 5.",
+        "in CPU memory and visit it block by block. The driver takes 0.3 to 0.6 GB more: with a "
+        "screen on the same card, try 5.",
+        CITY_IN_CHINESE,
     ))  # fmt: skip
 
 
@@ -313,15 +336,13 @@ def image_to_image() -> Template:
     template = Template("image_to_image")
     pipeline = _pipeline(template)
     picture = template.add("LoadImage", 1, image="example.png")
-    sample = template.add(
-        "MajicFluxSample", 2, pipeline=pipeline, image=(picture, 0), strength=0.7,
-        prompt="水彩画,柔和的色彩,纸张的纹理,手绘插图。",
-    )  # fmt: skip
-    _save(template, 3, (sample, 0))
     template.app(picture, "image")
-    template.app(sample, "prompt", "strength", "seed", "steps")
+    sample = _sample(
+        template, 2, pipeline=pipeline, image=(picture, 0), strength=0.7, prompt=WATERCOLOR
+    )
+    _save(template, 3, (sample, 0))
     template.note(3, _note(
-        "图生图", "Image to image",
+        "图生图 / Image to image",
         "选一张图片，写明要画成什么。strength 越大改得越多：1 完全重画，0.3 只改细节。"
         "结果和原图一样大，不是 16 的倍数的边会裁掉一点。",
         "Choose a picture and say what to make of it. A larger strength changes more: 1 paints "
@@ -335,15 +356,14 @@ def inpainting() -> Template:
     template = Template("inpainting")
     pipeline = _pipeline(template)
     picture = template.add("LoadImage", 1, image="example.png")
-    sample = template.add(
-        "MajicFluxSample", 2, pipeline=pipeline, image=(picture, 0), mask=(picture, 1),
-        strength=0.9, prompt="一只戴着红围巾的猫,柔和的自然光,照片质感。",
+    template.app(picture, "image")
+    sample = _sample(
+        template, 2, pipeline=pipeline, image=(picture, 0), mask=(picture, 1), strength=0.9,
+        prompt=CAT,
     )  # fmt: skip
     _save(template, 3, (sample, 0))
-    template.app(picture, "image")
-    template.app(sample, "prompt", "strength", "seed", "steps")
     template.note(3, _note(
-        "局部重绘", "Inpainting",
+        "局部重绘 / Inpainting",
         "右键点击载入图片的节点，打开遮罩编辑器 (MaskEditor)，涂出要重画的地方，保存后运行。"
         "没有遮罩就什么也不会改；遮罩之外的像素保持原样。",
         "Right-click Load Image, choose Open in MaskEditor, paint over what is to change, save "
@@ -353,79 +373,82 @@ def inpainting() -> Template:
 
 
 def mixed_with_stock_nodes() -> Template:
-    template = Template("mixed_with_stock_nodes", (380, 420, 480, 380, 210, 480))
+    template = Template("mixed_with_stock_nodes")
     dit = _dit(template, 0)
-    pipeline = template.add("MajicFluxPipeline", 1, dit=dit), 0
     clip = template.add(
-        "DualCLIPLoader", 1, clip_name1=CLIP_L.name, clip_name2=T5_XXL.name, type="flux",
+        "DualCLIPLoader", 0, clip_name1=CLIP_L.name, clip_name2=T5_XXL.name, type="flux",
         device="default",
     )  # fmt: skip
-    prompt = template.add("CLIPTextEncode", 2, clip=(clip, 0), text=CITY)
-    latent = template.add("EmptySD3LatentImage", 2, width=1024, height=1024, batch_size=1)
+    vae = template.add("VAELoader", 0, vae_name=AE.name)
+    pipeline = template.add("MajicFluxPipeline", 1, dit=dit), 0
+    prompt = template.add("CLIPTextEncode", 1, tall=200, clip=(clip, 0), text=CITY)
+    latent = template.add("EmptySD3LatentImage", 1, width=1024, height=1024, batch_size=1)
     denoise = template.add(
-        "MajicFluxDenoise", 3, pipeline=pipeline, positive=(prompt, 0), latent=(latent, 0)
+        "MajicFluxDenoise", 2, pipeline=pipeline, positive=(prompt, 0), latent=(latent, 0)
     )
-    vae = template.add("VAELoader", 3, vae_name=AE.name)
-    picture = template.add("VAEDecode", 4, samples=(denoise, 0), vae=(vae, 0))
-    _save(template, 5, (picture, 0), 540)
+    picture = template.add("VAEDecode", 2, samples=(denoise, 0), vae=(vae, 0))
+    _save(template, 3, (picture, 0))
     template.app(prompt, "text")
-    template.app(denoise, "seed", "steps")
-    template.note(2, _note(
-        "与 ComfyUI 自带节点混用", "With ComfyUI's own nodes",
+    template.app(denoise, "seed", "steps", "guidance")
+    template.app(latent, "width", "height")
+    template.note(3, _note(
+        "与 ComfyUI 自带节点混用 / With ComfyUI's own nodes",
         "CLIPTextEncode 编码提示词，VAEDecode 解码画面，去噪在流水线的显存预算内进行。"
-        "CONDITIONING 和 LATENT 与 ComfyUI 的相同，哪一步都可以换。流水线在这里不需要本插件的"
-        "文本编码器和 VAE。预算只管本插件的节点。",
+        "CONDITIONING 和 LATENT 与 ComfyUI 的相同，哪一步都可以换。预算只管本插件的节点。",
         "CLIPTextEncode encodes the prompt and VAEDecode decodes the picture; denoise works "
         "inside the pipeline's VRAM budget. CONDITIONING and LATENT are ComfyUI's own, so that "
-        "any step may be exchanged. This pack's text encoders and VAE are not needed here, so the "
-        "pipeline has none. The budget holds for this pack's nodes only.",
+        "any step may be exchanged. The budget holds for this pack's nodes only.",
+        CITY_IN_CHINESE,
     ))  # fmt: skip
     return template
 
 
 def batch_with_a_grid() -> Template:
-    template = Template("batch_with_a_grid", (380, 480, 580, 270, 420))
+    template = Template("batch_with_a_grid")
     pipeline = _pipeline(template)
-    sample = template.add("MajicFluxSample", 2, pipeline=pipeline, prompt=CITY, batch_size=4)
+    sample = _sample(template, 2, pipeline=pipeline, prompt=CITY, batch_size=4)
     grid = template.add(
         "ImageGrid", 3, images=(sample, 0), columns=2, cell_width=1024, cell_height=1024, padding=8
     )
-    _save(template, 4, (grid, 0), filename_prefix="MajicFlux_grid")
-    _save(template, 4, (sample, 0))
-    template.app(sample, "prompt", "seed", "steps", "batch_size")
+    _save(template, 3, (grid, 0), 270, filename_prefix="MajicFlux_grid")
+    _save(template, 3, (sample, 0), 270)
     template.note(1, _note(
-        "一批不同的画面，拼成一张", "A batch, and its grid",
+        "一批不同的画面，拼成一张 / A batch, and its grid",
         "batch_size 是一次画几张：同一个提示词，每张的噪声不同。拼图和单张都会保存；"
         "换了尺寸，就把拼图节点的 cell_width 和 cell_height 也改掉。显存不够时一次少画几张。",
         "batch_size is the number of pictures of one prompt, each from noise of its own. The grid "
         "and the single pictures are saved. With another size, change cell_width and cell_height "
         "of the grid too. If memory is short, paint fewer at once.",
+        CITY_IN_CHINESE,
     ))  # fmt: skip
     return template
 
 
 def compare_precisions() -> Template:
-    """A column for each precision; what they have in common stands left of them."""
-    template = Template("compare_precisions", (480, 400, 400, 400))
-    template.note(0, _note(
-        "比较精度", "Compare precisions",
-        "同一个提示词和种子，三种权重精度，画面并排。bfloat16 那一列就要 24 GB 内存；"
-        "两个 8 位的开着 keep_prepared 时从磁盘映射。不想比的那一列，选中后按 Ctrl+M 静音。",
-        "One prompt and one seed with three weight precisions, side by side. The bfloat16 column "
-        "alone takes 24 GB of CPU memory; with keep_prepared the 8-bit ones are mapped from the "
-        "disk. Select a column and press Ctrl+M to leave it out.",
-    ))  # fmt: skip
+    """A row for each precision; what they have in common stands left of them."""
+    template = Template("compare_precisions", (*WIDTHS, 360))
     parts = _encoders_and_vae(template)
-    prompt = template.add("PrimitiveStringMultiline", 0, "prompt", value=CITY)
+    prompt = template.add("PrimitiveStringMultiline", 0, "prompt", tall=180, value=CITY)
     seed = template.add("PrimitiveInt", 0, "seed", value=0)
-    for column, precision in enumerate(("float8_e4m3fn", "int8 rotated", "bfloat16"), start=1):
-        dit = _dit(template, column, weight_precision=precision)
-        pipeline = template.add("MajicFluxPipeline", column, dit=dit, **parts)
+    template.note(0, _note(
+        "比较精度 / Compare precisions",
+        "同一个提示词和种子，三种权重精度，一行一种。bfloat16 那一行就要 24 GB 内存；"
+        "两个 8 位的开着 keep_prepared 时从磁盘映射。不想比的那一行，选中后按 Ctrl+M 静音。",
+        "One prompt and one seed with three weight precisions, a row each. The bfloat16 row "
+        "alone takes 24 GB of CPU memory; with keep_prepared the 8-bit ones are mapped from the "
+        "disk. Select a row and press Ctrl+M to leave it out.",
+        CITY_IN_CHINESE,
+    ))  # fmt: skip
+    for precision in ("float8_e4m3fn", "int8 rotated", "bfloat16"):
+        dit = _dit(template, 1, weight_precision=precision)
+        pipeline = template.add("MajicFluxPipeline", 1, dit=dit, **parts)
         sample = template.add(
-            "MajicFluxSample", column, pipeline=(pipeline, 0), prompt=(prompt, 0), seed=(seed, 0)
-        )
+            "MajicFluxSample", 2, pipeline=(pipeline, 0), prompt=(prompt, 0), seed=(seed, 0),
+            size="1024x1024 (1:1)",
+        )  # fmt: skip
         prefix = f"MajicFlux_{precision.replace(' ', '_')}"
-        _save(template, column, (sample, 0), title=precision, filename_prefix=prefix)
+        _save(template, 3, (sample, 0), title=precision, filename_prefix=prefix)
+        template.level(1, 2, 3)
     template.app(prompt, "value")
     template.app(seed, "value")
     return template

@@ -22,7 +22,14 @@ PHASES = ("text encoders", "denoising", "VAE decode")
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 ERROR_BANNER = "text=/errors? found/"
-SMALL = {"steps": 2, "width": 64, "height": 64, "cell_width": 64, "cell_height": 64}
+SMALL = {
+    "size": "width x height",
+    "steps": 2,
+    "width": 64,
+    "height": 64,
+    "cell_width": 64,
+    "cell_height": 64,
+}
 # Left, top, right and bottom of each node, its title included.
 BOXES = """() => app.rootGraph.nodes.map(n => [n.type, [n.pos[0],
     n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]])"""
