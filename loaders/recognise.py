@@ -92,9 +92,8 @@ RELATIVES = (
          FLUX_ENCODERS),
 )  # fmt: skip
 CHECKPOINTS = (
-    Kind(("conditioner.embedders.", "label_emb.0.0.weight"), later("an SDXL checkpoint"),
-         CHECKPOINT),
-    Kind(("cond_stage_model.", "model.diffusion_model.input_blocks."),
+    Kind(("label_emb.0.0.weight",), later("an SDXL checkpoint"), CHECKPOINT),
+    Kind(("model.diffusion_model.input_blocks.",),
          later("a Stable Diffusion 1.x or 2.x checkpoint"), CHECKPOINT),
 )  # fmt: skip
 QUANTISATIONS = (

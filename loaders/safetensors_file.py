@@ -153,7 +153,9 @@ def _what_else(name: str, first: bytes) -> str:
     line = text.strip().partition("\n")[0].strip()
     if line and all(c.isprintable() or c.isspace() for c in text):
         return say(
-            "{file} is a text, not the model. It says: {line}", file=name, line=line[:FIRST_LINE]
+            "{file} is a text, not the model: “{line}”. Download the file again.",
+            file=name,
+            line=line[:FIRST_LINE],
         )
     return say("{file} is not a safetensors file; download the .safetensors version.", file=name)
 
