@@ -367,6 +367,18 @@ def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipe
         Pipeline(fill, pipeline.text_encoders, pipeline.vae, None, torch.bfloat16)
 
 
+@pytest.mark.parametrize("encoder", ["CLIP-L", "T5"])
+def test_encoders_of_another_width_are_refused_by_the_pipeline(make_pipeline, encoder) -> None:
+    pipeline = make_pipeline()
+    widths = {"CLIP-L": {"pooled_width": 1280}, "T5": {"text_width": 2048}}[encoder]
+    geometry = replace(pipeline.dit.geometry, **widths)
+    dit = replace(pipeline.dit, geometry=geometry)
+    wanted = next(iter(widths.values()))
+    with pytest.raises(ValueError, match=f"takes {wanted} values from {encoder}, and the"):
+        replace(pipeline, dit=dit)
+    replace(pipeline, dit=dit, text_encoders=None)
+
+
 @pytest.mark.parametrize("style", ["old", "new"])
 def test_a_scaled_float8_t5(models: Path, saved, style: str) -> None:
     clip = models / demo_models.CLIP_FILE
