@@ -75,8 +75,8 @@ UMT5 = Kind(
     FLUX_ENCODERS,
 )
 
-# Of each group, the first kind whose marker is found is the answer.
-# What has tensors of the names of ours and is another model.
+# Of each group, the first kind whose marker is found is the answer. These have tensors of the same
+# names as ours.
 RELATIVES = (
     Kind(("controlnet_", "control_net."), later("a ControlNet"),
          later("It belongs in models/controlnet.")),
@@ -110,7 +110,7 @@ QUANTISATIONS = (
     _quantised("W4A8", ".weight_s_rel"),
     _quantised("NVFP4", ".weight_scale_2"),
     _quantised("ModelOpt", ".pre_quant_scale", ".weight_quantizer."),
-    _quantised("float8 blocks", ".weight_scale_inv"),
+    _quantised("block-wise float8", ".weight_scale_inv"),
 )  # fmt: skip
 OTHERS = (
     Kind(

@@ -11,7 +11,7 @@ from ..engine.diffsynth_files import diffsynth_module
 from ..engine.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..messages import say
 from .fill import Progress, fill
-from .layouts import clip_layout, t5_layout
+from .layouts import blocks_in, clip_layout, t5_layout
 from .prepared import keep
 from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
@@ -72,7 +72,7 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
         geometry = ClipGeometry(
             width=width,
             mlp_width=_shape(path, sources, CLIP_MLP, 2)[0],
-            layers=_layers(sources, r"text_model\.encoder\.layers\.(\d+)\."),
+            layers=blocks_in(sources, "text_model.encoder.layers.", clip_layout(ClipGeometry())),
             vocabulary=vocabulary,
             positions=_shape(path, sources, CLIP_POSITIONS, 2)[0],
         )
@@ -96,7 +96,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
         geometry = T5Geometry(
             width=width,
             mlp_width=_shape(path, sources, T5_MLP, 2)[0],
-            layers=_layers(sources, r"encoder\.block\.(\d+)\."),
+            layers=blocks_in(sources, "encoder.block.", t5_layout(T5Geometry())),
             heads=heads,
             head_dim=_shape(path, sources, T5.markers[0], 2)[0] // heads,
             vocabulary=vocabulary,
@@ -176,7 +176,3 @@ def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...
     if len(shape) != axes or 0 in shape:
         raise missing(path, name)
     return shape
-
-
-def _layers(sources: Sources, pattern: str) -> int:
-    return len({m[1] for name in sources if (m := re.match(pattern, name))})

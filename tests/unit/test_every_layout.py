@@ -171,6 +171,10 @@ def test_a_header_that_declares_nonsense_harms_no_file_that_needs_none(
 
 LEFT_OVER = {
     "double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 4),
+    "double_blocks.18.img_attn.qkv.lora_A.weight": torch.zeros(4, 4),
+    "single_blocks.37.linear1.diff_b": torch.zeros(4),
+    "text_model.encoder.layers.11.mlp.fc1.lora_up.weight": torch.zeros(4, 4),
+    "encoder.block.23.layer.0.SelfAttention.q.lora_up.weight": torch.zeros(4, 4),
     "lora_unet_double_blocks_0.lora_down.weight": torch.zeros(4, 4),
     "controlnet_blocks.0.weight": torch.zeros(4, 4),
     "conditioner.embedders.0.weight": torch.zeros(4, 4),

@@ -137,7 +137,7 @@ def test_models_with_some_of_flux1s_names_are_named(saved, ours, theirs: str, sa
     ("beside", "said"),
     [
         ("weight_scale_2", "quantized by NVFP4"),
-        ("weight_scale_inv", "quantized by float8 blocks"),
+        ("weight_scale_inv", "quantized by block-wise float8"),
         ("pre_quant_scale", "quantized by ModelOpt"),
         ("weight_s_rel", "quantized by W4A8"),
     ],
