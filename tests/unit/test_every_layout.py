@@ -394,6 +394,22 @@ def test_a_scaled_float8_t5(models: Path, saved, style: str) -> None:
     assert bits(parameters(found)) == bits(parameters(plain))
 
 
+def test_a_t5_whose_int8_the_header_declares(models: Path, tmp_path: Path) -> None:
+    """T5's matrices are named as those of blocks only for the function that quantizes them."""
+    pytest.importorskip("comfy_kitchen")
+    clip, plain = models / demo_models.CLIP_FILE, load_file(models / demo_models.T5_FILE)
+    inner = {n: t for n, t in plain.items() if "DenseReluDense" in n}
+    quantized = int8_tensorwise({f"blocks.{n}": t for n, t in inner.items()}, 64)
+    tensors = plain | {n.removeprefix("blocks."): t for n, t in quantized.items()}
+    path = tmp_path / "t5.safetensors"
+    tensors, metadata = declared_in_header(tensors)
+    save_file(tensors, path, metadata)
+    found = parameters(load_text_encoders(clip, path, torch.float32))
+    for name, tensor in inner.items():
+        difference = (found[f"t5.{name}"] - tensor.float()).norm() / tensor.float().norm()
+        assert 0 < difference < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float32])
 def test_a_t5_in_other_precisions(models: Path, saved, dtype: torch.dtype) -> None:
     clip = models / demo_models.CLIP_FILE
