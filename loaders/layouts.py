@@ -4,6 +4,9 @@ They are what the loaders demand of a file and what the demo models are made of.
 their key-and-shape hash is the one by which DiffSynth knows the real files (see the tests).
 """
 
+import re
+from collections.abc import Iterable
+
 from ..engine.geometry import (
     HEAD_DIM,
     MLP_RATIO,
@@ -115,6 +118,17 @@ def vae_layout() -> Layout:
             _conv(layout, f"decoder.up.{level}.upsample.conv", out, out)
     _conv(layout, "decoder.conv_out", width, 3)
     return layout
+
+
+def blocks_in(names: Iterable[str], prefix: str, layout: Layout) -> int:
+    """How many blocks PREFIX.N. have something of what the first has in `layout`.
+
+    What else is in the file, as a LoRA of a model with more blocks, makes none.
+    """
+    first = f"{prefix}0."
+    needed = {name.removeprefix(first) for name in layout if name.startswith(first)}
+    matches = (re.match(rf"{re.escape(prefix)}(\d+)\.(.+)", name) for name in names)
+    return len({match[1] for match in matches if match and match[2] in needed})
 
 
 def _linear(layout: Layout, name: str, width_in: int, width_out: int) -> None:

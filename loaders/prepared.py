@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..messages import later, say
-from .fill import MakeRoom, Progress
+from .fill import LARGEST, MakeRoom, Progress
 from .safetensors_file import ModelFileError
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
-FORMAT = 3  # raise it when the layout of a block or the conversion changes
+FORMAT = 4  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
+NAME_BYTES = 64  # of the source's name: with what follows it, less than any file system allows
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
 SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody
@@ -63,7 +64,8 @@ def prepared_file(
             header = hashlib.sha256(file.read(length)).hexdigest()
         identity.append([state.st_size, state.st_mtime_ns, header])
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    return folder / f"{parts[0].stem}-{key}{SUFFIX}"
+    name = os.fsencode(parts[0].stem)[:NAME_BYTES].decode("utf-8", "ignore")
+    return folder / f"{name}-{key}{SUFFIX}"
 
 
 def keep(
@@ -117,7 +119,9 @@ def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
         return False
     try:
         weights.live_in(_map(weights, path))
+        _require_scales(weights)
     except (OSError, ValueError) as error:
+        weights.forget()
         log.warning("%s is damaged (%s); it is made again.", path.name, error)
         with contextlib.suppress(OSError):
             path.unlink()
@@ -230,6 +234,13 @@ def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:
     if json.loads(line) != _header(buffers):
         raise ValueError("its contents have changed")
     return buffers
+
+
+def _require_scales(weights: "OffloadedModule") -> None:
+    """Raise ValueError for a scale that is none: one of them spoils every picture."""
+    for name, parameter in weights.module.named_parameters():
+        if name.endswith(".scale") and not (parameter.abs() <= LARGEST).all():
+            raise ValueError("a scale is not finite")
 
 
 def _buffers(mapped: mmap.mmap, sizes: list[int]) -> list["Tensor"]:
