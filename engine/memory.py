@@ -56,13 +56,20 @@ class Report:
         if self.peak_bytes is None or self.budget_bytes is None:
             return ""
         return say(
-            "peak {peak:.2f} GB of {budget:.2f} GB of VRAM",
+            "VRAM: used {peak:.2f} of {budget:.2f} GB, planned {planned:.2f}, moved {moved:.1f}",
             peak=self.peak_bytes / GB,
             budget=self.budget_bytes / GB,
+            planned=max(phase.planned_bytes for phase in self.phases) / GB,
+            moved=sum(phase.moved_bytes for phase in self.phases) / GB,
         )
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.phases), *filter(None, [self.summary])])
+        """Short lines, for a node of the canvas."""
+        seconds = [
+            say("{phase} {seconds:.1f} s", phase=say(phase.name), seconds=phase.seconds)
+            for phase in self.phases
+        ]
+        return "\n".join([*filter(None, [self.summary]), ", ".join(seconds)])
 
 
 class Memory:

@@ -152,6 +152,21 @@ class Plan:
             return say("a smaller picture or batch, or a shorter prompt")
         return say("a smaller picture or batch")
 
+    def bar(self) -> list[tuple[str, int]]:
+        """What the largest phase takes of the budget, by name, in bytes; the last is what is left.
+
+        Empty without a budget.
+        """
+        if self.budget_bytes is None:
+            return []
+        largest = max(self.phases, key=lambda phase: phase.peak)
+        return [
+            (say("weights that stay"), largest.resident),
+            (say("for weights that visit"), largest.ring),
+            (say("calculation"), largest.values + largest.overhead),
+            (say("free"), max(0, self.budget_bytes - largest.peak)),
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""
         phases = [{**asdict(phase), "peak": phase.peak} for phase in self.phases]

@@ -12,6 +12,7 @@ from ..loaders.shards import SHARD, hidden, model_parts
 from ..messages import say
 
 CHECKPOINTS = "checkpoints"
+MAJICFLUS = [file.name for file in GROUPS["majicflus"]]
 
 Handle = TypeVar("Handle")
 _in_use: WeakValueDictionary[Any, Any] = WeakValueDictionary()
@@ -41,11 +42,13 @@ def _names(category: str) -> list[str]:
 def resolve(category: str, name: str) -> Path:
     """The file, or the folder of shards, that a choice stands for.
 
-    Raises ModelFileError when it is not in the host's folders.
+    Of majicflus each hub has another file: the one that is there stands in for the other.
+    Raises ModelFileError when none is in the host's folders.
     """
-    path = host.model_path(category, name) or host.model_path(CHECKPOINTS, name)
-    if path is not None:
-        return path
+    for other in (name, *(MAJICFLUS if name in MAJICFLUS else ())):
+        path = host.model_path(category, other) or host.model_path(CHECKPOINTS, other)
+        if path is not None:
+            return path
     for shard in _names(category):
         if _folder_of_shard(shard) == name:
             path = host.model_path(category, shard)
@@ -64,8 +67,12 @@ def _long_form(category: str, name: str) -> list[str]:
     known = [file for file in GROUPS["all"] if file.name == name]
     pages = [place.page for file in known for place in file.places]
     folders = [str(path) for path in host.model_folders(category)]
-    published = [say("It is published at:"), *pages] if pages else []
-    return [*published, say("It was looked for in:"), *folders]
+    if pages and folders:
+        models = Path(folders[0]).parent
+        command = f'python -m majicflux.cli download all --models "{models}"'
+        fetch = say("Or run {command} in ComfyUI's custom_nodes.", command=command)
+        pages = [say("It is published at:"), *pages, fetch]
+    return [*pages, say("It was looked for in:"), *folders]
 
 
 def problem(category: str, name: str, inspect: Callable[[Path], Any]) -> str | None:

@@ -1,5 +1,5 @@
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..host import current as host
 from ..messages import say
@@ -107,8 +107,10 @@ class PipelineNode(Node):
         log.info(report)
         pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)
         pipeline.plan(Job(64, 64)).require_budget()  # a budget that is too small for anything
-        plan: Any = say("on the CPU: no VRAM is used")
-        if device.type != "cpu":
-            plan = pipeline.plan(Job(1024, 1024), rates=True)
+        if device.type == "cpu":
+            plan, values = say("on the CPU: no VRAM is used"), {}
+        else:
+            found = pipeline.plan(Job(1024, 1024), rates=True)
+            plan, values = str(found), {"plan": found.as_dict(), "bar": found.bar()}
         log.info("%s", plan)
-        return io.NodeOutput(pipeline, ui=host.node_text(f"{report}\n{plan}"))
+        return io.NodeOutput(pipeline, ui=host.node_text(f"{report}\n{plan}", **values))

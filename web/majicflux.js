@@ -14,6 +14,7 @@ const COLORS = {
 const CONTROL = "control_after_generate"; // ComfyUI's widget beside a seed
 const UI = "majicflux", TEXT_EVENT = "majicflux.text"; // host/comfyui.py sends them
 const PANEL = "majicflux_text"; // our widget that shows a text
+const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
 const LAST_RUNS = 20; // of the history, in which the opened workflow may be
 let texts = {}; // the locale files of all packs, by language
@@ -44,6 +45,7 @@ function addColors() {
     style.textContent = `:root { ${rules.join(" ")} }
         .${PANEL} { box-sizing: border-box; overflow: hidden; padding: 4px 6px; white-space: pre-wrap;
             font: 12px/1.35 sans-serif; color: var(--input-text); overflow-wrap: anywhere; user-select: text; }
+        .${PANEL} .bar { display: flex; height: 8px; margin: 2px 0; border-radius: 3px; overflow: hidden; }
         .${PANEL}.wrong { color: var(--error-text); }`;
 }
 
@@ -88,15 +90,29 @@ function heightOf(element, width) {
 const panelOf = (node) => node.widgets?.find((widget) => widget.name === PANEL);
 const textOn = (node) => panelOf(node)?.element.textContent;
 
+// Each part of a plan as wide as its share, and its name with its colour.
+function drawn(parts) {
+    const bar = document.createElement("div");
+    const legend = document.createElement("div");
+    bar.className = "bar";
+    parts.forEach(([name, bytes], index) => {
+        const part = bar.appendChild(document.createElement("div"));
+        part.style.cssText = `flex: ${bytes} 0 0; background: ${BAR[index]}`;
+        const mark = legend.appendChild(document.createElement("span"));
+        mark.textContent = `■ ${name} ${(bytes / 2 ** 30).toFixed(2)} GB  `;
+        mark.style.color = BAR[index];
+    });
+    return [bar, legend];
+}
+
 // Nodes are made as high as their text needs, and lower again if it was the text that needed it.
-function show(node, text, wrong = false) {
+function show(node, text, wrong = false, bar = []) {
     let panel = panelOf(node);
     if (!panel && !text) return;
     panel ??= addPanel(node);
     const { element, needed } = panel;
-    if (element.textContent === text && element.classList.contains("wrong") === wrong) return;
     const fitted = needed.height && node.size[1] <= node.computeSize()[1] + 1;
-    element.textContent = text;
+    element.replaceChildren(...(bar.length ? drawn(bar) : []), text);
     element.classList.toggle("wrong", wrong);
     needed.height = text ? heightOf(element, node.size[0] - 20) + 20 : 0;
     const height = node.computeSize()[1];
@@ -106,7 +122,9 @@ function show(node, text, wrong = false) {
 
 function showReport(node, output) {
     const reports = output?.[UI];
-    if (node && reports) show(node, reports.map((report) => report.text).join("\n"));
+    if (!node || !reports) return;
+    const text = reports.map((report) => report.text).join("\n");
+    show(node, text, false, reports.at(-1).bar);
 }
 
 // By node and widget: when a value would change nothing. `has`: whether an input is linked.

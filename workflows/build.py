@@ -24,6 +24,7 @@ from majicflux.loaders.catalogue import (
     KnownFile,
 )
 from majicflux.nodes import NODES
+from majicflux.nodes.sample import CUSTOM
 
 FOLDER = Path(__file__).resolve().parent
 COMFYUI_VERSION = "0.33.0"
@@ -254,18 +255,18 @@ def _note(title: str, chinese: str, english: str, prompt: str = "") -> str:
 
 {rows}
 
-前两个文件任选其一，有哪个就用哪个。下载按钮连不上时：`python -m majicflux.cli download all`。\
-放好后按 R。
+前两个文件任选其一，有哪个就用哪个。放好后按 R。连不上 Hugging Face 时，在 custom_nodes 里运行：
 
-Either of the first two will do; the loader takes the one that is there. Without the download \
-buttons: `python -m majicflux.cli download all --from huggingface`. Then press R.
+`python -m majicflux.cli download all --models ../models`
+
+Either of the first two will do; the loader takes the one that is there. Then press R.
 """
 
 
 CITY = (
     "A futuristic city street in cyberpunk style, a rainy night, blue and pink neon lights "
-    "reflected on the wet ground, flying cars overhead, high-tech atmosphere, rich detail, a cinematic wide "
-    "shot."
+    "reflected on the wet ground, flying cars overhead, high-tech atmosphere, rich detail, a "
+    "cinematic wide shot."
 )
 CITY_IN_CHINESE = (
     "赛博朋克风格的未来城市街道,雨夜,蓝色和粉色的霓虹灯光反射在湿漉漉的地面上,头顶有飞行汽车,"
@@ -472,6 +473,9 @@ def files() -> dict[Path, str]:
         template = build()
         canvas = template.canvas()
         graph = to_graph(canvas, template.schemas)
+        for node in graph.values():  # so that scripts set the width and height that stand there
+            if "size" in node["inputs"]:
+                node["inputs"]["size"] = CUSTOM
         for path, content in (
             (FOLDER / f"{template.name}.json", canvas),
             (FOLDER / "api" / f"{template.name}.json", graph),

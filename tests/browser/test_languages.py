@@ -79,7 +79,7 @@ def test_titles_labels_and_category_are_in_the_language_of_the_browser(
 @pytest.fixture
 def chinese(open_canvas) -> Page:
     page = open_canvas(WORKFLOW, "zh-CN")
-    page.wait_for_function(IN_ITS_LANGUAGE, arg="采样")
+    page.wait_for_function(IN_ITS_LANGUAGE, arg="麦橘采样")
     page.evaluate("workflow => app.loadGraphData(workflow)", WORKFLOW)
     return page
 
