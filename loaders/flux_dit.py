@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import time
 from collections import Counter
 from functools import partial
@@ -21,7 +20,16 @@ from .recognise import FLUX_DIT, require_kind
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import Source, Sources, missing, prefix_before, require_layout, sources_of
+from .sources import (
+    Source,
+    Sources,
+    block_count,
+    files_of,
+    missing,
+    prefix_before,
+    require_layout,
+    sources_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +85,7 @@ def load_flux_dit(
     mapped = (
         prepared_folder is not None
         and precision.eight_bit
-        and keep(prepared_folder, model_parts(path), weights, str(precision), convert, progress)
+        and keep(prepared_folder, files_of(sources), weights, str(precision), convert, progress)
     )
     if not mapped:
         weights.allocate()
@@ -134,10 +142,6 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
         except (KeyError, IndexError):
             raise missing(path, name) from None
 
-    def blocks(kind: str) -> int:
-        found = {int(m[1]) for name in sources if (m := re.match(rf"{kind}\.(\d+)\.", name))}
-        return len(found)
-
     head_dim = size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
     hidden = size("img_in.weight", 0)
     if head_dim != HEAD_DIM or hidden == 0 or hidden % HEAD_DIM:
@@ -153,8 +157,8 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
         )
     return FluxGeometry(
         hidden=hidden,
-        double_blocks=blocks("double_blocks"),
-        single_blocks=blocks("single_blocks"),
+        double_blocks=block_count(path, sources, r"double_blocks\.(\d+)\."),
+        single_blocks=block_count(path, sources, r"single_blocks\.(\d+)\."),
         in_channels=size("img_in.weight", 1),
         out_channels=size("final_layer.linear.weight", 0),
         text_width=size("txt_in.weight", 1),

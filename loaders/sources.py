@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from ..messages import say
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile
 
+MAX_BLOCKS = 256  # of one kind; Flux.1 has 38 at most
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # ComfyUI's two ways to store the scale of a float8 weight, as the ending of its name.
 SCALE_NAMES = ((".weight", ".scale_weight"), (".weight", ".weight_scale"))
+MAX_MARKER_BYTES = 1024
 INT8_FORMAT = "int8_tensorwise"  # ComfyUI's name for int8 with a scale, in its marker's JSON
 
 
@@ -69,6 +72,12 @@ def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, 
     return found
 
 
+def files_of(sources: Sources) -> list[SafetensorsFile]:
+    """The files that the sources are in, by their paths."""
+    files = {part.file for source in sources.values() for part in source.parts}
+    return sorted(files, key=lambda file: file.path)
+
+
 def stacked(sources: Iterable[Source]) -> Source:
     """The sources as one, first rows first."""
     return Source(tuple(part for source in sources for part in source.parts))
@@ -96,6 +105,25 @@ def missing(path: Path, name: str) -> ModelFileError:
             name=name,
         )
     )
+
+
+def block_count(path: Path, names: Iterable[str], pattern: str) -> int:
+    """How many blocks there are by the numbers in the names that begin with `pattern`.
+
+    Raises ModelFileError when no model has as many: a layout of all of them would be built.
+    """
+    count = len({found[1] for name in names if (found := re.match(pattern, name))})
+    if count > MAX_BLOCKS:
+        raise ModelFileError(
+            say(
+                "{file} has {count:,} blocks; no Flux.1 model has more than {most}. Choose another "
+                "file.",
+                file=path.name,
+                count=count,
+                most=MAX_BLOCKS,
+            )
+        )
+    return count
 
 
 def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
@@ -186,12 +214,21 @@ def _rotations(file: SafetensorsFile) -> dict[str, int]:
         if entry.dtype != "I8" or marker is None:
             continue
         try:
+            if marker.end - marker.start > MAX_MARKER_BYTES:
+                raise ValueError
             options = json.loads(file.read(marker))
             options = {**options.get("params", {}), **options}
             if options["format"] == INT8_FORMAT:
                 turned = options.get("convrot", False)
                 found[name] = int(options.get("convrot_groupsize", 256)) if turned else 0
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise ModelFileError(
                 say(
                     "{file} has a damaged comfy_quant marker beside {name}. Download it again.",

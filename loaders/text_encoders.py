@@ -1,7 +1,6 @@
 """The CLIP-L and T5 files."""
 
 import logging
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,16 @@ from .recognise import CLIP, T5, Kind, require_kind
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import Source, Sources, missing, prefix_before, require_layout, sources_of
+from .sources import (
+    Source,
+    Sources,
+    block_count,
+    files_of,
+    missing,
+    prefix_before,
+    require_layout,
+    sources_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +60,7 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     geometry = ClipGeometry(
         width=width,
         mlp_width=_shape(path, sources, CLIP.markers[0], 2)[0],
-        layers=_layers(sources, r"text_model\.encoder\.layers\.(\d+)\."),
+        layers=block_count(path, sources, r"text_model\.encoder\.layers\.(\d+)\."),
         vocabulary=vocabulary,
         positions=_shape(path, sources, CLIP_POSITIONS, 2)[0],
     )
@@ -72,7 +80,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
     geometry = T5Geometry(
         width=width,
         mlp_width=_shape(path, sources, T5_MLP, 2)[0],
-        layers=_layers(sources, r"encoder\.block\.(\d+)\."),
+        layers=block_count(path, sources, r"encoder\.block\.(\d+)\."),
         heads=heads,
         head_dim=_shape(path, sources, T5.markers[0], 2)[0] // heads,
         vocabulary=vocabulary,
@@ -108,9 +116,9 @@ def load_text_encoders(
     sources |= {f"t5.{name}": source for name, source in t5_sources.items()}
     sources["clip.position_embeds"] = positions
     convert = partial(fill, weights.module, sources, progress, None)
-    parts = [*model_parts(t5_path), *model_parts(clip_path)]
+    files = [*files_of(t5_sources), *files_of(clip_sources)]
     mapped = prepared_folder is not None and keep(
-        prepared_folder, parts, weights, f"text encoders {dtype}", convert, progress
+        prepared_folder, files, weights, f"text encoders {dtype}", convert, progress
     )
     if not mapped:
         weights.allocate()
@@ -138,7 +146,3 @@ def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...
     if len(shape) != axes or 0 in shape:
         raise missing(path, name)
     return shape
-
-
-def _layers(sources: Sources, pattern: str) -> int:
-    return len({m[1] for name in sources if (m := re.match(pattern, name))})
