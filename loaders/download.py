@@ -46,7 +46,7 @@ def download(file: KnownFile, hub: str, models: Path) -> Path:
         partial = _partial_folder(file, hub, models)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(partial):
-            fetched = fetch(place, partial)
+            fetched = fetch(place, partial, file.size)
             try:
                 _check(file, fetched)
             except (DownloadError, ModelFileError) as error:

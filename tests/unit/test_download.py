@@ -2,10 +2,12 @@
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ import majicflux.loaders.download as module
 from majicflux.loaders import hubs
 from majicflux.loaders.catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, KnownFile, Place
 from majicflux.loaders.download import PARTIAL_FOLDER, DownloadError, download, require_space
+from majicflux.loaders.hubs import WRITTEN_AT_ONCE
 
 CHUNK = 2**14  # the clients write so much at a time, here
 CUT = 5 * CHUNK + 100
@@ -248,6 +251,85 @@ def test_a_file_that_appears_meanwhile_is_left_alone(
     with pytest.raises(DownloadError, match="was not replaced"):
         download(SMALL, hub, tmp_path)
     assert path.read_bytes() == b"mine"
+
+
+def let_go() -> None:
+    """Wait for a client that was given up; the program would have ended."""
+    for thread in threading.enumerate():
+        if thread.name == hubs.THREAD:
+            thread.join()
+
+
+def test_an_answer_that_never_ends_is_stopped_at_the_known_size(
+    server: Hub, hub: str, tmp_path: Path
+) -> None:
+    server.endless = True
+    with pytest.raises(DownloadError, match=rf"more of {PATH} than the {len(CONTENT):,} bytes"):
+        download(SMALL, hub, tmp_path)
+    assert not (tmp_path / "vae" / "small.safetensors").exists()
+    server.endless = False
+    let_go()
+    assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_hub_that_is_busy_is_waited_for_and_that_is_said(
+    server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.busy = 2
+    with caplog.at_level(logging.INFO):
+        assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
+    asked = [r.getMessage() for r in caplog.records if "asks to wait 1 s" in r.getMessage()]
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("pause", "said"),
+    [("3000", "asks to wait 3000 s"), ("soon", r"no more requests from here for now \(429\)")],
+)
+def test_a_hub_that_is_busy_for_long_is_not_waited_for(
+    server: Hub, tmp_path: Path, pause: str, said: str
+) -> None:
+    server.busy, server.pause = 1000, pause
+    with pytest.raises(DownloadError, match=said):
+        download(SMALL, HUGGINGFACE, tmp_path)
+
+
+def test_a_line_that_always_breaks_gets_there(
+    server: Hub, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After fewer bytes than the client for Hugging Face writes at once by itself."""
+    import huggingface_hub.constants
+    import modelscope_hub._download
+
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10 * 2**20)
+    monkeypatch.setattr(modelscope_hub._download, "DOWNLOAD_RETRY_TIMES", 1)
+    server.cut_each = 2 * WRITTEN_AT_ONCE
+    assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
+    starts = [int((wanted or "bytes=0-")[6:].split("-")[0]) for _, wanted in server.gets]
+    assert starts == sorted({*starts}), "no byte is asked for twice for long"
+
+
+def test_a_line_that_hardly_moves_is_given_up_with_what_has_come(
+    server: Hub, hub: str, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.cut_at = CUT
+    with pytest.raises(DownloadError):
+        download(SMALL, hub, tmp_path)
+    server.down, server.trickle = False, True
+    monkeypatch.setattr(hubs, "PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(hubs, "TELL_SECONDS", 0.7)
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(
+            DownloadError, match=r"next to nothing of .* for 2 s. [\d,]+ bytes are there"
+        ),
+    ):
+        download(SMALL, hub, tmp_path)
+    assert "waiting for" in caplog.text
+    assert hubs.bytes_in(tmp_path) >= CUT - CHUNK
+    server.trickle = False
+    let_go()
+    assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_longer_rest_of_another_version_is_begun_anew(server: Hub, tmp_path: Path) -> None:
