@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,6 +230,21 @@ def test_a_missing_t5_shard_is_named(tmp_path: Path) -> None:
     save_file({"shared.weight": torch.zeros(2)}, folder / "model-00002-of-00002.safetensors")
     message = refused(inspect_t5, folder)
     assert "lacks model-00001-of-00002.safetensors. Download it into that folder." in message
+
+
+@pytest.mark.parametrize(
+    ("total", "said"), [(99999, "is one of 99,999 parts"), (0, "is one of 0 parts"), (900, "lacks")]
+)
+def test_no_number_of_shards_takes_long_or_fills_the_screen(
+    tmp_path: Path, total: int, said: str
+) -> None:
+    path = tmp_path / f"{'n' * 150}-00001-of-{total:05}.safetensors"
+    save_file({"shared.weight": torch.zeros(2)}, path)
+    start = time.process_time()
+    with pytest.raises(ModelFileError, match=said) as caught:
+        inspect_t5(path)
+    assert time.process_time() - start < 1
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
