@@ -1,5 +1,6 @@
 """A known model file into the models folder: fetched, checked, and only then under its name."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ log = logging.getLogger("majicflux")
 
 PARTIAL_FOLDER = ".majicflux-download"
 HASH_CHUNK = 2**22
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def download(file: KnownFile, hub: str, models: Path) -> Path:
@@ -152,6 +154,10 @@ def _alone_in(partial: Path) -> Iterator[None]:
                 file=partial.name,
             )
         ) from error
+    except (NotImplementedError, OSError) as error:  # as on disks of other machines
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            raise
+        log.info("%s has no locks: %s", partial.parent, error)
     try:
         yield
     finally:

@@ -359,6 +359,32 @@ def test_two_commands_do_not_write_into_one_file(server: Hub, hub: str, tmp_path
     assert not server.gets
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="its locks are another kind")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_no_obstacle(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """As Lustre and NFS are often mounted (huggingface_hub's issue 2399)."""
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, "made-up")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
+    assert files_in(tmp_path) == ["vae/small.safetensors"]
+
+
+def test_a_rest_that_is_whole_is_not_asked_for_again(server: Hub, tmp_path: Path) -> None:
+    """As after an end between the last byte and the renaming (huggingface_hub's issue 2197)."""
+    folder = tmp_path / PARTIAL_FOLDER / HUGGINGFACE / "small.safetensors"
+    folder.mkdir(parents=True)
+    (folder / "small.safetensors.part").write_bytes(CONTENT)
+    assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
+    assert not server.gets
+
+
 def test_a_model_folder_may_be_a_disk_of_its_own(server: Hub, hub: str, tmp_path: Path) -> None:
     other_disk = Path("/dev/shm")
     if not other_disk.is_dir() or other_disk.stat().st_dev == tmp_path.stat().st_dev:
