@@ -13,7 +13,7 @@ from pathlib import Path
 from ..messages import say
 from .catalogue import HUB_NAMES, KnownFile
 from .hubs import DownloadError, bytes_in, fetch
-from .safetensors_file import ModelFileError, SafetensorsFile
+from .safetensors_file import FORMAT_HEADER_BYTES, ModelFileError, SafetensorsFile
 
 log = logging.getLogger("majicflux")
 
@@ -48,7 +48,8 @@ def download(file: KnownFile, hub: str, models: Path) -> Path:
         partial = _partial_folder(file, hub, models)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(partial):
-            fetched = fetch(place, partial, file.size)
+            most = file.size or file.least_size + FORMAT_HEADER_BYTES
+            fetched = fetch(place, partial, file.size or file.least_size, most)
             try:
                 _check(file, fetched)
             except (DownloadError, ModelFileError) as error:

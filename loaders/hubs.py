@@ -31,11 +31,11 @@ class DownloadError(ValueError):
     """A model file could not be downloaded. The message is for the user."""
 
 
-def fetch(place: Place, folder: Path, size: int | None = None) -> Path:
+def fetch(place: Place, folder: Path, least: int, most: int) -> Path:
     """Fetch a file into `folder`, going on from what an earlier call has left there.
 
-    size: how long it is, if that is known. Returns where in `folder` it is, whole as far as the
-    hub's own client can tell. Raises DownloadError, and leaves what has come so far.
+    least, most: bytes that it can have. Returns where in `folder` it is, whole as far as the hub's
+    own client can tell. Raises DownloadError, and leaves what has come so far.
     """
     result: Future[Path] = Future()
 
@@ -46,7 +46,7 @@ def fetch(place: Place, folder: Path, size: int | None = None) -> Path:
             result.set_exception(error)
 
     for path, found in _files_in(folder):
-        if size is not None and found > size:
+        if found > most:
             path.unlink()  # of another version of the file
     # The clients wait where nothing can wake them, so it is watched from outside what they do.
     # Whoever gives up on them ends the program, which does not wait for such a thread.
@@ -54,17 +54,19 @@ def fetch(place: Place, folder: Path, size: int | None = None) -> Path:
     got, since, told = bytes_in(folder), time.monotonic(), time.monotonic()
     while not wait([result], LOOK_SECONDS).done:
         now = time.monotonic()
-        if size is not None and any(found > size for _, found in _files_in(folder)):
+        if any(found > most for _, found in _files_in(folder)):
             raise DownloadError(
                 say(
                     "{hub} sends more of {file} than the {size:,} bytes that it should have. Try "
                     "--from {other}.",
-                    size=size,
+                    size=most,
                     **_values(place, folder),
                 )
             )
         if bytes_in(folder) - got >= LEAST_BYTES:
             got, since, told = bytes_in(folder), now, now
+        elif bytes_in(folder) >= least > 0:
+            continue  # a client puts parts together, or takes the hash, which may take long
         elif now - since >= PATIENCE_SECONDS:
             raise DownloadError(
                 say(

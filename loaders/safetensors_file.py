@@ -106,9 +106,8 @@ class SafetensorsFile:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
                 raise ModelFileError(say("{file} is not a file.", file=path))
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self.tensors, self.metadata = _read_header(file, path.name, size)
-                self.identity = identity_of(file)
+                self.identity = identity_of(file)  # first: what changes later is then seen
+                self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
         except OSError as error:
             reason = error.strerror or error
             raise ModelFileError(
@@ -139,7 +138,7 @@ def identity_of(file: _Open) -> Identity:
     state = os.fstat(file.fileno())
     file.seek(0)
     length = int.from_bytes(file.read(8) or b"", "little")
-    header = file.read(min(length, MAX_HEADER_BYTES)) or b""
+    header = file.read(min(length, MAX_HEADER_BYTES, state.st_size)) or b""
     return Identity(state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest())
 
 
@@ -152,8 +151,9 @@ def changed(path: Path) -> ModelFileError:
 
 def _read_header(
     file: Any, name: str, file_bytes: int
-) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
     """Tensors and metadata."""
+    file.seek(0)
     first = file.read(32)
     for magic, sentence in OTHER_FORMATS:
         # A safetensors file can begin with any byte, but its ninth is always the JSON's "{".
@@ -220,7 +220,7 @@ class _Scanner:
     def __init__(self, text: str):
         self._text, self._at = text, 0
 
-    def header(self) -> tuple[dict[str, Any], dict[str, str]]:
+    def header(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The entries of the tensors, unchecked, and the metadata."""
         found: dict[str, Any] = {}
         for name in self._names():
@@ -230,13 +230,13 @@ class _Scanner:
                 raise ValueError(
                     say("a name has more than {most} letters, or odd ones", most=MAX_NAME)
                 )
-            if name == METADATA:
+            if name == METADATA and self._sign() == "{":
                 found[name] = {key: self._value() for key in self._names()}
             else:
                 found[name] = self._value()
         if self._sign():
             raise ValueError(say("it does not end where it should"))
-        return found, found.pop(METADATA, {})
+        return found, found.pop(METADATA, None) or {}
 
     def _names(self) -> Iterator[str]:
         """The names in the object that begins here; each value is to be taken before the next."""

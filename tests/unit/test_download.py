@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,8 +126,9 @@ def test_an_attempt_that_brought_something_is_followed_by_another(
     ],
 )
 def test_another_file_than_expected_is_removed(
-    server: Hub, hub: str, tmp_path: Path, other: dict, said: str
+    server: Hub, hub: str, tmp_path: Path, monkeypatch, other: dict, said: str
 ) -> None:
+    monkeypatch.setattr(hubs, "LOOK_SECONDS", 60)  # the whole file comes before it is looked at
     with pytest.raises(DownloadError, match=f"is not the file that was expected: .*{said}"):
         download(replace(SMALL, **other), hub, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["vae"]
@@ -260,16 +262,20 @@ def let_go() -> None:
             thread.join()
 
 
-def test_an_answer_that_never_ends_is_stopped_at_the_known_size(
-    server: Hub, hub: str, tmp_path: Path
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+def test_an_answer_that_never_ends_is_stopped_where_the_file_must(
+    server: Hub, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
 ) -> None:
+    """Where only the size of its tensors is known, a header may come on top."""
+    monkeypatch.setattr(module, "FORMAT_HEADER_BYTES", 10**6)
+    file = replace(SMALL, size=size, least_size=10**5)
     server.endless = True
-    with pytest.raises(DownloadError, match=rf"more of {PATH} than the {len(CONTENT):,} bytes"):
-        download(SMALL, hub, tmp_path)
+    with pytest.raises(DownloadError, match=f"more of {PATH} than the {size or 1_100_000:,} bytes"):
+        download(file, hub, tmp_path)
     assert not (tmp_path / "vae" / "small.safetensors").exists()
     server.endless = False
     let_go()
-    assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
+    assert download(file, hub, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_hub_that_is_busy_is_waited_for_and_that_is_said(
@@ -330,6 +336,22 @@ def test_a_line_that_hardly_moves_is_given_up_with_what_has_come(
     server.trickle = False
     let_go()
     assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
+
+
+def test_what_a_client_does_once_all_has_come_may_take_long(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Putting 24 GB of parts together, on a disk that turns."""
+    client = hubs._from_huggingface
+
+    def takes_its_time(*arguments: object) -> Path:
+        path = client(*arguments)
+        time.sleep(1)
+        return path
+
+    monkeypatch.setattr(hubs, "_from_huggingface", takes_its_time)
+    monkeypatch.setattr(hubs, "PATIENCE_SECONDS", 0.5)
+    assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_longer_rest_of_another_version_is_begun_anew(server: Hub, tmp_path: Path) -> None:

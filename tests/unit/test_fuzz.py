@@ -247,6 +247,12 @@ def test_what_other_programs_write_into_a_header_is_read(tmp_path: Path) -> None
     file = SafetensorsFile(path)
     assert file.tensors["a b"].shape == (1, 2)
     assert file.metadata["tags"] == "x" * 2_000_000
+    path.write_bytes(
+        header_bytes(
+            {"__metadata__": None, "a b": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+        )
+    )
+    assert SafetensorsFile(path).metadata == {}
     save_file({"a": torch.zeros(3)}, path, {"kept": "as it is"})
     assert SafetensorsFile(path).metadata == {"kept": "as it is"}
 
