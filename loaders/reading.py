@@ -59,9 +59,8 @@ class Reader:
 
     def __exit__(self, error: object, *_: object) -> None:
         try:
-            for path, (file, identity) in self._files.items():
-                if error is None and identity not in (None, identity_of(file)):
-                    raise changed(path)
+            for path in self._files if error is None else ():
+                self._require_same(path)
         finally:
             for file, _identity in self._files.values():
                 file.close()
@@ -95,8 +94,7 @@ class Reader:
         with self._lock:
             if stretch.path not in self._files:
                 self._files[stretch.path] = FileIO(stretch.path), stretch.identity
-                if stretch.identity not in (None, identity_of(self._files[stretch.path][0])):
-                    raise changed(stretch.path)
+                self._require_same(stretch.path)
             file = self._files[stretch.path][0]
         done = 0
         while done < stretch.length:
@@ -108,6 +106,11 @@ class Reader:
             done += count
         if hasattr(os, "posix_fadvise"):  # Linux
             os.posix_fadvise(file.fileno(), stretch.start, done, os.POSIX_FADV_DONTNEED)
+
+    def _require_same(self, path: Path) -> None:
+        file, identity = self._files[path]
+        if identity not in (None, identity_of(file)):
+            raise changed(path)
 
     def _read_at(self, file: FileIO, start: int, view: memoryview) -> int | None:
         if hasattr(os, "preadv"):

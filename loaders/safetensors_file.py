@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ..messages import later, say
 
@@ -86,12 +86,6 @@ class Identity(NamedTuple):
     header: str  # SHA-256 of it
 
 
-class _Open(Protocol):
-    def fileno(self) -> int: ...
-    def seek(self, offset: int, /) -> int: ...
-    def read(self, size: int, /) -> bytes | None: ...
-
-
 class SafetensorsFile:
     """A safetensors file whose header has been read and checked; nothing else is read yet.
 
@@ -133,12 +127,12 @@ class SafetensorsFile:
             return file.read(size)
 
 
-def identity_of(file: _Open) -> Identity:
+def identity_of(file: Any) -> Identity:
     """The identity of an open file; its place is then anywhere."""
     state = os.fstat(file.fileno())
     file.seek(0)
-    length = int.from_bytes(file.read(8) or b"", "little")
-    header = file.read(min(length, MAX_HEADER_BYTES, state.st_size)) or b""
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(min(length, MAX_HEADER_BYTES, state.st_size))
     return Identity(state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest())
 
 
