@@ -26,7 +26,7 @@ MAX_SMALL_BYTES = 2**20  # of a tensor that is read at once: a scale for every r
 
 METADATA = "__metadata__"
 SPACE = re.compile(r"[ \t\n\r]*")
-DTYPE = re.compile(r"\w{1,20}")
+DTYPE = re.compile(r"\w{1,32}")
 
 # safetensors name -> (torch name, bytes per element)
 DTYPES = {
@@ -280,10 +280,10 @@ class _Scanner:
 def _entry(file: str, name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
     dtype, shape = raw["dtype"], tuple(raw["shape"])
     start, end = raw["data_offsets"]
-    if not DTYPE.fullmatch(dtype) or len(shape) > MAX_AXES:
-        raise ValueError(
-            say("{name}: more than {most} axes, or an odd type", name=name, most=MAX_AXES)
-        )
+    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
+        raise ValueError(say("{name}: the dtype must be a short text", name=name))
+    if len(shape) > MAX_AXES:
+        raise ValueError(say("{name}: more than {most} axes", name=name, most=MAX_AXES))
     if dtype not in DTYPES:
         raise ModelFileError(
             say(
