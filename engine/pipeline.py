@@ -54,13 +54,30 @@ class Pipeline:
     computing: Computing
 
     def __post_init__(self) -> None:
-        channels = self.dit.geometry.in_channels
+        g = self.dit.geometry
+        channels = g.in_channels
         if channels != CHANNELS * PATCH**2:
             raise ValueError(
                 say(
                     "This transformer takes {channels} input channels, so it is a fill, depth or "
                     "canny model, which needs a picture too. Choose a text-to-image model.",
                     channels=channels,
+                )
+            )
+        if self.text_encoders is not None:
+            self._require_width("CLIP-L", g.pooled_width, self.text_encoders.pooled_width)
+            self._require_width("T5", g.text_width, self.text_encoders.t5_geometry.width)
+
+    def _require_width(self, encoder: str, wanted: int, width: int) -> None:
+        if width != wanted:
+            raise ValueError(
+                say(
+                    "This transformer takes {wanted} values from {encoder}, and the {encoder} that "
+                    "is connected gives {width}. Choose another one in the bf16 text encoders "
+                    "node.",
+                    encoder=encoder,
+                    wanted=wanted,
+                    width=width,
                 )
             )
 

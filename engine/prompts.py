@@ -107,7 +107,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """clip: 77 ids; t5: ids; weights: of each of T5's."""
+    """clip: 77 ids, or LongCLIP's 248; t5: ids; weights: of each of T5's."""
 
     clip: list[int]
     t5: list[int]
@@ -116,18 +116,22 @@ class Tokens:
 
 
 def tokenize(
-    segments: Segments, clip_tokenizer: Any, t5_tokenizer: Any, words: int = T5_TOKENS
+    segments: Segments,
+    clip_tokenizer: Any,
+    t5_tokenizer: Any,
+    words: int = T5_TOKENS,
+    clip_words: int = CLIP_TOKENS,
 ) -> Tokens:
     """Ids for both encoders, T5's at least `words`. Each segment is split by itself.
 
-    CLIP reads what fits into its 77 tokens, as in ComfyUI, where Flux takes the vector of the first
-    77. T5 reads all. Raises ValueError for more than MOST_T5_TOKENS.
+    CLIP reads what fits into its `clip_words`, 248 of LongCLIP, as in ComfyUI, where Flux takes the
+    vector of the first so many. T5 reads all. Raises ValueError for more than MOST_T5_TOKENS.
     """
     clip, t5 = (
         [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text, _ in segments]
         for tokenizer in (clip_tokenizer, t5_tokenizer)
     )
-    read = _what_fits(clip, CLIP_TOKENS - 2)
+    read = _what_fits(clip, clip_words - 2)
     t5_ids = [*chain(*t5)]
     unknown = t5_ids.count(t5_tokenizer.unk_token_id)
     counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unknown)
@@ -144,7 +148,7 @@ def tokenize(
     words = max(words, counts.words)
     weights = [weight for (_, weight), ids in zip(segments, t5, strict=True) for _ in ids]
     return Tokens(
-        _filled([start, *read, end], CLIP_TOKENS, clip_tokenizer.pad_token_id),
+        _filled([start, *read, end], clip_words, clip_tokenizer.pad_token_id),
         _filled([*t5_ids, *t5_tokenizer("").input_ids], words, t5_tokenizer.pad_token_id),
         _filled(weights, words, 1.0),
         counts,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .diffsynth_files import diffsynth_module
 from .geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from .offload import BeforeBlock, OffloadedModule, Patcher
-from .prompts import T5_TOKENS, Segments, TokenCounts, tokenize, weighted_segments
+from .prompts import T5_TOKENS, Segments, TokenCounts, Tokens, tokenize, weighted_segments
 from .t5 import T5Encoder
 from .work import Work
 
@@ -60,8 +60,15 @@ class TextEncoders:
 
     def count(self, prompt: str) -> TokenCounts:
         """Raises ValueError when the prompt is too long."""
-        segments = weighted_segments(prompt)
-        return tokenize(segments, self.clip_tokenizer, self.t5_tokenizer).counts
+        return self._tokenized(weighted_segments(prompt)).counts
+
+    def _tokenized(self, segments: Segments, words: int = T5_TOKENS) -> Tokens:
+        clip_words = self.weights.module.clip.position_embeds.shape[1]
+        return tokenize(segments, self.clip_tokenizer, self.t5_tokenizer, words, clip_words)
+
+    @property
+    def pooled_width(self) -> int:
+        return self.weights.module.clip.position_embeds.shape[2]
 
     @property
     def t5_geometry(self) -> T5Geometry:
@@ -88,7 +95,7 @@ class TextEncoders:
         Raises ValueError when the prompt is too long.
         """
         segments, moved_bytes = weighted_segments(prompt), 0
-        text = tokenize(segments, self.clip_tokenizer, self.t5_tokenizer, words)
+        text = self._tokenized(segments, words)
         if prompt:
             log.info("%s", text.counts)
         empty = None

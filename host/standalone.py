@@ -132,10 +132,18 @@ def model_folders(category: str) -> list[Path]:
 
 
 def model_names(category: str) -> list[str]:
-    """File names, subfolders included, in the models folder for `category`."""
+    """File names, subfolders and linked ones included, in the models folder for `category`."""
     folder = models_folder / category
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in MODEL_SUFFIXES)
-    return sorted(str(path.relative_to(folder)) for path in files)
+    found, visited = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:  # a link to what it is in, which would never end
+            folders.clear()
+            continue
+        visited.add(real)
+        files = (Path(place, name) for name in names)
+        found += [file for file in files if file.suffix.lower() in MODEL_SUFFIXES]
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def model_path(category: str, name: str) -> Path | None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+# The largest value that a weight may have: the norms square what it gives in float32. No model has
+# one of more than some thousands.
+LARGEST = 1e18
 MOST_WORKERS = 16  # each with a buffer to read into
 READING = later("reading and converting {done:.1f} of {total:.1f} GB")
 
@@ -52,8 +55,8 @@ def fill(
     Rows that the file holds in the 8 bits of the parameter are copied as they are, with its scale
     or 1; other rows are given a scale where the parameter has one, and are rotated and quantized
     on `device` (None: the CPU).
-    Raises ModelFileError when a file cannot be read or holds an infinity or a NaN, and what
-    `make_room` raises.
+    Raises ModelFileError when a file cannot be read or holds an infinity, a NaN or a value beyond
+    LARGEST, and what `make_room` raises.
     """
     import torch
 
@@ -172,6 +175,7 @@ def read_scale(part: Part) -> "Tensor | None":
     entry = part.file.tensors[part.scale_name]
     data = bytearray(part.file.read(entry))
     scale = torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).float()
+    _require_sane(part, part.scale_name, _largest(scale))
     return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
 
 
@@ -210,14 +214,19 @@ def store_rows(
 
     values: [rows, n] as the file holds them, which a `card` uses up, scale: [rows] or [1] if it
     scales them; weight: [rows, n] in its dtype, row_scale: [rows] float32 if it has scales, group:
-    columns that are rotated together in it. Raises ModelFileError for an infinity or a NaN.
+    columns that are rotated together in it. Raises ModelFileError for an infinity, a NaN or a value
+    beyond LARGEST.
     """
     import torch
 
-    from ..engine.stored_linear import VALUES_AT_ONCE, float32_of, quantize_rows, rotate
+    from ..engine.stored_linear import LIMITS, VALUES_AT_ONCE, float32_of, quantize_rows, rotate
 
     rotation = part.rotation or 0
-    if row_scale is not None and values.dtype == weight.dtype and rotation == group:
+    as_it_is = row_scale is not None and values.dtype == weight.dtype and rotation == group
+    if as_it_is or row_scale is None:  # what is quantized shows its largest value by its scale
+        by = 1.0 if scale is None else _largest(scale)
+        _require_sane(part, part.name, _largest(values) * by)
+    if row_scale is not None and as_it_is:
         weight.copy_(values)
         row_scale.copy_(torch.ones(1) if scale is None else scale)
         return
@@ -238,11 +247,36 @@ def store_rows(
         try:
             quantize(some, weight[rows], row_scale[rows], group)
         except ValueError as error:
-            raise ModelFileError(
-                say(
-                    "{file}, tensor {name}: the weight holds an infinity or a NaN. The file is "
-                    "damaged; download it again.",
-                    file=part.file.path.name,
-                    name=part.name,
-                )
-            ) from error
+            raise _damaged(part, part.name) from error
+        _require_sane(part, part.name, _largest(row_scale[rows]) * LIMITS[weight.dtype])
+
+
+def _largest(values: "Tensor") -> float:
+    """The largest magnitude, or what is not finite. Within the bytes that were just read, it takes
+    a fraction of what reading them took."""
+    import torch
+
+    if not values.is_floating_point():
+        return torch.iinfo(values.dtype).max
+    if not values.numel():
+        return 0.0
+    if values.itemsize == 1:  # without their sign, their bits are in the order of their values
+        return values.view(torch.int8).bitwise_and(0x7F).amax().view(values.dtype).item()
+    least, most = torch.aminmax(values)
+    return torch.maximum(most, -least).item()  # a NaN is both of them
+
+
+def _require_sane(part: Part, name: str, largest: float) -> None:
+    if not largest <= LARGEST:
+        raise _damaged(part, name)
+
+
+def _damaged(part: Part, name: str) -> ModelFileError:
+    return ModelFileError(
+        say(
+            "{file}, tensor {name}: it holds a NaN, an infinity or a value that no weight has. The "
+            "file is damaged; download it again.",
+            file=part.file.path.name,
+            name=name,
+        )
+    )

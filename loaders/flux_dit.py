@@ -14,16 +14,15 @@ from ..engine.precision import FLOAT8, Precision, Storage
 from ..messages import say
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
-from .layouts import flux_dit_layout
+from .layouts import blocks_in, flux_dit_layout
 from .prepared import keep
-from .recognise import FLUX_DIT, require_kind
+from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
 from .sources import (
     Source,
     Sources,
-    block_count,
     files_of,
     missing,
     prefix_before,
@@ -48,15 +47,22 @@ def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
     """
     files = [SafetensorsFile(part) for part in model_parts(path)]
     names = [name for file in files for name in file.tensors]
-    require_kind(path, names, FLUX_DIT)
-    ours, diffusers = FLUX_DIT.markers
-    if any(ours in name for name in names):
-        sources = sources_of(files, prefix_before(names, ours))
-    else:
-        sources = flux_from_diffusers(sources_of(files, prefix_before(names, diffusers)))
-    geometry = _geometry(path, sources)
-    layout = flux_dit_layout(geometry)
-    require_layout(path, sources, layout)
+    with expecting(path, names, FLUX_DIT):
+        ours, diffusers = FLUX_DIT.markers
+        if any(ours in name for name in names):
+            sources = sources_of(files, prefix_before(names, ours))
+            # Some write the scale of a norm as its weight.
+            renamed = {
+                name.replace("_norm.weight", "_norm.scale"): source
+                for name, source in sources.items()
+                if name.endswith(("query_norm.weight", "key_norm.weight"))
+            }
+            sources = renamed | sources
+        else:
+            sources = flux_from_diffusers(sources_of(files, prefix_before(names, diffusers)))
+        geometry = _geometry(path, sources)
+        layout = flux_dit_layout(geometry)
+        require_layout(path, sources, layout)
     return geometry, {name: sources[name] for name in layout}
 
 
@@ -157,8 +163,8 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
         )
     return FluxGeometry(
         hidden=hidden,
-        double_blocks=block_count(path, sources, r"double_blocks\.(\d+)\."),
-        single_blocks=block_count(path, sources, r"single_blocks\.(\d+)\."),
+        double_blocks=blocks_in(path, sources, "double_blocks.", flux_dit_layout(FluxGeometry())),
+        single_blocks=blocks_in(path, sources, "single_blocks.", flux_dit_layout(FluxGeometry())),
         in_channels=size("img_in.weight", 1),
         out_channels=size("final_layer.linear.weight", 0),
         text_width=size("txt_in.weight", 1),

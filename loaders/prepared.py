@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..messages import later, say
-from .fill import MakeRoom, Progress
+from .fill import LARGEST, MakeRoom, Progress
 from .safetensors_file import ModelFileError, SafetensorsFile
 
 try:
@@ -45,10 +45,10 @@ log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
 OURS = re.compile(r".+\.majicflux(\.\w+\.part)?")
-NAME_BYTES = 150  # of the source's, in the names here; 255 is what file systems take for all of it
-FORMAT = 3  # raise it when the layout of a block or the conversion changes
+FORMAT = 4  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
+NAME_BYTES = 64  # of the source's name: with what follows it, less than any file system allows
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
 SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody, if locks do not tell
@@ -69,8 +69,8 @@ def prepared_file(
     identity: list[Any] = [FORMAT, precision, [b.nbytes for b in weights.all_blocks]]
     identity += [file.identity for file in files]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    stem = os.fsencode(files[0].path.stem)[:NAME_BYTES].decode(errors="ignore")
-    return folder / f"{stem}-{key}{SUFFIX}"
+    name = os.fsencode(files[0].path.stem)[:NAME_BYTES].decode("utf-8", "ignore")
+    return folder / f"{name}-{key}{SUFFIX}"
 
 
 def keep(
@@ -128,7 +128,9 @@ def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
         return False
     try:
         weights.live_in(_map(weights, path))
+        _require_scales(weights)
     except (OSError, ValueError) as error:
+        weights.forget()
         log.warning("%s is damaged (%s); it is made again.", path.name, error)
         with contextlib.suppress(OSError):
             path.unlink()
@@ -249,6 +251,13 @@ def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:
     if line != _header(buffers):
         raise ValueError("its contents have changed")
     return buffers
+
+
+def _require_scales(weights: "OffloadedModule") -> None:
+    """Raise ValueError for a scale that is none: one of them spoils every picture."""
+    for name, parameter in weights.module.named_parameters():
+        if name.endswith(".scale") and not (parameter.abs() <= LARGEST).all():
+            raise ValueError("a scale is not finite")
 
 
 def _buffers(mapped: mmap.mmap, sizes: list[int]) -> list["Tensor"]:

@@ -1,6 +1,7 @@
 """What a model file is, told from the names in its header."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,18 @@ from .safetensors_file import ModelFileError
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model file: how it shows, what it is called, where it belongs. Both for `say`."""
+    """A kind of model file: how it shows, what it is called, what to do about it.
+
+    description, advice: for `say`, the first with a field `name`.
+    """
 
     markers: tuple[str, ...]  # any one of these inside any tensor name
     description: str
     advice: str = ""
+    name: str = ""
+
+    def __str__(self) -> str:
+        return say(self.description, name=self.name)
 
 
 FLUX_DIT = Kind(
@@ -23,7 +31,7 @@ FLUX_DIT = Kind(
     later("Choose it in the Majic float8 DiT loader; it belongs in models/diffusion_models."),
 )
 CLIP = Kind(
-    ("text_model.encoder.layers.0.mlp.fc1.weight",),
+    ("embeddings.token_embedding.weight", "ln_final.weight"),  # of Transformers, of OpenAI
     later("a CLIP text encoder"),
     later(
         "Choose it as CLIP-L in the bf16 text encoders node; it belongs in models/text_encoders."
@@ -39,71 +47,157 @@ VAE = Kind(
     later("a VAE"),
     later("Choose it in the Flux VAE node; it belongs in models/vae."),
 )
+PARTS = (FLUX_DIT, CLIP, T5, VAE)
 
 BETTER_FILE = later("MajicFlux cannot read it; use the bf16 or float8 .safetensors.")
 CHECKPOINT = later("Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints.")
+OTHER_MODEL = later("MajicFlux runs Flux.1 models.")
+TRANSFORMER_OF = later("a transformer of {name}")
+QUANTISED = later("a file quantized by {name}")
+FLUX_ENCODERS = later(
+    "Flux.1 reads prompts with CLIP-L and T5-XXL: choose clip_l.safetensors and "
+    "t5xxl_fp16.safetensors."
+)
 
-# The first kind whose marker is found is the answer, so the special comes before the general.
-KINDS = (
-    Kind(
-        (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", "lora_unet_"),
-        later("a LoRA"),
-        later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
-    ),
+
+def _other(name: str, *markers: str) -> Kind:
+    return Kind(markers, TRANSFORMER_OF, OTHER_MODEL, name)
+
+
+def _quantised(name: str, *markers: str) -> Kind:
+    return Kind(markers, QUANTISED, BETTER_FILE, name)
+
+
+# It has all that a T5 has, and means something else by it.
+UMT5 = Kind(
+    ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
+    later("a UMT5 text encoder, as Wan's"),
+    FLUX_ENCODERS,
+)
+
+# Of each group, the first kind whose marker is found is the answer. These have tensors of the same
+# names as ours.
+RELATIVES = (
+    Kind(("controlnet_", "control_net."), later("a ControlNet"),
+         later("It belongs in models/controlnet.")),
+    Kind(("double_stream_modulation_img.",), later("a Flux.2 transformer"), OTHER_MODEL),
+    _other("Chroma", "distilled_guidance_layer."),
+    _other("HunyuanVideo", "individual_token_refiner.", "context_embedder.token_refiner."),
+    _other("Qwen-Image", "transformer_blocks.0.img_mod."),
+    _other("AuraFlow", "joint_transformer_blocks.0."),
+    _other("Stable Diffusion 3", "pos_embed.proj.", "joint_blocks.0."),
+    _other("Ovis-Image", "img_mlp.gate_proj.", "double_blocks.0.img_mlp.up_proj."),
+    UMT5,
+    Kind(("DenseReluDense.wi.weight",), later("a T5 text encoder of the first version"),
+         FLUX_ENCODERS),
+)  # fmt: skip
+CHECKPOINTS = (
+    Kind(("label_emb.0.0.weight",), later("an SDXL checkpoint"), CHECKPOINT),
+    Kind(("model.diffusion_model.input_blocks.",),
+         later("a Stable Diffusion 1.x or 2.x checkpoint"), CHECKPOINT),
+)  # fmt: skip
+QUANTISATIONS = (
+    _quantised("GPTQ / AWQ", ".qzeros"),
     Kind((".wscales", ".smooth_factor", ".qweight"), later("an SVDQuant (nunchaku) file"),
          BETTER_FILE),
     Kind((".quant_state.bitsandbytes", ".absmax"), later("an NF4 (bitsandbytes) file"),
          BETTER_FILE),
-    Kind(("double_stream_modulation_img.",), later("a Flux.2 transformer"),
-         later("MajicFlux runs Flux.1 models.")),
-    Kind(("conditioner.embedders.", "label_emb.0.0.weight"), later("an SDXL checkpoint"),
-         CHECKPOINT),
-    Kind(("cond_stage_model.", "model.diffusion_model.input_blocks."),
-         later("a Stable Diffusion 1.x or 2.x checkpoint"), CHECKPOINT),
-    Kind(("controlnet_",), later("a ControlNet"), later("It belongs in models/controlnet.")),
-    FLUX_DIT,
-    CLIP,
-    T5,
-    VAE,
+    _quantised("bitsandbytes", ".SCB", ".weight_format"),
+    _quantised("optimum-quanto", ".weight._data"),
+    _quantised("torchao", "._weight_qdata"),
+    _quantised("HQQ", ".W_q"),
+    _quantised("compressed-tensors", ".weight_packed", ".weight_zero_point"),
+    _quantised("W4A8", ".weight_s_rel"),
+    _quantised("NVFP4", ".weight_scale_2"),
+    _quantised("ModelOpt", ".pre_quant_scale", ".weight_quantizer."),
+    _quantised("block-wise float8", ".weight_scale_inv"),
+)  # fmt: skip
+OTHERS = (
+    Kind(
+        (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.",
+         "lora_unet_", "lora_transformer_", "lora_te", ".lokr_w", ".hada_w", ".oft_blocks"),
+        later("a LoRA"),
+        later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
+    ),
+    Kind(("ip_adapter_", "image_proj.", "pulid_", "redux_up."),
+         later("an IP-Adapter, PuLID or Redux model"), OTHER_MODEL),
+    Kind(("layers.0.post_attention_layernorm.weight", "layers.0.mlp.gate_proj.weight"),
+         later("a language model, the text encoder of other models"), FLUX_ENCODERS),
+    Kind(("vision_model.encoder.layers.0.", "visual.transformer.resblocks.0."),
+         later("a CLIP vision model"), later("It belongs in models/clip_vision.")),
+    Kind(("taesd_", "decoder.layers.1.weight"), later("a small VAE for previews"),
+         later("It belongs in models/vae_approx.")),
+    _other("Wan", "blocks.0.cross_attn.norm_k.", "head.modulation"),
+    _other("HiDream", "double_stream_blocks.0."),
+    _other("LTX-Video", "patchify_proj."),
+    _other("Z-Image / Lumina", "noise_refiner.0."),
+    _other("PixArt", "t_block.1."),
+    _other("SDXL / Stable Diffusion", "input_blocks.0.0.", "down_blocks.0.resnets.0."),
 )  # fmt: skip
 
 
 def kind_of(names: Collection[str]) -> Kind | None:
     """The kind of file that holds tensors of these names, or None when it is none we know."""
-    for kind in KINDS:
-        if _shows(kind, names):
-            return kind
-    return None
+    whole = (*RELATIVES, FLUX_DIT, *CHECKPOINTS, CLIP, T5, VAE, *QUANTISATIONS, *OTHERS)
+    return _first(whole, names)
 
 
-def require_kind(path: Path, names: Collection[str], wanted: Kind) -> None:
+def parts_in(names: Collection[str]) -> list[Kind]:
+    """The kinds of PARTS that seem to be in the file; what is not needed does not count.
+
+    Those of a checkpoint of Stable Diffusion are not for Flux.
+    """
+    parts = _shown(PARTS, names)
+    return [] if FLUX_DIT not in parts and _first(CHECKPOINTS, names) else parts
+
+
+@contextmanager
+def expecting(path: Path, names: Collection[str], wanted: Kind) -> Iterator[None]:
     """Raise ModelFileError, saying what the file is, unless it holds the wanted kind.
 
-    A whole checkpoint holds several kinds at once, the transformer being the first.
+    So does an error that is raised within, when the file looks like another kind than the wanted.
     """
-    found = kind_of(names)
-    if found is wanted or (found is FLUX_DIT and _shows(wanted, names)):
-        return
+    if wanted not in parts_in(names):
+        raise _not_wanted(path, names, kind_of(names), wanted)
+    if wanted is T5 and _first([UMT5], names):
+        raise _not_wanted(path, names, UMT5, wanted)
+    try:
+        yield
+    except ModelFileError as error:
+        found = _first((*RELATIVES, *QUANTISATIONS), names)
+        if found is None:
+            raise
+        raise _not_wanted(path, names, found, wanted) from error
+
+
+def _not_wanted(
+    path: Path, names: Collection[str], found: Kind | None, wanted: Kind
+) -> ModelFileError:
     if found is None:
         said = say(
             "{file} is not {wanted}: none of its {count} tensors has a name that MajicFlux knows. "
             "Choose another file.",
             file=path.name,
-            wanted=say(wanted.description),
+            wanted=wanted,
             count=len(names),
         )
         some = say("Its names: {names} ...", names=", ".join(sorted(names)[:3]))
-        raise ModelFileError("\n".join([said, some]))
-    raise ModelFileError(
+        return ModelFileError("\n".join([said, some]))
+    return ModelFileError(
         say(
             "{file} is {found}, not {wanted}. {advice}",
             file=path.name,
-            found=say(found.description),
-            wanted=say(wanted.description),
+            found=found,
+            wanted=wanted,
             advice=say(found.advice),
         )
     )
 
 
-def _shows(kind: Kind, names: Collection[str]) -> bool:
-    return any(marker in name for name in names for marker in kind.markers)
+def _shown(kinds: Iterable[Kind], names: Collection[str]) -> list[Kind]:
+    text = "\n".join(names)  # to be searched at once
+    return [kind for kind in kinds if any(marker in text for marker in kind.markers)]
+
+
+def _first(kinds: Iterable[Kind], names: Collection[str]) -> Kind | None:
+    return next(iter(_shown(kinds, names)), None)

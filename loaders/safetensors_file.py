@@ -44,6 +44,10 @@ DTYPES = {
     "BOOL": ("bool", 1),
 }
 
+FIRST_BYTES = 400  # of a file, that tell what it is if it is not safetensors
+FIRST_LINE = 100  # characters of a text that are shown
+
+ARCHIVE = later("{file} is an archive; unpack it and choose what is inside.")
 # How the first bytes of other formats begin, and what to say about them.
 OTHER_FORMATS = (
     (b"GGUF", later(
@@ -59,6 +63,9 @@ OTHER_FORMATS = (
         "{file} is a Git LFS pointer, not the model; download the file itself."
     )),
     (b"<", later("{file} is a web page, not the model; download the file again.")),
+    (b"7z\xbc\xaf", ARCHIVE),
+    (b"Rar!", ARCHIVE),
+    (b"\x1f\x8b", ARCHIVE),
 )  # fmt: skip
 
 
@@ -89,6 +96,8 @@ class Identity(NamedTuple):
 class SafetensorsFile:
     """A safetensors file whose header has been read and checked; nothing else is read yet.
 
+    A tensor may have a dtype that nobody here can read: it is refused where it is needed.
+
     Raises ModelFileError when the file is not there, not safetensors, shorter than its header
     says, or when its header is larger than that of any model. Within a second, whatever the file
     holds. Format: https://github.com/huggingface/safetensors#format
@@ -108,9 +117,11 @@ class SafetensorsFile:
                 say("{file} cannot be opened: {reason}.", file=path, reason=reason)
             ) from error
 
-    def read(self, entry: TensorEntry) -> bytes:
-        """The bytes of a small tensor. Raises ModelFileError when it is not small."""
+    def read(self, entry: TensorEntry, most: int | None = None) -> bytes:
+        """The bytes of a small tensor, `most` of them. Raises ModelFileError when they are more
+        than a small one has."""
         size = entry.end - entry.start
+        size = size if most is None else min(size, most)
         if size > MAX_SMALL_BYTES:
             raise ModelFileError(
                 say(
@@ -148,16 +159,14 @@ def _read_header(
 ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
     """Tensors and metadata."""
     file.seek(0)
-    first = file.read(32)
+    first = file.read(FIRST_BYTES)
     for magic, sentence in OTHER_FORMATS:
         # A safetensors file can begin with any byte, but its ninth is always the JSON's "{".
         if first.startswith(magic) and first[8:9] != b"{":
             raise ModelFileError(say(sentence, file=name))
     length = int.from_bytes(first[:8], "little")
     if len(first) < 10 or first[8:9] != b"{" or length > FORMAT_HEADER_BYTES:
-        raise ModelFileError(
-            say("{file} is not a safetensors file; download the .safetensors version.", file=name)
-        )
+        raise ModelFileError(_what_else(name, first))
     data_start = 8 + length
     if data_start > file_bytes:
         raise ModelFileError(
@@ -176,7 +185,7 @@ def _read_header(
     file.seek(8)
     try:
         raw, metadata = _Scanner(file.read(length).decode()).header()
-        entries = {key: _entry(name, key, value, data_start) for key, value in raw.items()}
+        entries = {key: _entry(key, value, data_start) for key, value in raw.items()}
         end = _end(entries, data_start)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ModelFileError):
@@ -187,13 +196,34 @@ def _read_header(
     if end > file_bytes:
         raise ModelFileError(
             say(
-                "{file} is cut off: {there:.2f} GB of {all:.2f} GB are there. Download it again.",
+                "{file} is cut off: {missing:,} of its {all:,} bytes are missing. Download it "
+                "again.",
                 file=name,
-                there=file_bytes / 1e9,
-                all=end / 1e9,
+                missing=end - file_bytes,
+                all=end,
             )
         )
     return entries, metadata
+
+
+def _what_else(name: str, first: bytes) -> str:
+    """The sentence about a file that begins so and is not safetensors."""
+    if not first:
+        return say("{file} is empty. Download it again.", file=name)
+    if not any(first):
+        return say(
+            "{file} begins with zeros alone, as a download that was broken off. Download it again.",
+            file=name,
+        )
+    text = first.decode("utf-8", "replace").rstrip("\ufffd")  # a character may be cut in two
+    line = text.strip().partition("\n")[0].strip()
+    if line and all(c.isprintable() or c.isspace() for c in text):
+        return say(
+            "{file} is a text, not the model: “{line}”. Download the file again.",
+            file=name,
+            line=line[:FIRST_LINE],
+        )
+    return say("{file} is not a safetensors file; download the .safetensors version.", file=name)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -277,25 +307,16 @@ class _Scanner:
         return self._text[self._at : self._at + 1]
 
 
-def _entry(file: str, name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
+def _entry(name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
     dtype, shape = raw["dtype"], tuple(raw["shape"])
     start, end = raw["data_offsets"]
     if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
         raise ValueError(say("{name}: the dtype must be a short text", name=name))
     if len(shape) > MAX_AXES:
         raise ValueError(say("{name}: more than {most} axes", name=name, most=MAX_AXES))
-    if dtype not in DTYPES:
-        raise ModelFileError(
-            say(
-                "{file} stores {name} as {dtype}, a format MajicFlux cannot read.",
-                file=file,
-                name=name,
-                dtype=dtype,
-            )
-        )
     if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in (*shape, start, end)):
         raise ValueError(say("{name}: sizes and offsets must be whole numbers", name=name))
-    if math.prod(shape) * DTYPES[dtype][1] != end - start:
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype][1] != end - start:
         raise ValueError(say("{name}: shape and length disagree", name=name))
     return TensorEntry(dtype, shape, data_start + start, data_start + end)
 

@@ -1,6 +1,7 @@
 """Models that are stored in several files, NAME-00001-of-00002.safetensors and so on."""
 
 import re
+from itertools import filterfalse
 from pathlib import Path
 
 from ..messages import say
@@ -8,6 +9,11 @@ from .safetensors_file import ModelFileError
 
 MAX_SHARDS = 1000
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")
+
+
+def hidden(name: str) -> bool:
+    """Whether a file in a models folder was put there by the system: macOS's `._` files, trash."""
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def model_parts(path: Path) -> list[Path]:
@@ -19,8 +25,8 @@ def model_parts(path: Path) -> list[Path]:
     if not path.is_dir() and not SHARD.match(path.name):
         return [path]
     folder = path if path.is_dir() else path.parent
-    names = [path.name] if not path.is_dir() else sorted(p.name for p in folder.iterdir())
-    first = next(filter(None, map(SHARD.match, names)), None)
+    names = sorted(p.name for p in folder.iterdir()) if path.is_dir() else [path.name]
+    first = next(filter(None, map(SHARD.match, filterfalse(hidden, names))), None)
     if first is None:
         raise ModelFileError(
             say(

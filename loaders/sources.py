@@ -2,29 +2,39 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ..engine.precision import rotation_group
 from ..messages import say
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile
 
-MAX_BLOCKS = 256  # of one kind; Flux.1 has 38 at most
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # ComfyUI's two ways to store the scale of a float8 weight, as the ending of its name.
 SCALE_NAMES = ((".weight", ".scale_weight"), (".weight", ".weight_scale"))
-MAX_MARKER_BYTES = 1024
-INT8_FORMAT = "int8_tensorwise"  # ComfyUI's name for int8 with a scale, in its marker's JSON
+# ComfyUI's names of the formats that we read, in the JSON by which it marks a layer, and the dtype
+# of their weights, which may also be written as plain bytes.
+INT8_FORMAT = "int8_tensorwise"
+FORMATS = {INT8_FORMAT: "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+MARKER, MARKERS = "comfy_quant", "_quantization_metadata"  # beside a weight, of a whole file
+MOST_DECLARED = 2**20  # characters of what a header says of all layers
+MOST_MARKER_BYTES, MOST_FORMAT = 2**10, 40  # of one marker, characters of a format's name
+DAMAGED = "damaged"  # in place of a format
+# What stands beside a weight that is something else without it, and which we do not read.
+MULTIPLIERS = ("weight_scale_2", "weight_scale_inv", "pre_quant_scale", "weight_s_rel",
+               "smooth_factor", "weight_quantizer._scale")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Part:
     """Rows of one tensor in a file, and the name of the scale they are to be multiplied by.
 
-    rotation: for ComfyUI's int8 format, how many columns are rotated together, 0 being none.
+    format: that the file declares, as ComfyUI names it. rotation: for ComfyUI's int8 format, how
+    many columns are rotated together, 0 being none.
     """
 
     file: SafetensorsFile
@@ -32,11 +42,13 @@ class Part:
     first_row: int
     rows: int
     scale_name: str | None = None
+    format: str | None = None
     rotation: int | None = None
 
     @property
     def dtype(self) -> str:
-        return self.file.tensors[self.name].dtype
+        dtype = self.file.tensors[self.name].dtype
+        return FORMATS.get(self.format or "", dtype) if dtype == "U8" else dtype
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -63,11 +75,12 @@ def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, 
     """Every tensor of `files` whose name starts with `prefix`, by its name without the prefix."""
     found = {}
     for file in files:
-        rotations = _rotations(file)
+        declared = _declared(file)
         for name, entry in file.tensors.items():
             if name.startswith(prefix):
                 rows = entry.shape[0] if entry.shape else 1
-                part = Part(file, name, 0, rows, _scale_name(file, name), rotations.get(name))
+                form = _format(file, name, prefix, declared)
+                part = Part(file, name, 0, rows, _scale_name(file, name), *form)
                 found[name.removeprefix(prefix)] = Source((part,))
     return found
 
@@ -83,12 +96,19 @@ def stacked(sources: Iterable[Source]) -> Source:
     return Source(tuple(part for source in sources for part in source.parts))
 
 
+def split(source: Source, count: int) -> list[Source]:
+    """The weight as `count` of equally many rows."""
+    (part,) = source.parts
+    edges = [part.rows * index // count for index in range(count + 1)]
+    return [
+        Source((replace(part, first_row=first, rows=last - first),))
+        for first, last in pairwise(edges)
+    ]
+
+
 def halves_swapped(source: Source) -> Source:
     """The same weight with the second half of its rows before the first."""
-    (part,) = source.parts
-    half = part.rows // 2
-    last = replace(part, first_row=half, rows=part.rows - half)
-    return Source((last, replace(part, rows=half)))
+    return stacked(reversed(split(source, 2)))
 
 
 def prefix_before(names: Iterable[str], marker: str) -> str:
@@ -100,30 +120,11 @@ def missing(path: Path, name: str) -> ModelFileError:
     """The error of a file that lacks a tensor."""
     return ModelFileError(
         say(
-            "{file} is incomplete: {name} is missing. Download it again.",
+            "{file} is incomplete: {name} is missing. Download it again, or choose another file.",
             file=path.name,
             name=name,
         )
     )
-
-
-def block_count(path: Path, names: Iterable[str], pattern: str) -> int:
-    """How many blocks there are by the numbers in the names that begin with `pattern`.
-
-    Raises ModelFileError when no model has as many: a layout of all of them would be built.
-    """
-    count = len({found[1] for name in names if (found := re.match(pattern, name))})
-    if count > MAX_BLOCKS:
-        raise ModelFileError(
-            say(
-                "{file} has {count:,} blocks; no Flux.1 model has more than {most}. Choose another "
-                "file.",
-                file=path.name,
-                count=count,
-                most=MAX_BLOCKS,
-            )
-        )
-    return count
 
 
 def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
@@ -143,6 +144,9 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
                 name=absent[0],
             )
         )
+    for name in layout:  # first, as other formats have other shapes too
+        for part in sources[name].parts:
+            _require_readable(path, name, part)
     for name, shape in layout.items():
         source = sources[name]
         if _without_ones(source.shape) != _without_ones(shape):
@@ -168,18 +172,36 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
                         expected=list(source.parts[0].row_shape),
                     )
                 )
-            _require_readable(path, name, part)
 
 
 def _require_readable(path: Path, name: str, part: Part) -> None:
-    if part.dtype not in FLOATING and not _is_int8(part):
+    if part.format == DAMAGED:
+        raise ModelFileError(
+            say(
+                "{file} has a damaged comfy_quant marker beside {name}. Download it again.",
+                file=path.name,
+                name=part.name,
+            )
+        )
+    layer = part.name.removesuffix("weight")
+    beside = next((m for m in MULTIPLIERS if layer + m in part.file.tensors), None)
+    unread = None
+    if part.format is not None and part.format not in FORMATS:
+        unread = part.format
+    elif part.format is not None and (part.format == INT8_FORMAT) != (part.dtype == "I8"):
+        unread = f"{part.dtype} ({part.format})"
+    elif part.dtype not in FLOATING and not _is_int8(part):
+        unread = part.dtype
+    elif beside is not None and layer != part.name:
+        unread = f"{part.dtype} + {beside}"
+    if unread is not None:
         raise ModelFileError(
             say(
                 "{file} stores {name} as {dtype}, a quantisation that MajicFlux cannot read. Use "
                 "the bf16, fp16, float8 or int8_tensorwise file.",
                 file=path.name,
                 name=name,
-                dtype=part.dtype,
+                dtype=unread,
             )
         )
     if part.scale_name is not None:
@@ -206,37 +228,41 @@ def _is_int8(part: Part) -> bool:
     return group == 0 or group == rotation_group(width, group)
 
 
-def _rotations(file: SafetensorsFile) -> dict[str, int]:
-    """The rotation of each weight that the file marks as ComfyUI's int8."""
-    found = {}
-    for name, entry in file.tensors.items():
-        marker = file.tensors.get(name.removesuffix("weight") + "comfy_quant")
-        if entry.dtype != "I8" or marker is None:
-            continue
-        try:
-            if marker.end - marker.start > MAX_MARKER_BYTES:
-                raise ValueError
-            options = json.loads(file.read(marker))
-            options = {**options.get("params", {}), **options}
-            if options["format"] == INT8_FORMAT:
-                turned = options.get("convrot", False)
-                found[name] = int(options.get("convrot_groupsize", 256)) if turned else 0
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise ModelFileError(
-                say(
-                    "{file} has a damaged comfy_quant marker beside {name}. Download it again.",
-                    file=file.path.name,
-                    name=name,
-                )
-            ) from error
-    return found
+def _declared(file: SafetensorsFile) -> dict[str, Any]:
+    """What the file's header says of the format of its layers, by their names."""
+    try:
+        text = file.metadata[MARKERS]
+        return {**json.loads(text)["layers"]} if len(text) <= MOST_DECLARED else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _format(
+    file: SafetensorsFile, name: str, prefix: str, declared: dict[str, Any]
+) -> tuple[str | None, int | None]:
+    """Format and rotation of a tensor, as ComfyUI declares them for the layer of a weight.
+
+    In the header a layer has its name in the file or that without prefix, as in ComfyUI.
+    """
+    layer, dot, last = name.rpartition(".")
+    if last != "weight":
+        return None, None
+    marker = file.tensors.get(f"{layer}{dot}{MARKER}")
+    options = declared.get(layer, declared.get(layer.removeprefix(prefix)))
+    try:
+        if options is None:
+            if marker is None:
+                return None, None
+            options = json.loads(file.read(marker, MOST_MARKER_BYTES))
+        params = options.get("params")
+        options = {**(params if isinstance(params, dict) else {}), **options}
+        form = str(options["format"])[:MOST_FORMAT]
+        if form != INT8_FORMAT:
+            return form, None
+        turned = options.get("convrot", False)
+        return form, int(options.get("convrot_groupsize", 256)) if turned else 0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return DAMAGED, None
 
 
 def _scale_name(file: SafetensorsFile, name: str) -> str | None:

@@ -1,6 +1,7 @@
 """The CLIP-L and T5 files."""
 
 import logging
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -10,21 +11,21 @@ from ..engine.diffsynth_files import diffsynth_module
 from ..engine.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..messages import say
 from .fill import Progress, fill
-from .layouts import clip_layout, t5_layout
+from .layouts import blocks_in, clip_layout, t5_layout
 from .prepared import keep
-from .recognise import CLIP, T5, Kind, require_kind
+from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
 from .sources import (
     Source,
     Sources,
-    block_count,
     files_of,
     missing,
     prefix_before,
     require_layout,
     sources_of,
+    split,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ log = logging.getLogger("majicflux")
 
 CLIP_TOKENS = "text_model.embeddings.token_embedding.weight"
 CLIP_POSITIONS = "text_model.embeddings.position_embedding.weight"
+CLIP_MLP = "text_model.encoder.layers.0.mlp.fc1.weight"
+OPENAI_NAMES = (
+    (r"^token_embedding\.", "embeddings.token_embedding."),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "final_layer_norm."),
+    (r"^transformer\.resblocks\.", "encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+)
+T5_TOKENS, T5_TOKENS_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 T5_POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 T5_MLP = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
@@ -43,29 +56,39 @@ T5_MLP = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     """Geometry and weights of a CLIP text encoder, from its header alone.
 
+    In the names of Transformers, of which version 5.6 dropped the first part, or in OpenAI's.
     Raises ModelFileError when the file is not one, or not whole.
     """
-    sources = _open(path, CLIP)
-    vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
-    if width % CLIP_HEAD_DIM:
-        raise ModelFileError(
-            say(
-                "{file} is {width} wide, which is no multiple of {heads} as in every CLIP text "
-                "encoder. Choose clip_l.safetensors.",
-                file=path.name,
-                width=width,
-                heads=CLIP_HEAD_DIM,
+    files, names = _open(path)
+    with expecting(path, names, CLIP):
+        theirs, openai = CLIP.markers
+        if any(theirs in name for name in names):
+            found = sources_of(files, prefix_before(names, theirs))
+        else:
+            found = _from_openai(sources_of(files, prefix_before(names, openai)))
+        sources = {f"text_model.{name}": source for name, source in found.items()}
+        vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
+        if width % CLIP_HEAD_DIM:
+            raise ModelFileError(
+                say(
+                    "{file} is {width} wide, which is no multiple of {heads} as in every CLIP text "
+                    "encoder. Choose clip_l.safetensors.",
+                    file=path.name,
+                    width=width,
+                    heads=CLIP_HEAD_DIM,
+                )
             )
+        geometry = ClipGeometry(
+            width=width,
+            mlp_width=_shape(path, sources, CLIP_MLP, 2)[0],
+            layers=blocks_in(
+                path, sources, "text_model.encoder.layers.", clip_layout(ClipGeometry())
+            ),
+            vocabulary=vocabulary,
+            positions=_shape(path, sources, CLIP_POSITIONS, 2)[0],
         )
-    geometry = ClipGeometry(
-        width=width,
-        mlp_width=_shape(path, sources, CLIP.markers[0], 2)[0],
-        layers=block_count(path, sources, r"text_model\.encoder\.layers\.(\d+)\."),
-        vocabulary=vocabulary,
-        positions=_shape(path, sources, CLIP_POSITIONS, 2)[0],
-    )
-    layout = clip_layout(geometry)
-    require_layout(path, sources, layout)
+        layout = clip_layout(geometry)
+        require_layout(path, sources, layout)
     return geometry, {name: sources[name] for name in layout}
 
 
@@ -74,20 +97,24 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
 
     Raises ModelFileError when it is not one, or not whole.
     """
-    sources = _open(path, T5)
-    vocabulary, width = _shape(path, sources, "shared.weight", 2)
-    buckets, heads = _shape(path, sources, T5_POSITIONS, 2)
-    geometry = T5Geometry(
-        width=width,
-        mlp_width=_shape(path, sources, T5_MLP, 2)[0],
-        layers=block_count(path, sources, r"encoder\.block\.(\d+)\."),
-        heads=heads,
-        head_dim=_shape(path, sources, T5.markers[0], 2)[0] // heads,
-        vocabulary=vocabulary,
-        buckets=buckets,
-    )
-    layout = t5_layout(geometry)
-    require_layout(path, sources, layout)
+    files, names = _open(path)
+    with expecting(path, names, T5):
+        sources = sources_of(files, prefix_before(names, T5.markers[0]))
+        if T5_TOKENS not in sources and T5_TOKENS_AGAIN in sources:
+            sources[T5_TOKENS] = sources[T5_TOKENS_AGAIN]  # one table under two names
+        vocabulary, width = _shape(path, sources, T5_TOKENS, 2)
+        buckets, heads = _shape(path, sources, T5_POSITIONS, 2)
+        geometry = T5Geometry(
+            width=width,
+            mlp_width=_shape(path, sources, T5_MLP, 2)[0],
+            layers=blocks_in(path, sources, "encoder.block.", t5_layout(T5Geometry())),
+            heads=heads,
+            head_dim=_shape(path, sources, T5.markers[0], 2)[0] // heads,
+            vocabulary=vocabulary,
+            buckets=buckets,
+        )
+        layout = t5_layout(geometry)
+        require_layout(path, sources, layout)
     return geometry, {name: sources[name] for name in layout}
 
 
@@ -134,11 +161,25 @@ def load_text_encoders(
     return weights
 
 
-def _open(path: Path, wanted: Kind) -> dict[str, Source]:
+def _open(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
+    """The files, and the names of all tensors in them."""
     files = [SafetensorsFile(part) for part in model_parts(path)]
-    names = [name for file in files for name in file.tensors]
-    require_kind(path, names, wanted)
-    return sources_of(files, prefix_before(names, wanted.markers[0]))
+    return files, [name for file in files for name in file.tensors]
+
+
+def _from_openai(sources: Sources) -> dict[str, Source]:
+    """A CLIP text encoder in the names of Transformers."""
+    found = {}
+    for name, source in sources.items():
+        for theirs, ours in OPENAI_NAMES:
+            name = re.sub(theirs, ours, name)
+        joint = re.fullmatch(r"(encoder\.layers\.\d+\.)attn\.in_proj_(weight|bias)", name)
+        if joint is None:
+            found[name] = source
+            continue
+        for part, rows in zip("qkv", split(source, 3), strict=True):
+            found[f"{joint[1]}self_attn.{part}_proj.{joint[2]}"] = rows
+    return found
 
 
 def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from .safetensors_file import ModelFileError
 
 # A vocabulary is padded up to a multiple of 128 rows in the model, so it may be a little shorter.
 PADDING_ROWS = 128
+MOST_REASON = 200  # characters of another library's message
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class TokenizerKind:
     folder: str  # in the FLUX.1 repositories
     class_name: str  # in transformers
     files: tuple[tuple[str, ...], ...]  # any one of these sets is enough
+    ends: int  # tokens that mark start and end
 
 
 CLIP_TOKENIZER = TokenizerKind(
-    "CLIP-L", "tokenizer", "CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    "CLIP-L", "tokenizer", "CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt")), 2
 )
 T5_TOKENIZER = TokenizerKind(
-    "T5", "tokenizer_2", "T5TokenizerFast", (("tokenizer.json",), ("spiece.model",))
+    "T5", "tokenizer_2", "T5TokenizerFast", (("tokenizer.json",), ("spiece.model",)), 1
 )
 
 
@@ -36,7 +38,7 @@ def load_tokenizer(
 
     Looked for beside the model file, one folder up (the layout of the FLUX.1 repositories), then
     in the host's bundle. One with another vocabulary is passed over: its ids would mean nothing.
-    Raises ModelFileError when there is none.
+    Raises ModelFileError when there is none, or when it is damaged.
     """
     import transformers
 
@@ -47,13 +49,28 @@ def load_tokenizer(
         if not any(all((folder / name).is_file() for name in files) for files in kind.files):
             continue
         tokenizer_class = getattr(transformers, kind.class_name)
-        tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
-        if 0 <= vocabulary - len(tokenizer) < PADDING_ROWS:
-            return tokenizer
+        try:
+            tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+            if not 0 <= vocabulary - len(tokenizer) < PADDING_ROWS:
+                continue
+            _try(kind, tokenizer, vocabulary)
+        except Exception as error:  # anything: transformers checks little of what it reads
+            reason = str(error).strip().partition("\n")[0][:MOST_REASON]
+            raise ModelFileError(
+                say(
+                    "The {kind} tokenizer in {folder} is damaged ({reason}). Download that folder "
+                    "again.",
+                    kind=kind.name,
+                    folder=folder,
+                    reason=reason or type(error).__name__,
+                )
+            ) from error
+        return tokenizer
     raise ModelFileError(
         say(
-            "No {kind} tokenizer with {entries} entries was found for {file}. Put the folder "
-            "{folder} of the FLUX.1-dev repository beside the file, as {place}.",
+            "No {kind} tokenizer with {entries} entries was found for {file}. Put the one that "
+            "belongs to it, such as {folder} of the FLUX.1-dev repository, beside the file, as "
+            "{place}.",
             kind=kind.name,
             entries=vocabulary,
             file=model_path.name,
@@ -61,3 +78,13 @@ def load_tokenizer(
             place=candidates[0],
         )
     )
+
+
+def _try(kind: TokenizerKind, tokenizer: Any, vocabulary: int) -> None:
+    """Raise ValueError unless it gives what the encoders take."""
+    empty = tokenizer("").input_ids
+    words = tokenizer("a cat", add_special_tokens=False).input_ids
+    largest = max(tokenizer.get_vocab().values())
+    padded = tokenizer.pad_token_id is not None
+    if len(empty) != kind.ends or not words or not padded or largest >= vocabulary:
+        raise ValueError(say("it gives other tokens than the encoder takes"))

@@ -10,7 +10,7 @@ from ..messages import say
 from .diffusers_names import vae_from_diffusers
 from .fill import fill
 from .layouts import vae_layout
-from .recognise import VAE, require_kind
+from .recognise import VAE, expecting
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .sources import Source, prefix_before, require_layout, sources_of
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("majicflux")
 
+LATENT_CHANNELS = 16
+
 
 def inspect_vae(path: Path) -> dict[str, Source]:
     """The weights of a Flux VAE, from its header alone, in either layout.
@@ -29,24 +31,23 @@ def inspect_vae(path: Path) -> dict[str, Source]:
     Raises ModelFileError when the file holds none, or not a whole one.
     """
     file = SafetensorsFile(path)
-    require_kind(path, file.tensors, VAE)
-    ours, diffusers = VAE.markers
-    if any(ours in name for name in file.tensors):
-        sources = sources_of([file], prefix_before(file.tensors, ours))
-    else:
-        sources = vae_from_diffusers(sources_of([file], prefix_before(file.tensors, diffusers)))
-    layout = vae_layout()
-    first = sources.get("decoder.conv_in.weight")
-    if first is not None and first.shape != layout["decoder.conv_in.weight"]:
-        raise ModelFileError(
-            say(
-                "{file} is a VAE of another model: its latents have {channels} channels, Flux's "
-                "have 16. Choose ae.safetensors.",
-                file=path.name,
-                channels=first.shape[1],
+    with expecting(path, file.tensors, VAE):
+        ours, diffusers = VAE.markers
+        if any(ours in name for name in file.tensors):
+            sources = sources_of([file], prefix_before(file.tensors, ours))
+        else:
+            sources = vae_from_diffusers(sources_of([file], prefix_before(file.tensors, diffusers)))
+        layout, first = vae_layout(), sources.get("decoder.conv_in.weight")
+        if first is not None and len(first.shape) == 4 and first.shape[1] != LATENT_CHANNELS:
+            raise ModelFileError(
+                say(
+                    "{file} is a VAE of another model: its latents have {channels} channels, "
+                    "Flux's have 16. Choose ae.safetensors.",
+                    file=path.name,
+                    channels=first.shape[1],
+                )
             )
-        )
-    require_layout(path, sources, layout)
+        require_layout(path, sources, layout)
     return {name: sources[name] for name in layout}
 
 

@@ -13,7 +13,7 @@ from ..engine.precision import PRECISIONS
 from ..host import current as host
 from ..loaders.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
 from ..loaders.prepared import prepared_files
-from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of
+from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of, parts_in
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
 from ..messages import say
@@ -184,7 +184,7 @@ def _models() -> str:
             text = say(
                 "MISSING {kind}, such as {file} of {places}, in models/{folder}; `majicflux "
                 "download` fetches it",
-                kind=say(kind.description),
+                kind=kind,
                 file=file.name,
                 places=" / ".join(f"{HUB_NAMES[p.hub]} {p.repository}" for p in file.places),
                 folder=file.folder,
@@ -199,11 +199,12 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
     try:
         path = model_files.resolve(folder, name)
         headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
-        kind = kind_of([tensor for header in headers for tensor in header])
+        names = [tensor for header in headers for tensor in header]
+        kind = next(iter(parts_in(names)), None) or kind_of(names)
         if kind is None:
             return say("nothing that MajicFlux knows"), set()
         if kind not in loaders:
-            return say(kind.description), set()
+            return str(kind), set()
         loaders[kind](path)
     except ModelFileError as error:
         said = str(error).partition("\n")[0]
@@ -212,11 +213,11 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
         return say("unusable ({reason})", reason=reason.rstrip(".。")), set()
     if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
         held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}
-        return say(kind.description), held
+        return str(kind), held
     if folder != NEEDED[kind].folder:
-        values = {"kind": say(kind.description), "folder": NEEDED[kind].folder}
+        values = {"kind": kind, "folder": NEEDED[kind].folder}
         return say("{kind}, which belongs in models/{folder}", **values), set()
-    return say(kind.description), {kind}
+    return str(kind), {kind}
 
 
 def _loaders() -> dict[Kind, Callable[[Path], Any]]:

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 from ..host import current as host
 from ..loaders.catalogue import GROUPS
 from ..loaders.safetensors_file import ModelFileError
-from ..loaders.shards import SHARD, model_parts
+from ..loaders.shards import SHARD, hidden, model_parts
 from ..messages import say
 
 CHECKPOINTS = "checkpoints"
@@ -24,14 +24,18 @@ def options(category: str, *preferred: str) -> dict[str, Any]:
     with a preferred word in it.
     """
     names = choices(category)
-    names += [name for name in host.model_names(CHECKPOINTS) if name not in names]
+    names += [name for name in _names(CHECKPOINTS) if name not in names]
     likely = [name for word in preferred for name in names if word in name.lower()]
     return {"options": names, "default": (likely or names or [None])[0]}
 
 
 def choices(category: str) -> list[str]:
     """The models of `category`; a folder of shards is one."""
-    return sorted({_folder_of_shard(name) or name for name in host.model_names(category)})
+    return sorted({_folder_of_shard(name) or name for name in _names(category)})
+
+
+def _names(category: str) -> list[str]:
+    return [name for name in host.model_names(category) if not hidden(name)]
 
 
 def resolve(category: str, name: str) -> Path:
@@ -42,7 +46,7 @@ def resolve(category: str, name: str) -> Path:
     path = host.model_path(category, name) or host.model_path(CHECKPOINTS, name)
     if path is not None:
         return path
-    for shard in host.model_names(category):
+    for shard in _names(category):
         if _folder_of_shard(shard) == name:
             path = host.model_path(category, shard)
             if path is not None:

@@ -19,20 +19,28 @@ def float_state(path: Path) -> dict[str, torch.Tensor]:
 END = CLIP.vocabulary - 1  # of a text, among CLIP's ids
 
 
-def their_clip(models: Path) -> Any:
+def their_clip(models: Path, file: str = demo_models.CLIP_FILE) -> Any:
+    """file: in the names of Transformers or of OpenAI."""
     from comfy.sd1_clip import SDClipModel
+    from comfy.utils import clip_text_transformers_convert
+
+    state = float_state(models / file)
+    if "transformer.resblocks.0.ln_1.weight" in state:
+        state = clip_text_transformers_convert(state, "", "")
+        state = {name: tensor for name, tensor in state.items() if name.startswith("text_model.")}
+    positions = len(state["text_model.embeddings.position_embedding.weight"])
 
     config = {
         "num_hidden_layers": CLIP.layers, "hidden_size": CLIP.width, "num_attention_heads": 2,
         "intermediate_size": CLIP.mlp_width, "hidden_act": "quick_gelu", "eos_token_id": END,
-        "vocab_size": CLIP.vocabulary, "max_position_embeddings": 77, "projection_dim": CLIP.width,
+        "vocab_size": CLIP.vocabulary, "max_position_embeddings": positions,
+        "projection_dim": CLIP.width,
     }  # fmt: skip
     special = {"start": END - 1, "end": END, "pad": END}
     theirs = SDClipModel(
         textmodel_json_config=config, dtype=FLOAT, special_tokens=special,
         return_projected_pooled=False,
     )  # fmt: skip
-    state = float_state(models / demo_models.CLIP_FILE)
     state["text_projection.weight"] = torch.eye(CLIP.width)
     table = "text_model.embeddings.token_embedding.weight"  # theirs always has CLIP-L's rows
     state[table] = torch.nn.functional.pad(state[table], (0, 0, 0, 49408 - CLIP.vocabulary))

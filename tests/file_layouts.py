@@ -119,6 +119,14 @@ def marked(marker: dict) -> torch.Tensor:
     return torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
 
 
+def declared_in_header(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
+    """The same file with its markers in the header, as ComfyUI documents it: tensors, metadata."""
+    markers = {n: t for n, t in tensors.items() if n.endswith(".comfy_quant")}
+    layers = {n.removesuffix(".comfy_quant"): json.loads(bytes(t)) for n, t in markers.items()}
+    text = json.dumps({"format_version": "1.0", "layers": layers})
+    return {n: t for n, t in tensors.items() if n not in markers}, {"_quantization_metadata": text}
+
+
 def dequantized(tensors: Tensors) -> Tensors:
     """The same weights in bfloat16, rounded once."""
     found = {}
@@ -130,6 +138,50 @@ def dequantized(tensors: Tensors) -> Tensors:
         elif not name.endswith(("scale_weight", "_scale", "comfy_quant", "scaled_fp8")):
             found[name] = tensor
     return found
+
+
+def clip_without_prefix(tensors: Tensors) -> Tensors:
+    """As Transformers writes it since 5.6."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+
+
+def clip_to_openai(tensors: Tensors) -> Tensors:
+    """CLIP under the names of its authors, with the beginning of a vision part."""
+    found: Tensors = {
+        "visual.transformer.resblocks.0.ln_1.weight": torch.ones(2),
+        "visual.positional_embedding": torch.ones(2, 2),
+        "text_projection": torch.ones(2, 2),
+        "logit_scale": torch.ones(()),
+    }
+    names = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    }
+    found |= {theirs: tensors[f"text_model.{ours}"] for theirs, ours in names.items()}
+    modules = {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    }  # fmt: skip
+    layer = 0
+    while f"text_model.encoder.layers.{layer}.mlp.fc1.weight" in tensors:
+        ours, theirs = f"text_model.encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        for kind in ("weight", "bias"):
+            for name, our_name in modules.items():
+                found[f"{theirs}{name}.{kind}"] = tensors[f"{ours}{our_name}.{kind}"]
+            parts = [tensors[f"{ours}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            found[f"{theirs}attn.in_proj_{kind}"] = torch.cat(parts)
+        layer += 1
+    return found
+
+
+def longer_clip(tensors: Tensors, positions: int = 248) -> Tensors:
+    """A LongCLIP: the same with more positions."""
+    name = "text_model.embeddings.position_embedding.weight"
+    table = tensors[name].float().T[None]
+    wide = torch.nn.functional.interpolate(table, positions, mode="linear", align_corners=True)
+    return tensors | {name: wide[0].T.to(tensors[name].dtype).contiguous()}
 
 
 def vae_to_diffusers(tensors: Tensors) -> Tensors:

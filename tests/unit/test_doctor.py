@@ -18,6 +18,7 @@ from majicflux.engine.precision import PRECISIONS
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
+from majicflux.loaders.recognise import FLUX_DIT
 from majicflux.nodes.diagnosis import diagnosis
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,25 @@ def test_a_file_that_no_loader_takes_does_not_count(folder: Path) -> None:
     assert found.count("MISSING") == 4
 
 
+def test_left_over_tensors_and_linked_folders_are_looked_through(models, folder) -> None:
+    left = load_file(models / demo_models.DIT_FILE) | tensors("lora_unet_a.lora_down.weight")
+    put(folder / "diffusion_models/tuned.safetensors", left)
+    (folder / "vae").symlink_to(models / "vae")
+    (folder / "text_encoders").mkdir()
+    (folder / "text_encoders/linked").symlink_to(models / "text_encoders")
+    (folder / "text_encoders/._clip_l.safetensors").write_bytes(b"\x00\x05\x16\x07")
+    found = parts(diagnosis())["models"]
+    assert "a Flux.1 transformer: tuned.safetensors" in found
+    assert "MISSING" not in found
+    assert "._" not in found
+    chroma = tensors(FLUX_DIT.markers[0]) | tensors("distilled_guidance_layer.in_proj.weight")
+    put(folder / "diffusion_models/chroma.safetensors", chroma)
+    put(folder / "diffusion_models/wan.safetensors", tensors("blocks.0.cross_attn.norm_k.weight"))
+    found = parts(diagnosis())["models"]
+    assert "unusable (is a transformer of Chroma, not a Flux.1 transformer" in found
+    assert "a transformer of Wan: wan.safetensors" in found
+
+
 def test_many_files_of_a_kind_take_one_line(folder: Path) -> None:
     for index in range(30):
         put(folder / f"checkpoints/lora_{index:02}.safetensors", tensors("a.lora_A.weight"))
@@ -154,6 +174,7 @@ def nowhere(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = nowhere
 from majicflux.host import standalone
+from majicflux.loaders.recognise import FLUX_DIT
 from majicflux.nodes.diagnosis import diagnosis
 standalone.models_folder = Path({str(models)!r})
 print(diagnosis())

@@ -1,17 +1,22 @@
 """Every layout that people have their files in, through the loaders, against the plain one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from file_layouts import (
     FLOAT8,
     Tensors,
+    clip_to_openai,
+    clip_without_prefix,
+    declared_in_header,
     dequantized,
     int8_tensorwise,
+    longer_clip,
     marked,
     scaled,
     to_diffusers,
@@ -23,7 +28,7 @@ from majicflux.engine.stored_linear import rotate
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
-from majicflux.loaders.text_encoders import load_text_encoders
+from majicflux.loaders.text_encoders import inspect_clip, load_text_encoders
 from majicflux.loaders.vae import load_vae
 
 PREFIX = "model.diffusion_model."
@@ -108,6 +113,150 @@ def test_comfyuis_int8_is_used_as_it_is(plain, saved, group, per_row, precision:
     before = plain["double_blocks.1.img_mlp.0.weight"].float()
     difference = (plain_layer.weight.float() - before).norm() / before.norm()
     assert 0 < difference < 0.02
+
+
+@pytest.mark.parametrize("named", ["as in the file", "without the prefix"])
+@pytest.mark.parametrize("group", [64, 0])
+def test_int8_that_the_header_declares(plain, tmp_path: Path, saved, group: int, named) -> None:
+    pytest.importorskip("comfy_kitchen")
+    marked_beside = int8_tensorwise(plain, group)
+    tensors, metadata = declared_in_header(marked_beside)
+    path = tmp_path / "header.safetensors"
+    if named == "as in the file":
+        tensors, metadata = declared_in_header({PREFIX + n: t for n, t in marked_beside.items()})
+    else:
+        tensors = {PREFIX + n: t for n, t in tensors.items()}
+    save_file(tensors, path, metadata)
+    for dtype in (FLOAT8, torch.bfloat16):
+        assert bits(loaded(path, dtype)) == bits(loaded(saved(marked_beside), dtype))
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_float8_that_the_header_declares(plain, tmp_path: Path, saved, as_bytes: bool) -> None:
+    marked_beside = scaled(plain, "new", per_row=True)
+    tensors, metadata = declared_in_header(marked_beside)
+    if as_bytes:  # as the format allows
+        tensors = {n: t.view(torch.uint8) if t.dtype == FLOAT8 else t for n, t in tensors.items()}
+    path = tmp_path / "header.safetensors"
+    save_file(tensors, path, metadata)
+    assert bits(loaded(path, FLOAT8)) == bits(loaded(saved(marked_beside), FLOAT8))
+
+
+@pytest.mark.parametrize("declared", ["nvfp4", "mxfp8", "convrot_w4a4", "tomorrow's"])
+def test_other_formats_that_the_header_declares_are_named(plain, tmp_path, declared: str) -> None:
+    tensors = scaled(plain, "new", per_row=True)
+    tensors["single_blocks.1.linear1.comfy_quant"] = marked({"format": declared})
+    path = tmp_path / "header.safetensors"
+    tensors, metadata = declared_in_header(tensors)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ModelFileError, match=f"linear1.*{declared}.*cannot read"):
+        inspect_flux_dit(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"layers": 5}', '{"layers": {"single_blocks.1.linear1": 5}}',
+             "[" * 10**5, '{"layers": ' + "9" * 5000]
+)  # fmt: skip
+def test_a_header_that_declares_nonsense_harms_no_file_that_needs_none(
+    plain, tmp_path, saved, text: str
+) -> None:
+    path = tmp_path / "header.safetensors"
+    save_file(plain, path, {"_quantization_metadata": text})
+    if "linear1" in text:
+        with pytest.raises(ModelFileError, match=r"damaged comfy_quant marker .*linear1"):
+            inspect_flux_dit(path)
+    else:
+        assert bits(loaded(path)) == bits(loaded(saved(plain)))
+
+
+LEFT_OVER = {
+    "double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 4),
+    "double_blocks.18.img_attn.qkv.lora_A.weight": torch.zeros(4, 4),
+    "single_blocks.37.linear1.diff_b": torch.zeros(4),
+    "text_model.encoder.layers.11.mlp.fc1.lora_up.weight": torch.zeros(4, 4),
+    "encoder.block.23.layer.0.SelfAttention.q.lora_up.weight": torch.zeros(4, 4),
+    "lora_unet_double_blocks_0.lora_down.weight": torch.zeros(4, 4),
+    "controlnet_blocks.0.weight": torch.zeros(4, 4),
+    "conditioner.embedders.0.weight": torch.zeros(4, 4),
+    "optimizer.step": torch.zeros(1, dtype=torch.uint16),
+    "ema.scale": torch.zeros(2, dtype=torch.float8_e8m0fnu),
+    "rope.freqs": torch.zeros(2, dtype=torch.complex64),
+    "other.weight.absmax": torch.zeros(2),
+    "other.comfy_quant": torch.zeros(3, dtype=torch.uint8),
+    "other.weight": torch.full((2, 2), float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OVER)
+def test_what_is_not_needed_refuses_no_file(plain, models: Path, saved, name: str) -> None:
+    extra = {name: LEFT_OVER[name]}
+    assert bits(loaded(saved(plain | extra))) == bits(loaded(saved(plain, "plain.safetensors")))
+    paths = [models / part for part in (demo_models.CLIP_FILE, demo_models.T5_FILE)]
+    with_extra = [saved(load_file(path) | extra, path.name) for path in paths]
+    expected = bits(parameters(load_text_encoders(*paths, torch.bfloat16)))
+    assert bits(parameters(load_text_encoders(*with_extra, torch.bfloat16))) == expected
+
+
+def test_a_norm_whose_scale_is_called_its_weight(plain: Tensors, saved) -> None:
+    renamed = {name.replace("_norm.scale", "_norm.weight"): t for name, t in plain.items()}
+    assert renamed.keys() != plain.keys()
+    assert bits(loaded(saved(renamed))) == bits(loaded(saved(plain, "plain.safetensors")))
+
+
+CLIP_NAMES = {
+    "Transformers since 5.6": clip_without_prefix,
+    "OpenAI's": clip_to_openai,
+    "OpenAI's in float8": lambda t: {n: x.to(FLOAT8) for n, x in clip_to_openai(t).items()},
+    "both parts of a CLIP": lambda t: {"vision_model.encoder.layers.0.mlp.fc1.weight":
+        torch.ones(2)} | t,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", CLIP_NAMES)
+@pytest.mark.parametrize("prefix", ["", "clip.transformer."])
+def test_a_clip_in_other_names(models: Path, saved, written: str, prefix: str) -> None:
+    t5, tensors = models / demo_models.T5_FILE, load_file(models / demo_models.CLIP_FILE)
+    if "float8" in written:
+        tensors = {name: tensor.to(FLOAT8) for name, tensor in tensors.items()}
+    plain = load_text_encoders(saved(tensors, "plain.safetensors"), t5, torch.bfloat16)
+    renamed = {prefix + name: t for name, t in CLIP_NAMES[written](tensors).items()}
+    found = load_text_encoders(saved(renamed), t5, torch.bfloat16)
+    assert bits(parameters(found)) == bits(parameters(plain))
+
+
+def test_a_clip_as_transformers_saves_it(models: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    g = demo_models.CLIP
+    config = CLIPTextConfig(
+        vocab_size=g.vocabulary, hidden_size=g.width, intermediate_size=g.mlp_width,
+        num_hidden_layers=g.layers, num_attention_heads=2,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(tmp_path)
+    assert inspect_clip(tmp_path / "model.safetensors")[0] == g
+
+
+def test_a_long_clip_reads_248_tokens(models: Path, saved, make_pipeline) -> None:
+    clip = saved(longer_clip(load_file(models / demo_models.CLIP_FILE)))
+    encoders = make_pipeline().text_encoders
+    weights = load_text_encoders(clip, models / demo_models.T5_FILE, torch.bfloat16)
+    longer = replace(encoders, weights=weights, patcher=type(encoders.patcher)(weights))
+    words = "a cat " * 100
+    assert encoders.count(words).clip_read == 75
+    assert longer.count(words).clip_read == min(246, longer.count(words).clip) > 75
+    other_end = "a cat " * 40 + "a dog"
+    for of, same in ((encoders, True), (longer, False)):
+        one, other = (of.encode(text)[0].pooled for text in ("a cat " * 40, other_end))
+        assert torch.equal(one, other) == same
+
+
+def test_a_t5_whose_token_table_has_its_other_name_alone(models: Path, saved) -> None:
+    clip, t5 = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
+    tensors = load_file(t5)
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    found = load_text_encoders(clip, saved(tensors), torch.bfloat16)
+    plain = load_text_encoders(clip, t5, torch.bfloat16)
+    assert bits(parameters(found)) == bits(parameters(plain))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +371,18 @@ def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipe
         Pipeline(fill, pipeline.text_encoders, pipeline.vae, None, torch.bfloat16)
 
 
+@pytest.mark.parametrize("encoder", ["CLIP-L", "T5"])
+def test_encoders_of_another_width_are_refused_by_the_pipeline(make_pipeline, encoder) -> None:
+    pipeline = make_pipeline()
+    widths = {"CLIP-L": {"pooled_width": 1280}, "T5": {"text_width": 2048}}[encoder]
+    geometry = replace(pipeline.dit.geometry, **widths)
+    dit = replace(pipeline.dit, geometry=geometry)
+    wanted = next(iter(widths.values()))
+    with pytest.raises(ValueError, match=f"takes {wanted} values from {encoder}, and the"):
+        replace(pipeline, dit=dit)
+    replace(pipeline, dit=dit, text_encoders=None)
+
+
 @pytest.mark.parametrize("style", ["old", "new"])
 def test_a_scaled_float8_t5(models: Path, saved, style: str) -> None:
     clip = models / demo_models.CLIP_FILE
@@ -231,6 +392,22 @@ def test_a_scaled_float8_t5(models: Path, saved, style: str) -> None:
         clip, saved(dequantized(tensors), "bf16.safetensors"), torch.bfloat16
     )
     assert bits(parameters(found)) == bits(parameters(plain))
+
+
+def test_a_t5_whose_int8_the_header_declares(models: Path, tmp_path: Path) -> None:
+    """T5's matrices are named as those of blocks only for the function that quantizes them."""
+    pytest.importorskip("comfy_kitchen")
+    clip, plain = models / demo_models.CLIP_FILE, load_file(models / demo_models.T5_FILE)
+    inner = {n: t for n, t in plain.items() if "DenseReluDense" in n}
+    quantized = int8_tensorwise({f"blocks.{n}": t for n, t in inner.items()}, 64)
+    tensors = plain | {n.removeprefix("blocks."): t for n, t in quantized.items()}
+    path = tmp_path / "t5.safetensors"
+    tensors, metadata = declared_in_header(tensors)
+    save_file(tensors, path, metadata)
+    found = parameters(load_text_encoders(clip, path, torch.float32))
+    for name, tensor in inner.items():
+        difference = (found[f"t5.{name}"] - tensor.float()).norm() / tensor.float().norm()
+        assert 0 < difference < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float32])

@@ -1,7 +1,10 @@
 """Small models in the real layouts, through the loaders."""
 
+import json
+import os
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.on_card import OnCard
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
-from majicflux.loaders.tokenizers import T5_TOKENIZER, load_tokenizer
+from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 from majicflux.loaders.vae import load_vae
 
 
@@ -117,7 +120,7 @@ def test_a_damaged_weight_is_named_by_another_device_too(models: Path, tmp_path:
     tensors = load_file(models / demo_models.DIT_FILE)
     tensors["model.diffusion_model.single_blocks.1.linear1.weight"][3, 5] = float("inf")
     path = dit_with(tmp_path, tensors)
-    with pytest.raises(ModelFileError, match=r"1\.linear1\.weight: the weight holds"):
+    with pytest.raises(ModelFileError, match=r"1\.linear1\.weight: it holds a NaN, an inf"):
         load_flux_dit(path, PRECISIONS["float8_e4m3fn"], device=torch.device("cpu", 0))
 
 
@@ -197,12 +200,49 @@ def test_loading_keeps_no_second_copy(models: Path) -> None:
 
 def test_a_tokenizer_with_another_vocabulary_is_passed_over(models: Path) -> None:
     """The demo's tokenizer lies beside the file, but a real T5 has 32128 entries."""
-    from majicflux.loaders.safetensors_file import ModelFileError
-
     t5 = models / demo_models.T5_FILE
     assert load_tokenizer(T5_TOKENIZER, t5, demo_models.T5.vocabulary, None)
     with pytest.raises(ModelFileError, match=r"No T5 tokenizer with 32128 entries .* tokenizer_2"):
         load_tokenizer(T5_TOKENIZER, t5, 32128, None)
+
+
+def damage(path: Path, chance: Random) -> None:
+    whole = bytearray(path.read_bytes())
+    kind = chance.randrange(6)
+    if kind < 2:
+        whole = whole[: chance.randrange(len(whole))]
+    elif kind == 2:
+        for _ in range(chance.randint(1, 30)):
+            whole[chance.randrange(len(whole))] = chance.randrange(256)
+    elif kind == 3 and path.suffix == ".json":
+        values = json.loads(whole)
+        values[chance.choice([*values])] = chance.choice([None, [], {}, 1, "x"])
+        whole = json.dumps(values).encode()
+    else:
+        whole = chance.choice([b"", b"{}", b"[]", b"<html>", b"null"])
+    path.write_bytes(bytes(whole))
+
+
+def test_a_damaged_tokenizer_is_named_or_works(models: Path, tmp_path: Path) -> None:
+    chance, said = Random(0), []
+    for case in range(120):
+        kind, geometry = chance.choice(
+            [(CLIP_TOKENIZER, demo_models.CLIP), (T5_TOKENIZER, demo_models.T5)]
+        )
+        rows = geometry.vocabulary
+        folder = tmp_path / str(case) / kind.folder
+        shutil.copytree(models / "text_encoders" / kind.folder, folder)
+        damage(chance.choice(sorted(folder.iterdir())), chance)
+        try:
+            tokenizer = load_tokenizer(kind, folder.parent / "model.safetensors", rows, None)
+        except ModelFileError as error:
+            said.append(str(error))
+            continue
+        for text in ("", "a cat", "鸡 (x) 🐈"):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            assert all(0 <= token < rows for token in ids)
+    assert len(said) > 80
+    assert all(f"{tmp_path}{os.sep}" in line and "\n" not in line for line in said)
 
 
 def test_tokenizers_come_from_the_comfyui_that_the_models_belong_to(

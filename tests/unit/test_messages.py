@@ -43,6 +43,7 @@ FOR_PROGRAMMERS = ("ArgumentTypeError", "RuntimeError", "TypeError")
 NEVER_SHOWN = {
     " blocks are more than a header of prepared weights can hold",
     " has buffers, which would not move with it",
+    "a scale is not finite",
     "its contents have changed",
     "its size is wrong",
     "the disk is too full",

@@ -1,10 +1,13 @@
 """The nodes as an API: ids, names, sockets and their order. Shared workflows depend on them."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from majicflux.engine import kernels
 from majicflux.host import standalone
@@ -162,6 +165,41 @@ def test_a_folder_of_shards_is_one_choice(
         "text_encoder_2",
     ]
     assert model_files.resolve("text_encoders", "text_encoder_2") == folder
+
+
+def test_what_the_system_hides_is_no_choice(models, tmp_path, monkeypatch) -> None:
+    """macOS writes `._NAME` beside each file on other disks; that would come first."""
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    folder = tmp_path / "text_encoders"
+    shards = folder / "text_encoder_2"
+    shards.mkdir(parents=True)
+    tensors = load_file(models / "text_encoders" / "t5xxl_fp16.safetensors")
+    names = sorted(tensors)
+    for index, some in enumerate((names[:9], names[9:]), start=1):
+        name = f"model-{index:05d}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in some}, shards / name)
+        (shards / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
+    (folder / "._clip_l.safetensors").write_bytes(b"\x00\x05\x16\x07")
+    shutil.copy(models / "text_encoders" / "clip_l.safetensors", folder)
+    for hidden in (folder / ".Trash-1000", tmp_path / "checkpoints" / ".cache" / "hub"):
+        hidden.mkdir(parents=True)
+        (hidden / "clip_l.safetensors").touch()
+    found = model_files.options("text_encoders", "clip_l")
+    assert found == {
+        "options": ["clip_l.safetensors", "text_encoder_2"], "default": "clip_l.safetensors"
+    }  # fmt: skip
+    assert TextEncodersNode.validate_inputs("clip_l.safetensors", "text_encoder_2") is True
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_linked_folders_are_looked_into_without_end(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    (tmp_path / "vae" / "deep").mkdir(parents=True)
+    (tmp_path / "vae" / "mine").symlink_to(models / "vae")
+    (tmp_path / "vae" / "deep" / "again").symlink_to(tmp_path / "vae")
+    (tmp_path / "vae" / "lost").symlink_to(tmp_path / "nowhere")
+    assert model_files.options("vae")["options"] == ["mine/ae.safetensors"]
+    assert VAELoader.validate_inputs("mine/ae.safetensors") is True
 
 
 def test_whole_checkpoints_are_offered_last_in_every_loader(

@@ -1,15 +1,25 @@
 """The same small files through ComfyUI's own model code, in float32."""
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from comfyui_encoders import END, float_state, their_clip, their_t5
 from safetensors.torch import load_file, save_file
 
-from file_layouts import int8_tensorwise, scaled, to_diffusers, vae_to_diffusers
+from file_layouts import (
+    clip_to_openai,
+    declared_in_header,
+    int8_tensorwise,
+    longer_clip,
+    scaled,
+    to_diffusers,
+    vae_to_diffusers,
+)
 from majicflux.engine.conditioning import conditions_of
 from majicflux.engine.denoise import Velocity, flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_model_space, to_vae_space
@@ -77,7 +87,27 @@ WRITTEN_AS = {
     "scaled float8, old": lambda plain: scaled(plain, "old", per_row=False),
     "scaled float8, new": lambda plain: scaled(plain, "new", per_row=False),
     "plain float8": lambda plain: {n: t.to(torch.float8_e4m3fn) for n, t in plain.items()},
+    "scales of norms as weights": lambda plain: {
+        name.replace("_norm.scale", "_norm.weight"): t for name, t in plain.items()
+    },
+    "left-over tensors": lambda plain: plain | LEFT_OVER,
+    "left-over tensors, Diffusers names": lambda plain: to_diffusers(plain) | LEFT_OVER,
+    "scaled float8, declared in the header": lambda plain: declared_in_header(
+        scaled(plain, "new", per_row=False)
+    ),
 }
+LEFT_OVER = {
+    "double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 4),
+    "lora_unet_double_blocks_0.lora_down.weight": torch.zeros(4, 4),
+    "optimizer.step": torch.zeros(1, dtype=torch.uint16),
+    "ema.scale": torch.zeros(2, dtype=torch.float8_e8m0fnu),
+}
+
+
+def save(written: Any, path: Path) -> None:
+    """written: tensors, or tensors and what the header declares of them."""
+    tensors, metadata = written if isinstance(written, tuple) else (written, None)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
 
 
 @pytest.mark.parametrize("layout", WRITTEN_AS)
@@ -88,7 +118,7 @@ def test_comfyuis_loader_reads_the_same_weights(models: Path, tmp_path: Path, la
     source = load_file(models / demo_models.DIT_FILE)
     plain = {name.removeprefix(PREFIX): tensor for name, tensor in source.items()}
     path = tmp_path / "model.safetensors"
-    save_file({n: t.contiguous() for n, t in WRITTEN_AS[layout](plain).items()}, path)
+    save(WRITTEN_AS[layout](plain), path)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 8, 8, generator=generator)
     tokens = torch.randn(1, 20, T5.width, generator=generator)
@@ -103,10 +133,11 @@ def test_comfyuis_loader_reads_the_same_weights(models: Path, tmp_path: Path, la
     assert relative_difference(ours, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("in_header", [False, True])
 @pytest.mark.parametrize(("group", "per_row"), [(256, True), (64, True), (0, True), (0, False)])
 @torch.no_grad()
 def test_comfyuis_int8_files_hold_the_same_weights(
-    models: Path, tmp_path: Path, group: int, per_row: bool
+    models: Path, tmp_path: Path, group: int, per_row: bool, in_header: bool
 ) -> None:
     """Its products round the activations too, so the weights are compared."""
     import comfy.sd
@@ -115,7 +146,8 @@ def test_comfyuis_int8_files_hold_the_same_weights(
     source = load_file(models / demo_models.DIT_FILE)
     plain = {name.removeprefix(PREFIX): tensor for name, tensor in source.items()}
     path = tmp_path / "model.safetensors"
-    save_file(int8_tensorwise(plain, group, per_row), path)
+    written = int8_tensorwise(plain, group, per_row)
+    save(declared_in_header(written) if in_header else written, path)
     ours = dict(load_flux_dit(path, uniform(FLOAT32))[0].module.named_parameters())
     net = comfy.sd.load_diffusion_model(str(path)).model.diffusion_model
     theirs = {}
@@ -129,15 +161,44 @@ def test_comfyuis_int8_files_hold_the_same_weights(
         assert relative_difference(parameter, theirs[name]) <= 4e-3, name
 
 
+CLIPS = {
+    "Transformers": (lambda t: t, 77),
+    "OpenAI": (clip_to_openai, 77),
+    "LongCLIP": (longer_clip, 248),
+    "OpenAI, LongCLIP": (lambda t: clip_to_openai(longer_clip(t)), 248),
+}
+
+
+@pytest.mark.parametrize("written", CLIPS)
 @torch.no_grad()
-def test_clip(models: Path) -> None:
-    weights = load_text_encoders(
-        models / demo_models.CLIP_FILE, models / demo_models.T5_FILE, FLOAT
-    )
-    ids = torch.full((1, 77), END)
+def test_clip(models: Path, tmp_path: Path, written: str) -> None:
+    write, positions = CLIPS[written]
+    path = tmp_path / "clip.safetensors"
+    save(write(load_file(models / demo_models.CLIP_FILE)), path)
+    weights = load_text_encoders(path, models / demo_models.T5_FILE, FLOAT)
+    ids = torch.full((1, positions), END)
     ids[0, :5] = torch.tensor([END - 1, 3, 300, 44, END])
     ours, _ = weights.module["clip"](ids)
-    assert relative_difference(ours, their_clip(models).transformer(ids)[3]) <= 1e-5
+    theirs = their_clip(tmp_path, path.name)
+    assert relative_difference(ours, theirs.transformer(ids)[3]) <= 1e-5
+
+
+@pytest.mark.parametrize("words", ["a cat", "a cat " * 90, "many (words:1.2), " * 60])
+@torch.no_grad()
+def test_a_long_clip_reads_what_comfyuis_reads(make_pipeline, models, tmp_path, words) -> None:
+    from comfy.sd1_clip import SDTokenizer
+
+    path = tmp_path / "clip.safetensors"
+    save(longer_clip(load_file(models / demo_models.CLIP_FILE)), path)
+    encoders = make_pipeline(dtype=FLOAT).text_encoders
+    weights = load_text_encoders(path, models / demo_models.T5_FILE, FLOAT)
+    encoders = replace(encoders, weights=weights, patcher=type(encoders.patcher)(weights))
+    ours, _ = encoders.encode(words)
+    folder = (models / demo_models.CLIP_FILE).parent / "tokenizer"
+    tokenizer = SDTokenizer(str(folder), tokenizer_data={"clip_l_max_length": 248})
+    theirs = their_clip(tmp_path, path.name)
+    _, pooled = theirs.encode_token_weights(tokenizer.tokenize_with_weights(words))
+    assert relative_difference(ours.pooled, pooled) <= 1e-5
 
 
 @torch.no_grad()
