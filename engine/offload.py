@@ -317,15 +317,17 @@ class OffloadedModule:
             for modules in self._modules:
                 for module in modules:
                     module.__dict__.pop("visit", None)
-            stream.close()
-            if self._pinned is not None:
-                self._pinned.grows = False
-            for block in self.all_blocks:
-                block.visitors = 0
-                if not block.resident:
-                    block.point_home()
-            if not root_was_resident:
-                self.root.leave()
+            try:
+                stream.close()
+            finally:
+                if self._pinned is not None:
+                    self._pinned.grows = False
+                for block in self.all_blocks:
+                    block.visitors = 0
+                    if not block.resident:
+                        block.point_home()
+                if not root_was_resident:
+                    self.root.leave()
 
 
 class _Visit:

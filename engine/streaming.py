@@ -212,10 +212,12 @@ class Stream:
 
     def close(self) -> None:
         """End the run, wherever it is: no copy is under way, and the ring is given back."""
-        self._transfers.close()
-        self._fetched.clear()
-        self._places.clear()
-        self._ring = None
+        try:
+            self._transfers.close()
+        finally:
+            self._fetched.clear()
+            self._places.clear()
+            self._ring = None
 
     def _turn_to(self, block: "WeightBlock") -> None:
         """Move on in the order to where `block` comes next, if it comes at all."""

@@ -1,5 +1,6 @@
 """A known model file into the models folder: fetched, checked, and only then under its name."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -12,12 +13,13 @@ from pathlib import Path
 from ..messages import say
 from .catalogue import HUB_NAMES, KnownFile
 from .hubs import DownloadError, bytes_in, fetch
-from .safetensors_file import ModelFileError, SafetensorsFile
+from .safetensors_file import FORMAT_HEADER_BYTES, ModelFileError, SafetensorsFile
 
 log = logging.getLogger("majicflux")
 
 PARTIAL_FOLDER = ".majicflux-download"
 HASH_CHUNK = 2**22
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def download(file: KnownFile, hub: str, models: Path) -> Path:
@@ -46,7 +48,8 @@ def download(file: KnownFile, hub: str, models: Path) -> Path:
         partial = _partial_folder(file, hub, models)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(partial):
-            fetched = fetch(place, partial)
+            most = file.size or file.least_size + FORMAT_HEADER_BYTES
+            fetched = fetch(place, partial, file.size or file.least_size, most)
             try:
                 _check(file, fetched)
             except (DownloadError, ModelFileError) as error:
@@ -152,6 +155,10 @@ def _alone_in(partial: Path) -> Iterator[None]:
                 file=partial.name,
             )
         ) from error
+    except (NotImplementedError, OSError) as error:  # as on disks of other machines
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            raise
+        log.info("%s has no locks: %s", partial.parent, error)
     try:
         yield
     finally:

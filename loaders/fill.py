@@ -158,7 +158,7 @@ def _split(
         start = entry.start + (part.first_row + first) * row_bytes
         yield _Piece(
             part,
-            Stretch(part.file.path, start, count * row_bytes),
+            Stretch(part.file.path, start, count * row_bytes, part.file.identity),
             weight[rows],
             None if row_scale is None else row_scale[rows],
             source_scale if source_scale is None or len(source_scale) == 1 else source_scale[rows],

@@ -20,7 +20,15 @@ from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import Source, Sources, missing, prefix_before, require_layout, sources_of
+from .sources import (
+    Source,
+    Sources,
+    files_of,
+    missing,
+    prefix_before,
+    require_layout,
+    sources_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +91,7 @@ def load_flux_dit(
     mapped = (
         prepared_folder is not None
         and precision.eight_bit
-        and keep(prepared_folder, model_parts(path), weights, str(precision), convert, progress)
+        and keep(prepared_folder, files_of(sources), weights, str(precision), convert, progress)
     )
     if not mapped:
         weights.allocate()
@@ -155,8 +163,8 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
         )
     return FluxGeometry(
         hidden=hidden,
-        double_blocks=blocks_in(sources, "double_blocks.", flux_dit_layout(FluxGeometry())),
-        single_blocks=blocks_in(sources, "single_blocks.", flux_dit_layout(FluxGeometry())),
+        double_blocks=blocks_in(path, sources, "double_blocks.", flux_dit_layout(FluxGeometry())),
+        single_blocks=blocks_in(path, sources, "single_blocks.", flux_dit_layout(FluxGeometry())),
         in_channels=size("img_in.weight", 1),
         out_channels=size("final_layer.linear.weight", 0),
         text_width=size("txt_in.weight", 1),

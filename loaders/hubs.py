@@ -1,27 +1,96 @@
 """ModelScope and Hugging Face. Nothing else in the pack opens a connection."""
 
 import errno
+import logging
+import re
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 
 from ..messages import say
 from .catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, Place
 
+log = logging.getLogger("majicflux")
+
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+BUSY = (429, 503)  # that may come with how long to wait
+WRITTEN_AT_ONCE = 2**14  # by Hugging Face's client; what is less is lost when the line breaks
+THREAD = "majicflux-download"
+LOOK_SECONDS = 0.2
+TELL_SECONDS = 30  # without news, until it is said what is waited for
+# Fewer bytes in that time, and the line is given up: 24 GB would take years.
+LEAST_BYTES, PATIENCE_SECONDS = 2**16, 300
 
 
 class DownloadError(ValueError):
     """A model file could not be downloaded. The message is for the user."""
 
 
-def fetch(place: Place, folder: Path) -> Path:
+def fetch(place: Place, folder: Path, least: int, most: int) -> Path:
     """Fetch a file into `folder`, going on from what an earlier call has left there.
 
-    Returns where in `folder` it is, whole as far as the hub's own client can tell. Raises
-    DownloadError, and leaves what has come so far.
+    least, most: bytes that it can have. Returns where in `folder` it is, whole as far as the hub's
+    own client can tell. Raises DownloadError, and leaves what has come so far.
     """
+    result: Future[Path] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(_attempts(place, folder))
+        except BaseException as error:
+            result.set_exception(error)
+
+    for path, found in _files_in(folder):
+        if found > most:
+            path.unlink()  # of another version of the file
+    # The clients wait where nothing can wake them, so it is watched from outside what they do.
+    # Whoever gives up on them ends the program, which does not wait for such a thread.
+    threading.Thread(target=work, name=THREAD, daemon=True).start()
+    got, since, told = bytes_in(folder), time.monotonic(), time.monotonic()
+    while not wait([result], LOOK_SECONDS).done:
+        now = time.monotonic()
+        if any(found > most for _, found in _files_in(folder)):
+            raise DownloadError(
+                say(
+                    "{hub} sends more of {file} than the {size:,} bytes that it should have. Try "
+                    "--from {other}.",
+                    size=most,
+                    **_values(place, folder),
+                )
+            )
+        if bytes_in(folder) - got >= LEAST_BYTES:
+            got, since, told = bytes_in(folder), now, now
+        elif bytes_in(folder) >= least > 0:
+            continue  # a client puts parts together, or takes the hash, which may take long
+        elif now - since >= PATIENCE_SECONDS:
+            raise DownloadError(
+                say(
+                    "{hub} has sent next to nothing of {file} for {seconds} s. {got:,} bytes are "
+                    "there; run the same command again, it goes on from them, or try --from "
+                    "{other}.",
+                    seconds=PATIENCE_SECONDS,
+                    got=bytes_in(folder),
+                    **_values(place, folder),
+                )
+            )
+        elif now - told >= TELL_SECONDS:
+            log.info(
+                say(
+                    "waiting for {hub}: next to nothing of {file} has come for {seconds:.0f} s",
+                    seconds=now - since,
+                    **_values(place, folder),
+                )
+            )
+            told = now
+    return result.result()
+
+
+def _attempts(place: Place, folder: Path) -> Path:
     client = {MODELSCOPE: _from_modelscope, HUGGINGFACE: _from_huggingface}[place.hub]
     while True:
         before = bytes_in(folder)
@@ -30,15 +99,32 @@ def fetch(place: Place, folder: Path) -> Path:
         except DownloadError:
             raise
         except Exception as error:  # the clients' errors have no common class, nor a stable one
+            seconds = _wished_pause(error)
+            if seconds is not None and seconds < PATIENCE_SECONDS:
+                log.info(
+                    say(
+                        "{hub} asks to wait {seconds} s before it sends {file}",
+                        seconds=seconds,
+                        **_values(place, folder),
+                    )
+                )
+                time.sleep(seconds)
             # ModelScope's client gives a file one hour. Whoever has a slow line needs several, so
             # an attempt that brought something is followed by another.
-            if bytes_in(folder) <= before:
+            elif bytes_in(folder) <= before:
                 raise DownloadError(_sentence(place, folder, error)) from error
 
 
 def bytes_in(folder: Path) -> int:
     """Bytes of all files under `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(size for _, size in _files_in(folder))
+
+
+def _files_in(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it has just been renamed
+            if path.is_file():
+                yield path, path.stat().st_size
 
 
 def _from_modelscope(place: Place, folder: Path) -> Path:
@@ -67,10 +153,11 @@ def _from_modelscope(place: Place, folder: Path) -> Path:
 
 def _from_huggingface(place: Place, folder: Path) -> Path:
     # hf_hub_download would throw away on every failure what it has got; http_get can go on.
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, WRITTEN_AT_ONCE)
     url = hf_hub_url(place.repository, place.path, revision=place.revision)
     size = get_hf_file_metadata(url).size
     path = folder / Path(place.path).name
@@ -91,14 +178,18 @@ def _from_huggingface(place: Place, folder: Path) -> Path:
     return path
 
 
-def _sentence(place: Place, folder: Path, error: Exception) -> str:
-    values = {
+def _values(place: Place, folder: Path) -> dict[str, object]:
+    return {
         "hub": HUB_NAMES[place.hub],
         "other": next(key for key in HUB_NAMES if key != place.hub),
         "file": place.path,
         "repository": place.repository,
         "folder": folder,
     }
+
+
+def _sentence(place: Place, folder: Path, error: Exception) -> str:
+    values = _values(place, folder)
     status, codes = _status(error), {getattr(e, "errno", None) for e in _chain(error)}
     if codes & FULL_DISK:
         return say(
@@ -124,6 +215,20 @@ def _sentence(place: Place, folder: Path, error: Exception) -> str:
             status=status,
             **values,
         )
+    pause = _wished_pause(error)
+    if pause is not None:
+        return say(
+            "{hub} asks to wait {seconds} s. Run the same command again then, or try --from "
+            "{other}.",
+            seconds=pause,
+            **values,
+        )
+    if status == 429:
+        return say(
+            "{hub} takes no more requests from here for now (429). Run the same command again "
+            "later, or try --from {other}.",
+            **values,
+        )
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
     got = bytes_in(folder)
     if not got:
@@ -140,6 +245,16 @@ def _sentence(place: Place, folder: Path, error: Exception) -> str:
         reason=reason,
         **values,
     )
+
+
+def _wished_pause(error: Exception) -> int | None:
+    """Seconds after which the hub wants to be asked again, if it says so."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if getattr(response, "status_code", None) in BUSY:
+            wished = str(getattr(response, "headers", {}).get("Retry-After", ""))
+            return max(1, int(wished)) if re.fullmatch("[0-9]{1,9}", wished) else None
+    return None
 
 
 def _status(error: Exception) -> int | None:

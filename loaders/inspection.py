@@ -84,7 +84,9 @@ class _Sample:
         for _, run in groupby(enumerate(self.rows), lambda pair: pair[1] - pair[0]):
             rows = [row for _, row in run]
             start = first_byte + rows[0] * row_bytes
-            yield Stretch(self.part.file.path, start, len(rows) * row_bytes)
+            yield Stretch(
+                self.part.file.path, start, len(rows) * row_bytes, self.part.file.identity
+            )
 
 
 # Of each layer: the sum of its squared values (under ITSELF) and of the squared errors of STORAGES.

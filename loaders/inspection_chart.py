@@ -1,7 +1,7 @@
 """An inspection as a picture: bars for the error of each kind of layer in each storage."""
 
 import math
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -61,9 +61,10 @@ def write_chart(path: Path, name: str, inspection: Inspection) -> None:
 
     There is a file under `path` only once it is whole. Raises ChartError when that fails.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        _drawn(name, inspection).save(partial, "PNG")
+        with partial.open("xb") as file:
+            _drawn(name, inspection).save(file, "PNG")
         partial.replace(path)
     except OSError as error:
         reason = error.strerror or error

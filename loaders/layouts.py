@@ -6,6 +6,7 @@ their key-and-shape hash is the one by which DiffSynth knows the real files (see
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from ..engine.geometry import (
     HEAD_DIM,
@@ -15,7 +16,10 @@ from ..engine.geometry import (
     FluxGeometry,
     T5Geometry,
 )
+from ..messages import say
+from .safetensors_file import ModelFileError
 
+MAX_BLOCKS = 256  # of one kind; Flux.1 has 38 at most
 Layout = dict[str, tuple[int, ...]]
 
 
@@ -120,15 +124,27 @@ def vae_layout() -> Layout:
     return layout
 
 
-def blocks_in(names: Iterable[str], prefix: str, layout: Layout) -> int:
+def blocks_in(path: Path, names: Iterable[str], prefix: str, layout: Layout) -> int:
     """How many blocks PREFIX.N. have something of what the first has in `layout`.
 
-    What else is in the file, as a LoRA of a model with more blocks, makes none.
+    What else is in the file, as a LoRA of a model with more blocks, makes none. Raises
+    ModelFileError when no model has as many: a layout of all of them would be built.
     """
     first = f"{prefix}0."
     needed = {name.removeprefix(first) for name in layout if name.startswith(first)}
     matches = (re.match(rf"{re.escape(prefix)}(\d+)\.(.+)", name) for name in names)
-    return len({match[1] for match in matches if match and match[2] in needed})
+    count = len({match[1] for match in matches if match and match[2] in needed})
+    if count > MAX_BLOCKS:
+        raise ModelFileError(
+            say(
+                "{file} has {count:,} blocks; no Flux.1 model has more than {most}. Choose another "
+                "file.",
+                file=path.name,
+                count=count,
+                most=MAX_BLOCKS,
+            )
+        )
+    return count
 
 
 def _linear(layout: Layout, name: str, width_in: int, width_out: int) -> None:

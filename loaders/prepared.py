@@ -2,8 +2,10 @@
 
 The file is a header line of JSON, zeros up to HEADER_BYTES, then the buffer of each block, every
 one beginning on a page. It is filled under another name, synced and renamed, so a file under its
-own name is always whole. Mapped weights are file-backed: the system may drop their pages and read
-them again, instead of swapping.
+own name is always whole, and nothing of ours ever writes to it. Mapped weights are file-backed: the
+system may drop their pages and read them again, instead of swapping. What it cannot read again,
+because another program has made the file shorter, ends the process, as with any mapped model: Linux
+has no lock against that, and Windows does not let it happen.
 """
 
 import contextlib
@@ -12,6 +14,8 @@ import json
 import logging
 import mmap
 import os
+import re
+import secrets
 import shutil
 import threading
 import time
@@ -25,7 +29,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..messages import later, say
 from .fill import LARGEST, MakeRoom, Progress
-from .safetensors_file import ModelFileError
+from .safetensors_file import ModelFileError, SafetensorsFile
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not remove a file that is open
+    fcntl = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +44,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
+OURS = re.compile(r".+\.majicflux(\.\w+\.part)?")
 FORMAT = 4  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
 NAME_BYTES = 64  # of the source's name: with what follows it, less than any file system allows
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
 SPARE_BYTES = 2**30  # of disk, to be left to the user
-ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody
+ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody, if locks do not tell
 WRITE_OUT_SECONDS = 1.0
 KEEPING = later("keeping {total:.1f} GB on disk")
 
@@ -49,28 +59,23 @@ Convert = Callable[[MakeRoom], None]  # fills the weights, asking for room for w
 
 
 def prepared_file(
-    folder: Path, parts: list[Path], weights: "OffloadedModule", precision: str
+    folder: Path, files: list[SafetensorsFile], weights: "OffloadedModule", precision: str
 ) -> Path:
-    """Where the weights made of the files `parts` in `precision` are kept.
+    """Where the weights made of `files` in `precision` are kept.
 
     The name holds the identity of the source: each file's size, time and header, the precision
     and the layout of the blocks. A changed source therefore has another name.
     """
     identity: list[Any] = [FORMAT, precision, [b.nbytes for b in weights.all_blocks]]
-    for part in parts:
-        state = part.stat()
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = hashlib.sha256(file.read(length)).hexdigest()
-        identity.append([state.st_size, state.st_mtime_ns, header])
+    identity += [file.identity for file in files]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    name = os.fsencode(parts[0].stem)[:NAME_BYTES].decode("utf-8", "ignore")
+    name = os.fsencode(files[0].path.stem)[:NAME_BYTES].decode("utf-8", "ignore")
     return folder / f"{name}-{key}{SUFFIX}"
 
 
 def keep(
     folder: Path,
-    parts: list[Path],
+    files: list[SafetensorsFile],
     weights: "OffloadedModule",
     precision: str,
     convert: Convert,
@@ -80,7 +85,7 @@ def keep(
 
     False when they cannot be kept; the weights then have no memory.
     """
-    path = prepared_file(folder, parts, weights, precision)
+    path = prepared_file(folder, files, weights, precision)
     return map_prepared(weights, path) or prepare(weights, path, convert, progress)
 
 
@@ -93,18 +98,22 @@ def prepare(
     one warning, when that cannot be done; what `convert` raises passes through. Nothing is left in
     both cases, and the weights then have no memory.
     """
-    _remove_abandoned(path.parent)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w+b") as file:
+        _remove_abandoned(path.parent)
+        with _new_partial(path) as file:
+            partial = Path(file.name)
             _fill(weights, file, convert, progress)
             os.fsync(file.fileno())
-        partial.replace(path)
+            if fcntl is None:
+                file.close()  # Windows does not rename a file that is open either
+            partial.replace(path)
     except BaseException as error:
         weights.forget()
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink()
         if not isinstance(error, OSError):
             raise
         reason = error.strerror or error
@@ -130,28 +139,36 @@ def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
 
 
 def prepared_files(folder: Path) -> list[Path]:
-    """The prepared weights in a folder, unfinished ones included."""
+    """The prepared weights in a folder, unfinished ones included; it may hold other files too."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix == SUFFIX or p.suffix == ".part")
+    return sorted(p for p in folder.iterdir() if OURS.fullmatch(p.name) and p.is_file())
 
 
 def clear_prepared(folder: Path) -> int:
-    """Remove all prepared weights; returns the bytes freed. Raises ModelFileError when in use."""
-    freed = 0
+    """Remove all prepared weights but those that are just being made; returns the bytes freed.
+
+    Raises ModelFileError when some are in use, once the others are gone.
+    """
+    freed, failed = 0, None
     for path in prepared_files(folder):
-        size = path.stat().st_size
         try:
-            path.unlink()
+            size = path.stat().st_size
+            if _removed(path):
+                freed += size
+        except FileNotFoundError:  # somebody else removed it
+            continue
         except OSError as error:  # Windows does not remove a file that is mapped
-            raise ModelFileError(
-                say(
-                    "{file} cannot be removed: {reason}. Close ComfyUI and try again.",
-                    file=path.name,
-                    reason=error.strerror,
-                )
-            ) from error
-        freed += size
+            failed = failed or (path, error)
+    if failed is not None:
+        path, error = failed
+        raise ModelFileError(
+            say(
+                "{file} cannot be removed: {reason}. Close ComfyUI and try again.",
+                file=path.name,
+                reason=error.strerror,
+            )
+        ) from error
     return freed
 
 
@@ -168,7 +185,7 @@ def _fill(
     with _written_out_meanwhile(file):
         convert(_room_in(file, mapped))
     homes = [block.home for block in weights.all_blocks if block.home is not None]
-    header = json.dumps(_header(homes)).encode() + b"\n"
+    header = _header(homes)
     if len(header) > HEADER_BYTES:
         raise ValueError(f"{len(homes)} blocks are more than a header of prepared weights can hold")
     mapped[: len(header)] = header
@@ -227,11 +244,11 @@ def _map(weights: "OffloadedModule", path: Path) -> list["Tensor"]:
     sizes = [block.nbytes for block in weights.all_blocks]
     with path.open("rb") as file:
         line = file.readline(HEADER_BYTES)
-        if path.stat().st_size != HEADER_BYTES + sum(map(_page_end, sizes)):
+        if os.fstat(file.fileno()).st_size != HEADER_BYTES + sum(map(_page_end, sizes)):
             raise ValueError("its size is wrong")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     buffers = _buffers(mapped, sizes)
-    if json.loads(line) != _header(buffers):
+    if line != _header(buffers):
         raise ValueError("its contents have changed")
     return buffers
 
@@ -258,9 +275,10 @@ def _buffers(mapped: mmap.mmap, sizes: list[int]) -> list["Tensor"]:
     return buffers
 
 
-def _header(buffers: list["Tensor"]) -> dict[str, Any]:
+def _header(buffers: list["Tensor"]) -> bytes:
     sums = [zlib.crc32(b"".join(_samples(buffer))) for buffer in buffers]
-    return {"majicflux": FORMAT, "blocks": [len(b) for b in buffers], "crc32": sums}
+    header = {"majicflux": FORMAT, "blocks": [len(b) for b in buffers], "crc32": sums}
+    return json.dumps(header).encode() + b"\n"
 
 
 def _samples(buffer: "Tensor") -> Iterator[bytes]:
@@ -275,10 +293,48 @@ def _page_end(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+def _new_partial(path: Path) -> BinaryIO:
+    """A new file beside `path`, which is locked for as long as its maker lives.
+
+    Never one that is there: another process, of another container perhaps, may have it mapped, or
+    it may be a link to somewhere else.
+    """
+    while True:
+        file = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part").open("x+b")
+        if _locked(file) is not False and os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # it was taken for abandoned before it was locked
+
+
+def _locked(file: BinaryIO) -> bool | None:
+    """Whether the file could be locked for as long as it is open; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the disk of another machine
+        return None
+    return True
+
+
+def _removed(path: Path) -> bool:
+    """Remove the file, but not an unfinished one whose maker lives. Raises OSError."""
+    if path.suffix != SUFFIX and fcntl is not None:  # Windows does not remove what is open
+        with path.open("r+b") as file:
+            locked = _locked(file)
+            age = time.time() - os.fstat(file.fileno()).st_mtime
+            if locked or (locked is None and age > ABANDONED_SECONDS):
+                path.unlink()
+                return True
+            return False
+    path.unlink()
+    return True
+
+
 def _remove_abandoned(folder: Path) -> None:
-    """Unfinished files of processes that were killed."""
     for path in prepared_files(folder):
-        if path.suffix == ".part":
+        if path.suffix != SUFFIX:
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    path.unlink()
+                _removed(path)

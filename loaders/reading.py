@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..messages import say
-from .safetensors_file import ModelFileError
+from .safetensors_file import Identity, ModelFileError, changed, identity_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,11 +27,15 @@ JUDGED_BYTES = 2**20  # a stretch of fewer tells little of how fast they come
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes [start, start + length) of a file; length is at most BUFFER_BYTES."""
+    """Bytes [start, start + length) of a file; length is at most BUFFER_BYTES.
+
+    identity: of the file that is meant, which is then told from another under its name.
+    """
 
     path: Path
     start: int
     length: int
+    identity: Identity | None = None
 
 
 class Reader:
@@ -39,11 +43,12 @@ class Reader:
 
     While bytes come slowly, as from a disk that turns, one stretch is read after the other. What
     has been read is dropped from the page cache, so that a model of 24 GB does not push the user's
-    other programs out of memory.
+    other programs out of memory. A file that has been replaced or written to by the end raises
+    ModelFileError there.
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, FileIO] = {}
+        self._files: dict[Path, tuple[FileIO, Identity | None]] = {}
         self._lock = threading.Lock()  # of what is in here
         self._alone = threading.Lock()  # of who reads from a slow disk
         self._slow = True
@@ -52,9 +57,13 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        try:
+            for path in self._files if error is None else ():
+                self._require_same(path)
+        finally:
+            for file, _identity in self._files.values():
+                file.close()
 
     def read(self, stretch: Stretch, buffer: "Tensor") -> "Tensor":
         """The bytes of the stretch, at the beginning of `buffer`.
@@ -83,9 +92,10 @@ class Reader:
 
     def _read_exactly(self, stretch: Stretch, view: memoryview) -> None:
         with self._lock:
-            file = self._files.get(stretch.path)
-            if file is None:
-                file = self._files[stretch.path] = FileIO(stretch.path)
+            if stretch.path not in self._files:
+                self._files[stretch.path] = FileIO(stretch.path), stretch.identity
+                self._require_same(stretch.path)
+            file = self._files[stretch.path][0]
         done = 0
         while done < stretch.length:
             count = self._read_at(file, stretch.start + done, view[done:])
@@ -96,6 +106,11 @@ class Reader:
             done += count
         if hasattr(os, "posix_fadvise"):  # Linux
             os.posix_fadvise(file.fileno(), stretch.start, done, os.POSIX_FADV_DONTNEED)
+
+    def _require_same(self, path: Path) -> None:
+        file, identity = self._files[path]
+        if identity not in (None, identity_of(file)):
+            raise changed(path)
 
     def _read_at(self, file: FileIO, start: int, view: memoryview) -> int | None:
         if hasattr(os, "preadv"):

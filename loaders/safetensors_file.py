@@ -1,15 +1,32 @@
 """The header of a safetensors file."""
 
+import hashlib
 import json
 import math
 import os
+import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..messages import later, say
 
-MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+FORMAT_HEADER_BYTES = 100 * 2**20  # the format's own limit
+# Ours: headers are read while the server answers nobody else. Those of Flux.1 models have 2,000
+# tensors in 0.3 MB; quantized ones and whole checkpoints some times that.
+MAX_HEADER_BYTES = 10 * 2**20
+MAX_TENSORS = 10_000
+MAX_NAME = 256  # letters
+MAX_ENTRY = 1000  # letters between a tensor's name and the next
+MAX_AXES = 8
+MAX_NUMBER = 2**63
+MAX_SMALL_BYTES = 2**20  # of a tensor that is read at once: a scale for every row, a marker
+
+METADATA = "__metadata__"
+SPACE = re.compile(r"[ \t\n\r]*")
+DTYPE = re.compile(r"\w{1,32}")
 
 # safetensors name -> (torch name, bytes per element)
 DTYPES = {
@@ -27,7 +44,6 @@ DTYPES = {
     "BOOL": ("bool", 1),
 }
 
-MOST_DTYPE = 32  # characters of its name
 FIRST_BYTES = 400  # of a file, that tell what it is if it is not safetensors
 FIRST_LINE = 100  # characters of a text that are shown
 
@@ -69,21 +85,32 @@ class TensorEntry:
     end: int
 
 
+class Identity(NamedTuple):
+    """What tells a file from another under the same name, now or later."""
+
+    size: int
+    mtime_ns: int
+    header: str  # SHA-256 of it
+
+
 class SafetensorsFile:
     """A safetensors file whose header has been read and checked; nothing else is read yet.
 
     A tensor may have a dtype that nobody here can read: it is refused where it is needed.
 
-    Raises ModelFileError when the file is not there, not safetensors, or shorter than its header
-    says. Format: https://github.com/huggingface/safetensors#format
+    Raises ModelFileError when the file is not there, not safetensors, shorter than its header
+    says, or when its header is larger than that of any model. Within a second, whatever the file
+    holds. Format: https://github.com/huggingface/safetensors#format
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+                raise ModelFileError(say("{file} is not a file.", file=path))
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self.tensors, self.metadata = _read_header(file, path.name, size)
+                self.identity = identity_of(file)  # first: what changes later is then seen
+                self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
         except OSError as error:
             reason = error.strerror or error
             raise ModelFileError(
@@ -91,37 +118,76 @@ class SafetensorsFile:
             ) from error
 
     def read(self, entry: TensorEntry, most: int | None = None) -> bytes:
-        """The bytes of a small tensor, `most` of them."""
-        length = entry.end - entry.start
+        """The bytes of a small tensor, `most` of them. Raises ModelFileError when they are more
+        than a small one has."""
+        size = entry.end - entry.start
+        size = size if most is None else min(size, most)
+        if size > MAX_SMALL_BYTES:
+            raise ModelFileError(
+                say(
+                    "{file} has a damaged header ({error}); download it again.",
+                    file=self.path.name,
+                    error=say("a scale or a marker of {size:,} bytes", size=size),
+                )
+            )
         with self.path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            if (state.st_size, state.st_mtime_ns) != self.identity[:2]:
+                raise changed(self.path)
             file.seek(entry.start)
-            return file.read(length if most is None else min(length, most))
+            return file.read(size)
+
+
+def identity_of(file: Any) -> Identity:
+    """The identity of an open file; its place is then anywhere."""
+    state = os.fstat(file.fileno())
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(min(length, MAX_HEADER_BYTES, state.st_size))
+    return Identity(state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest())
+
+
+def changed(path: Path) -> ModelFileError:
+    """The error of a file that is another than the one whose header was read."""
+    return ModelFileError(
+        say("{file} was changed while it was being read. Run it again.", file=path.name)
+    )
 
 
 def _read_header(
     file: Any, name: str, file_bytes: int
 ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
-    """The tensors and what the writer says of them."""
+    """Tensors and metadata."""
+    file.seek(0)
     first = file.read(FIRST_BYTES)
     for magic, sentence in OTHER_FORMATS:
         # A safetensors file can begin with any byte, but its ninth is always the JSON's "{".
         if first.startswith(magic) and first[8:9] != b"{":
             raise ModelFileError(say(sentence, file=name))
     length = int.from_bytes(first[:8], "little")
-    if len(first) < 10 or first[8:9] != b"{" or length > MAX_HEADER_BYTES:
+    if len(first) < 10 or first[8:9] != b"{" or length > FORMAT_HEADER_BYTES:
         raise ModelFileError(_what_else(name, first))
     data_start = 8 + length
     if data_start > file_bytes:
         raise ModelFileError(
             say("{file} is cut off inside its header; download it again.", file=name)
         )
+    if length > MAX_HEADER_BYTES:
+        values = {"size": length / 2**20, "most": MAX_HEADER_BYTES / 2**20}
+        raise ModelFileError(
+            say(
+                "{file} has a header of {size:.0f} MB; no Flux.1 model needs more than {most:.0f}. "
+                "Choose another file.",
+                file=name,
+                **values,
+            )
+        )
     file.seek(8)
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
-        metadata = header.pop("__metadata__", None)
-        entries = {key: _entry(key, raw, data_start) for key, raw in header.items()}
+        raw, metadata = _Scanner(file.read(length).decode()).header()
+        entries = {key: _entry(key, value, data_start) for key, value in raw.items()}
         end = _end(entries, data_start)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(
@@ -137,7 +203,7 @@ def _read_header(
                 all=end,
             )
         )
-    return entries, metadata if isinstance(metadata, dict) else {}
+    return entries, metadata
 
 
 def _what_else(name: str, first: bytes) -> str:
@@ -167,12 +233,88 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+class _Scanner:
+    """Reads the JSON of a header name by name, so that each value is bounded before it is built.
+
+    Some megabytes of brackets would become some hundred of lists.
+    """
+
+    _decode = json.JSONDecoder(object_pairs_hook=_refuse_duplicates).raw_decode
+
+    def __init__(self, text: str):
+        self._text, self._at = text, 0
+
+    def header(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entries of the tensors, unchecked, and the metadata."""
+        found: dict[str, Any] = {}
+        for name in self._names():
+            if name in found:
+                raise ValueError(say("a name appears twice"))
+            if len(name) > MAX_NAME or not name.isprintable():  # it may be shown
+                raise ValueError(
+                    say("a name has more than {most} letters, or odd ones", most=MAX_NAME)
+                )
+            if name == METADATA and self._sign() == "{":
+                found[name] = {key: self._value() for key in self._names()}
+            else:
+                found[name] = self._value()
+        if self._sign():
+            raise ValueError(say("it does not end where it should"))
+        return found, found.pop(METADATA, None) or {}
+
+    def _names(self) -> Iterator[str]:
+        """The names in the object that begins here; each value is to be taken before the next."""
+        self._take("{")
+        if self._sign() == "}":
+            self._take("}")
+            return
+        for _ in range(MAX_TENSORS):
+            name = self._value()
+            if not isinstance(name, str):
+                break
+            self._take(":")
+            yield name
+            if self._sign() == "}":
+                self._take("}")
+                return
+            self._take(",")
+        raise ValueError(say("it has more than {most:,} names", most=MAX_TENSORS))
+
+    def _value(self) -> Any:
+        if self._sign() == '"':  # a text may be as long as the header
+            value, self._at = self._decode(self._text, self._at)
+            return value
+        some = self._text[self._at : self._at + MAX_ENTRY]
+        try:
+            value, length = self._decode(some)
+        except json.JSONDecodeError as error:
+            if len(some) < MAX_ENTRY:
+                raise
+            raise ValueError(
+                say("an entry has more than {most:,} letters", most=MAX_ENTRY)
+            ) from error
+        self._at += length
+        return value
+
+    def _take(self, sign: str) -> None:
+        if self._sign() != sign:
+            raise ValueError(say("letter {at:,} is not {sign}", at=self._at, sign=sign))
+        self._at += 1
+
+    def _sign(self) -> str:
+        """The next letter that is no space; nothing at the end."""
+        self._at = SPACE.match(self._text, self._at).end()  # pyright: ignore
+        return self._text[self._at : self._at + 1]
+
+
 def _entry(name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
     dtype, shape = raw["dtype"], tuple(raw["shape"])
     start, end = raw["data_offsets"]
-    if not isinstance(dtype, str) or len(dtype) > MOST_DTYPE:
+    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
         raise ValueError(say("{name}: the dtype must be a short text", name=name))
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+    if len(shape) > MAX_AXES:
+        raise ValueError(say("{name}: more than {most} axes", name=name, most=MAX_AXES))
+    if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in (*shape, start, end)):
         raise ValueError(say("{name}: sizes and offsets must be whole numbers", name=name))
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype][1] != end - start:
         raise ValueError(say("{name}: shape and length disagree", name=name))

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..messages import say
 from .safetensors_file import ModelFileError
 
+MAX_SHARDS = 1000
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")
 
 
@@ -18,7 +19,8 @@ def hidden(name: str) -> bool:
 def model_parts(path: Path) -> list[Path]:
     """The files of the model at `path`: one file, one of several shards, or the folder of them.
 
-    Raises ModelFileError when a shard is missing or when a folder holds none.
+    Raises ModelFileError when a shard is missing, when a folder holds none, or too many to be one
+    model.
     """
     if not path.is_dir() and not SHARD.match(path.name):
         return [path]
@@ -33,6 +35,14 @@ def model_parts(path: Path) -> list[Path]:
             )
         )
     total = int(first["total"])
+    if not 0 < total <= MAX_SHARDS:
+        raise ModelFileError(
+            say(
+                "{file} is one of {total:,} parts; no model has as many. Choose another file.",
+                file=first[0],
+                total=total,
+            )
+        )
     parts = [
         folder / f"{first['stem']}-{index:05d}-of-{total:05d}.safetensors"
         for index in range(1, total + 1)
@@ -43,7 +53,7 @@ def model_parts(path: Path) -> list[Path]:
             say(
                 "The folder {folder} lacks {missing}. Download it into that folder.",
                 folder=folder.name,
-                missing=", ".join(missing),
+                missing=", ".join(missing[:3]) + (" ..." if missing[3:] else ""),
             )
         )
     return parts

@@ -21,7 +21,8 @@ SCALE_NAMES = ((".weight", ".scale_weight"), (".weight", ".weight_scale"))
 INT8_FORMAT = "int8_tensorwise"
 FORMATS = {INT8_FORMAT: "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 MARKER, MARKERS = "comfy_quant", "_quantization_metadata"  # beside a weight, of a whole file
-MOST_MARKER_BYTES, MOST_FORMAT = 2**16, 40  # of one marker, characters of a format's name
+MOST_DECLARED = 2**20  # characters of what a header says of all layers
+MOST_MARKER_BYTES, MOST_FORMAT = 2**10, 40  # of one marker, characters of a format's name
 DAMAGED = "damaged"  # in place of a format
 # What stands beside a weight that is something else without it, and which we do not read.
 MULTIPLIERS = ("weight_scale_2", "weight_scale_inv", "pre_quant_scale", "weight_s_rel",
@@ -82,6 +83,12 @@ def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, 
                 part = Part(file, name, 0, rows, _scale_name(file, name), *form)
                 found[name.removeprefix(prefix)] = Source((part,))
     return found
+
+
+def files_of(sources: Sources) -> list[SafetensorsFile]:
+    """The files that the sources are in, by their paths."""
+    files = {part.file for source in sources.values() for part in source.parts}
+    return sorted(files, key=lambda file: file.path)
 
 
 def stacked(sources: Iterable[Source]) -> Source:
@@ -224,7 +231,8 @@ def _is_int8(part: Part) -> bool:
 def _declared(file: SafetensorsFile) -> dict[str, Any]:
     """What the file's header says of the format of its layers, by their names."""
     try:
-        return {**json.loads(file.metadata[MARKERS])["layers"]}
+        text = file.metadata[MARKERS]
+        return {**json.loads(text)["layers"]} if len(text) <= MOST_DECLARED else {}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 

@@ -17,7 +17,16 @@ from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import Source, Sources, missing, prefix_before, require_layout, sources_of, split
+from .sources import (
+    Source,
+    Sources,
+    files_of,
+    missing,
+    prefix_before,
+    require_layout,
+    sources_of,
+    split,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +81,9 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
         geometry = ClipGeometry(
             width=width,
             mlp_width=_shape(path, sources, CLIP_MLP, 2)[0],
-            layers=blocks_in(sources, "text_model.encoder.layers.", clip_layout(ClipGeometry())),
+            layers=blocks_in(
+                path, sources, "text_model.encoder.layers.", clip_layout(ClipGeometry())
+            ),
             vocabulary=vocabulary,
             positions=_shape(path, sources, CLIP_POSITIONS, 2)[0],
         )
@@ -96,7 +107,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
         geometry = T5Geometry(
             width=width,
             mlp_width=_shape(path, sources, T5_MLP, 2)[0],
-            layers=blocks_in(sources, "encoder.block.", t5_layout(T5Geometry())),
+            layers=blocks_in(path, sources, "encoder.block.", t5_layout(T5Geometry())),
             heads=heads,
             head_dim=_shape(path, sources, T5.markers[0], 2)[0] // heads,
             vocabulary=vocabulary,
@@ -132,9 +143,9 @@ def load_text_encoders(
     sources |= {f"t5.{name}": source for name, source in t5_sources.items()}
     sources["clip.position_embeds"] = positions
     convert = partial(fill, weights.module, sources, progress, None)
-    parts = [*model_parts(t5_path), *model_parts(clip_path)]
+    files = [*files_of(t5_sources), *files_of(clip_sources)]
     mapped = prepared_folder is not None and keep(
-        prepared_folder, parts, weights, f"text encoders {dtype}", convert, progress
+        prepared_folder, files, weights, f"text encoders {dtype}", convert, progress
     )
     if not mapped:
         weights.allocate()

@@ -1,8 +1,9 @@
 """Both hubs on 127.0.0.1, as far as their clients' downloads ask, with faults on request."""
 
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -19,6 +20,11 @@ class Hub:
     status: int | None = None  # answer everything with this
     cut_at: int | None = None  # break off the next answer after so many bytes ...
     down: bool = False  # ... and from then on every connection
+    cut_each: int | None = None  # break off every answer after so many bytes
+    busy: int = 0  # answer so often that it has too much to do, ...
+    pause: str = "1"  # ... and when to come again
+    endless: bool = False  # say nothing of how long an answer is, and never end it
+    trickle: bool = False  # one byte every tenth of a second
 
 
 @contextmanager
@@ -45,6 +51,13 @@ def running_hub() -> Iterator[Hub]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
+            if hub.busy:
+                hub.busy -= 1
+                self.send_response(429)
+                self.send_header("Retry-After", hub.pause)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
             if start >= len(content):
                 self.send_response(416)
@@ -52,7 +65,8 @@ def running_hub() -> Iterator[Hub]:
                 self.end_headers()
                 return
             self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            if not (with_body and hub.endless):
+                self.send_header("Content-Length", str(len(content) - start))
             if wanted:
                 last = len(content) - 1
                 self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
@@ -64,7 +78,22 @@ def running_hub() -> Iterator[Hub]:
             if with_body:
                 end = len(content) if hub.cut_at is None else hub.cut_at
                 hub.down, hub.cut_at = hub.cut_at is not None, None
-                self.wfile.write(content[start:end])
+                if hub.cut_each is not None:
+                    end = start + hub.cut_each
+                if hub.endless or hub.trickle:
+                    self.send_on(content[start:end])
+                else:
+                    self.wfile.write(content[start:end])
+
+        def send_on(self, content: bytes) -> None:
+            with suppress(OSError):  # nobody listens any more
+                while hub.endless:
+                    self.wfile.write(content)
+                for byte in content:
+                    if not hub.trickle:
+                        return
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.1)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -74,6 +103,7 @@ def running_hub() -> Iterator[Hub]:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield hub
+        hub.endless = hub.trickle = False
         server.shutdown()
         thread.join()
 

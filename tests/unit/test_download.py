@@ -2,10 +2,13 @@
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ import majicflux.loaders.download as module
 from majicflux.loaders import hubs
 from majicflux.loaders.catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, KnownFile, Place
 from majicflux.loaders.download import PARTIAL_FOLDER, DownloadError, download, require_space
+from majicflux.loaders.hubs import WRITTEN_AT_ONCE
 
 CHUNK = 2**14  # the clients write so much at a time, here
 CUT = 5 * CHUNK + 100
@@ -122,8 +126,9 @@ def test_an_attempt_that_brought_something_is_followed_by_another(
     ],
 )
 def test_another_file_than_expected_is_removed(
-    server: Hub, hub: str, tmp_path: Path, other: dict, said: str
+    server: Hub, hub: str, tmp_path: Path, monkeypatch, other: dict, said: str
 ) -> None:
+    monkeypatch.setattr(hubs, "LOOK_SECONDS", 60)  # the whole file comes before it is looked at
     with pytest.raises(DownloadError, match=f"is not the file that was expected: .*{said}"):
         download(replace(SMALL, **other), hub, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["vae"]
@@ -250,6 +255,105 @@ def test_a_file_that_appears_meanwhile_is_left_alone(
     assert path.read_bytes() == b"mine"
 
 
+def let_go() -> None:
+    """Wait for a client that was given up; the program would have ended."""
+    for thread in threading.enumerate():
+        if thread.name == hubs.THREAD:
+            thread.join()
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+def test_an_answer_that_never_ends_is_stopped_where_the_file_must(
+    server: Hub, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    """Where only the size of its tensors is known, a header may come on top."""
+    monkeypatch.setattr(module, "FORMAT_HEADER_BYTES", 10**6)
+    file = replace(SMALL, size=size, least_size=10**5)
+    server.endless = True
+    with pytest.raises(DownloadError, match=f"more of {PATH} than the {size or 1_100_000:,} bytes"):
+        download(file, hub, tmp_path)
+    assert not (tmp_path / "vae" / "small.safetensors").exists()
+    server.endless = False
+    let_go()
+    assert download(file, hub, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_hub_that_is_busy_is_waited_for_and_that_is_said(
+    server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.busy = 2
+    with caplog.at_level(logging.INFO):
+        assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
+    asked = [r.getMessage() for r in caplog.records if "asks to wait 1 s" in r.getMessage()]
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("pause", "said"),
+    [("3000", "asks to wait 3000 s"), ("soon", r"no more requests from here for now \(429\)")],
+)
+def test_a_hub_that_is_busy_for_long_is_not_waited_for(
+    server: Hub, tmp_path: Path, pause: str, said: str
+) -> None:
+    server.busy, server.pause = 1000, pause
+    with pytest.raises(DownloadError, match=said):
+        download(SMALL, HUGGINGFACE, tmp_path)
+
+
+def test_a_line_that_always_breaks_gets_there(
+    server: Hub, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After fewer bytes than the client for Hugging Face writes at once by itself."""
+    import huggingface_hub.constants
+    import modelscope_hub._download
+
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10 * 2**20)
+    monkeypatch.setattr(modelscope_hub._download, "DOWNLOAD_RETRY_TIMES", 1)
+    server.cut_each = 2 * WRITTEN_AT_ONCE
+    assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
+    starts = [int((wanted or "bytes=0-")[6:].split("-")[0]) for _, wanted in server.gets]
+    assert starts == sorted({*starts}), "no byte is asked for twice for long"
+
+
+def test_a_line_that_hardly_moves_is_given_up_with_what_has_come(
+    server: Hub, hub: str, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.cut_at = CUT
+    with pytest.raises(DownloadError):
+        download(SMALL, hub, tmp_path)
+    server.down, server.trickle = False, True
+    monkeypatch.setattr(hubs, "PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(hubs, "TELL_SECONDS", 0.7)
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(
+            DownloadError, match=r"next to nothing of .* for 2 s. [\d,]+ bytes are there"
+        ),
+    ):
+        download(SMALL, hub, tmp_path)
+    assert "waiting for" in caplog.text
+    assert hubs.bytes_in(tmp_path) >= CUT - CHUNK
+    server.trickle = False
+    let_go()
+    assert download(SMALL, hub, tmp_path).read_bytes() == CONTENT
+
+
+def test_what_a_client_does_once_all_has_come_may_take_long(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Putting 24 GB of parts together, on a disk that turns."""
+    client = hubs._from_huggingface
+
+    def takes_its_time(*arguments: object) -> Path:
+        path = client(*arguments)
+        time.sleep(1)
+        return path
+
+    monkeypatch.setattr(hubs, "_from_huggingface", takes_its_time)
+    monkeypatch.setattr(hubs, "PATIENCE_SECONDS", 0.5)
+    assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
+
+
 def test_a_longer_rest_of_another_version_is_begun_anew(server: Hub, tmp_path: Path) -> None:
     folder = tmp_path / PARTIAL_FOLDER / HUGGINGFACE / "small.safetensors"
     folder.mkdir(parents=True)
@@ -274,6 +378,32 @@ def test_two_commands_do_not_write_into_one_file(server: Hub, hub: str, tmp_path
         pytest.raises(DownloadError, match="by another command"),
     ):
         download(SMALL, hub, tmp_path)
+    assert not server.gets
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its locks are another kind")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_no_obstacle(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """As Lustre and NFS are often mounted (huggingface_hub's issue 2399)."""
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, "made-up")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
+    assert files_in(tmp_path) == ["vae/small.safetensors"]
+
+
+def test_a_rest_that_is_whole_is_not_asked_for_again(server: Hub, tmp_path: Path) -> None:
+    """As after an end between the last byte and the renaming (huggingface_hub's issue 2197)."""
+    folder = tmp_path / PARTIAL_FOLDER / HUGGINGFACE / "small.safetensors"
+    folder.mkdir(parents=True)
+    (folder / "small.safetensors.part").write_bytes(CONTENT)
+    assert download(SMALL, HUGGINGFACE, tmp_path).read_bytes() == CONTENT
     assert not server.gets
 
 

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -339,8 +341,8 @@ def test_a_chart_that_fails_leaves_nothing_behind(
     path = tmp_path / "chart.png"
     path.write_bytes(b"the last one")
 
-    def half(_image: Image.Image, to: Path, *_: object) -> None:
-        to.write_bytes(b"half")
+    def half(_image: Image.Image, to: BinaryIO, *_: object) -> None:
+        to.write(b"half")
         raise error
 
     monkeypatch.setattr(Image.Image, "save", half)
@@ -350,6 +352,15 @@ def test_a_chart_that_fails_leaves_nothing_behind(
     assert [p.name for p in tmp_path.iterdir()] == ["chart.png"]
     if isinstance(error, OSError):
         assert str(caught.value) == f"The chart {path} cannot be written: No space left on device."
+
+
+def test_a_chart_is_drawn_into_no_file_that_was_there(models: Path, tmp_path: Path) -> None:
+    """As one that another process of the same number draws into, or a planted link."""
+    found = inspected(models / demo_models.DIT_FILE, rows=1)
+    mine = tmp_path / f"chart.png.{os.getpid()}.part"
+    mine.write_text("mine")
+    write_chart(tmp_path / "chart.png", "dit", found)
+    assert mine.read_text() == "mine"
 
 
 def test_the_command_prints_the_table_and_the_path_of_the_chart(

@@ -1,7 +1,7 @@
 """Prepared weights: kept once, mapped from then on, never half, never wrong."""
 
+import errno
 import itertools
-import json
 import logging
 import mmap
 import os
@@ -22,7 +22,8 @@ from majicflux.engine.precision import PRECISIONS, Precision
 from majicflux.loaders import demo_models, prepared
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
-from majicflux.loaders.prepared import map_prepared, prepare, prepared_files
+from majicflux.loaders.prepared import clear_prepared, map_prepared, prepare, prepared_files
+from majicflux.loaders.reading import Reader
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
 
@@ -113,6 +114,11 @@ def another_file(path: Path) -> None:
     path.write_bytes(os.urandom(path.stat().st_size))
 
 
+def deep_header(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"[" * (prepared.HEADER_BYTES - 1) + b"\n")
+
+
 def another_header(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(b'{"majicflux": 0}\n')
@@ -126,14 +132,15 @@ def a_scale_that_is_none(path: Path) -> None:
         buffers = prepared._buffers(mapped, sizes)
         weights.live_in(buffers)
         weights.module.blocks[1].ff_a[0].scale[7] = float("nan")
-        header = json.dumps(prepared._header(buffers)).encode() + b"\n"
+        header = prepared._header(buffers)
         weights.forget()
         del buffers
         mapped[: len(header)] = header
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, flip_in_a_block, another_file, another_header, a_scale_that_is_none]
+    "damage",
+    [truncate, flip_in_a_block, another_file, deep_header, another_header, a_scale_that_is_none],
 )
 def test_a_damaged_file_is_removed_and_made_again(
     source, folder, monkeypatch, caplog, damage
@@ -341,15 +348,158 @@ def test_preparing_never_holds_the_weights_in_anonymous_memory(
     assert most < 0.2 * weights.total_bytes
 
 
-def test_abandoned_files_are_cleared_by_the_next_preparation(source: Path, folder: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not remove what is open")
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_is_left_of_a_process_goes_once_that_process_is_gone(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    import fcntl
+
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "as some disks of other machines")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuses)
     folder.mkdir()
-    old, new = folder / "a.majicflux.1.part", folder / "b.majicflux.2.part"
-    old.touch()
-    new.touch()
-    os.utime(old, (1, 1))
+    left = folder / "a.majicflux.1.part"
+    left.touch()
+    os.utime(left, (1, 1))
+    being_made = prepared._new_partial(folder / "b.majicflux")
     load(source, folder)
-    assert not old.exists()
-    assert new.exists(), "it may belong to a process that is still writing"
+    assert not left.exists()
+    assert Path(being_made.name).exists(), "its maker lives"
+    assert clear_prepared(folder) > 0
+    assert prepared_files(folder) == [Path(being_made.name)]
+    being_made.close()
+    if locks:
+        clear_prepared(folder)
+        assert prepared_files(folder) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_of_one_number_do_not_write_into_one_file(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in two containers that share a models folder: a file that is mapped must not shrink."""
+    finished, other = load(source, None), load(source, None)
+    monkeypatch.setattr(os, "getpid", lambda: 42)
+
+    def convert(_: object) -> None:  # see above
+        for to, block in zip(other.all_blocks, finished.all_blocks, strict=True):
+            to.home.numpy()[:] = block.home.numpy()
+            time.sleep(0.0005)
+
+    for delay in (0.0, 0.002, 0.005, 0.01):
+        children = []
+        for wait in (0.0, delay):
+            child = os.fork()
+            if child == 0:
+                time.sleep(wait)
+                kept = prepare(other, folder / "weights.majicflux", convert)
+                os._exit(0 if kept and bits(other) == bits(finished) else 1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        assert len(prepared_files(folder)) == 1
+        shutil.rmtree(folder)
+
+
+def test_a_planted_link_is_not_followed(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    names = iter(["aa", "bb"])
+    monkeypatch.setattr(prepared.secrets, "token_hex", lambda _: next(names))
+    load(source, folder)
+    (kept,) = prepared_files(folder)
+    kept.unlink()
+    kept.with_name(f"{kept.name}.bb.part").symlink_to(precious)
+    weights = load(source, folder)
+    assert precious.read_text() == "mine"
+    assert weights.anonymous or prepared_files(folder) == [kept]
+
+
+def replaced(path: Path) -> None:
+    """By another model of the same length and time."""
+    state, tensors = path.stat(), load_file(path)
+    other = path.with_name("other")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other, {"made": "2"})
+    assert other.stat().st_size == state.st_size
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    other.replace(path)
+
+
+def written_over(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes(100))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [(replaced, "__enter__"), (written_over, "__enter__"), (written_over, "read")],
+)
+def test_a_model_that_changes_while_it_is_read_is_not_kept(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, change, moment: str, keeps: bool
+) -> None:
+    save_file(load_file(source), source, {"made": "1"})
+    original = getattr(Reader, moment)
+    changes = iter([change])
+
+    def changed(*arguments):
+        result = original(*arguments)
+        for change in changes:  # once
+            change(source)
+        return result
+
+    monkeypatch.setattr(Reader, moment, changed)
+    with pytest.raises(ModelFileError, match=r"majicflus_v134\.safetensors was changed while"):
+        load(source, folder if keeps else None)
+    assert prepared_files(folder) == []
+    assert bits(load(source, folder)) == bits(load(source, None))
+
+
+def test_a_long_name_is_cut(source: Path, folder: Path) -> None:
+    """Together with what is added to it, it would be longer than file systems take."""
+    source = source.rename(source.with_name("麦" * 80 + ".safetensors"))
+    assert "mapped from prepared weights" in load(source, folder).report
+    (kept,) = prepared_files(folder)
+    assert kept.name.startswith("麦" * 21 + "-")
+
+
+def test_clearing_leaves_what_is_not_ours(source: Path, folder: Path, tmp_path: Path) -> None:
+    """The folder may be a link to one that holds other things."""
+    load(source, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    others = [folder / "film.mkv.part", folder / "notes.part", folder / ".majicflux"]
+    for path in others:
+        path.touch()
+    directory = folder / "a.majicflux.1.part"
+    directory.mkdir()
+    (folder / "dangling.majicflux").symlink_to(tmp_path / "nowhere")
+    assert len(prepared_files(folder)) == 1
+    assert clear_prepared(folder) > 0
+    assert all(path.exists() for path in [*others, directory])
+    assert prepared_files(folder) == []
+
+
+def test_one_that_cannot_be_removed_does_not_keep_the_others(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(source, folder)
+    (folder / "a.majicflux").touch()
+    unlink = Path.unlink
+
+    def refuses(path: Path, *arguments: object) -> None:
+        if path.name == "a.majicflux":
+            raise PermissionError(13, "it is mapped")
+        unlink(path, *arguments)
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(ModelFileError, match=r"a\.majicflux cannot be removed: it is mapped"):
+        clear_prepared(folder)
+    assert [path.name for path in prepared_files(folder)] == ["a.majicflux"]
 
 
 def test_text_encoders_are_mapped_too(models: Path, tmp_path: Path) -> None:

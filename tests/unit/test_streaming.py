@@ -465,6 +465,30 @@ def test_no_memory_for_the_root_leaves_nothing_behind(monkeypatch: pytest.Monkey
     assert fails_at(weights, arrange)
 
 
+def test_an_end_that_fails_leaves_nothing_behind() -> None:
+    """As when a card has an error that shows only once all of its work is waited for."""
+    weights = layers_of([16, 40, 5, 64], [7])
+    streams: list[streaming.Stream] = []
+
+    def arrange(card: LateCard) -> dict[str, object]:
+        close = card.close
+
+        def closed() -> None:
+            close()
+            raise Trouble("close")
+
+        card.close = closed  # pyright: ignore[reportAttributeAccessIssue]
+        return {}
+
+    new = streaming.Stream.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            streaming.Stream, "__init__", lambda s, *a: (streams.append(s), new(s, *a))[0]
+        )
+        assert fails_at(weights, arrange)
+    assert all(stream._ring is None and not stream._fetched for stream in streams)
+
+
 def test_a_computation_that_fails_leaves_nothing_behind() -> None:
     weights = layers_of([16, 40, 5, 64], [7])
     for number in range(1, 14):
