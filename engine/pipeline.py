@@ -28,6 +28,7 @@ from .sampling import OnPass, Task, sample
 from .sizes import CHANNELS, PATCH, PIXELS_PER_LATENT, STEP
 from .solvers import passes
 from .text_encoders import TextEmbedding, TextEncoders
+from .torch_state import own_state
 from .vae import VAE
 from .work import Work
 
@@ -153,6 +154,7 @@ class Pipeline:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
+@own_state()
 @torch.inference_mode()
 def paint(
     pipeline: Pipeline,
@@ -203,6 +205,7 @@ def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.
 
 
+@own_state()
 @torch.inference_mode()
 def encode_prompts(
     pipeline: Pipeline, prompts: Sequence[str], before_block: BeforeBlock
@@ -211,6 +214,7 @@ def encode_prompts(
     return run.encode_prompts(prompts), run.report
 
 
+@own_state()
 @torch.inference_mode()
 def encode_pictures(
     pipeline: Pipeline, pictures: Tensor, before_block: BeforeBlock
@@ -221,6 +225,7 @@ def encode_pictures(
     return run.encode_pictures(pictures), run.report
 
 
+@own_state()
 @torch.inference_mode()
 def denoise(
     pipeline: Pipeline,
@@ -238,6 +243,7 @@ def denoise(
     return run.denoise(task, prompts, request.guidance, on_pass, latents_dtype), run.report
 
 
+@own_state()
 @torch.inference_mode()
 def decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> tuple[Tensor, Report]:
     """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1."""

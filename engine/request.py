@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..messages import later, say
 from .latents import draw_noise, latent_mask
+from .offload import CPU
 from .plan import Job
 from .sampling import Task
 from .schedule import Schedule, diffsynth_sigmas
@@ -115,5 +116,8 @@ class Request:
         if which is not None:  # as ComfyUI's RepeatLatentBatch numbers them
             apart = max(which) - min(which) + 1
             which = [n + again * apart for again in range(self.batch_size) for n in which]
-        noise = draw_noise(self.seed, shape, which) if self.add_noise else torch.zeros(shape)
+        if self.add_noise:
+            noise = draw_noise(self.seed, shape, which)
+        else:
+            noise = torch.zeros(shape, dtype=torch.float32, device=CPU)
         return Task(self.sigmas, noise, clean, mask, self.cfg, self.solver)

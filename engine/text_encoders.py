@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .diffsynth_files import diffsynth_module
 from .geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
-from .offload import BeforeBlock, OffloadedModule, Patcher
+from .offload import CPU, BeforeBlock, OffloadedModule, Patcher
 from .prompts import T5_TOKENS, Segments, TokenCounts, tokenize, weighted_segments
 from .t5 import T5Encoder
 from .work import Work
@@ -29,6 +29,7 @@ class TextEmbedding:
     tokens: Tensor  # T5 states [1, words, width]
     pooled: Tensor  # CLIP vector [1, width]
     guidance: float | None = None  # where it has one of its own
+    guided: bool = True  # False: the transformer is told no guidance at all
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +188,6 @@ def _sized_clip(g: ClipGeometry) -> Any:
 def _weighted(tokens: Tensor, empty: Tensor, weights: list[float]) -> Tensor:
     """tokens, empty: [1, words, width]; weights: of each word. As ComfyUI's
     `ClipTokenWeightEncoder`, in float32."""
-    weight = torch.tensor(weights)[:, None]
+    weight = torch.tensor(weights, dtype=torch.float32, device=CPU)[:, None]
     moved = (tokens.float() - empty.float()) * weight + empty.float()
     return torch.where(weight == 1, tokens, moved.to(tokens.dtype))

@@ -219,7 +219,7 @@ def store_rows(
     rotation = part.rotation or 0
     if row_scale is not None and values.dtype == weight.dtype and rotation == group:
         weight.copy_(values)
-        row_scale.copy_(torch.ones(1) if scale is None else scale)
+        row_scale.copy_(torch.ones(1, dtype=torch.float32) if scale is None else scale)
         return
     quantize = quantize_rows if card is None else card.quantize
     whole = scale is None and (row_scale is not None or values.dtype == weight.dtype)

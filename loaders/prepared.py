@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
-FORMAT = 3  # raise it when the layout of a block or the conversion changes
+FORMAT = 4  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all

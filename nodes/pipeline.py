@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from ..messages import say
+from .given import checked
 from .sockets import CATEGORY, DiTHandle, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class PipelineNode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         dit: "DiT",

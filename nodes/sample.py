@@ -4,6 +4,7 @@ from ..host import current as host
 from ..host import provenance
 from ..messages import say
 from . import sampling
+from .given import checked
 from .sockets import CATEGORY, PipelineHandle
 
 if TYPE_CHECKING:
@@ -172,9 +173,10 @@ class Sample(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:
-        return sampling.fingerprint(seed)
+        return sampling.fingerprint(cls, seed)
 
     @classmethod
+    @checked
     def execute(
         cls,
         pipeline: "Pipeline",

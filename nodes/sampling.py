@@ -4,6 +4,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..host import provenance
 from ..messages import say
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ NEW_SEED = -1
 # Names are part of saved workflows; test_nodes compares them with the engine's.
 SOLVERS = ["euler", "deis_2m", "deis_3m", "heun"]
 SCHEDULES = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
+
+_drew: set[str | None] = set()  # the nodes whose last run drew its seed
 
 
 def seed() -> Any:
@@ -131,23 +134,24 @@ def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
 
     The graphs that are saved with the picture then have it too.
     """
+    key, place = cls.hidden.unique_id, host.executing()
+    if place is None or place.index == 0:  # of a list of seeds any may ask for a new one
+        _drew.discard(key)
     if seed != NEW_SEED:
         return seed, ""
+    _drew.add(key)
     seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
-    key = cls.hidden.unique_id
-    if key in (cls.hidden.prompt or {}):
-        cls.hidden.prompt[key]["inputs"]["seed"] = seed
-    canvas = (cls.hidden.extra_pnginfo or {}).get("workflow") or {}
-    for node in canvas.get("nodes", []):
-        if str(node["id"]) == key and NEW_SEED in node.get("widgets_values", []):
-            values = node["widgets_values"]  # no other widget has this value
-            values[values.index(NEW_SEED)] = seed
+    provenance.note_seed(cls.hidden, NEW_SEED, seed)
     return seed, "\n" + say("seed {seed}", seed=seed)
 
 
-def fingerprint(seed: int | None) -> Any:
-    """Equal for equal seeds, and never for a new one."""
-    return random.random() if seed == NEW_SEED else seed
+def fingerprint(cls: Any, seed: int | None) -> Any:
+    """Equal for equal seeds, and never for a new one.
+
+    What comes over a link is not known yet: where it was a new one the last time, it may be again.
+    """
+    drawn = seed == NEW_SEED or (seed is None and cls.hidden.unique_id in _drew)
+    return random.random() if drawn else seed
 
 
 def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":
