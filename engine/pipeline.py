@@ -24,7 +24,7 @@ from .plan import DECODE, DENOISING, ENCODE, GB, TEXT, BudgetError, Job, Phase, 
 from .planning import plan_decode, plan_denoising, plan_encode, plan_text, step_seconds
 from .products import Computing
 from .request import Request
-from .sampling import OnPass, Task, sample
+from .sampling import OnPass, Task, sample, unpainted
 from .sizes import CHANNELS, PATCH, PIXELS_PER_LATENT, STEP
 from .solvers import passes
 from .text_encoders import TextEmbedding, TextEncoders
@@ -173,30 +173,43 @@ def paint(
     Raises BudgetError when the memory does not suffice for a phase, before that phase has begun
     where that can be known.
     """
-    names = [DENOISING, DECODE] if request.picture is None else [ENCODE, DENOISING, DECODE]
-    if any(isinstance(prompt, str) for prompt in request.prompts):
-        names.insert(0, TEXT)
-    run = Run(pipeline, _job_of(pipeline, request, preview_bytes), names, before_block)
-    prompts = run.encode_prompts(request.prompts)
+    names = [DECODE] if request.picture is None else [ENCODE, DECODE]
+    if not request.mask_is_empty:
+        names.insert(-1, DENOISING)
+        if any(isinstance(prompt, str) for prompt in request.prompts):
+            names.insert(0, TEXT)
+    job = _job_of(pipeline, request, preview_bytes, before_block)
+    run = Run(pipeline, job, names, before_block)
+    prompts = run.encode_prompts(request.prompts) if DENOISING in names else []
     clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
-    latents = run.denoise(request.task(clean), prompts, request.guidance, on_pass, latents_dtype)
+    task = request.task(clean)
+    if DENOISING in names:
+        latents = run.denoise(task, prompts, request.guidance, on_pass, latents_dtype)
+    else:
+        latents = unpainted(task)
     picture = run.decode(latents)
     if run.report.peak_bytes is not None:
         log.info(run.report.summary)
     return picture, latents, run.report
 
 
-def _job_of(pipeline: Pipeline, request: Request, preview_bytes: int) -> Job:
-    words = _words(pipeline, request.prompts)
+def _job_of(
+    pipeline: Pipeline, request: Request, preview_bytes: int, before_block: BeforeBlock
+) -> Job:
+    if request.mask_is_empty:
+        return request.job
+    words = _words(pipeline, request.prompts, before_block)
     return replace(request.job, words=words, preview_bytes=preview_bytes)
 
 
-def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
+def _words(
+    pipeline: Pipeline, prompts: Sequence[str | TextEmbedding], before_block: BeforeBlock
+) -> int:
     """T5's tokens of the longest. Raises ValueError for one that is too long."""
 
     def words(prompt: str | TextEmbedding) -> int:
         if isinstance(prompt, str):
-            return pipeline.checked_text_encoders.count(prompt).words
+            return pipeline.checked_text_encoders.read(prompt, before_block)[1].counts.words
         return prompt.tokens.shape[1]
 
     return max(map(words, prompts))
@@ -210,7 +223,8 @@ def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
 def encode_prompts(
     pipeline: Pipeline, prompts: Sequence[str], before_block: BeforeBlock
 ) -> tuple[list[TextEmbedding], Report]:
-    run = Run(pipeline, Job(STEP, STEP, words=_words(pipeline, prompts)), [TEXT], before_block)
+    job = Job(STEP, STEP, words=_words(pipeline, prompts, before_block))
+    run = Run(pipeline, job, [TEXT], before_block)
     return run.encode_prompts(prompts), run.report
 
 
@@ -236,7 +250,9 @@ def denoise(
     preview_bytes: int = 0,
 ) -> tuple[Tensor, Report]:
     """The request's latents; its prompts are encoded, and it has no picture."""
-    job = _job_of(pipeline, request, preview_bytes)
+    if request.mask_is_empty:
+        return unpainted(request.task(request.latents)), Report()
+    job = _job_of(pipeline, request, preview_bytes, before_block)
     run = Run(pipeline, job, [DENOISING], before_block)
     prompts = run.encode_prompts(request.prompts)
     task = request.task(request.latents)
@@ -250,6 +266,19 @@ def decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> tu
     height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
     run = Run(pipeline, Job(width, height, len(latents)), [DECODE], before_block)
     return run.decode(latents), run.report
+
+
+def _require_numbers(phase: str, *values: Tensor) -> None:
+    """Raise ValueError where a phase gave NaN, which would be saved as black pixels."""
+    if not all(torch.isfinite(each).all() for each in values):
+        raise ValueError(
+            say(
+                "The phase '{phase}' gave values that are no numbers (NaN), so there is no "
+                "picture. Set compute_precision to float32; if that does not help, the model file "
+                "is damaged: download it again.",
+                phase=say(phase),
+            )
+        )
 
 
 def _with_ring(component: Component, plan: Phase) -> Phase:
@@ -301,7 +330,10 @@ class Run:
                         prompt, self.before_block, plan.ring, work
                     )
                     self.report.phases[-1].moved_bytes += moved
-        return [embedding for embedding in found if embedding is not None]
+        embeddings = [embedding for embedding in found if embedding is not None]
+        for embedding in embeddings:
+            _require_numbers(TEXT, embedding.tokens, embedding.pooled)
+        return embeddings
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space, on the CPU."""
@@ -316,6 +348,7 @@ class Run:
             limit = plan.values if self._budget(self.pipeline.checked_vae) else float("inf")
             result, moved = through(given, self.before_block, limit, plan.ring, work)
             self.report.phases[-1].moved_bytes += moved
+        _require_numbers(name, result)
         return result
 
     def denoise(
@@ -348,7 +381,9 @@ class Run:
                     velocity = flux_velocity(module, positive, work, negative, task.cfg)
                     latents = sample(task, velocity, on_pass, device, latents_dtype)
                 self.report.phases[-1].moved_bytes += stream.moved_bytes
-        return latents.float().cpu()
+        latents = latents.float().cpu()
+        _require_numbers(DENOISING, latents)
+        return latents
 
     def _budget(self, component: Component) -> int | None:
         return None if component.patcher.device == CPU else self.plan.budget_bytes

@@ -56,6 +56,13 @@ def given_sigmas(sigmas: Tensor) -> Schedule:
                 shape=tuple(levels.shape),
             )
         )
+    if not torch.isfinite(levels).all():
+        raise ValueError(
+            say(
+                "SIGMAS must be numbers, and some of these are not (NaN or infinity). Look at the "
+                "node that they come from."
+            )
+        )
     if not (levels[0] <= 1 and levels[-1] >= 0 and bool((levels[1:] < levels[:-1]).all())):
         raise ValueError(
             say(

@@ -1,5 +1,6 @@
 """ComfyUI's CONDITIONING, LATENT, IMAGE and MASK, and what the engine makes of them."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,14 @@ def from_conditioning(
     name: str, conditioning: Conditioning, geometry: "FluxGeometry"
 ) -> TextEmbedding:
     """name: of the input it came by. Raises ValueError, by name, for what cannot be honoured."""
+    if not all(_is_entry(entry) for entry in conditioning):
+        raise ValueError(
+            say(
+                "The CONDITIONING of {name} is not one that ComfyUI's nodes make. Connect encode "
+                "prompt or CLIPTextEncode.",
+                name=name,
+            )
+        )
     if len(conditioning) != 1:
         raise ValueError(
             say(
@@ -67,7 +76,44 @@ def from_conditioning(
                     width=width,
                 )
             )
-    return TextEmbedding(tokens.cpu(), pooled.cpu(), options.get("guidance"))
+        require_finite(name, found)
+    guidance = options.get("guidance")
+    if guidance is not None and not (
+        isinstance(guidance, (int, float)) and math.isfinite(guidance)
+    ):
+        raise ValueError(
+            say(
+                "The guidance in the CONDITIONING of {name} must be a number, not {value!r}.",
+                name=name,
+                value=guidance,
+            )
+        )
+    # What FluxDisableGuidance leaves is not what is left where no node gave one.
+    guided = guidance is not None or "guidance" not in options
+    return TextEmbedding(tokens.cpu(), pooled.cpu(), guidance, guided)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Of a CONDITIONING: tokens, and what else is told with them."""
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return False
+    tokens, options = entry
+    if not isinstance(options, dict):
+        return False
+    pooled = options.get("pooled_output")
+    return isinstance(tokens, Tensor) and (pooled is None or isinstance(pooled, Tensor))
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for a NaN or an infinity in what came by the input of this name."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            say(
+                "What came by {name} holds values that are no numbers (NaN or infinity). Look at "
+                "the node that it comes from.",
+                name=name,
+            )
+        )
 
 
 def to_latent(latents: Tensor, device: torch.device) -> Latent:
@@ -80,7 +126,18 @@ def from_latent(latent: Latent) -> Tensor:
 
     Raises ValueError when they are another model's.
     """
-    samples = latent["samples"].float().cpu()
+    samples = latent.get("samples")
+    if not isinstance(samples, Tensor):
+        raise ValueError(
+            say(
+                "{where} takes {wanted}, but is linked to {found}.",
+                where="latent",
+                wanted="LATENT",
+                found=type(samples).__name__,
+            )
+        )
+    samples = samples.float().cpu()
+    require_finite("latent", samples)
     empty = not samples.any()
     if samples.ndim == 4 and empty:  # of any number of channels, as in ComfyUI
         return samples.new_zeros(len(samples), CHANNELS, *samples.shape[2:])
@@ -97,12 +154,34 @@ def from_latent(latent: Latent) -> Tensor:
 
 
 def from_image(image: Tensor) -> Tensor:
-    """Float32 RGB [n, height, width, 3] on the CPU, cropped to sides that Flux can paint."""
+    """Float32 RGB [n, height, width, 3] on the CPU, cropped to sides that Flux can paint.
+
+    Raises ValueError when it is no picture.
+    """
+    if image.ndim != 4 or image.shape[-1] < 3 or image.numel() == 0:
+        raise ValueError(
+            say(
+                "This IMAGE has the shape {shape}, but pictures are [batch, height, width, 3].",
+                shape=tuple(image.shape),
+            )
+        )
+    require_finite("image", image)
     return cropped(image[..., :3].float().cpu(), *image.shape[1:3])
 
 
 def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
-    """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to."""
+    """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to.
+
+    Raises ValueError when it is no mask.
+    """
+    if mask.ndim < 2 or mask.numel() == 0:
+        raise ValueError(
+            say(
+                "This MASK has the shape {shape}, but masks are [batch, height, width].",
+                shape=tuple(mask.shape),
+            )
+        )
+    require_finite("mask", mask)
     mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
     return mask if image is None else cropped(mask, *image.shape[1:3])
 

@@ -211,11 +211,14 @@ def progress(
     """A function to call after each pass of the transformer."""
     from tqdm import tqdm
 
-    bar = tqdm(total=passes, desc=say("sampling"), unit=say("step"), unit_scale=steps / passes)
+    bar = tqdm(total=steps, desc=say("sampling"), unit=say("step"))
+    made = 0
 
     def on_pass(clean: "Tensor") -> None:
-        bar.update()
-        if bar.n == passes:
+        nonlocal made
+        made += 1
+        bar.update(made * steps // passes - bar.n)
+        if made == passes:
             bar.close()
 
     return on_pass

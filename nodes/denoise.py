@@ -160,6 +160,7 @@ class Denoise(io.ComfyNode):
         found, report = denoise(
             pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
         )
-        host.show_on_node(cls.hidden.unique_id, f"{report}{drawn}")
+        lines = f"{report}{sampling.nothing_painted(request)}{drawn}".strip()
+        host.show_on_node(cls.hidden.unique_id, lines)
         provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
         return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})

@@ -254,7 +254,9 @@ class Sample(io.ComfyNode):
         )
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
-        counts = "" if positive else f"\n{pipeline.checked_text_encoders.count(prompt)}"
+        counts = sampling.nothing_painted(request)
+        if positive is None and not counts:
+            counts = f"\n{pipeline.checked_text_encoders.count(prompt)}"
         host.show_on_node(cls.hidden.unique_id, f"{report}{counts}{drawn}")
         provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
         device = host.result_device()

@@ -10,6 +10,7 @@ from ..messages import say
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.request import Request
     from ..engine.schedule import Schedule
 
 io = host.io
@@ -158,3 +159,9 @@ def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":
     from ..engine.schedule import SCHEDULES, given_sigmas
 
     return SCHEDULES[name] if sigmas is None else given_sigmas(sigmas)
+
+
+def nothing_painted(request: "Request") -> str:
+    """A line about it where the mask lets nothing change."""
+    empty = say("The mask is empty: nothing was painted, and the original is returned.")
+    return f"\n{empty}" if request.mask_is_empty else ""
