@@ -320,16 +320,15 @@ class Run:
             return prompt
 
         found = [known(prompt) for prompt in prompts]
-        if all(embedding is not None for embedding in found):
-            return [embedding for embedding in found if embedding is not None]
-        encoders = self.pipeline.checked_text_encoders
-        with self.phase(TEXT) as (plan, work):
-            for index, prompt in enumerate(prompts):
-                if found[index] is None and isinstance(prompt, str):
-                    found[index], moved = encoders.encode(
-                        prompt, self.before_block, plan.ring, work
-                    )
-                    self.report.phases[-1].moved_bytes += moved
+        if not all(found):
+            encoders = self.pipeline.checked_text_encoders
+            with self.phase(TEXT) as (plan, work):
+                for index, prompt in enumerate(prompts):
+                    if found[index] is None and isinstance(prompt, str):
+                        found[index], moved = encoders.encode(
+                            prompt, self.before_block, plan.ring, work
+                        )
+                        self.report.phases[-1].moved_bytes += moved
         embeddings = [embedding for embedding in found if embedding is not None]
         for embedding in embeddings:
             _require_numbers(TEXT, embedding.tokens, embedding.pooled)
