@@ -164,11 +164,12 @@ class Sample(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+    def validate_inputs(cls, width: Any = None, height: Any = None) -> bool | str:
         from ..engine.sizes import size_problem
 
         sizes = (("Width", width), ("Height", height))
-        problems = (size_problem(name, size) for name, size in sizes if size is not None)
+        # What is no whole number ComfyUI has told already, or it comes over a link.
+        problems = (size_problem(name, size) for name, size in sizes if isinstance(size, int))
         return next(filter(None, problems), True)
 
     @classmethod

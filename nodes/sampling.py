@@ -1,6 +1,7 @@
 """Inputs that the nodes which sample have in common, and what they mean."""
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
@@ -19,7 +20,7 @@ NEW_SEED = -1
 SOLVERS = ["euler", "deis_2m", "deis_3m", "heun"]
 SCHEDULES = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
 
-_drew: set[str | None] = set()  # the nodes whose last run drew its seed
+_drawn: Counter[str | None] = Counter()  # seeds, by the nodes that drew them
 
 
 def seed() -> Any:
@@ -135,12 +136,9 @@ def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
 
     The graphs that are saved with the picture then have it too.
     """
-    key, place = cls.hidden.unique_id, host.executing()
-    if place is None or place.index == 0:  # of a list of seeds any may ask for a new one
-        _drew.discard(key)
     if seed != NEW_SEED:
         return seed, ""
-    _drew.add(key)
+    _drawn[cls.hidden.unique_id] += 1
     seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
     provenance.note_seed(cls.hidden, NEW_SEED, seed)
     return seed, "\n" + say("seed {seed}", seed=seed)
@@ -149,10 +147,11 @@ def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
 def fingerprint(cls: Any, seed: int | None) -> Any:
     """Equal for equal seeds, and never for a new one.
 
-    What comes over a link is not known yet: where it was a new one the last time, it may be again.
+    What comes over a link is not known yet, but what the node drew may not be remembered.
     """
-    drawn = seed == NEW_SEED or (seed is None and cls.hidden.unique_id in _drew)
-    return random.random() if drawn else seed
+    if seed is None:
+        return _drawn[cls.hidden.unique_id]
+    return random.random() if seed == NEW_SEED else seed
 
 
 def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":

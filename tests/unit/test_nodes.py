@@ -256,6 +256,7 @@ def test_sizes_that_work(size: int) -> None:
 )
 def test_sizes_that_do_not(size: int, said: str) -> None:
     assert Sample.validate_inputs(width=size) == said
+    assert Sample.validate_inputs(width=None, height=size) == said.replace("Width", "Height")
 
 
 def handles(weight: str = "float8_e4m3fn", text: str = "bfloat16") -> tuple:
