@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..engine.latents import to_model_space, to_vae_space
-from ..engine.sizes import CHANNELS, STEP
+from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, size_problem
 from ..engine.text_encoders import TextEmbedding
 from ..messages import later, say
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Conditioning = list[Any]  # of [tokens, options]
 Latent = dict[str, Any]
+RATIO = "downscale_ratio_spacial"  # pixels for each of an empty latent; spelled as ComfyUI does
 
 
 def to_conditioning(embedding: TextEmbedding, guidance: float) -> Conditioning:
@@ -104,6 +105,21 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(tokens, Tensor) and (pooled is None or isinstance(pooled, Tensor))
 
 
+def tensor_of(where: str, wanted: str, value: Any) -> Tensor:
+    """What came by an input, or is part of it. Raises ValueError unless it is a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    found = type(value).__name__
+    raise ValueError(
+        say(
+            "{where} takes {wanted}, but is linked to {found}.",
+            where=where,
+            wanted=wanted,
+            found=found,
+        )
+    )
+
+
 def require_finite(name: str, values: Tensor) -> None:
     """Raise ValueError for a NaN or an infinity in what came by the input of this name."""
     if not torch.isfinite(values).all():
@@ -116,9 +132,10 @@ def require_finite(name: str, values: Tensor) -> None:
         )
 
 
-def to_latent(latents: Tensor, device: torch.device) -> Latent:
-    """Model-space latents as other nodes expect them."""
-    return {"samples": to_vae_space(latents).to(device)}
+def to_latent(latents: Tensor, device: torch.device, given: Latent | None = None) -> Latent:
+    """Model-space latents as other nodes expect them, with what else the given one had."""
+    kept = {key: value for key, value in (given or {}).items() if key != RATIO}
+    return {**kept, "samples": to_vae_space(latents).to(device)}
 
 
 def from_latent(latent: Latent) -> Tensor:
@@ -126,22 +143,15 @@ def from_latent(latent: Latent) -> Tensor:
 
     Raises ValueError when they are another model's.
     """
-    samples = latent.get("samples")
-    if not isinstance(samples, Tensor):
-        raise ValueError(
-            say(
-                "{where} takes {wanted}, but is linked to {found}.",
-                where="latent",
-                wanted="LATENT",
-                found=type(samples).__name__,
-            )
-        )
-    samples = samples.float().cpu()
+    samples = tensor_of("latent", "LATENT", latent.get("samples")).float().cpu()
     require_finite("latent", samples)
     empty = not samples.any()
-    if samples.ndim == 4 and empty:  # of any number of channels, as in ComfyUI
-        return samples.new_zeros(len(samples), CHANNELS, *samples.shape[2:])
-    if samples.ndim != 4 or samples.shape[1] != CHANNELS:
+    if samples.ndim == 4 and samples.numel() and empty:
+        # Of any number of channels, and of pixels for each latent, as in ComfyUI.
+        scale = (latent.get(RATIO) or PIXELS_PER_LATENT) / PIXELS_PER_LATENT
+        size = [round(side * scale) for side in samples.shape[2:]]
+        return samples.new_zeros(len(samples), CHANNELS, *size)
+    if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
         raise ValueError(
             say(
                 "This LATENT has the shape {shape}, but Flux.1's are [batch, {channels}, height/8, "
@@ -165,6 +175,9 @@ def from_image(image: Tensor) -> Tensor:
                 shape=tuple(image.shape),
             )
         )
+    for name, side in (("Height", image.shape[1]), ("Width", image.shape[2])):
+        if side < STEP:
+            raise ValueError(size_problem(name, side))
     require_finite("image", image)
     return cropped(image[..., :3].float().cpu(), *image.shape[1:3])
 
@@ -174,6 +187,7 @@ def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
 
     Raises ValueError when it is no mask.
     """
+    mask = tensor_of("mask", "MASK", mask)
     if mask.ndim < 2 or mask.numel() == 0:
         raise ValueError(
             say(

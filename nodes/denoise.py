@@ -163,4 +163,4 @@ class Denoise(io.ComfyNode):
         lines = f"{report}{sampling.nothing_painted(request)}{drawn}".strip()
         host.show_on_node(cls.hidden.unique_id, lines)
         provenance.keep(cls.hidden, {"seed": seed, **report.as_dict()})
-        return io.NodeOutput({**latent, **native.to_latent(found, host.result_device())})
+        return io.NodeOutput(native.to_latent(found, host.result_device(), latent))

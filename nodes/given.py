@@ -128,7 +128,7 @@ def _switch(name: str, value: Any) -> bool:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, (str, int, float)):
-        return str(value)
+        return str(value).encode(errors="replace").decode()  # halves of characters, which some cut
     raise ValueError(say("{where} must be a text, not {value!r}.", where=name, value=brief(value)))
 
 

@@ -153,9 +153,11 @@ def test_a_prompt_encoded_apart_paints_the_same(pipeline: Pipeline) -> None:
 
 def test_denoise_keeps_what_else_a_latent_has(pipeline: Pipeline) -> None:
     latent = {"samples": torch.zeros(2, 16, 6, 8), "batch_index": [4, 1], "other": 1}
+    latent["downscale_ratio_spacial"] = 8  # which is of empty ones
     found = Denoise.execute(pipeline, encoded(pipeline), latent, 0, 1, 3.5).args[0]
     assert found["batch_index"] == [4, 1]
     assert found["other"] == 1
+    assert "downscale_ratio_spacial" not in found
     assert latent["samples"].any() == False  # noqa: E712
 
 
@@ -267,6 +269,11 @@ def test_numbers_by_a_link_may_have_another_form(pipeline: Pipeline) -> None:
     for number in (str, np.uint64, torch.tensor):
         found = sampled(pipeline, seed=number(seed), steps=1.0, width="64", guidance="3.5")[1]
         assert torch.equal(found, expected)
+
+
+def test_half_a_character_is_no_reason_to_stop(pipeline: Pipeline) -> None:
+    whole, _ = sampled(pipeline, prompt="a ? cat", steps=1)
+    assert torch.equal(sampled(pipeline, prompt="a \ud83d cat", steps=1)[0], whole)
 
 
 def test_nothing_by_a_link_counts_as_nothing(pipeline: Pipeline) -> None:
@@ -434,19 +441,27 @@ def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
         native.from_image(torch.ones(shape))
 
 
+def test_a_picture_smaller_than_any_that_flux_paints_is_refused(pipeline: Pipeline) -> None:
+    for sides in ((1, 1), (64, 8), (15, 15)):
+        with pytest.raises(ValueError, match="is not a multiple of 16; the nearest"):
+            EncodeImage.execute(pipeline, torch.ones(1, *sides, 3))
+
+
 @pytest.mark.parametrize("shape", [(48,), (0, 48, 64)])
 def test_what_is_no_mask_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="MASK has the shape"):
         native.from_mask(torch.ones(shape), None)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 6, 8), (1, 16, 1, 6, 8), (16, 6, 8)])
+@pytest.mark.parametrize("shape", [(1, 4, 6, 8), (1, 16, 1, 6, 8), (16, 6, 8), (0, 16, 6, 8)])
 def test_latents_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"LATENT has the shape"):
         native.from_latent({"samples": torch.ones(shape)})
 
 
 def test_an_empty_latent_of_another_model_is_empty() -> None:
+    wide = {"samples": torch.zeros(1, 64, 3, 4), "downscale_ratio_spacial": 16}
+    assert native.from_latent(wide).shape == (1, 16, 6, 8), "the same pixels"
     found = native.from_latent({"samples": torch.zeros(2, 4, 6, 8)})
     assert torch.equal(found, torch.zeros(2, 16, 6, 8))
 
