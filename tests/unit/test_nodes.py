@@ -1,10 +1,12 @@
 """The nodes as an API: ids, names, sockets and their order. Shared workflows depend on them."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import tqdm
 
 from majicflux.engine import kernels
 from majicflux.host import standalone
@@ -370,6 +372,18 @@ def test_loading_is_told_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().err
     assert "preparing to load" in shown
     assert "keeping 20.0 GB on disk: 100%" in shown
+
+
+@pytest.mark.parametrize("passes", [3, 5, 6])
+def test_steps_are_counted_on_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0))
+    told = standalone.progress(passes, 3, torch.device("cpu"), None)
+    for _ in range(passes):
+        told(torch.zeros(1))
+    counted = re.findall(r"\| ([\d.]+)/3 ", capsys.readouterr().err)
+    assert sorted({*counted}) == ["0", "1", "2", "3"]
 
 
 def test_kernels_are_tried_while_the_first_weights_are_read(monkeypatch) -> None:
