@@ -54,7 +54,8 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     if dtype == torch.int8:
         product = lambda: _int_mm(a, a.T)  # noqa: E731
     elif dtype.itemsize == 1:
-        one = torch.ones((), device=device)  # not a scale for each row, which Windows lacks
+        # Not a scale for each row, which Windows lacks.
+        one = torch.ones((), dtype=torch.float32, device=device)
         product = lambda: _scaled_mm(  # noqa: E731
             a, a.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
         )

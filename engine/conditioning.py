@@ -46,7 +46,7 @@ class LastConditions:
         *given: Hashable,
     ) -> list[Conditions]:
         """On `device` what was made of these prompts' tensors and what else is given, or is now."""
-        made_of = [*given, *((id(p.tokens), id(p.pooled), p.guidance) for p in prompts)]
+        made_of = [*given, *((id(p.tokens), id(p.pooled), p.guidance, p.guided) for p in prompts)]
         if made_of != self._made_of:
             self.forget()  # before there are others: they take memory
             conditions = make()
@@ -86,7 +86,7 @@ def conditions_of(
         def conditioning(sigma: Tensor) -> Tensor:  # in DiffSynth's order
             timestep = (sigma * 1000).to(device, dtype).reshape(1)
             found = dit.time_embedder(timestep, wide) + pooled
-            if dit.guidance_embedder is None:
+            if dit.guidance_embedder is None or not text.guided:
                 return found
             return found + dit.guidance_embedder(strength, wide)
 

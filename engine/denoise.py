@@ -96,8 +96,8 @@ def _rope(dit: Any, words: int, rows: int, columns: int) -> Tensor:
     DiffSynth's own take the latents' dtype, and bfloat16 skips integers above 256, which a side
     of 4096 pixels reaches.
     """
-    ids = torch.zeros(rows, columns, 3, device=CPU)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)
-    everything = torch.cat([torch.zeros(words, 3), ids.reshape(rows * columns, 3)])
+    ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=CPU)
+    ids[..., 1] = torch.arange(rows, device=CPU)[:, None]
+    ids[..., 2] = torch.arange(columns, device=CPU)
+    everything = torch.cat([ids.new_zeros(words, 3), ids.reshape(rows * columns, 3)])
     return dit.pos_embedder(everything[None])

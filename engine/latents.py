@@ -5,6 +5,7 @@ ComfyUI's LATENT carries: model = (vae - 0.1159) * 0.3611.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ def draw_noise(seed: int, shape: Sequence[int], which: Sequence[int] | None = No
     in both.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     if which is None:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+        return draw(tuple(shape))
     one = (1, *shape[1:])
-    noises = [torch.randn(one, generator=generator) for _ in range(max(which) + 1)]
+    noises = [draw(one) for _ in range(max(which) + 1)]
     return torch.cat([noises[number] for number in which])
 
 

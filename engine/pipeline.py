@@ -24,10 +24,11 @@ from .plan import DECODE, DENOISING, ENCODE, GB, TEXT, BudgetError, Job, Phase, 
 from .planning import plan_decode, plan_denoising, plan_encode, plan_text, step_seconds
 from .products import Computing
 from .request import Request
-from .sampling import OnPass, Task, sample
+from .sampling import OnPass, Task, sample, unpainted
 from .sizes import CHANNELS, PATCH, PIXELS_PER_LATENT, STEP
 from .solvers import passes
 from .text_encoders import TextEmbedding, TextEncoders
+from .torch_state import own_state
 from .vae import VAE
 from .work import Work
 
@@ -170,6 +171,7 @@ class Pipeline:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
+@own_state()
 @torch.inference_mode()
 def paint(
     pipeline: Pipeline,
@@ -188,30 +190,43 @@ def paint(
     Raises BudgetError when the memory does not suffice for a phase, before that phase has begun
     where that can be known.
     """
-    names = [DENOISING, DECODE] if request.picture is None else [ENCODE, DENOISING, DECODE]
-    if any(isinstance(prompt, str) for prompt in request.prompts):
-        names.insert(0, TEXT)
-    run = Run(pipeline, _job_of(pipeline, request, preview_bytes), names, before_block)
-    prompts = run.encode_prompts(request.prompts)
+    names = [DECODE] if request.picture is None else [ENCODE, DECODE]
+    if not request.mask_is_empty:
+        names.insert(-1, DENOISING)
+        if any(isinstance(prompt, str) for prompt in request.prompts):
+            names.insert(0, TEXT)
+    job = _job_of(pipeline, request, preview_bytes, before_block)
+    run = Run(pipeline, job, names, before_block)
+    prompts = run.encode_prompts(request.prompts) if DENOISING in names else []
     clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
-    latents = run.denoise(request.task(clean), prompts, request.guidance, on_pass, latents_dtype)
+    task = request.task(clean)
+    if DENOISING in names:
+        latents = run.denoise(task, prompts, request.guidance, on_pass, latents_dtype)
+    else:
+        latents = unpainted(task)
     picture = run.decode(latents)
     if run.report.peak_bytes is not None:
         log.info(run.report.summary)
     return picture, latents, run.report
 
 
-def _job_of(pipeline: Pipeline, request: Request, preview_bytes: int) -> Job:
-    words = _words(pipeline, request.prompts)
+def _job_of(
+    pipeline: Pipeline, request: Request, preview_bytes: int, before_block: BeforeBlock
+) -> Job:
+    if request.mask_is_empty:
+        return request.job
+    words = _words(pipeline, request.prompts, before_block)
     return replace(request.job, words=words, preview_bytes=preview_bytes)
 
 
-def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
+def _words(
+    pipeline: Pipeline, prompts: Sequence[str | TextEmbedding], before_block: BeforeBlock
+) -> int:
     """T5's tokens of the longest. Raises ValueError for one that is too long."""
 
     def words(prompt: str | TextEmbedding) -> int:
         if isinstance(prompt, str):
-            return pipeline.checked_text_encoders.count(prompt).words
+            return pipeline.checked_text_encoders.read(prompt, before_block)[1].counts.words
         return prompt.tokens.shape[1]
 
     return max(map(words, prompts))
@@ -220,14 +235,17 @@ def _words(pipeline: Pipeline, prompts: Sequence[str | TextEmbedding]) -> int:
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.
 
 
+@own_state()
 @torch.inference_mode()
 def encode_prompts(
     pipeline: Pipeline, prompts: Sequence[str], before_block: BeforeBlock
 ) -> tuple[list[TextEmbedding], Report]:
-    run = Run(pipeline, Job(STEP, STEP, words=_words(pipeline, prompts)), [TEXT], before_block)
+    job = Job(STEP, STEP, words=_words(pipeline, prompts, before_block))
+    run = Run(pipeline, job, [TEXT], before_block)
     return run.encode_prompts(prompts), run.report
 
 
+@own_state()
 @torch.inference_mode()
 def encode_pictures(
     pipeline: Pipeline, pictures: Tensor, before_block: BeforeBlock
@@ -238,6 +256,7 @@ def encode_pictures(
     return run.encode_pictures(pictures), run.report
 
 
+@own_state()
 @torch.inference_mode()
 def denoise(
     pipeline: Pipeline,
@@ -248,19 +267,35 @@ def denoise(
     preview_bytes: int = 0,
 ) -> tuple[Tensor, Report]:
     """The request's latents; its prompts are encoded, and it has no picture."""
-    job = _job_of(pipeline, request, preview_bytes)
+    if request.mask_is_empty:
+        return unpainted(request.task(request.latents)), Report()
+    job = _job_of(pipeline, request, preview_bytes, before_block)
     run = Run(pipeline, job, [DENOISING], before_block)
     prompts = run.encode_prompts(request.prompts)
     task = request.task(request.latents)
     return run.denoise(task, prompts, request.guidance, on_pass, latents_dtype), run.report
 
 
+@own_state()
 @torch.inference_mode()
 def decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> tuple[Tensor, Report]:
     """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1."""
     height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
     run = Run(pipeline, Job(width, height, len(latents)), [DECODE], before_block)
     return run.decode(latents), run.report
+
+
+def _require_numbers(phase: str, *values: Tensor) -> None:
+    """Raise ValueError where a phase gave NaN, which would be saved as black pixels."""
+    if not all(torch.isfinite(each).all() for each in values):
+        raise ValueError(
+            say(
+                "The phase '{phase}' gave values that are no numbers (NaN), so there is no "
+                "picture. Set compute_precision to float32; if that does not help, the model file "
+                "is damaged: download it again.",
+                phase=say(phase),
+            )
+        )
 
 
 def _with_ring(component: Component, plan: Phase) -> Phase:
@@ -302,17 +337,19 @@ class Run:
             return prompt
 
         found = [known(prompt) for prompt in prompts]
-        if all(embedding is not None for embedding in found):
-            return [embedding for embedding in found if embedding is not None]
-        encoders = self.pipeline.checked_text_encoders
-        with self.phase(TEXT) as (plan, work):
-            for index, prompt in enumerate(prompts):
-                if found[index] is None and isinstance(prompt, str):
-                    found[index], moved = encoders.encode(
-                        prompt, self.before_block, plan.ring, work
-                    )
-                    self.report.phases[-1].moved_bytes += moved
-        return [embedding for embedding in found if embedding is not None]
+        if not all(found):
+            encoders = self.pipeline.checked_text_encoders
+            with self.phase(TEXT) as (plan, work):
+                for index, prompt in enumerate(prompts):
+                    if found[index] is None and isinstance(prompt, str):
+                        found[index], moved = encoders.encode(
+                            prompt, self.before_block, plan.ring, work
+                        )
+                        self.report.phases[-1].moved_bytes += moved
+        embeddings = [embedding for embedding in found if embedding is not None]
+        for embedding in embeddings:
+            _require_numbers(TEXT, embedding.tokens, embedding.pooled)
+        return embeddings
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space, on the CPU."""
@@ -327,6 +364,7 @@ class Run:
             limit = plan.values if self._budget(self.pipeline.checked_vae) else float("inf")
             result, moved = through(given, self.before_block, limit, plan.ring, work)
             self.report.phases[-1].moved_bytes += moved
+        _require_numbers(name, result)
         return result
 
     def denoise(
@@ -359,7 +397,9 @@ class Run:
                     velocity = flux_velocity(module, positive, work, negative, task.cfg)
                     latents = sample(task, velocity, on_pass, device, latents_dtype)
                 self.report.phases[-1].moved_bytes += stream.moved_bytes
-        return latents.float().cpu()
+        latents = latents.float().cpu()
+        _require_numbers(DENOISING, latents)
+        return latents
 
     def _budget(self, component: Component) -> int | None:
         return None if component.patcher.device == CPU else self.plan.budget_bytes

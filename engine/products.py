@@ -241,7 +241,7 @@ def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: s
     weight, scale, bias = layer.matrix(columns)
     values, row_scale = _flat(x)
     if scale is None:
-        scale = torch.ones(len(weight), device=weight.device)
+        scale = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
     if not values.is_cuda:  # the same arithmetic without the units
         y = (values.float() @ weight.float().T).mul_(row_scale).mul_(scale)
         y = y if bias is None else y.add_(bias.float())
@@ -252,7 +252,7 @@ def _float8_product(layer: StoredLinear, x: Rows, out: Tensor | None, columns: s
     if kernels.float8_takes_row_scales(y.device):
         scaled_product(values, row_scale, weight, scale, bias, flat)
         return y
-    one = torch.ones((), device=y.device)
+    one = torch.ones((), dtype=torch.float32, device=y.device)
     _scaled_mm(values, weight.T, one, one, out_dtype=flat.dtype, use_fast_accum=True, out=flat)
     rescale_(flat, row_scale, scale, bias)
     return y

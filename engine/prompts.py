@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,11 +14,26 @@ CLIP_TOKENS = 77  # with those that mark start and end
 T5_TOKENS = 512  # at least, with the one that marks the end
 T5_MULTIPLE = 256  # of the tokens of a longer prompt
 MOST_T5_TOKENS = 4096  # T5's attention then takes 11 GB: it grows with the square of the tokens
+MOST_CHARACTERS = 2**16  # of a prompt; as many T5 tokens have fewer in any language that it knows
 EMPHASIS = 1.1  # of brackets without a number
 WHOLE_TOKENS = 8  # CLIP's room for a text ends before it, not within it, if it is shorter than this
 
 Segments = tuple[tuple[str, float], ...]  # texts and their weights
+Part = tuple[int, int, int | None, float]  # start, end, number of the bracket at its start, weight
 BRACKET = re.compile(r"\\[()]|[()]")
+
+
+def require_length(prompt: str) -> None:
+    """Raise ValueError for a prompt that is too long to be looked at."""
+    if len(prompt) > MOST_CHARACTERS:
+        raise ValueError(
+            say(
+                "The prompt has {characters} characters, more than the {most} that can be read. "
+                "Shorten it.",
+                characters=len(prompt),
+                most=MOST_CHARACTERS,
+            )
+        )
 
 
 def weighted_segments(prompt: str) -> Segments:
@@ -28,47 +44,81 @@ def weighted_segments(prompt: str) -> Segments:
     than there, neighbours of weight 1 are one text, so that weights of 1 equal no weights, and
     `inf` and `nan` are text.
     """
-    segments: list[tuple[str, float]] = []
-    waiting = [(part, 1.0) for part in _parts(prompt)][::-1]
+    texts: list[tuple[list[str], float]] = []
+    for text, weight in _weighted(prompt):
+        if not (texts and texts[-1][1] == weight == 1):
+            texts.append(([], weight))
+        texts[-1][0].append(re.sub(r"\\([()])", r"\1", text))
+    return tuple(("".join(parts), weight) for parts, weight in texts)
+
+
+def _weighted(prompt: str) -> Iterator[tuple[str, float]]:
+    """The parts as they are written. Each bracket is looked at once, however deep it is nested."""
+    brackets = [*BRACKET.finditer(prompt)]
+    at = [bracket.end() - 1 for bracket in brackets]
+    number = {place: n for n, place in enumerate(at)}
+    partner, unclosed = _pairs(brackets)
+
+    def inside(low: int, high: int, n: int, weight: float) -> Iterator[Part]:
+        """The outermost brackets and what lies between them; n: the first of the brackets."""
+        while n < len(at) and at[n] < high:
+            alone = bool(unclosed) and n == unclosed[0]
+            if not alone and (brackets[n][0] != "(" or n not in partner):
+                n += 1
+                continue
+            if at[n] > low:
+                yield low, at[n], None, weight
+            if alone:
+                yield at[n], high, n, weight
+                return
+            low = at[partner[n]] + 1
+            yield at[n], low, n, weight
+            n = partner[n] + 1
+        if low < high:
+            yield low, high, None, weight
+
+    waiting = [*inside(0, len(prompt), 0, 1.0)][::-1]
     while waiting:  # no recursion: brackets may be nested deeper than Python's calls
-        text, weight = waiting.pop()
-        if text[0] == "(" and text[-1] == ")" and not text.endswith("\\)"):
-            inside, weight = _weight_of(text[1:-1], weight)
-            waiting += [(part, weight) for part in _parts(inside)][::-1]
+        low, high, n, weight = waiting.pop()
+        last = number.get(high - 1)
+        if n is None or last is None or brackets[last][0] != ")":
+            yield prompt[low:high], weight
             continue
-        text = re.sub(r"\\([()])", r"\1", text)
-        if segments and segments[-1][1] == weight == 1:
-            text = segments.pop()[0] + text
-        segments.append((text, weight))
-    return tuple(segments)
+        if unclosed and n == unclosed[0]:  # it takes the last one, whose own partner then has none
+            unclosed.popleft()
+            unclosed.append(partner[last])
+        colon = prompt.rfind(":", at[last - 1] + 1, high - 1)
+        own = _number(prompt[colon + 1 : high - 1]) if colon > low + 1 else None
+        high, weight = (high - 1, weight * EMPHASIS) if own is None else (colon, own)
+        waiting += [*inside(low + 1, high, n + 1, weight)][::-1]
 
 
-def _parts(text: str) -> Iterator[str]:
-    """The outermost brackets and what lies between them, none of it empty."""
-    depth = start = 0
-    for bracket in BRACKET.finditer(text):
+def _pairs(brackets: Sequence[re.Match[str]]) -> tuple[dict[int, int], deque[int]]:
+    """The number of each bracket's partner, and those that are opened and never closed.
+
+    After one that closes none, ComfyUI takes the next that opens for text.
+    """
+    partner: dict[int, int] = {}
+    opened: list[int] = []
+    depth = 0
+    for n, bracket in enumerate(brackets):
         if bracket[0] == "(":
-            if depth == 0 and bracket.start() > start:
-                yield text[start : bracket.start()]
-                start = bracket.start()
             depth += 1
+            if depth > 0:
+                opened.append(n)
         elif bracket[0] == ")":
             depth -= 1
-            if depth == 0:
-                yield text[start : bracket.end()]
-                start = bracket.end()
-    if start < len(text):
-        yield text[start:]
+            if depth >= 0:
+                other = opened.pop()
+                partner[n], partner[other] = other, n
+    return partner, deque(opened)
 
 
-def _weight_of(inside: str, around: float) -> tuple[str, float]:
-    text, _, number = inside.rpartition(":")
+def _number(text: str) -> float | None:
     try:
-        if text and math.isfinite(weight := float(number)):
-            return text, weight
+        return number if math.isfinite(number := float(text)) else None
     except ValueError:
-        pass
-    return inside, around * EMPHASIS
+        return None
 
 
 @dataclass(frozen=True)
@@ -119,18 +169,21 @@ def tokenize(
     segments: Segments,
     clip_tokenizer: Any,
     t5_tokenizer: Any,
-    words: int = T5_TOKENS,
     clip_words: int = CLIP_TOKENS,
+    before_text: Callable[[], None] = lambda: None,
 ) -> Tokens:
-    """Ids for both encoders, T5's at least `words`. Each segment is split by itself.
+    """Ids for both encoders. Each segment is split by itself.
 
     CLIP reads what fits into its `clip_words`, 248 of LongCLIP, as in ComfyUI, where Flux takes the
-    vector of the first so many. T5 reads all. Raises ValueError for more than MOST_T5_TOKENS.
+    vector of the first so many. T5 reads all. before_text: called before each segment, and may
+    raise. Raises ValueError for more than MOST_T5_TOKENS.
     """
-    clip, t5 = (
-        [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text, _ in segments]
-        for tokenizer in (clip_tokenizer, t5_tokenizer)
-    )
+    clip: list[list[int]] = []
+    t5: list[list[int]] = []
+    for text, _ in segments:
+        before_text()
+        for tokenizer, ids in ((clip_tokenizer, clip), (t5_tokenizer, t5)):
+            ids.append(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     read = _what_fits(clip, clip_words - 2)
     t5_ids = [*chain(*t5)]
     unknown = t5_ids.count(t5_tokenizer.unk_token_id)
@@ -145,12 +198,11 @@ def tokenize(
             )
         )
     start, end = clip_tokenizer("").input_ids
-    words = max(words, counts.words)
     weights = [weight for (_, weight), ids in zip(segments, t5, strict=True) for _ in ids]
     return Tokens(
-        _filled([start, *read, end], clip_words, clip_tokenizer.pad_token_id),
-        _filled([*t5_ids, *t5_tokenizer("").input_ids], words, t5_tokenizer.pad_token_id),
-        _filled(weights, words, 1.0),
+        filled([start, *read, end], clip_words, clip_tokenizer.pad_token_id),
+        filled([*t5_ids, *t5_tokenizer("").input_ids], counts.words, t5_tokenizer.pad_token_id),
+        filled(weights, counts.words, 1.0),
         counts,
     )
 
@@ -166,5 +218,5 @@ def _what_fits(texts: list[list[int]], room: int) -> list[int]:
     return read
 
 
-def _filled(values: list, length: int, value: Any) -> list:
+def filled(values: list, length: int, value: Any) -> list:
     return values + [value] * (length - len(values))

@@ -1,5 +1,6 @@
 """What a user asks to be painted."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..messages import later, say
 from .latents import draw_noise, latent_mask
+from .offload import CPU
 from .plan import Job
 from .sampling import Task
 from .schedule import Schedule, diffsynth_sigmas
@@ -59,6 +61,11 @@ class Request:
         if not 0 <= self.seed <= MAX_SEED:
             seed = {"most": MAX_SEED, "seed": self.seed}
             raise ValueError(say("The seed must be 0 to {most}, not {seed}.", **seed))
+        for name, value in (("guidance", self.guidance), ("cfg", self.cfg)):
+            if not math.isfinite(value):
+                raise ValueError(
+                    say("{where} must be a number, not {value!r}.", where=name, value=value)
+                )
         if self.batch_size < 1:
             batch = self.batch_size
             raise ValueError(say("The batch size must be at least 1, not {batch}.", batch=batch))
@@ -105,9 +112,19 @@ class Request:
         """The positive one, and the negative one where it is used."""
         return [self.prompt] if self.cfg == 1 else [self.prompt, self.negative]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the latents."""
+        return self.pictures, CHANNELS, *self.job.latent_size
+
+    @property
+    def mask_is_empty(self) -> bool:
+        """Nothing may change, so there is nothing to run."""
+        return self.mask is not None and not latent_mask(self.mask, self.shape).any()
+
     def task(self, clean: Tensor | None) -> Task:
         """clean: latents of the pictures to begin from."""
-        shape = (self.pictures, CHANNELS, *self.job.latent_size)
+        shape = self.shape
         if clean is not None:
             clean = clean.repeat(self.batch_size, 1, 1, 1)
         mask = None if self.mask is None else latent_mask(self.mask, shape)
@@ -115,5 +132,8 @@ class Request:
         if which is not None:  # as ComfyUI's RepeatLatentBatch numbers them
             apart = max(which) - min(which) + 1
             which = [n + again * apart for again in range(self.batch_size) for n in which]
-        noise = draw_noise(self.seed, shape, which) if self.add_noise else torch.zeros(shape)
+        if self.add_noise:
+            noise = draw_noise(self.seed, shape, which)
+        else:
+            noise = torch.zeros(shape, dtype=torch.float32, device=CPU)
         return Task(self.sigmas, noise, clean, mask, self.cfg, self.solver)

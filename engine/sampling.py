@@ -1,7 +1,7 @@
 """Noise -> latents: what a run of the denoising loop is given, and the loop."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ class Task:
     cfg: float = 1.0
     solver: Solver = euler
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Task":
+        tensors = {"noise": self.noise, "clean": self.clean, "mask": self.mask}
+        there = {name: t.to(device, dtype) for name, t in tensors.items() if t is not None}
+        return replace(self, **there)
+
+    def known(self, sigma: Tensor) -> Tensor:
+        """The latents that this run begins from, at a noise level."""
+        noise = sigma * self.noise
+        return noise if self.clean is None else (1 - sigma) * self.clean + noise
+
 
 def sample(
     task: Task,
@@ -41,21 +51,19 @@ def sample(
 
     Those above 0 are divided by 1 - sigma, as ComfyUI hands them from one sampler to the next.
     """
-    noise = task.noise.to(device, dtype)
-    clean = torch.zeros_like(noise) if task.clean is None else task.clean.to(device, dtype)
-
-    def known(sigma: Tensor) -> Tensor:
-        return (1 - sigma) * clean + sigma * noise
-
+    task = task.on(device, dtype)
     velocity = reported(velocity, on_pass)
-    if task.mask is None:
-        latents = task.solver(velocity, known(task.sigmas[0]), task.sigmas)
-    else:
-        mask = task.mask.to(device, dtype)
-        velocity = masked(velocity, mask, clean, known)
-        latents = task.solver(velocity, known(task.sigmas[0]), task.sigmas)
-        latents = torch.where(mask == 0, known(task.sigmas[-1]), latents)
+    if task.mask is not None:
+        velocity = masked(velocity, task)
+    latents = task.solver(velocity, task.known(task.sigmas[0]), task.sigmas)
+    if task.mask is not None:
+        latents = torch.where(task.mask == 0, task.known(task.sigmas[-1]), latents)
     return latents / (1 - task.sigmas[-1])
+
+
+def unpainted(task: Task) -> Tensor:
+    """What `sample` gives where the mask lets nothing change."""
+    return task.known(task.sigmas[-1]) / (1 - task.sigmas[-1])
 
 
 def reported(velocity: Velocity, on_pass: OnPass) -> Velocity:
@@ -69,16 +77,17 @@ def reported(velocity: Velocity, on_pass: OnPass) -> Velocity:
     return and_tell
 
 
-def masked(
-    velocity: Velocity, mask: Tensor, clean: Tensor, known: Callable[[Tensor], Tensor]
-) -> Velocity:
-    """A velocity that leads to `clean` where the mask is 0, and in between where it is soft.
+def masked(velocity: Velocity, task: Task) -> Velocity:
+    """A velocity that leads to what is clean where the mask is 0, and in between where it is soft.
 
-    known(sigma): the latents there. As ComfyUI's `KSamplerX0Inpaint`, so that both paint the same.
+    As ComfyUI's `KSamplerX0Inpaint`, so that both paint the same.
     """
+    mask, clean = task.mask, task.clean
+    assert mask is not None
+    assert clean is not None
 
     def towards_both(latents: Tensor, sigma: Tensor) -> Tensor:
-        x = latents * mask + known(sigma) * (1 - mask)
+        x = latents * mask + task.known(sigma) * (1 - mask)
         estimate = x - velocity(x, sigma) * sigma
         return (latents - (estimate * mask + clean * (1 - mask))) / sigma
 

@@ -25,7 +25,7 @@ def diffsynth_sigmas(steps: int, width: int, height: int, strength: float = 1.0)
     Source: DiffSynth-Studio 2.1 `FlowMatchScheduler.set_timesteps_flux`.
     """
     start = SIGMA_MIN + (1 - SIGMA_MIN) * strength
-    sigmas = torch.linspace(start, SIGMA_MIN, steps)
+    sigmas = _line(start, SIGMA_MIN, steps)
     return _to_zero(SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas))
 
 
@@ -38,7 +38,7 @@ def bfl_sigmas(steps: int, width: int, height: int, strength: float = 1.0) -> Te
     tokens = (width // STEP) * (height // STEP)
     slope = (MAX_MU - BASE_MU) / (MAX_TOKENS - BASE_TOKENS)
     shift = math.exp(BASE_MU + slope * (tokens - BASE_TOKENS))
-    sigmas = torch.linspace(strength, 0, steps + 1)[:-1]
+    sigmas = _line(strength, 0, steps + 1)[:-1]
     return _to_zero(shift / (shift + (1 / sigmas - 1)))
 
 
@@ -54,6 +54,13 @@ def given_sigmas(sigmas: Tensor) -> Schedule:
                 "SIGMAS must be a list of at least two noise levels, not of shape {shape}. Raise "
                 "the scheduler's steps or its denoise.",
                 shape=tuple(levels.shape),
+            )
+        )
+    if not torch.isfinite(levels).all():
+        raise ValueError(
+            say(
+                "SIGMAS must be numbers, and some of these are not (NaN or infinity). Look at the "
+                "node that they come from."
             )
         )
     if not (levels[0] <= 1 and levels[-1] >= 0 and bool((levels[1:] < levels[:-1]).all())):
@@ -89,6 +96,10 @@ def some_steps(schedule: Schedule, start: int, end: int) -> Schedule:
         return sigmas[start : end + 1]
 
     return part
+
+
+def _line(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
 
 
 def _to_zero(sigmas: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 # velocity(latents, sigma) -> d(latents)/d(sigma), same shape as latents
@@ -81,5 +80,5 @@ def passes(solver: Solver, sigmas: Tensor) -> int:
         asked += 1
         return latents
 
-    solver(velocity, torch.zeros(1), sigmas)
+    solver(velocity, sigmas[:1], sigmas)
     return asked

@@ -150,7 +150,7 @@ def quantize_rows(weight: Tensor, into: Tensor, scale: Tensor, group: int = 0) -
         return
     # A tensor, because CUDA multiplies by the inverse of a number, which rounds otherwise.
     limit = LIMITS[into.dtype]
-    divisor = torch.full((), limit, device=weight.device)
+    divisor = torch.full((), limit, dtype=torch.float32, device=weight.device)
     exact = weight.dtype == torch.float8_e5m2 and into.dtype == FLOAT8_DTYPE
     at_once = VALUES_AT_ONCE if weight.device.type == "cpu" else VALUES_AT_ONCE_ON_CARD
     rows_at_once = max(1, at_once // weight.shape[1])
@@ -208,8 +208,9 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     Its entries are powers of two, so every floating dtype holds it exactly. It is the one that
     ComfyUI's int8 files are rotated by.
     """
-    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    matrix = torch.ones(1, 1)
+    signs = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
+    four = torch.tensor(signs, dtype=torch.float32, device="cpu") / 2
+    matrix = four.new_ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, four)
     return matrix.to(device, dtype)

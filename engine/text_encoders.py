@@ -12,15 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..messages import say
 from .diffsynth_files import diffsynth_module
 from .geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
-from .offload import BeforeBlock, OffloadedModule, Patcher
-from .prompts import T5_TOKENS, Segments, TokenCounts, Tokens, tokenize, weighted_segments
+from .offload import CPU, BeforeBlock, OffloadedModule, Patcher
+from .prompts import (
+    T5_TOKENS,
+    Segments,
+    TokenCounts,
+    Tokens,
+    filled,
+    require_length,
+    tokenize,
+    weighted_segments,
+)
 from .t5 import T5Encoder
 from .work import Work
 
 log = logging.getLogger("majicflux")
 
+REMEMBERED_READINGS = 8  # of prompts: a run has two, and what is asked about them comes soon
 REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in bfloat16
 
 
@@ -29,6 +40,7 @@ class TextEmbedding:
     tokens: Tensor  # T5 states [1, words, width]
     pooled: Tensor  # CLIP vector [1, width]
     guidance: float | None = None  # where it has one of its own
+    guided: bool = True  # False: the transformer is told no guidance at all
 
     @property
     def nbytes(self) -> int:
@@ -47,9 +59,31 @@ class TextEncoders:
         default_factory=OrderedDict, repr=False
     )
 
+    _read: OrderedDict[str, tuple[Segments, Tokens]] = field(
+        default_factory=OrderedDict, repr=False
+    )
+
+    def read(
+        self, prompt: str, before_text: Callable[[], None] = lambda: None
+    ) -> tuple[Segments, Tokens]:
+        """The parts of a prompt and their tokens; of the last prompts they are remembered.
+
+        before_text: called before each part, and may raise. Raises ValueError when the prompt is
+        too long.
+        """
+        if prompt not in self._read:
+            require_length(prompt)
+            segments = weighted_segments(prompt)
+            clip_words = self.weights.module.clip.position_embeds.shape[1]
+            given = (self.clip_tokenizer, self.t5_tokenizer, clip_words, before_text)
+            self._read[prompt] = segments, tokenize(segments, *given)
+            if len(self._read) > REMEMBERED_READINGS:
+                self._read.popitem(last=False)
+        return self._read[prompt]
+
     def recall(self, prompt: str, words: int = T5_TOKENS) -> TextEmbedding | None:
         """The embedding of a prompt that was encoded before, or None."""
-        key = weighted_segments(prompt), words
+        key = self.read(prompt)[0], words
         if key in self._remembered:
             self._remembered.move_to_end(key)
         return self._remembered.get(key)
@@ -60,11 +94,7 @@ class TextEncoders:
 
     def count(self, prompt: str) -> TokenCounts:
         """Raises ValueError when the prompt is too long."""
-        return self._tokenized(weighted_segments(prompt)).counts
-
-    def _tokenized(self, segments: Segments, words: int = T5_TOKENS) -> Tokens:
-        clip_words = self.weights.module.clip.position_embeds.shape[1]
-        return tokenize(segments, self.clip_tokenizer, self.t5_tokenizer, words, clip_words)
+        return self.read(prompt)[1].counts
 
     @property
     def pooled_width(self) -> int:
@@ -94,28 +124,37 @@ class TextEncoders:
         Returns the embedding, on the CPU, and the bytes of weights that were moved.
         Raises ValueError when the prompt is too long.
         """
-        segments, moved_bytes = weighted_segments(prompt), 0
-        text = self._tokenized(segments, words)
+        segments, text = self.read(prompt, before_block or (lambda: None))
+        moved_bytes = 0
+        ids = filled(text.t5, words, self.t5_tokenizer.pad_token_id)
+        weights = filled(text.weights, words, 1.0)
         if prompt:
             log.info("%s", text.counts)
         empty = None
-        if any(weight != 1 for weight in text.weights):
-            empty = self.recall("", len(text.t5))
+        if any(weight != 1 for weight in weights):
+            empty = self.recall("", len(ids))
             if empty is None:
-                given = (before_block, ring_bytes, work, len(text.t5))
+                given = (before_block, ring_bytes, work, len(ids))
                 empty, moved_bytes = self.encode("", *given)
         device, module, work = self.patcher.device, self.weights.module, work or Work()
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, work)
         with visits as stream, _attempted(module, work):
             clip_ids = torch.tensor([text.clip], device=device)
             pooled, _ = work.attempt(lambda: module.clip(clip_ids))
-            t5_ids = torch.tensor([text.t5], device=device)
+            t5_ids = torch.tensor([ids], device=device)
             tokens = work.attempt(lambda: module.t5(t5_ids))
             embedding = TextEmbedding(tokens.cpu(), pooled.cpu())
         if empty is not None:
-            embedding = replace(
-                embedding, tokens=_weighted(embedding.tokens, empty.tokens, text.weights)
-            )
+            weighed = _weighted(embedding.tokens, empty.tokens, weights)
+            if torch.isfinite(embedding.tokens).all() and not torch.isfinite(weighed).all():
+                raise ValueError(
+                    say(
+                        "A weight in the prompt is too large: {weight:.4g}. Brackets multiply the "
+                        "weights around them; usual ones are 0.5 to 1.5.",
+                        weight=max(weights, key=abs),
+                    )
+                )
+            embedding = replace(embedding, tokens=weighed)
         self._remembered[segments, words] = embedding
         while sum(known.nbytes for known in self._remembered.values()) > REMEMBERED_BYTES:
             self._remembered.popitem(last=False)
@@ -194,6 +233,6 @@ def _sized_clip(g: ClipGeometry) -> Any:
 def _weighted(tokens: Tensor, empty: Tensor, weights: list[float]) -> Tensor:
     """tokens, empty: [1, words, width]; weights: of each word. As ComfyUI's
     `ClipTokenWeightEncoder`, in float32."""
-    weight = torch.tensor(weights)[:, None]
+    weight = torch.tensor(weights, dtype=torch.float32, device=CPU)[:, None]
     moved = (tokens.float() - empty.float()) * weight + empty.float()
     return torch.where(weight == 1, tokens, moved.to(tokens.dtype))

@@ -113,7 +113,7 @@ def prepare(
     out = torch.empty(batch, tokens, width + more, dtype=dtype, device=source.device)
     scale = None
     if limit:
-        scale = torch.empty(batch, tokens, 1, device=source.device)
+        scale = torch.empty(batch, tokens, 1, dtype=torch.float32, device=source.device)
     shift, factor = norm or (None, None)
     block = _power_of_2(width + more)
     warps = 8 if block > 8192 else 4

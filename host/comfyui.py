@@ -213,14 +213,20 @@ def progress(
 ) -> Callable[[Tensor], None]:
     """A function to call after each pass, with the clean latents so far.
 
-    The bar raises ComfyUI's interrupt exception when the user has cancelled. The node shows how
-    long a step takes.
+    The bar counts steps, and raises ComfyUI's interrupt exception when the user has cancelled. The
+    node shows how long a step takes.
     """
-    bar = comfy.utils.ProgressBar(passes)
+    bar = comfy.utils.ProgressBar(steps)
+    made = 0
     previewer = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
     start = time.perf_counter()
 
     def on_pass(clean: Tensor) -> None:
+        nonlocal made
+        made += 1
+        done = made * steps // passes
+        if done == bar.current:  # of a step of two passes the first
+            return
         preview = None
         if previewer:
             try:
@@ -232,9 +238,8 @@ def progress(
                 if not ran_out(error):
                     raise
                 log.debug("no preview: the card is short of memory")
-        bar.update_absolute(bar.current + 1, passes, preview)
-        seconds = (time.perf_counter() - start) * passes / steps / bar.current
-        done = bar.current * steps // passes
+        bar.update_absolute(done, steps, preview)
+        seconds = (time.perf_counter() - start) * passes / steps / made
         show_on_node(
             node_id,
             say(

@@ -1,12 +1,13 @@
 """ComfyUI's CONDITIONING, LATENT, IMAGE and MASK, and what the engine makes of them."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..engine.latents import to_model_space, to_vae_space
-from ..engine.sizes import CHANNELS, STEP
+from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, size_problem
 from ..engine.text_encoders import TextEmbedding
 from ..messages import later, say
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Conditioning = list[Any]  # of [tokens, options]
 Latent = dict[str, Any]
+RATIO = "downscale_ratio_spacial"  # pixels for each of an empty latent; spelled as ComfyUI does
 
 
 def to_conditioning(embedding: TextEmbedding, guidance: float) -> Conditioning:
@@ -26,6 +28,14 @@ def from_conditioning(
     name: str, conditioning: Conditioning, geometry: "FluxGeometry"
 ) -> TextEmbedding:
     """name: of the input it came by. Raises ValueError, by name, for what cannot be honoured."""
+    if not all(_is_entry(entry) for entry in conditioning):
+        raise ValueError(
+            say(
+                "The CONDITIONING of {name} is not one that ComfyUI's nodes make. Connect encode "
+                "prompt or CLIPTextEncode.",
+                name=name,
+            )
+        )
     if len(conditioning) != 1:
         raise ValueError(
             say(
@@ -67,12 +77,65 @@ def from_conditioning(
                     width=width,
                 )
             )
-    return TextEmbedding(tokens.cpu(), pooled.cpu(), options.get("guidance"))
+        require_finite(name, found)
+    guidance = options.get("guidance")
+    if guidance is not None and not (
+        isinstance(guidance, (int, float)) and math.isfinite(guidance)
+    ):
+        raise ValueError(
+            say(
+                "The guidance in the CONDITIONING of {name} must be a number, not {value!r}.",
+                name=name,
+                value=guidance,
+            )
+        )
+    # What FluxDisableGuidance leaves is not what is left where no node gave one.
+    guided = guidance is not None or "guidance" not in options
+    return TextEmbedding(tokens.cpu(), pooled.cpu(), guidance, guided)
 
 
-def to_latent(latents: Tensor, device: torch.device) -> Latent:
-    """Model-space latents as other nodes expect them."""
-    return {"samples": to_vae_space(latents).to(device)}
+def _is_entry(entry: Any) -> bool:
+    """Of a CONDITIONING: tokens, and what else is told with them."""
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return False
+    tokens, options = entry
+    if not isinstance(options, dict):
+        return False
+    pooled = options.get("pooled_output")
+    return isinstance(tokens, Tensor) and (pooled is None or isinstance(pooled, Tensor))
+
+
+def tensor_of(where: str, wanted: str, value: Any) -> Tensor:
+    """What came by an input, or is part of it. Raises ValueError unless it is a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    found = type(value).__name__
+    raise ValueError(
+        say(
+            "{where} takes {wanted}, but is linked to {found}.",
+            where=where,
+            wanted=wanted,
+            found=found,
+        )
+    )
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for a NaN or an infinity in what came by the input of this name."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            say(
+                "What came by {name} holds values that are no numbers (NaN or infinity). Look at "
+                "the node that it comes from.",
+                name=name,
+            )
+        )
+
+
+def to_latent(latents: Tensor, device: torch.device, given: Latent | None = None) -> Latent:
+    """Model-space latents as other nodes expect them, with what else the given one had."""
+    kept = {key: value for key, value in (given or {}).items() if key != RATIO}
+    return {**kept, "samples": to_vae_space(latents).to(device)}
 
 
 def from_latent(latent: Latent) -> Tensor:
@@ -80,11 +143,15 @@ def from_latent(latent: Latent) -> Tensor:
 
     Raises ValueError when they are another model's.
     """
-    samples = latent["samples"].float().cpu()
+    samples = tensor_of("latent", "LATENT", latent.get("samples")).float().cpu()
+    require_finite("latent", samples)
     empty = not samples.any()
-    if samples.ndim == 4 and empty:  # of any number of channels, as in ComfyUI
-        return samples.new_zeros(len(samples), CHANNELS, *samples.shape[2:])
-    if samples.ndim != 4 or samples.shape[1] != CHANNELS:
+    if samples.ndim == 4 and samples.numel() and empty:
+        # Of any number of channels, and of pixels for each latent, as in ComfyUI.
+        scale = (latent.get(RATIO) or PIXELS_PER_LATENT) / PIXELS_PER_LATENT
+        size = [round(side * scale) for side in samples.shape[2:]]
+        return samples.new_zeros(len(samples), CHANNELS, *size)
+    if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
         raise ValueError(
             say(
                 "This LATENT has the shape {shape}, but Flux.1's are [batch, {channels}, height/8, "
@@ -97,12 +164,38 @@ def from_latent(latent: Latent) -> Tensor:
 
 
 def from_image(image: Tensor) -> Tensor:
-    """Float32 RGB [n, height, width, 3] on the CPU, cropped to sides that Flux can paint."""
+    """Float32 RGB [n, height, width, 3] on the CPU, cropped to sides that Flux can paint.
+
+    Raises ValueError when it is no picture.
+    """
+    if image.ndim != 4 or image.shape[-1] < 3 or image.numel() == 0:
+        raise ValueError(
+            say(
+                "This IMAGE has the shape {shape}, but pictures are [batch, height, width, 3].",
+                shape=tuple(image.shape),
+            )
+        )
+    for name, side in (("Height", image.shape[1]), ("Width", image.shape[2])):
+        if side < STEP:
+            raise ValueError(size_problem(name, side))
+    require_finite("image", image)
     return cropped(image[..., :3].float().cpu(), *image.shape[1:3])
 
 
 def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
-    """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to."""
+    """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to.
+
+    Raises ValueError when it is no mask.
+    """
+    mask = tensor_of("mask", "MASK", mask)
+    if mask.ndim < 2 or mask.numel() == 0:
+        raise ValueError(
+            say(
+                "This MASK has the shape {shape}, but masks are [batch, height, width].",
+                shape=tuple(mask.shape),
+            )
+        )
+    require_finite("mask", mask)
     mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
     return mask if image is None else cropped(mask, *image.shape[1:3])
 

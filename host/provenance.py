@@ -5,13 +5,16 @@ the pack puts there is another JSON for each node that writes it: the runs above
 """
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
+from functools import partial, wraps
 from hashlib import sha256
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import current as host
 from .place import Graph, Place
+
+log = logging.getLogger("majicflux")
 
 KEY = "majicflux"
 REMEMBERED_RUNS = 1000  # of some kB each; ComfyUI's cache holds fewer pictures
@@ -19,6 +22,7 @@ REMEMBERED_RUNS = 1000  # of some kB each; ComfyUI's cache holds fewer pictures
 Record: TypeAlias = dict[str, Any]  # Report.as_dict(), and the seed of a run that sampled
 Records: TypeAlias = Mapping[int, Record]  # of one node, by their place in its list of inputs
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _remembered: dict[str, Records] = {}  # by what made them, for pictures from ComfyUI's cache
 
@@ -44,6 +48,58 @@ class Runs(dict[str, Any]):
         return super().items() if place is None else combined(above(place, self.by_node)).items()
 
 
+def never_stops_a_picture(write: Callable[P, None]) -> Callable[P, None]:
+    """Metadata has the form that some client has given it."""
+
+    @wraps(write)
+    def attempt(*given: P.args, **named: P.kwargs) -> None:
+        try:
+            write(*given, **named)
+        except Exception as error:  # anything: whatever it is, the picture is worth more
+            log.warning("The picture's metadata lack something: %r", error)
+
+    return attempt
+
+
+@never_stops_a_picture
+def note_seed(hidden: Any, asked: int, seed: int) -> None:
+    """Write the seed that was drawn into the graphs that are saved with the picture."""
+    key = hidden.unique_id
+    if key in (hidden.prompt or {}):
+        hidden.prompt[key]["inputs"]["seed"] = seed
+    extra = hidden.extra_pnginfo
+    canvas = extra.get("workflow") if isinstance(extra, dict) else None
+    for values, index in _seed_widgets(canvas, str(key).split(":")):
+        if values[index] == asked:
+            values[index] = seed
+
+
+def _seed_widgets(canvas: Any, path: list[str]) -> Iterator[tuple[list[Any], int]]:
+    """Where a saved canvas may have the seed of the node at `path`: a list and a place in it.
+
+    path: the ids of the nodes that stand for the subgraphs around it, then its own. The former may
+    show the widget as one of theirs.
+    """
+    level = canvas
+    for depth, step in enumerate(path, start=1):
+        node = next((n for n in _listed(level, "nodes") if str(n.get("id")) == step), {})
+        values = node.get("widgets_values")
+        values = values if isinstance(values, list) else []
+        places: Iterable[int] = range(len(values))
+        if depth < len(path):
+            shown = (node.get("properties") or {}).get("proxyWidgets") or []
+            places = [n for n in places if n < len(shown) and "seed" in str(shown[n][1])]
+            defined = _listed((canvas or {}).get("definitions"), "subgraphs")
+            level = next((graph for graph in defined if graph.get("id") == node.get("type")), None)
+        yield from ((values, n) for n in places)  # in the node itself no other widget can be -1
+
+
+def _listed(holder: Any, name: str) -> list[dict[str, Any]]:
+    values = holder.get(name) if isinstance(holder, dict) else None
+    return [v for v in values if isinstance(v, dict)] if isinstance(values, list) else []
+
+
+@never_stops_a_picture
 def keep(hidden: Any, record: Record) -> None:
     """Keep the record of the run that the node with these hidden inputs has just made."""
     extra, place = hidden.extra_pnginfo, host.executing()

@@ -17,6 +17,9 @@ class Socket:
     def optional(self) -> bool:
         return self.options.get("optional", False)
 
+    def as_dict(self) -> dict[str, Any]:
+        return self.options
+
 
 def _io_type(name: str) -> SimpleNamespace:
     def make(id: str | None = None, **options: Any) -> Socket:

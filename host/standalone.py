@@ -150,7 +150,8 @@ def model_path(category: str, name: str) -> Path | None:
     """The file of that name in the models folder, or None. A name cannot leave the folder."""
     folder = (models_folder / category).absolute()
     path = Path(os.path.normpath(folder / name))
-    return path if path.is_relative_to(folder) and path.is_file() else None
+    # Not path.is_file, which raises for a name that is too long.
+    return path if path.is_relative_to(folder) and os.path.isfile(path) else None
 
 
 def prepared_folder() -> Path:
@@ -219,11 +220,14 @@ def progress(
     """A function to call after each pass of the transformer."""
     from tqdm import tqdm
 
-    bar = tqdm(total=passes, desc=say("sampling"), unit=say("step"), unit_scale=steps / passes)
+    bar = tqdm(total=steps, desc=say("sampling"), unit=say("step"))
+    made = 0
 
     def on_pass(clean: "Tensor") -> None:
-        bar.update()
-        if bar.n == passes:
+        nonlocal made
+        made += 1
+        bar.update(made * steps // passes - bar.n)
+        if made == passes:
             bar.close()
 
     return on_pass

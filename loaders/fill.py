@@ -228,7 +228,7 @@ def store_rows(
         _require_sane(part, part.name, _largest(values) * by)
     if row_scale is not None and as_it_is:
         weight.copy_(values)
-        row_scale.copy_(torch.ones(1) if scale is None else scale)
+        row_scale.copy_(torch.ones(1, dtype=torch.float32) if scale is None else scale)
         return
     quantize = quantize_rows if card is None else card.quantize
     whole = scale is None and (row_scale is not None or values.dtype == weight.dtype)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.precision import FLOAT8, Precision, Storage
+from ..engine.torch_state import own_state
 from ..messages import say
 from .diffusers_names import flux_from_diffusers
 from .fill import Progress, fill
@@ -66,6 +67,7 @@ def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
+@own_state()
 def load_flux_dit(
     path: Path,
     precision: Precision,

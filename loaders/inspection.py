@@ -240,7 +240,7 @@ def _stored(sample: _Sample, values: "Tensor", storage: Storage, group: int) -> 
     import torch
 
     weight = torch.empty(values.shape, dtype=storage.torch_dtype)
-    scale = torch.empty(len(values)) if storage.scaled else None
+    scale = torch.empty(len(values), dtype=torch.float32) if storage.scaled else None
     store_rows(sample.part, values, sample.scale, weight, scale, group)
     return weight.double() if scale is None else weight.double().mul_(scale.double()[:, None])
 

@@ -52,7 +52,7 @@ class OnCard:
             with self._stream():
                 there = values.to(self.device, non_blocking=True)
                 found = torch.empty(into.shape, dtype=into.dtype, device=self.device)
-                found_scale = torch.empty(scale.shape, device=self.device)
+                found_scale = torch.empty(scale.shape, dtype=scale.dtype, device=self.device)
                 quantize_rows(there, found, found_scale, group)
                 staged.copy_(found, non_blocking=True)
                 scale.copy_(found_scale)  # not ahead of what was begun before

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
+from ..engine.torch_state import own_state
 from ..messages import say
 from .fill import Progress, fill
 from .layouts import blocks_in, clip_layout, t5_layout
@@ -118,6 +119,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
+@own_state()
 def load_text_encoders(
     clip_path: Path,
     t5_path: Path,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
+from ..engine.torch_state import own_state
 from ..messages import say
 from .diffusers_names import vae_from_diffusers
 from .fill import fill
@@ -51,6 +52,7 @@ def inspect_vae(path: Path) -> dict[str, Source]:
     return {name: sources[name] for name in layout}
 
 
+@own_state()
 def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     """Read encoder and decoder into CPU memory in `dtype`."""
     from ..engine.vae import build_vae

@@ -2,6 +2,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from ..host import provenance
+from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Decode(Node):
         )
 
     @classmethod
+    @checked
     def execute(cls, pipeline: "Pipeline", latent: Any) -> io.NodeOutput:
         from ..engine.pipeline import decode
         from ..host import native

@@ -4,6 +4,7 @@ from ..host import current as host
 from ..host import provenance
 from ..messages import say
 from . import sampling
+from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ class Denoise(Node):
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:
-        return sampling.fingerprint(seed)
+        return sampling.fingerprint(cls, seed)
 
     @classmethod
+    @checked
     def execute(
         cls,
         pipeline: "Pipeline",
@@ -158,7 +160,8 @@ class Denoise(Node):
         found, report = denoise(
             pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
         )
+        lines = f"{report}{sampling.nothing_painted(request)}{drawn}".strip()
         values = {"seed": seed, **report.as_dict()}
         provenance.keep(cls.hidden, values)
-        result = {**latent, **native.to_latent(found, host.result_device())}
-        return io.NodeOutput(result, ui=host.node_text(f"{report}{drawn}", **values))
+        result = native.to_latent(found, host.result_device(), latent)
+        return io.NodeOutput(result, ui=host.node_text(lines, **values))

@@ -3,6 +3,7 @@ from typing import Any
 from ..engine.precision import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
+from .given import checked
 from .sockets import CATEGORY, DiTHandle, Node
 
 io = host.io
@@ -104,6 +105,7 @@ class DiTLoader(Node):
         return model_files.fingerprint(FOLDER, file)
 
     @classmethod
+    @checked
     def execute(
         cls,
         file: str,

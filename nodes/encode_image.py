@@ -2,6 +2,7 @@ from typing import TYPE_CHECKING
 
 from ..host import current as host
 from ..host import provenance
+from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class EncodeImage(Node):
         )
 
     @classmethod
+    @checked
     def execute(cls, pipeline: "Pipeline", image: "Tensor") -> io.NodeOutput:
         from ..engine.pipeline import encode_pictures
         from ..host import native

@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING
 from ..host import current as host
 from ..host import provenance
 from . import sampling
+from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class EncodePrompt(Node):
         )
 
     @classmethod
+    @checked
     def execute(cls, pipeline: "Pipeline", prompt: str, guidance: float) -> io.NodeOutput:
         from ..engine.pipeline import encode_prompts
         from ..host import native

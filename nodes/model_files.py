@@ -75,17 +75,27 @@ def _long_form(category: str, name: str) -> list[str]:
     return [*pages, say("It was looked for in:"), *folders]
 
 
-def problem(category: str, name: str, inspect: Callable[[Path], Any]) -> str | None:
-    """Why the choice cannot be used, told from the header alone; None when it can."""
+def problem(category: str, name: Any, inspect: Callable[[Path], Any]) -> str | None:
+    """Why the choice cannot be used, told from the header alone; None when it can.
+
+    A name of None is one that will come over a link, and is looked for when it has come.
+    """
+    if name is None:
+        return None
     try:
-        inspect(resolve(category, name))
+        inspect(resolve(category, str(name)))
     except ModelFileError as error:
         return str(error)
     return None
 
 
-def fingerprint(category: str, name: str) -> list[tuple[str, int, int]]:
-    """Changes when the file behind a choice is replaced: path, bytes and time of each part."""
+def fingerprint(category: str, name: str | None) -> list[tuple[str, int, int]] | None:
+    """Changes when the file behind a choice is replaced: path, bytes and time of each part.
+
+    None for a name that will come over a link.
+    """
+    if name is None:
+        return None
     parts = model_parts(resolve(category, name))
     return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
 

@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING
 
 from ..host import current as host
 from ..messages import say
+from .given import checked
 from .sockets import CATEGORY, DiTHandle, Node, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class PipelineNode(Node):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         dit: "DiT",

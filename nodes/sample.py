@@ -4,6 +4,7 @@ from ..host import current as host
 from ..host import provenance
 from ..messages import say
 from . import sampling
+from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -164,18 +165,20 @@ class Sample(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+    def validate_inputs(cls, width: Any = None, height: Any = None) -> bool | str:
         from ..engine.sizes import size_problem
 
         sizes = (("Width", width), ("Height", height))
-        problems = (size_problem(name, size) for name, size in sizes if size is not None)
+        # What is no whole number ComfyUI has told already, or it comes over a link.
+        problems = (size_problem(name, size) for name, size in sizes if isinstance(size, int))
         return next(filter(None, problems), True)
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:
-        return sampling.fingerprint(seed)
+        return sampling.fingerprint(cls, seed)
 
     @classmethod
+    @checked
     def execute(
         cls,
         pipeline: "Pipeline",
@@ -253,7 +256,9 @@ class Sample(Node):
         )
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
-        counts = "" if positive else f"\n{pipeline.checked_text_encoders.count(prompt)}"
+        counts = sampling.nothing_painted(request)
+        if positive is None and not counts:
+            counts = f"\n{pipeline.checked_text_encoders.count(prompt)}"
         values = {"seed": seed, **report.as_dict()}
         provenance.keep(cls.hidden, values)
         device = host.result_device()

@@ -1,14 +1,17 @@
 """Inputs that the nodes which sample have in common, and what they mean."""
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
+from ..host import provenance
 from ..messages import say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.request import Request
     from ..engine.schedule import Schedule
 
 io = host.io
@@ -16,6 +19,8 @@ NEW_SEED = -1
 # Names are part of saved workflows; test_nodes compares them with the engine's.
 SOLVERS = ["euler", "deis_2m", "deis_3m", "heun"]
 SCHEDULES = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
+
+_drawn: Counter[str | None] = Counter()  # seeds, by the nodes that drew them
 
 
 def seed() -> Any:
@@ -135,20 +140,19 @@ def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
     """
     if seed != NEW_SEED:
         return seed, ""
+    _drawn[cls.hidden.unique_id] += 1
     seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
-    key = cls.hidden.unique_id
-    if key in (cls.hidden.prompt or {}):
-        cls.hidden.prompt[key]["inputs"]["seed"] = seed
-    canvas = (cls.hidden.extra_pnginfo or {}).get("workflow") or {}
-    for node in canvas.get("nodes", []):
-        if str(node["id"]) == key and NEW_SEED in node.get("widgets_values", []):
-            values = node["widgets_values"]  # no other widget has this value
-            values[values.index(NEW_SEED)] = seed
+    provenance.note_seed(cls.hidden, NEW_SEED, seed)
     return seed, "\n" + say("seed {seed}", seed=seed)
 
 
-def fingerprint(seed: int | None) -> Any:
-    """Equal for equal seeds, and never for a new one."""
+def fingerprint(cls: Any, seed: int | None) -> Any:
+    """Equal for equal seeds, and never for a new one.
+
+    What comes over a link is not known yet, but what the node drew may not be remembered.
+    """
+    if seed is None:
+        return _drawn[cls.hidden.unique_id]
     return random.random() if seed == NEW_SEED else seed
 
 
@@ -156,3 +160,9 @@ def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":
     from ..engine.schedule import SCHEDULES, given_sigmas
 
     return SCHEDULES[name] if sigmas is None else given_sigmas(sigmas)
+
+
+def nothing_painted(request: "Request") -> str:
+    """A line about it where the mask lets nothing change."""
+    empty = say("The mask is empty: nothing was painted, and the original is returned.")
+    return f"\n{empty}" if request.mask_is_empty else ""

@@ -2,6 +2,7 @@ from typing import Any
 
 from ..host import current as host
 from . import model_files
+from .given import checked
 from .sockets import CATEGORY, Node, TextEncodersHandle
 
 io = host.io
@@ -91,6 +92,7 @@ class TextEncodersNode(Node):
         return [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
 
     @classmethod
+    @checked
     def execute(
         cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
     ) -> io.NodeOutput:

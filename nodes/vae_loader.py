@@ -2,6 +2,7 @@ from typing import Any
 
 from ..host import current as host
 from . import model_files
+from .given import checked
 from .sockets import CATEGORY, Node, VAEHandle
 
 io = host.io
@@ -51,6 +52,7 @@ class VAELoader(Node):
         return model_files.fingerprint(FOLDER, file)
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         import torch
 

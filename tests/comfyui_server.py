@@ -70,7 +70,8 @@ def example_picture() -> Image.Image:
 
 
 class Server(ComfyUI):
-    """`python main.py` in a base folder of its own, with this pack and `small_encoders`.
+    """`python main.py` in a base folder of its own, with this pack, `any_value` and
+    `small_encoders`.
 
     runs_tests: it also takes calls of `begin_tests`.
     """
@@ -85,7 +86,8 @@ class Server(ComfyUI):
     ):
         (base / "custom_nodes").mkdir(parents=True)
         (base / "user" / "default").mkdir(parents=True)
-        shutil.copy(ROOT / "tests" / "small_encoders.py", base / "custom_nodes")
+        for name in ("any_value.py", "small_encoders.py"):
+            shutil.copy(ROOT / "tests" / name, base / "custom_nodes")
         if runs_tests:
             shutil.copy(ROOT / "tests" / "tests_inside.py", base / "custom_nodes")
         shutil.copytree(models, base / "models", dirs_exist_ok=True)
@@ -127,7 +129,7 @@ class Server(ComfyUI):
         graph: dict[str, Any],
         preview_method: str | None = None,
         on_message: Callable[[dict[str, Any]], None] = lambda _: None,
-        workflow: dict[str, Any] | None = None,
+        workflow: Any = None,
     ) -> Run:
         """Queue a graph and follow it to its end, however it ends.
 

@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import tqdm
 from safetensors.torch import load_file, save_file
 
 from majicflux.engine import kernels
@@ -246,6 +248,28 @@ def test_loaders_are_refused_before_the_run_by_the_header() -> None:
     assert VAELoader.validate_inputs("ae.safetensors") is True
 
 
+@pytest.mark.parametrize("name", [5, 1.5, True, [], {}, "a\0b", "x" * 5000])
+def test_a_name_that_can_be_none_is_refused_in_words(name: object) -> None:
+    refused = "is not in models/"
+    assert refused in DiTLoader.validate_inputs(name)
+    assert refused in VAELoader.validate_inputs(name)
+    assert refused in TextEncodersNode.validate_inputs("clip_l.safetensors", name)
+    assert refused in TextEncodersNode.validate_inputs(name, "t5xxl_fp16.safetensors")
+
+
+def test_a_name_that_comes_over_a_link_is_left_to_the_run() -> None:
+    assert DiTLoader.validate_inputs(None) is VAELoader.validate_inputs(None) is True
+    assert TextEncodersNode.validate_inputs(None, None) is True
+    wrong = TextEncodersNode.validate_inputs(None, "clip_l.safetensors")
+    assert wrong.startswith("clip_l.safetensors is a CLIP text encoder")
+    assert VAELoader.fingerprint_inputs(None) is None, "the node that it comes from has its own"
+    assert DiTLoader.fingerprint_inputs(None, "bfloat16") is None
+    with pytest.raises(ModelFileError, match=r"gone\.safetensors is not in models/vae"):
+        VAELoader.execute("gone.safetensors")
+    with pytest.raises(ModelFileError, match="is a CLIP text encoder, not a T5"):
+        TextEncodersNode.execute("clip_l.safetensors", "clip_l.safetensors", "bfloat16")
+
+
 def test_a_replaced_file_is_loaded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vae" / "ae.safetensors"
     path.parent.mkdir()
@@ -272,6 +296,7 @@ def test_sizes_that_work(size: int) -> None:
 )
 def test_sizes_that_do_not(size: int, said: str) -> None:
     assert Sample.validate_inputs(width=size) == said
+    assert Sample.validate_inputs(width=None, height=size) == said.replace("Width", "Height")
 
 
 def handles(weight: str = "float8_e4m3fn", text: str = "bfloat16") -> tuple:
@@ -333,10 +358,10 @@ def test_an_empty_prompt_is_allowed() -> None:
     ("change", "said"),
     [
         ({"width": 1000}, "not a multiple of 16"),
-        ({"steps": 0}, "Steps must be 1 to 100, not 0"),
-        ({"seed": -2}, "seed must be 0 to 18446744073709551615, not -2"),
-        ({"seed": 2**64}, "seed must be 0"),
-        ({"batch_size": 0}, "batch size must be at least 1"),
+        ({"steps": 0}, "steps must be 1 to 100, not 0"),
+        ({"seed": -2}, "seed must be -1 to 18446744073709551615, not -2"),
+        ({"seed": 2**64}, "seed must be -1 to"),
+        ({"batch_size": 0}, "batch_size must be 1 to 64, not 0"),
     ],
 )
 def test_values_that_come_over_a_link_are_checked_too(change: dict, said: str) -> None:
@@ -385,6 +410,18 @@ def test_loading_is_told_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().err
     assert "preparing to load" in shown
     assert "keeping 20.0 GB on disk: 100%" in shown
+
+
+@pytest.mark.parametrize("passes", [3, 5, 6])
+def test_steps_are_counted_on_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0))
+    told = standalone.progress(passes, 3, torch.device("cpu"), None)
+    for _ in range(passes):
+        told(torch.zeros(1))
+    counted = re.findall(r"\| ([\d.]+)/3 ", capsys.readouterr().err)
+    assert sorted({*counted}) == ["0", "1", "2", "3"]
 
 
 def test_kernels_are_tried_while_the_first_weights_are_read(monkeypatch) -> None:

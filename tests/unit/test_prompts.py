@@ -1,13 +1,20 @@
 """Weights, long prompts, counts, and what is remembered. ComfyUI's own code: see tests/host."""
 
 import logging
+import time
 from itertools import chain
 
 import pytest
 import torch
 
 from majicflux.engine import text_encoders
-from majicflux.engine.prompts import MOST_T5_TOKENS, TokenCounts, tokenize, weighted_segments
+from majicflux.engine.prompts import (
+    MOST_CHARACTERS,
+    MOST_T5_TOKENS,
+    TokenCounts,
+    tokenize,
+    weighted_segments,
+)
 from majicflux.engine.text_encoders import TextEncoders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,6 +72,73 @@ def test_weights_are_read_as_written(prompt: str, expected: list) -> None:
 
 def test_brackets_may_be_nested_as_deep_as_somebody_likes() -> None:
     assert weighted_segments("(" * 1100 + "a:1.5" + ")" * 1100) == (("a", 1.5),)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "(" * 16000 + "a" + ")" * 16000,
+        "(" * MOST_CHARACTERS,
+        "(" * 30000 + "a" + ")" * 20000,
+        ")" * MOST_CHARACTERS,
+        "(a:1.0)" * 9000,
+        "(a:" * 12000 + "1.2" + ")" * 12000,
+        "((a:1.2)" * 8000,
+        "\\(" * 30000,
+        "(:" * 30000 + ")" * 2,
+    ],
+    ids=lambda prompt: prompt[:10],
+)
+def test_a_prompt_of_brackets_is_read_at_once(prompt: str) -> None:
+    start = time.perf_counter()
+    weighted_segments(prompt)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("prompt", ["a" * 10**7, "(" * 10**6 + ")" * 10**6, CHINESE * 10**6])
+def test_a_prompt_that_nobody_can_read_is_refused_by_its_length(
+    encoders: TextEncoders, prompt: str
+) -> None:
+    start = time.perf_counter()
+    for refuse in (encoders.count, encoders.encode, encoders.recall):
+        with pytest.raises(ValueError, match=f"has {len(prompt)} characters, more than the 65536"):
+            refuse(prompt)
+    assert time.perf_counter() - start < 1
+    assert not encoders._read
+
+
+def test_a_prompt_is_read_once_and_may_be_cancelled_meanwhile(
+    encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    parse = text_encoders.weighted_segments
+    monkeypatch.setattr(
+        text_encoders, "weighted_segments", lambda text: read.append(text) or parse(text)
+    )
+
+    def cancelled() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        encoders.read("a (cat:1.2)", cancelled)
+    assert read.pop() == "a (cat:1.2)"
+    assert encoders.recall("a (cat:1.2)") is None
+    encode(encoders, "a (cat:1.2)")
+    assert encoders.count("a (cat:1.2)").t5 == 6
+    assert encoders.recall("a (cat:1.2)") is not None
+    assert sorted(read) == ["", "a (cat:1.2)"]
+    for number in range(100):
+        encoders.count(str(number))
+    assert len(encoders._read) < 10
+
+
+@pytest.mark.parametrize("prompt", ["(" * 8000 + "a" + ")" * 8000, "(a:1e39)", "(a:-3e38) b"])
+def test_a_weight_that_no_number_can_be_multiplied_by_is_refused(
+    encoders: TextEncoders, prompt: str
+) -> None:
+    with pytest.raises(ValueError, match="weight in the prompt is too large: "):
+        encode(encoders, prompt)
+    assert encode(encoders, "(a:30) (b:-30)").tokens.isfinite().all()
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat (", CHINESE, "word " * 70])

@@ -256,3 +256,61 @@ def test_pictures_of_the_command_line_carry_their_own_run(models: Path, tmp_path
     assert names["7"] == [*names["15"], "VAE decode"]
     for one, other in itertools.combinations(found.values(), 2):
         assert one["phases"][-1]["seconds"] != other["phases"][-1]["seconds"]
+
+
+def promoted(*widgets: list[str], values: list[Any]) -> dict[str, Any]:
+    """A node that stands for a subgraph and shows some of its widgets."""
+    shown = {"proxyWidgets": [*widgets]}
+    return {"id": 12, "type": "sub", "widgets_values": values, "properties": shown}
+
+
+def test_a_seed_that_was_drawn_is_written_into_the_canvas_wherever_the_node_is() -> None:
+    def inner() -> dict[str, Any]:
+        others = [{"id": 7, "widgets_values": [-1]}, None, {"id": None}]
+        return {
+            "id": "sub",
+            "nodes": [*others, {"id": 5, "widgets_values": ["a cat", -1, "fixed"]}],
+        }
+
+    around = promoted(["7", "stop_at"], ["-1", "seed"], values=[-1, -1])
+    outer = {"id": 3, "type": "outer"}
+    nested = {"id": "outer", "nodes": [around]}
+    for key, nodes, defined in (
+        ("5", inner()["nodes"], []),
+        ("12:5", [around], [inner()]),
+        ("3:12:5", [outer], [nested, inner()]),
+    ):
+        canvas = copy.deepcopy({"nodes": nodes, "definitions": {"subgraphs": defined}})
+        prompt = {key: node("Sample", seed=-1)}
+        hidden = Hidden({"workflow": canvas}, key)
+        hidden.prompt = prompt
+        provenance.note_seed(hidden, -1, 42)
+        assert prompt[key]["inputs"]["seed"] == 42
+        place = canvas["definitions"]["subgraphs"][-1] if defined else canvas
+        assert place["nodes"][-1]["widgets_values"] == ["a cat", 42, "fixed"]
+        assert place["nodes"][0]["widgets_values"] == [-1], "another node's"
+        if defined:
+            holder = canvas if key == "12:5" else canvas["definitions"]["subgraphs"][0]
+            assert holder["nodes"][0]["widgets_values"] == [-1, 42]
+
+
+ODD: list[Any] = [
+    None, "text", 5, [], ["nodes"], {"nodes": None}, {"nodes": "text"}, {"nodes": [None, 3, "5"]},
+    {"nodes": [{"id": 5}, {"id": 5, "widgets_values": {"seed": -1}}]}, {"nodes": {"5": {}}},
+    {"nodes": [], "definitions": []}, {"definitions": {"subgraphs": [None, {"id": None}]}},
+    {"nodes": [promoted(["1"], values=[-1])]}, {"nodes": [promoted(values=[-1])]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["5", "12:5", "12:x:5"])
+@pytest.mark.parametrize("canvas", ODD, ids=str)
+def test_metadata_of_any_form_never_stop_a_picture(here, key: str, canvas: Any) -> None:
+    for extra in ({"workflow": canvas}, canvas):
+        for prompt in (None, {}, {key: None}, {key: {"inputs": None}}):
+            hidden = Hidden(extra, key)
+            hidden.prompt = prompt
+            provenance.note_seed(hidden, -1, 42)
+            here()
+            keep(hidden, record(1))
+            here({key: {"class_type": "Sample", "inputs": None}}, key)
+            keep(hidden, record(1))

@@ -1,9 +1,11 @@
 """Every option of the nodes that sample does what it says, without a host."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from majicflux.engine.solvers import SOLVERS
 from majicflux.engine.text_encoders import TextEmbedding
 from majicflux.host import current as host
 from majicflux.host import native
-from majicflux.nodes import sampling
+from majicflux.nodes import NODES, sampling
 from majicflux.nodes.decode import Decode
 from majicflux.nodes.denoise import Denoise
 from majicflux.nodes.encode_image import EncodeImage
@@ -151,9 +153,11 @@ def test_a_prompt_encoded_apart_paints_the_same(pipeline: Pipeline) -> None:
 
 def test_denoise_keeps_what_else_a_latent_has(pipeline: Pipeline) -> None:
     latent = {"samples": torch.zeros(2, 16, 6, 8), "batch_index": [4, 1], "other": 1}
+    latent["downscale_ratio_spacial"] = 8  # which is of empty ones
     found = Denoise.execute(pipeline, encoded(pipeline), latent, 0, 1, 3.5).args[0]
     assert found["batch_index"] == [4, 1]
     assert found["other"] == 1
+    assert "downscale_ratio_spacial" not in found
     assert latent["samples"].any() == False  # noqa: E712
 
 
@@ -200,7 +204,181 @@ def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> N
 def test_a_new_seed_is_never_cached_and_others_are(node: Any) -> None:
     assert node.fingerprint_inputs(seed=-1) != node.fingerprint_inputs(seed=-1)
     assert node.fingerprint_inputs(seed=4) == node.fingerprint_inputs(seed=4)
-    assert node.fingerprint_inputs() is None, "when the seed comes over a link"
+    assert node.fingerprint_inputs() == node.fingerprint_inputs(), "over a link"
+
+
+def test_a_seed_by_a_link_is_drawn_again_where_it_was_drawn(
+    pipeline: Pipeline, monkeypatch
+) -> None:
+    monkeypatch.setattr(Sample, "hidden", SimpleNamespace(
+        unique_id="5", extra_pnginfo=None, prompt={}))  # fmt: skip
+
+    for seed, again in ((3, False), (-1, True), (-1, True), (3, False)):
+        before = Sample.fingerprint_inputs()
+        sampled(pipeline, seed=seed, steps=1)
+        assert (Sample.fingerprint_inputs() != before) == again
+
+
+WRONG: dict[str, list[Any]] = {
+    "BOOLEAN": ["false", 2, [], math.nan],
+    "COMBO": ["no such thing", 5, [], {}],
+    "FLOAT": ["abc", math.nan, math.inf, -5, 1e9, [], "1e400"],
+    "INT": ["abc", 63.5, math.nan, math.inf, -5, 10**30, [], "9" * 5000, torch.ones(2)],
+    "STRING": [[], {}, torch.ones(1)],
+}
+SOCKETS = [
+    pytest.param(node, socket, id=f"{socket.id} of {node.__name__}")
+    for node in NODES for socket in node.define_schema().inputs
+]  # fmt: skip
+
+
+def right_values(pipeline: Pipeline, node: Any) -> dict[str, Any]:
+    """Of all inputs that it needs."""
+    links = {
+        "MAJICFLUX_PIPELINE": pipeline,
+        "MAJICFLUX_DIT": pipeline.dit,
+        "CONDITIONING": [[torch.zeros(1, 1, 1), {}]],
+        "LATENT": {"samples": torch.zeros(1, 16, 6, 8)},
+        "IMAGE": picture(),
+    }
+    names = {"clip_l": "clip_l.safetensors", "t5": "t5xxl_fp16.safetensors"}
+    return {
+        s.id: links.get(s.io_type, names.get(s.id, s.options.get("default")))
+        for s in node.define_schema().inputs if not s.optional
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("node", "socket"), SOCKETS)
+def test_a_wrong_value_by_a_link_is_refused_by_the_name_of_its_input(
+    pipeline: Pipeline, models, monkeypatch, node: Any, socket: Any
+) -> None:
+    monkeypatch.setattr(host, "models_folder", models)
+    values = WRONG.get(socket.io_type, ["abc", 5, SimpleNamespace()])
+    for value in [*values, *([] if socket.optional else [None])]:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            node.execute(**{**right_values(pipeline, node), socket.id: value})
+        said = str(caught.value)
+        in_words = said.lower().startswith(f"{socket.id} ") or "is not in models/" in said
+        assert in_words, (value, said)
+        assert len(said.splitlines()[0]) < 300 or "9999" in said
+
+
+def test_numbers_by_a_link_may_have_another_form(pipeline: Pipeline) -> None:
+    seed = 2**62 + 1  # which no float holds
+    expected = sampled(pipeline, seed=seed, steps=1)[1]
+    for number in (str, np.uint64, torch.tensor):
+        found = sampled(pipeline, seed=number(seed), steps=1.0, width="64", guidance="3.5")[1]
+        assert torch.equal(found, expected)
+
+
+def test_half_a_character_is_no_reason_to_stop(pipeline: Pipeline) -> None:
+    whole, _ = sampled(pipeline, prompt="a ? cat", steps=1)
+    assert torch.equal(sampled(pipeline, prompt="a \ud83d cat", steps=1)[0], whole)
+
+
+def test_nothing_by_a_link_counts_as_nothing(pipeline: Pipeline) -> None:
+    nothing = dict.fromkeys(("cfg", "solver", "schedule", "size", "strength", "image", "positive"))
+    assert torch.equal(sampled(pipeline, **nothing)[1], sampled(pipeline)[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_refused_by_the_name_of_its_input(
+    pipeline: Pipeline, value: float
+) -> None:
+    def spoiled(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    latent = {"samples": spoiled(torch.ones(1, 16, 6, 8))}
+    ((tokens, options),) = encoded(pipeline)
+    bad_pooled = {**options, "pooled_output": spoiled(options["pooled_output"])}
+    mask = spoiled(torch.ones(1, 48, 64))
+    for name, change in {
+        "image": {"image": spoiled(picture())},
+        "latent": {"latent": latent},
+        "mask": {"image": picture(), "mask": mask},
+        "positive": {"positive": [[spoiled(tokens), options]]},
+        "negative": {"negative": [[tokens, bad_pooled]], "cfg": 2.0},
+    }.items():
+        with pytest.raises(ValueError, match=f"What came by {name} holds values that are no num"):
+            sampled(pipeline, **change)
+    with pytest.raises(ValueError, match="guidance in the CONDITIONING of positive must be a num"):
+        sampled(pipeline, positive=[[tokens, {**options, "guidance": value}]])
+    with pytest.raises(ValueError, match="SIGMAS must"):
+        sampled(pipeline, sigmas=torch.tensor([1.0, value, 0.0]))
+    for node, given in ((Decode, latent), (EncodeImage, spoiled(picture()))):
+        with pytest.raises(ValueError, match="no numbers"):
+            node.execute(pipeline, given)
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "phase"),
+    [
+        ("text_encoders", "t5.encoder.final_layer_norm.weight", "text encoders"),
+        ("dit", "final_proj_out.bias", "denoising"),
+        ("vae", "decoder.conv_out.bias", "VAE decode"),
+    ],
+)
+def test_a_picture_of_nan_is_an_error(make_pipeline, component: str, name: str, phase: str) -> None:
+    broken = make_pipeline(dtype=torch.float32)
+    weights = dict(getattr(broken, component).weights.module.named_parameters())
+    weights[name].data.view(-1)[0] = math.nan
+    for _ in range(2):  # what is remembered is no better
+        with pytest.raises(ValueError, match=f"The phase '{phase}' gave values that are no"):
+            sampled(broken)
+
+
+def test_guidance_is_disabled_as_told(make_pipeline, monkeypatch) -> None:
+    """As ComfyUI's FluxDisableGuidance tells it, where it embeds no guidance at all."""
+    pipeline = make_pipeline(dtype=torch.float32)
+    ((tokens, options),) = encoded(pipeline)
+    disabled = [[tokens, {**options, "guidance": None}]]
+    found = sampled(pipeline, positive=disabled)[1]
+    assert not torch.allclose(found, sampled(pipeline, positive=[[tokens, options]])[1], atol=1e-3)
+    assert not torch.allclose(found, sampled(pipeline, guidance=0.0)[1], atol=1e-3)
+    assert torch.equal(sampled(pipeline, positive=disabled, guidance=9.0)[1], found)
+    pipeline.dit.last_conditions.forget()
+    monkeypatch.setattr(pipeline.dit.weights.module, "guidance_embedder", None)
+    assert torch.equal(sampled(pipeline)[1], found)
+
+
+def test_an_empty_mask_returns_the_original_and_says_so(pipeline: Pipeline, monkeypatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(sampling.host, "show_on_node", lambda _, text: shown.append(text))
+    empty, image = torch.zeros(1, 48, 64), picture()
+    for keep in (True, False):
+        found, latents = sampled(pipeline, image=image, mask=empty, keep_unmasked=keep)
+        assert "The mask is empty: nothing was painted" in shown[-1]
+        assert "denoising" not in shown[-1]
+        clean = EncodeImage.execute(pipeline, image).args[0]["samples"]
+        assert torch.allclose(latents, clean, atol=1e-5)
+        decoded = Decode.execute(pipeline, {"samples": clean}).args[0]
+        assert torch.allclose(found, image if keep else decoded, atol=1e-5)
+    samples = torch.randn(2, 16, 6, 8, generator=torch.Generator().manual_seed(2))
+    latent = {"samples": samples, "noise_mask": empty, "batch_index": [3, 4]}
+    found = Denoise.execute(pipeline, encoded(pipeline), latent, 7, 4, 3.5).args[0]["samples"]
+    assert torch.allclose(found, samples, atol=1e-5)
+    assert "The mask is empty" in shown[-1]
+    sampled(pipeline, image=image, mask=empty + 0.1)
+    assert "The mask is empty" not in shown[-1]
+
+
+def test_a_run_whose_mask_is_empty_and_that_stops_early_keeps_its_noise(pipeline: Pipeline) -> None:
+    """The same as where next to nothing may change."""
+    samples = torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(2))
+
+    def run(mask: Tensor) -> Tensor:
+        latent = {"samples": samples, "noise_mask": mask}
+        positive = encoded(pipeline)
+        return Denoise.execute(pipeline, positive, latent, 7, 4, 3.5, end_at_step=2).args[0][
+            "samples"
+        ]
+
+    empty = torch.zeros(1, 6, 8)
+    almost = empty.clone()
+    almost[:, 0, 0] = 1
+    assert torch.allclose(run(empty)[..., 2:], run(almost)[..., 2:], atol=1e-5)
 
 
 def conditioning(tokens: Any = (1, 5, 8), pooled: Any = (1, 4), **options: Any) -> Any:
@@ -219,6 +397,9 @@ def conditioning(tokens: Any = (1, 5, 8), pooled: Any = (1, 4), **options: Any) 
         (conditioning(tokens=(1, 5, 7)), r"tokens of shape \(1, 5, 7\)"),
         (conditioning(tokens=(2, 5, 8)), "tokens of shape"),
         (conditioning(pooled=(1, 5)), r"pooled vector of shape \(1, 5\)"),
+        ([torch.zeros(1, 5, 8)], "not one that ComfyUI's nodes make"),
+        ([[torch.zeros(1, 5, 8), None]], "not one that ComfyUI's nodes make"),
+        ([["a cat", {}]], "not one that ComfyUI's nodes make"),
     ],
 )
 def test_conditioning_is_honoured_or_refused(given: Any, words: str) -> None:
@@ -254,13 +435,33 @@ def test_what_is_encoded_comes_back() -> None:
     assert found.guidance == 2.5
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 6, 8), (1, 16, 1, 6, 8), (16, 6, 8)])
+@pytest.mark.parametrize("shape", [(48, 64, 3), (1, 48, 64, 1), (0, 48, 64, 3), (1, 0, 64, 3)])
+def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="IMAGE has the shape"):
+        native.from_image(torch.ones(shape))
+
+
+def test_a_picture_smaller_than_any_that_flux_paints_is_refused(pipeline: Pipeline) -> None:
+    for sides in ((1, 1), (64, 8), (15, 15)):
+        with pytest.raises(ValueError, match="is not a multiple of 16; the nearest"):
+            EncodeImage.execute(pipeline, torch.ones(1, *sides, 3))
+
+
+@pytest.mark.parametrize("shape", [(48,), (0, 48, 64)])
+def test_what_is_no_mask_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="MASK has the shape"):
+        native.from_mask(torch.ones(shape), None)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 8), (1, 16, 1, 6, 8), (16, 6, 8), (0, 16, 6, 8)])
 def test_latents_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"LATENT has the shape"):
         native.from_latent({"samples": torch.ones(shape)})
 
 
 def test_an_empty_latent_of_another_model_is_empty() -> None:
+    wide = {"samples": torch.zeros(1, 64, 3, 4), "downscale_ratio_spacial": 16}
+    assert native.from_latent(wide).shape == (1, 16, 6, 8), "the same pixels"
     found = native.from_latent({"samples": torch.zeros(2, 4, 6, 8)})
     assert torch.equal(found, torch.zeros(2, 16, 6, 8))
 

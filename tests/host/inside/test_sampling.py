@@ -118,6 +118,14 @@ def test_cfg(comfy, base: Graph) -> None:
     assert difference(guided, plain["samples"]) > 0.05
 
 
+def test_guidance_that_is_disabled(comfy, base: Graph) -> None:
+    base["plain"] = node("FluxDisableGuidance", conditioning=["positive", 0])
+    positive = {"positive": ["plain", 0]}
+    disabled = same_latents(comfy, base | {"ours": ours(**positive)} | stock(**positive))
+    (guided,) = outputs(comfy, base | {"ours": ours()}, "ours")
+    assert difference(disabled, guided["samples"]) > 0.01
+
+
 def a_picture(base: Graph) -> Graph:
     """An encoded picture with content, and a mask with a soft edge on its right half."""
     return base | {

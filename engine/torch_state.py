@@ -1,0 +1,24 @@
+"""PyTorch's defaults for a whole process or thread, which other nodes may have left changed."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """Default dtype, default device and autocast as PyTorch has them at first; then as before.
+
+    Around all that runs code of others, which relies on them. What the pack makes itself names its
+    dtype and device, because threads, and what is written to disk, must not depend on this.
+    """
+    import torch
+
+    with ExitStack() as before:
+        before.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            before.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                before.enter_context(torch.autocast(kind, enabled=False))
+        yield
