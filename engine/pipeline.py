@@ -38,6 +38,11 @@ PAINTING = (TEXT, DENOISING, DECODE)
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
 
 Component: TypeAlias = DiT | TextEncoders | VAE
+OnPhase: TypeAlias = Callable[[str], None]
+
+
+def _ignore(name: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,12 @@ def paint(
     before_block: BeforeBlock,
     latents_dtype: torch.dtype = torch.float32,
     preview_bytes: int = 0,
+    on_phase: OnPhase = _ignore,
 ) -> tuple[Tensor, Tensor, Report]:
     """Run the request; `before_block` is called before each block of weights and may raise.
 
-    preview_bytes: of the device, that `on_pass` takes.
+    preview_bytes: of the device, that `on_pass` takes; on_phase: called with the name of each phase
+    that begins.
 
     Returns float32 RGB [batch, height, width, 3] in 0..1 and the float32 latents
     [batch, 16, height/8, width/8] in model space, both on the CPU, and what the run used.
@@ -238,21 +245,24 @@ def _words(
 @own_state()
 @torch.inference_mode()
 def encode_prompts(
-    pipeline: Pipeline, prompts: Sequence[str], before_block: BeforeBlock
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    before_block: BeforeBlock,
+    on_phase: OnPhase = _ignore,
 ) -> tuple[list[TextEmbedding], Report]:
     job = Job(STEP, STEP, words=_words(pipeline, prompts, before_block))
-    run = Run(pipeline, job, [TEXT], before_block)
+    run = Run(pipeline, job, [TEXT], before_block, on_phase)
     return run.encode_prompts(prompts), run.report
 
 
 @own_state()
 @torch.inference_mode()
 def encode_pictures(
-    pipeline: Pipeline, pictures: Tensor, before_block: BeforeBlock
+    pipeline: Pipeline, pictures: Tensor, before_block: BeforeBlock, on_phase: OnPhase = _ignore
 ) -> tuple[Tensor, Report]:
     """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space."""
     height, width = pictures.shape[1:3]
-    run = Run(pipeline, Job(width, height, len(pictures)), [ENCODE], before_block)
+    run = Run(pipeline, Job(width, height, len(pictures)), [ENCODE], before_block, on_phase)
     return run.encode_pictures(pictures), run.report
 
 
@@ -265,12 +275,13 @@ def denoise(
     before_block: BeforeBlock,
     latents_dtype: torch.dtype = torch.float32,
     preview_bytes: int = 0,
+    on_phase: OnPhase = _ignore,
 ) -> tuple[Tensor, Report]:
     """The request's latents; its prompts are encoded, and it has no picture."""
     if request.mask_is_empty:
         return unpainted(request.task(request.latents)), Report()
     job = _job_of(pipeline, request, preview_bytes, before_block)
-    run = Run(pipeline, job, [DENOISING], before_block)
+    run = Run(pipeline, job, [DENOISING], before_block, on_phase)
     prompts = run.encode_prompts(request.prompts)
     task = request.task(request.latents)
     return run.denoise(task, prompts, request.guidance, on_pass, latents_dtype), run.report
@@ -278,10 +289,12 @@ def denoise(
 
 @own_state()
 @torch.inference_mode()
-def decode(pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock) -> tuple[Tensor, Report]:
+def decode(
+    pipeline: Pipeline, latents: Tensor, before_block: BeforeBlock, on_phase: OnPhase = _ignore
+) -> tuple[Tensor, Report]:
     """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1."""
     height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
-    run = Run(pipeline, Job(width, height, len(latents)), [DECODE], before_block)
+    run = Run(pipeline, Job(width, height, len(latents)), [DECODE], before_block, on_phase)
     return run.decode(latents), run.report
 
 
@@ -320,13 +333,18 @@ class Run:
     """
 
     def __init__(
-        self, pipeline: Pipeline, job: Job, names: Sequence[str], before_block: BeforeBlock
+        self,
+        pipeline: Pipeline,
+        job: Job,
+        names: Sequence[str],
+        before_block: BeforeBlock,
+        on_phase: OnPhase = _ignore,
     ):
         self.pipeline = pipeline
         self.plan = pipeline.plan(job, names)
         self.plan.require_budget()
         self.report = Report(self.plan.budget_bytes)
-        self.before_block = before_block
+        self.before_block, self.on_phase = before_block, on_phase
 
     def encode_prompts(self, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
         """The embedding of each, without running an encoder for those that are remembered."""
@@ -407,6 +425,7 @@ class Run:
     @contextmanager
     def phase(self, name: str) -> Iterator[tuple[Phase, Work]]:
         """Memory as planned for one component; the others give way as far as it takes."""
+        self.on_phase(name)
         plan = next(phase for phase in self.plan.phases if phase.name == name)
         component = self.pipeline.component(name)
         device = component.patcher.device

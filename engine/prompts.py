@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -125,14 +125,15 @@ def _number(text: str) -> float | None:
 class TokenCounts:
     """Tokens of a prompt, besides those that mark its start and end and fill it up.
 
-    clip, t5: as the two encoders split it; clip_read: of those, what CLIP-L has room for; unknown:
-    of T5's, those that its vocabulary has no entry for.
+    clip, t5: as the two encoders split it; clip_read: of those, what CLIP-L has room for; unread:
+    characters that T5's vocabulary has no entry for, as most Chinese, of so many characters.
     """
 
     clip: int
     t5: int
     clip_read: int
-    unknown: int = 0
+    unread: int = 0
+    characters: int = 0
 
     @property
     def words(self) -> int:
@@ -142,16 +143,18 @@ class TokenCounts:
     def __str__(self) -> str:
         values = {"read": self.clip_read, "clip": self.clip, "t5": self.t5}
         if self.clip_read < self.clip:
-            text = say("CLIP-L read {read} of {clip} tokens, T5 all {t5}", **values)
-        else:
-            text = say("CLIP-L read all {clip} tokens, T5 all {t5}", **values)
-        if not self.unknown:
-            return text
-        # As most Chinese, which only CLIP-L spells out then.
+            return say("CLIP-L read {read} of {clip} tokens, T5 all {t5}", **values)
+        return say("CLIP-L read all {clip} tokens, T5 all {t5}", **values)
+
+    @property
+    def warning(self) -> str:
+        """Of what is lost; "" when nothing is."""
+        if not self.unread:
+            return ""
         return say(
-            "{counts}, {unknown} of them unknown to it (T5 knows English)",
-            counts=text,
-            unknown=self.unknown,
+            "T5 could not read {unread} of {characters} characters: write the prompt in English.",
+            unread=self.unread,
+            characters=self.characters,
         )
 
 
@@ -186,8 +189,16 @@ def tokenize(
             ids.append(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     read = _what_fits(clip, clip_words - 2)
     t5_ids = [*chain(*t5)]
-    unknown = t5_ids.count(t5_tokenizer.unk_token_id)
-    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unknown)
+    unread = 0
+    whole = "".join(text for text, _ in segments)
+    if t5_tokenizer.unk_token_id in t5_ids:
+        unread = sum(
+            times
+            for character, times in Counter(whole).items()
+            if t5_tokenizer.unk_token_id in t5_tokenizer(character).input_ids
+        )
+    characters = sum(not character.isspace() for character in whole)
+    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unread, characters)
     if counts.words > MOST_T5_TOKENS:
         raise ValueError(
             say(

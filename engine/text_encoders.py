@@ -129,7 +129,7 @@ class TextEncoders:
         ids = filled(text.t5, words, self.t5_tokenizer.pad_token_id)
         weights = filled(text.weights, words, 1.0)
         if prompt:
-            log.info("%s", text.counts)
+            log.info("%s", " ".join(filter(None, [str(text.counts), text.counts.warning])))
         empty = None
         if any(weight != 1 for weight in weights):
             empty = self.recall("", len(ids))

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ __all__ = [
     "model_path",
     "node_text",
     "on_prompt",
+    "phase_teller",
     "prepared_folder",
     "preview_bytes",
     "progress",
@@ -184,13 +185,18 @@ def show_on_node(node_id: str | None, text: str) -> None:
         instance.send_sync(TEXT_EVENT, {"node": node_id, "text": text}, instance.client_id)
 
 
-def node_text(text: str, **values: Any) -> dict[str, Any]:
+def phase_teller(node_id: str | None) -> Callable[[str], None]:
+    """A function to call with the name of each phase that begins: the node shows it."""
+    return lambda name: show_on_node(node_id, say("{phase} …", phase=say(name)))
+
+
+def node_text(lines: Sequence[str], **values: Any) -> dict[str, Any]:
     """`ui` of a NodeOutput: the text that its node keeps, and for scripts, in the history, values.
 
-    The pack's extension of the canvas shows it. ComfyUI's own progress texts, which newer canvases
-    remove at the end of a job, are in no history.
+    Empty lines are left out. The pack's extension of the canvas shows it; ComfyUI's own progress
+    texts are in no history, and newer canvases remove them at the end of a job.
     """
-    return {UI: [{"text": text, **values}]}
+    return {UI: [{"text": "\n".join(filter(None, lines)), **values}]}
 
 
 def preview_bytes(width: int, height: int) -> int:
@@ -214,7 +220,7 @@ def progress(
     """A function to call after each pass, with the clean latents so far.
 
     The bar counts steps, and raises ComfyUI's interrupt exception when the user has cancelled. The
-    node shows how long a step takes.
+    node shows how long a step takes, and how long the others will.
     """
     bar = comfy.utils.ProgressBar(steps)
     made = 0
@@ -240,13 +246,14 @@ def progress(
                 log.debug("no preview: the card is short of memory")
         bar.update_absolute(done, steps, preview)
         seconds = (time.perf_counter() - start) * passes / steps / made
+        values = {"done": done, "steps": steps, "seconds": seconds}
+        left = seconds * (steps - done)
         show_on_node(
             node_id,
             say(
-                "step {done} of {steps}, {seconds:.2f} s a step",
-                done=done,
-                steps=steps,
-                seconds=seconds,
+                "step {done} of {steps}, {seconds:.2f} s a step, {left:.0f} s left",
+                **values,
+                left=left,
             ),
         )
 

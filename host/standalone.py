@@ -3,7 +3,7 @@
 import locale
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ __all__ = [
     "model_path",
     "node_text",
     "on_prompt",
+    "phase_teller",
     "prepared_folder",
     "preview_bytes",
     "progress",
@@ -205,7 +206,12 @@ def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
 
 
-def node_text(text: str, **values: Any) -> None:
+def phase_teller(node_id: str | None) -> "Callable[[str], None]":
+    """Nothing to show it on: the log has a line of each phase when it ends."""
+    return lambda name: None
+
+
+def node_text(lines: "Sequence[str]", **values: Any) -> None:
     """Nothing to show it on: the log has the same lines."""
 
 

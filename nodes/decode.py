@@ -46,7 +46,10 @@ class Decode(Node):
         from ..engine.pipeline import decode
         from ..host import native
 
-        picture, report = decode(pipeline, native.from_latent(latent), host.check_cancelled)
+        on_phase = host.phase_teller(cls.hidden.unique_id)
+        picture, report = decode(
+            pipeline, native.from_latent(latent), host.check_cancelled, on_phase
+        )
         provenance.keep(cls.hidden, report.as_dict())
-        shown = host.node_text(str(report), **report.as_dict())
+        shown = host.node_text([str(report)], **report.as_dict())
         return io.NodeOutput(picture.to(host.result_device()), ui=shown)

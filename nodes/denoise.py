@@ -156,11 +156,12 @@ class Denoise(Node):
         on_pass = host.progress(
             request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
         )
-        preview_bytes = host.preview_bytes(width, height)
         found, report = denoise(
-            pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
-        )
-        lines = f"{report}{sampling.nothing_painted(request)}{drawn}".strip()
+            pipeline, request, on_pass, host.check_cancelled,
+            preview_bytes=host.preview_bytes(width, height),
+            on_phase=host.phase_teller(cls.hidden.unique_id),
+        )  # fmt: skip
+        lines = [str(report), sampling.nothing_painted(request), drawn]
         values = {"seed": seed, **report.as_dict()}
         provenance.keep(cls.hidden, values)
         result = native.to_latent(found, host.result_device(), latent)

@@ -135,4 +135,4 @@ class DiTLoader(Node):
 
         files = model_files.fingerprint(FOLDER, file)
         dit = model_files.shared(load, files, precision, keep_prepared)
-        return io.NodeOutput(dit, ui=host.node_text(dit.weights.report))
+        return io.NodeOutput(dit, ui=host.node_text([dit.weights.report]))

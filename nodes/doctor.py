@@ -49,4 +49,4 @@ class Doctor(Node):
 
         text = diagnosis()
         log.info("%s", text)
-        return io.NodeOutput(text, ui=host.node_text(text))
+        return io.NodeOutput(text, ui=host.node_text([text]))

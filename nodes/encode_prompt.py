@@ -56,8 +56,10 @@ class EncodePrompt(Node):
         from ..engine.pipeline import encode_prompts
         from ..host import native
 
-        (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled)
+        on_phase = host.phase_teller(cls.hidden.unique_id)
+        (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled, on_phase)
         counts = pipeline.checked_text_encoders.count(prompt)
         provenance.keep(cls.hidden, report.as_dict())
-        shown = host.node_text(f"{report}\n{counts}".strip(), **report.as_dict())
+        lines = [counts.warning, str(report), str(counts)]
+        shown = host.node_text(lines, **report.as_dict())
         return io.NodeOutput(native.to_conditioning(embedding, guidance), ui=shown)

@@ -115,4 +115,4 @@ class PipelineNode(Node):
             found = pipeline.plan(Job(1024, 1024), rates=True)
             plan, values = str(found), {"plan": found.as_dict(), "bar": found.bar()}
         log.info("%s", plan)
-        return io.NodeOutput(pipeline, ui=host.node_text(f"{report}\n{plan}", **values))
+        return io.NodeOutput(pipeline, ui=host.node_text([report, plan], **values))

@@ -250,17 +250,19 @@ class Sample(Node):
         on_pass = host.progress(
             request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
         )
-        preview_bytes = host.preview_bytes(width, height)
         painted, found, report = paint(
-            pipeline, request, on_pass, host.check_cancelled, preview_bytes=preview_bytes
-        )
+            pipeline, request, on_pass, host.check_cancelled,
+            preview_bytes=host.preview_bytes(width, height),
+            on_phase=host.phase_teller(cls.hidden.unique_id),
+        )  # fmt: skip
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
-        counts = sampling.nothing_painted(request)
-        if positive is None and not counts:
-            counts = f"\n{pipeline.checked_text_encoders.count(prompt)}"
+        lines = [str(report), sampling.nothing_painted(request), drawn]
+        if positive is None and not lines[1]:
+            counts = pipeline.checked_text_encoders.count(prompt)
+            lines = [counts.warning, *lines, str(counts)]
         values = {"seed": seed, **report.as_dict()}
         provenance.keep(cls.hidden, values)
         device = host.result_device()
-        shown = host.node_text(f"{report}{counts}{drawn}", **values)
+        shown = host.node_text(lines, **values)
         return io.NodeOutput(painted.to(device), native.to_latent(found, device), ui=shown)

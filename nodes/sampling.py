@@ -143,7 +143,7 @@ def resolved_seed(cls: Any, seed: int) -> tuple[int, str]:
     _drawn[cls.hidden.unique_id] += 1
     seed = random.SystemRandom().randrange(2**50)  # what JavaScript holds exactly
     provenance.note_seed(cls.hidden, NEW_SEED, seed)
-    return seed, "\n" + say("seed {seed}", seed=seed)
+    return seed, say("seed {seed}", seed=seed)
 
 
 def fingerprint(cls: Any, seed: int | None) -> Any:
@@ -164,5 +164,6 @@ def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":
 
 def nothing_painted(request: "Request") -> str:
     """A line about it where the mask lets nothing change."""
-    empty = say("The mask is empty: nothing was painted, and the original is returned.")
-    return f"\n{empty}" if request.mask_is_empty else ""
+    if not request.mask_is_empty:
+        return ""
+    return say("The mask is empty: nothing was painted, and the original is returned.")

@@ -122,4 +122,4 @@ class TextEncodersNode(Node):
 
         files = [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
         encoders = model_files.shared(load, files, dtype, keep_prepared)
-        return io.NodeOutput(encoders, ui=host.node_text(encoders.weights.report))
+        return io.NodeOutput(encoders, ui=host.node_text([encoders.weights.report]))

@@ -67,4 +67,4 @@ class VAELoader(Node):
             return VAE(weights, patcher, torch.bfloat16)
 
         vae = model_files.shared(load, model_files.fingerprint(FOLDER, file))
-        return io.NodeOutput(vae, ui=host.node_text(vae.weights.report))
+        return io.NodeOutput(vae, ui=host.node_text([vae.weights.report]))

@@ -43,8 +43,9 @@ def test_weighted_texts_are_split_as_by_comfyui(comfy, tmp_path: Path) -> None:
     words = ["cat", "赛博朋克", "the roof's edge,", "masterpiece ", " ", r"\(blue\)", "long " * 12]
     brackets = ["{0}", "({0}:1.3)", "(({0}) {0}:0.7)", "({0})"]
     chinese = tokenize(weighted_segments("赛博朋克, a cat"), clip, t5).counts
-    assert chinese.unknown > 0, "T5's vocabulary is English"
-    assert tokenize(weighted_segments("a cat"), clip, t5).counts.unknown == 0
+    assert (chinese.unread, chinese.characters) == (4, 9), "T5's vocabulary is English"
+    assert "read 4 of 9 characters" in chinese.warning
+    assert not tokenize(weighted_segments("a cat"), clip, t5).counts.warning
     random, longest = Random(0), 0
     for _ in range(200):
         some = random.choices(words, k=random.randrange(1, 120))
