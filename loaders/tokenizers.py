@@ -1,6 +1,8 @@
 """The two tokenizers, found beside the model files or in the host's own bundle."""
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from .safetensors_file import ModelFileError
 
 # A vocabulary is padded up to a multiple of 128 rows in the model, so it may be a little shorter.
 PADDING_ROWS = 128
+COMPANIONS = ("torchvision", "torchaudio")  # Transformers imports them, and fails where they do
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,13 @@ def load_tokenizer(
     in the host's bundle. One with another vocabulary is passed over: its ids would mean nothing.
     Raises ModelFileError when there is none.
     """
-    import transformers
-
     candidates = [model_path.parent / kind.folder, model_path.parent.parent / kind.folder]
     if bundled is not None:
         candidates.append(bundled)
     for folder in candidates:
         if not any(all((folder / name).is_file() for name in files) for files in kind.files):
             continue
-        tokenizer_class = getattr(transformers, kind.class_name)
-        tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = _class_of(kind).from_pretrained(str(folder), local_files_only=True)
         if 0 <= vocabulary - len(tokenizer) < PADDING_ROWS:
             return tokenizer
     raise ModelFileError(
@@ -61,3 +61,46 @@ def load_tokenizer(
             place=candidates[0],
         )
     )
+
+
+def _class_of(kind: TokenizerKind) -> Any:
+    """Raises ModelFileError, with the reason behind it, where Transformers cannot import it."""
+    try:
+        import transformers
+
+        return getattr(transformers, kind.class_name)
+    except Exception as error:  # anything, from whatever it imports besides
+        first: BaseException = error  # Transformers tells another one, which names no cause
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = "; ".join([str(first).partition("\n")[0], *misfits()])
+        raise ModelFileError(
+            say(
+                "Transformers cannot import its {kind} tokenizer: {reason}",
+                kind=kind.name,
+                reason=reason,
+            )
+        ) from error
+
+
+def misfits() -> list[str]:
+    """The packages beside PyTorch that are made for another version of it, with what to do."""
+    import torch
+
+    found = []
+    for name in COMPANIONS:
+        if find_spec(name) is None:
+            continue
+        try:
+            import_module(name)
+        except Exception as error:  # anything: a missing symbol is an OSError
+            found.append(
+                say(
+                    "{package} does not fit PyTorch {torch} ({reason}). Install the one made for "
+                    "it, or remove it: pip uninstall {package}",
+                    package=name,
+                    torch=torch.__version__,
+                    reason=str(error).partition("\n")[0],
+                )
+            )
+    return found
