@@ -141,6 +141,8 @@ def _check_node(
     wanted = {} if validate is None else signature(validate).parameters
     inputs = node["inputs"]
     known = {socket.id: socket for socket in schema.inputs}
+    if "upload" not in known:  # of LoadImage's button: older canvases export it, ComfyUI ignores it
+        inputs.pop("upload", None)
     for name in inputs.keys() - known.keys():
         raise GraphError(say("{where} has no input {name}.", where=where, name=name))
     for name, socket in known.items():

@@ -383,7 +383,7 @@ def test_no_picture_is_ever_overwritten(tmp_path: Path, prefix: str) -> None:
     first = saved(tmp_path, prefix, 2)
     before = [(tmp_path / name).read_bytes() for name in first]
     assert first == [f"{prefix}_00001_.png", f"{prefix}_00002_.png"]
-    assert saved(tmp_path, prefix) == [f"{prefix}_00003_.png"]
+    assert saved(tmp_path, f"{prefix}/") == [f"{prefix}_00003_.png"]
     assert [(tmp_path / name).read_bytes() for name in first] == before
 
 
@@ -526,6 +526,15 @@ def test_pictures_are_read_from_nowhere_else(tmp_path: Path) -> None:
     os.symlink(tmp_path / "out.png", tmp_path / "input" / "link.png")
     for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "../out.png [output]", "\0"):
         assert "leads out of the folder" in loading(tmp_path, name), name
+
+
+def test_the_upload_button_of_an_older_export_is_ignored(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    exported = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png", "upload": "image"}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+    assert run_graph(exported, node_classes(tmp_path)) == [[tmp_path / "preview_00001_.png"]]
 
 
 def test_what_is_no_picture_is_said_in_a_line(tmp_path: Path) -> None:
