@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from .nodes import NODES
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
 DEMO_FOLDER = Path("majicflux-demo")
 DEMO_SIDE = 256
-MOST = 1_000_000  # pictures, steps or rows
+MOST = 1_000_000  # that any number of an option may be
 
 
 class _Unheard:
@@ -211,9 +210,9 @@ def _positive(text: str) -> int:
 
 def _above_zero(text: str) -> float:
     with suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) <= MOST:
             return float(text)
-    raise argparse.ArgumentTypeError("give a number above 0")
+    raise argparse.ArgumentTypeError(f"give a number above 0, {MOST} at most")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ For a first try, for scripts and for tests; ComfyUI stays the place for everythi
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from inspect import signature
 from reprlib import Repr
@@ -16,6 +17,7 @@ from .schema import ComfyNode, Schema, Socket
 
 NUMBERS = {"INT": int, "FLOAT": float}
 SWITCH = {"true": True, "false": False}
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = Repr()  # values in messages: no more than a line of them
 SHOWN.maxstring = 80
 
@@ -198,7 +200,8 @@ def _checked_value(where: str, value: Any, socket: Socket) -> Any:
     """The value in the type of the socket, as ComfyUI converts it. Raises GraphError."""
     kind, shown = socket.io_type, SHOWN.repr(value)
     if kind in ("COMBO", "STRING"):
-        if not isinstance(value, (str, int, float)):
+        # A half of a character can stand in JSON, and nowhere else.
+        if not isinstance(value, (str, int, float)) or LONE_SURROGATE.search(str(value)):
             raise GraphError(say("{where} must be text, not {value}.", where=where, value=shown))
         return str(value)
     if kind == "BOOLEAN":

@@ -77,6 +77,7 @@ def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> 
         (["run", WORKFLOW], "is not in models/diffusion_models. Put it there"),
         (["run", WORKFLOW.with_name("batch_with_a_grid.json")], "which runs in ComfyUI only"),
         (["run", WORKFLOW, "--set", "sed=1"], "give NODE.INPUT=VALUE with one of 1.file"),
+        (["run", WORKFLOW, "--set", f"1.file={'x' * 300}"], "is not in models/diffusion_models."),
         (["run", "/"], "/ cannot be opened: Is a directory"),
         (["run", "deep.json"], "deep.json is not JSON: "),
     ],
@@ -159,7 +160,7 @@ def test_where_pictures_go_and_come_from_is_tried_before_models_load(
 
 @pytest.mark.parametrize(
     "option",
-    ["--vram=0", "--vram=-4", "--vram=nan", "--vram=1e999", "--copy-rate=-5", "--matrix-rate=inf",
+    ["--vram=0", "--vram=-4", "--vram=nan", "--vram=1e300", "--copy-rate=-5", "--matrix-rate=inf",
      "--copy-rate=fast", "--batch=0", "--batch=1000001", f"--steps={'9' * 5000}", "--size=-16x16"],
     ids=lambda option: option[:20],
 )  # fmt: skip

@@ -230,7 +230,7 @@ def nested(depth: int) -> list:
 
 @pytest.mark.parametrize(
     "value",
-    [None, {}, {"a": 1}, [], [1, 2, 3], ["1"], [1, 0], ["1", "0"], ["1", 0.5], [["1"], 0],
+    ["\ud800", None, {}, {"a": 1}, [], [1, 2, 3], ["1"], [1, 0], ["1", "0"], ["1", 0.5], [["1"], 0],
      nested(500), ["1", nested(500)]],
     ids=lambda value: repr(value)[:20],
 )  # fmt: skip
