@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from threading import Event, Timer
 
 import pytest
@@ -215,10 +216,12 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     for dtype in (torch.int8, torch.float8_e4m3fn):
         fused.dequantize(empty(3072, 64, dtype=dtype), scale, empty(3072, 64))
     rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
+    products = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
     for bias in (None, empty(3072)):
-        fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
+        if products:
+            fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
         fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
-    assert len(compiled) == 2 * len(formats) + 8
+    assert len(compiled) == 2 * len(formats) + 6 + 2 * products
 
 
 def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
