@@ -405,4 +405,4 @@ def test_mistakes_end_in_one_line(
 def test_rows_must_be_a_number_of_rows(models: Path, rows: str, capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["inspect", str(models / demo_models.DIT_FILE), "--rows", rows])
-    assert "--rows: give a whole number, 1 or more" in capsys.readouterr().err
+    assert "--rows: give a whole number, 1 to 1000000" in capsys.readouterr().err
