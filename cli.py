@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,30 @@ from .nodes import NODES
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
 DEMO_FOLDER = Path("majicflux-demo")
 DEMO_SIDE = 256
+MOST = 1_000_000  # that any number of an option may be
+
+
+class _Unheard:
+    """A stream that may have no reader any more: what is said is then lost, and nothing else."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:
+    _open_streams()
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # a console may lack characters that are printed
         sys.stdout.reconfigure(errors="replace")
@@ -33,34 +56,71 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("majicflux").setLevel(logging.INFO)  # others would log every request
     try:
         options.command(options)
-    except (ValueError, FileExistsError) as error:  # ValueError covers all that a user can mend
-        print(say("error: {error}", error=error), file=sys.stderr)
-        return 1
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(say("stopped"), file=sys.stderr)
         return 130
+    except Exception as error:
+        if "debug" in options:
+            raise
+        print(say("error: {error}", error=_sentence(error)), file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # which would be raised once more at the end
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 1
     return 0
 
 
+def _open_streams() -> None:
+    """Let Python have all three streams, and stderr take what is said whoever listens."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # or a file of ours would get its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    sys.stderr = _Unheard(sys.stderr)
+
+
+def _sentence(error: Exception) -> str:
+    """What a user can read of an error; ValueError has been written for that."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror}"
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return say(
+        "{kind}: {error}. With --debug, this says where.",
+        kind=type(error).__name__,
+        error=str(error).rstrip("."),
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="majicflux", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error was"
+    )
+    parser = argparse.ArgumentParser(prog="majicflux", description=__doc__, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="paint with small random models, to see that all works")
+    demo = commands.add_parser(
+        "demo", parents=[common], help="paint with small random models, to see that all works"
+    )
     demo.add_argument("--workflow", type=Path, default=DEMO_WORKFLOW, help="API-format JSON")
     demo.set_defaults(command=_demo)
 
-    models = commands.add_parser("demo-models", help="write the small random models into a folder")
+    models = commands.add_parser(
+        "demo-models", parents=[common], help="write the small random models into a folder"
+    )
     models.add_argument("folder", type=Path)
     models.set_defaults(command=_demo_models)
 
-    cache = commands.add_parser("cache", help="list or remove prepared weights")
+    cache = commands.add_parser("cache", parents=[common], help="list or remove prepared weights")
     cache.add_argument("action", choices=["list", "clear"])
     _add_models(cache)
     cache.set_defaults(command=_cache)
 
     inspect = commands.add_parser(
-        "inspect", help="measure what each precision costs a Flux.1 transformer"
+        "inspect", parents=[common], help="measure what each precision costs a Flux.1 transformer"
     )
     inspect.add_argument("file", type=Path, help="a .safetensors, or the folder of its parts")
     inspect.add_argument(
@@ -77,12 +137,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(command=_inspect)
 
-    doctor = commands.add_parser("doctor", help="say what this machine has, for a bug report")
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="say what this machine has, for a bug report"
+    )
     _add_models(doctor)
     doctor.set_defaults(command=_doctor)
 
-    plan = commands.add_parser("plan", help="say what a VRAM budget allows, without a card")
-    plan.add_argument("--vram", type=float, metavar="GB", help="the budget; none: no limit")
+    plan = commands.add_parser(
+        "plan", parents=[common], help="say what a VRAM budget allows, without a card"
+    )
+    plan.add_argument("--vram", type=_above_zero, metavar="GB", help="the budget; none: no limit")
     plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
     plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="pictures at once")
     plan.add_argument("--steps", type=_positive, default=20, metavar="N")
@@ -97,13 +161,15 @@ def _parser() -> argparse.ArgumentParser:
         help="products of 8-bit weights",
     )
     plan.add_argument(
-        "--copy-rate", type=float, metavar="GB/S", help="of the card, from pinned memory"
+        "--copy-rate", type=_above_zero, metavar="GB/S", help="of the card, from pinned memory"
     )
-    plan.add_argument("--matrix-rate", type=float, metavar="TFLOP/S", help="of the card, in 8 bits")
+    plan.add_argument(
+        "--matrix-rate", type=_above_zero, metavar="TFLOP/S", help="of the card, in 8 bits"
+    )
     plan.add_argument("--json", action="store_true", help="everything, for programs")
     plan.set_defaults(command=_plan)
 
-    run = commands.add_parser("run", help="run an API-format workflow")
+    run = commands.add_parser("run", parents=[common], help="run an API-format workflow")
     run.add_argument("workflow", type=Path, help="API-format JSON")
     run.add_argument(
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="may be repeated"
@@ -113,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
     run.set_defaults(command=_run)
 
-    download = commands.add_parser("download", help="fetch the model files")
+    download = commands.add_parser("download", parents=[common], help="fetch the model files")
     download.add_argument("group", nargs="?", choices=GROUPS, default="all")
     download.add_argument(
         "--from",
@@ -137,9 +203,16 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("give a whole number, 1 or more")
+    if not text.isdecimal() or len(text) > 7 or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"give a whole number, 1 to {MOST}")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) <= MOST:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"give a number above 0, {MOST} at most")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -157,6 +230,8 @@ def _plan(options: argparse.Namespace) -> None:
     for name, side in zip(("Width", "Height"), options.size, strict=True):
         if problem := size_problem(name, side):
             raise ValueError(problem)
+    if (options.copy_rate is None) != (options.matrix_rate is None):
+        raise ValueError(say("The time is told from --copy-rate and --matrix-rate together."))
     geometry = None if options.file is None else inspect_flux_dit(options.file)[0]
     plan = plan_alone(
         geometry,
@@ -257,8 +332,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     graph = _read_graph(options.workflow)
-    set_inputs(graph, options.set)
-    _paint(options.workflow, graph, options.models, options.output, options.input)
+    _paint(options.workflow, graph, options.models, options.output, options.input, options.set)
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -274,17 +348,25 @@ def _download(options: argparse.Namespace) -> None:
         print(download(file, options.hub, options.models))
 
 
-def _paint(workflow: Path, graph: Graph, models: Path, output: Path, input_folder: Path) -> None:
+def _paint(
+    workflow: Path,
+    graph: Graph,
+    models: Path,
+    output: Path,
+    input_folder: Path,
+    settings: Sequence[str] = (),
+) -> None:
     standalone.models_folder = models
     metadata: dict[str, Any] = {"prompt": graph}
     ComfyNode.hidden.extra_pnginfo = metadata
     classes = {node.define_schema().node_id: node for node in NODES}
     classes |= image_nodes(output, input_folder, metadata)
-    canvas = _canvas_of(workflow)
-    if canvas is not None:
+    set_inputs(graph, settings, classes)
+    with suppress(Exception):  # anything: a file of another shape, and no picture is lost for it
+        canvas = _canvas_of(workflow)
         schemas = {name: node.define_schema() for name, node in classes.items()}
         types = {key: node["class_type"] for key, node in graph.items()}
-        if types == node_types(canvas) and schemas.keys() >= set(types.values()):
+        if canvas is not None and types == node_types(canvas):
             metadata["workflow"] = with_values(canvas, graph, schemas)
     for shown in run_graph(graph, classes):
         for path in shown:
@@ -305,13 +387,13 @@ def _read_graph(path: Path) -> Graph:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # in any of the encodings that JSON may have
     except OSError as error:
         reason = error.strerror or error
         raise GraphError(
             say("{file} cannot be opened: {reason}.", file=path, reason=reason)
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GraphError(say("{file} is not JSON: {error}.", file=path, error=error)) from error
 
 

@@ -2,8 +2,9 @@
 
 `python dev.py test --in-comfyui` fails where ComfyUI or Chromium is absent, instead of leaving out
 what needs them. `python dev.py locales` writes the English texts of the canvas anew, from the
-nodes, and `python dev.py templates` the workflows.
-Needs Python 3.10 to 3.12 and a package registry. Everything goes into `.venv` beside this file.
+nodes, and `python dev.py templates` the workflows. `python dev.py test --torch oldest` or `newest`
+runs the unit tests alone, with the oldest or newest PyTorch that is supported.
+Needs Python 3.10 to 3.14 and a package registry. Everything goes into `.venv` beside this file.
 """
 
 import os
@@ -18,8 +19,13 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 # Not `python -m pytest`, which would let ComfyUI's `import nodes` find this folder's.
 PYTEST = BIN / ("pytest.exe" if os.name == "nt" else "pytest")
-# Builds that belong together; another set may not import.
-TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+# Builds that belong together; another set may not import. ComfyUI wants torchaudio as well, which
+# ends at 2.11.
+TORCH = {
+    "oldest": ["torch==2.7.1", "torchvision==0.22.1"],  # as ComfyUI's oldest
+    "usual": ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"],
+    "newest": ["torch==2.15.0", "torchvision==0.29.2"],
+}
 # What writes files of the repository anew, from the node definitions.
 WRITERS = {"locales": "locales/english.py", "templates": "workflows/build.py"}
 IN_COMFYUI = "--in-comfyui"  # what `test` is called with where nothing may be left out
@@ -30,19 +36,21 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test", *WRITERS):
         print(__doc__)
         return 2
-    if not (3, 10) <= sys.version_info < (3, 13):
-        print(f"Python 3.10, 3.11 or 3.12 is needed; this is {sys.version.split()[0]}.")
+    if not (3, 10) <= sys.version_info < (3, 15):
+        print(f"Python 3.10 to 3.14 is needed; this is {sys.version.split()[0]}.")
         return 2
     if sys.argv[1] == "demo":
-        install("-e", str(ROOT))
+        install(*TORCH["usual"], "-e", str(ROOT))
         return run(PYTHON, "-m", "majicflux.cli", "demo", *sys.argv[2:])
     if sys.argv[1] in WRITERS:
-        install("-e", str(ROOT))
+        install(*TORCH["usual"], "-e", str(ROOT))
         return run(PYTHON, WRITERS[sys.argv[1]])
     return test(sys.argv[2:])
 
 
 def test(arguments: list[str]) -> int:
+    if arguments[:1] == ["--torch"]:
+        return with_torch(*arguments[1:])
     pytest_arguments = [argument for argument in arguments if argument != IN_COMFYUI]
     comfyui = find_comfyui()
     absent = []
@@ -57,7 +65,7 @@ def test(arguments: list[str]) -> int:
         print(*absent, sep="\n")
         return 1
     host = ["-r", str(comfyui / "requirements.txt")] if comfyui else []
-    install("-e", str(ROOT), *TOOLS, *host)
+    install(*TORCH["usual"], "-e", str(ROOT), *TOOLS, *host)
     checks = [
         [PYTHON, "-m", "ruff", "check", "."],
         [PYTHON, "-m", "ruff", "format", "--check", "."],
@@ -73,6 +81,14 @@ def test(arguments: list[str]) -> int:
         print("FAILED:", *command)
     print(*absent, sep="\n")
     return 1 if failed else 0
+
+
+def with_torch(torch: str = "", *pytest_arguments: str) -> int:
+    if torch not in TORCH:
+        print(f"--torch takes one of: {', '.join(TORCH)}.")
+        return 2
+    install(*TORCH[torch], "-e", str(ROOT), *TOOLS)
+    return run(PYTEST, "tests/unit", *pytest_arguments)
 
 
 def find_comfyui() -> Path | None:
@@ -93,12 +109,13 @@ def default_comfyui() -> Path:
     return documents / "comfy" / "ComfyUI"
 
 
-def install(*what: str) -> None:
-    """Bring .venv up to date, unless the same has been installed before."""
-    # The versions of torch stand in every call, so that nothing else chooses another build.
-    wanted = [*TORCH, *what]
+def install(*wanted: str) -> None:
+    """Bring .venv up to date, unless the same has been installed before.
+
+    The versions of torch stand in every call, so that nothing else chooses another build.
+    """
     lists = [ROOT / "pyproject.toml", ROOT / "requirements.txt"]
-    lists += [Path(name) for name in what if name.endswith(".txt")]
+    lists += [Path(name) for name in wanted if name.endswith(".txt")]
     state = "\n".join([*wanted, *(path.read_text(encoding="utf-8") for path in lists)])
     stamp = VENV / "installed.txt"
     if PYTHON.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == state:

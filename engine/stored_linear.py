@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FLOAT8_DTYPE = torch.float8_e4m3fn
 LIMITS = {FLOAT8_DTYPE: 448.0, torch.int8: 127.0}  # largest value that is used of each format
+LARGEST_CAST = 464.0  # that rounds to 448, where there would be 480 if that were not a NaN
+FLOAT8_NAN = 0x7F  # its bits, but for the sign
 VALUES_AT_ONCE = 256 * 3072  # of a conversion: few enough for the processor's cache
 VALUES_AT_ONCE_ON_CARD = 2**23  # many enough for a card, in 33 MB
 
@@ -187,7 +189,7 @@ def float32_of(values: Tensor) -> Tensor:
 
 def holds_nan(values: Tensor) -> bool:
     """Whether a NaN is among these float8_e4m3fn."""
-    return bool((values.view(torch.int8).bitwise_and(0x7F) == 0x7F).any())
+    return bool((values.view(torch.int8).bitwise_and(FLOAT8_NAN) == FLOAT8_NAN).any())
 
 
 def rotate(x: Tensor, group: int) -> Tensor:

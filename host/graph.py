@@ -3,8 +3,11 @@
 For a first try, for scripts and for tests; ComfyUI stays the place for everything else.
 """
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from inspect import signature
+from reprlib import Repr
 from typing import Any
 
 from ..messages import say
@@ -14,16 +17,21 @@ from .schema import ComfyNode, Schema, Socket
 
 NUMBERS = {"INT": int, "FLOAT": float}
 SWITCH = {"true": True, "false": False}
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SHOWN = Repr()  # values in messages: no more than a line of them
+SHOWN.maxstring = 80
 
 
 class GraphError(ValueError):
     """The graph cannot be run. The message is for the user."""
 
 
-def set_inputs(graph: Graph, assignments: Iterable[str]) -> None:
+def set_inputs(
+    graph: Graph, assignments: Iterable[str], node_classes: Mapping[str, type[ComfyNode]]
+) -> None:
     """Apply assignments like `5.seed=42` or, where one node only has that input, `seed=42`.
 
-    A value takes the type of the one it replaces. Raises GraphError for what does not fit.
+    A value takes the type that its node declares. Raises GraphError for what does not fit.
     """
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
@@ -39,29 +47,21 @@ def set_inputs(graph: Graph, assignments: Iterable[str]) -> None:
                     inputs=", ".join(_settable(graph)),
                 )
             )
-        inputs = graph[holders[0]]["inputs"]
-        kind = type(inputs[name])
-        if kind is list:
+        node = graph[holders[0]]
+        if isinstance(node["inputs"][name], list):
             raise GraphError(
                 say(
                     "--set {assignment}: that input is linked to another node.",
                     assignment=assignment,
                 )
             )
-        try:
-            inputs[name] = SWITCH[text.lower()] if kind is bool else kind(text)
-        except KeyError:
-            raise GraphError(
-                say("--set {assignment}: give true or false.", assignment=assignment)
-            ) from None
-        except ValueError:
-            raise GraphError(
-                say(
-                    "--set {assignment}: {value!r} is not a number.",
-                    assignment=assignment,
-                    value=text,
-                )
-            ) from None
+        node["inputs"][name] = text
+        if node["class_type"] in node_classes:  # else the graph is refused for that
+            for socket in node_classes[node["class_type"]].define_schema().inputs:
+                if socket.id == name:
+                    switch = socket.io_type == "BOOLEAN"
+                    value = SWITCH.get(text.lower(), text) if switch else text
+                    node["inputs"][name] = _checked_value(f"--set {target}", value, socket)
 
 
 def _settable(graph: Graph) -> list[str]:
@@ -102,7 +102,9 @@ def run_graph(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> list
 def require_graph(graph: Any) -> None:
     """Raise GraphError unless this has the form of an API graph, as a canvas file has not."""
     if not isinstance(graph, dict) or not all(
-        isinstance(node, dict) and "class_type" in node and isinstance(node.get("inputs"), dict)
+        isinstance(node, dict)
+        and isinstance(node.get("class_type"), str)
+        and isinstance(node.get("inputs"), dict)
         for node in graph.values()
     ):
         raise GraphError(
@@ -124,8 +126,9 @@ def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[st
                 )
             )
         schemas[key] = node_classes[node["class_type"]].define_schema()
-    for key, node in graph.items():
-        _check_node(key, node, node_classes[node["class_type"]], schemas)
+    # Output nodes last: they try where they write, which is for a graph that is sound.
+    for key in sorted(graph, key=lambda key: schemas[key].is_output_node):
+        _check_node(key, graph[key], node_classes[graph[key]["class_type"]], schemas)
     if not any(schema.is_output_node for schema in schemas.values()):
         raise GraphError(say("The workflow has no output node; add SaveImage."))
     return schemas
@@ -140,6 +143,8 @@ def _check_node(
     wanted = {} if validate is None else signature(validate).parameters
     inputs = node["inputs"]
     known = {socket.id: socket for socket in schema.inputs}
+    if "upload" not in known:  # of LoadImage's button: older canvases export it, ComfyUI ignores it
+        inputs.pop("upload", None)
     for name in inputs.keys() - known.keys():
         raise GraphError(say("{where} has no input {name}.", where=where, name=name))
     for name, socket in known.items():
@@ -158,7 +163,7 @@ def _check_node(
                         "{where} must be one of: {choices}; not {value}.",
                         where=f"{where}, {name}",
                         choices=choices,
-                        value=inputs[name],
+                        value=SHOWN.repr(inputs[name]),
                     )
                 )
     if validate is not None:
@@ -169,10 +174,15 @@ def _check_node(
 
 
 def _check_link(where: str, link: list[Any], socket: Socket, schemas: dict[str, Schema]) -> None:
-    source = schemas.get(str(link[0])) if len(link) == 2 else None
+    is_link = len(link) == 2 and isinstance(link[0], str) and isinstance(link[1], int)
+    source = schemas.get(link[0]) if is_link else None
     if source is None or not 0 <= link[1] < len(source.outputs):
         raise GraphError(
-            say("{where} is linked to {link}, which is not there.", where=where, link=link)
+            say(
+                "{where} is linked to {link}, which is not there.",
+                where=where,
+                link=SHOWN.repr(link),
+            )
         )
     found = source.outputs[link[1]].io_type
     if found != socket.io_type:
@@ -187,19 +197,31 @@ def _check_link(where: str, link: list[Any], socket: Socket, schemas: dict[str, 
 
 
 def _checked_value(where: str, value: Any, socket: Socket) -> Any:
-    if socket.io_type not in ("BOOLEAN", "COMBO", "STRING", *NUMBERS):
-        raise GraphError(say("{where} needs a link, not {value!r}.", where=where, value=value))
-    if socket.io_type not in NUMBERS:
-        return value
+    """The value in the type of the socket, as ComfyUI converts it. Raises GraphError."""
+    kind, shown = socket.io_type, SHOWN.repr(value)
+    if kind in ("COMBO", "STRING"):
+        # A half of a character can stand in JSON, and nowhere else.
+        if not isinstance(value, (str, int, float)) or LONE_SURROGATE.search(str(value)):
+            raise GraphError(say("{where} must be text, not {value}.", where=where, value=shown))
+        return str(value)
+    if kind == "BOOLEAN":
+        if value not in (False, True):  # nor 0 and 1, which are equal to them
+            raise GraphError(
+                say("{where} must be true or false, not {value}.", where=where, value=shown)
+            )
+        return bool(value)
+    if kind not in NUMBERS:
+        raise GraphError(say("{where} needs a link, not {value}.", where=where, value=shown))
     try:
-        value = NUMBERS[socket.io_type](value)
-    except (TypeError, ValueError):
-        raise GraphError(
-            say("{where} must be a number, not {value!r}.", where=where, value=value)
-        ) from None
+        value = NUMBERS[kind](value)
+        finite = math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        finite = False
+    if not finite:
+        raise GraphError(say("{where} must be a number, not {value}.", where=where, value=shown))
     low, high = socket.options.get("min"), socket.options.get("max")
     if (low is not None and value < low) or (high is not None and value > high):
-        values = {"low": low, "high": high, "value": value}
+        values = {"low": low, "high": high, "value": SHOWN.repr(value)}
         raise GraphError(
             say("{where} must be {low} to {high}, not {value}.", where=where, **values)
         )
@@ -208,20 +230,19 @@ def _checked_value(where: str, value: Any, socket: Socket) -> Any:
 
 def _order(graph: Graph, outputs: list[str]) -> list[str]:
     """The nodes that `outputs` need, sources first. Raises GraphError on a cycle."""
-    ordered: list[str] = []
-    visiting: set[str] = set()
-
-    def visit(key: str) -> None:
-        if key in ordered:
-            return
-        if key in visiting:
+    ordered: dict[str, None] = {}
+    waiting: set[str] = set()
+    to_do = outputs[::-1]
+    while to_do:
+        key = to_do[-1]
+        sources = [v[0] for v in graph[key]["inputs"].values() if isinstance(v, list)]
+        missing = [source for source in reversed(sources) if source not in ordered]
+        if key in ordered or not missing:
+            ordered[to_do.pop()] = None
+            waiting.discard(key)
+            continue
+        if key in waiting:
             raise GraphError(say("Node {key} depends on its own output.", key=key))
-        visiting.add(key)
-        for value in graph[key]["inputs"].values():
-            if isinstance(value, list):
-                visit(str(value[0]))
-        ordered.append(key)
-
-    for key in outputs:
-        visit(key)
-    return ordered
+        waiting.add(key)
+        to_do += missing
+    return [*ordered]

@@ -1,6 +1,12 @@
 """SaveImage, PreviewImage and LoadImage for running without ComfyUI."""
 
 import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +14,10 @@ from ..messages import say
 from .schema import ComfyNode, Schema, io
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+
+PREVIEW = "preview"  # how its pictures are named
 
 
 def image_nodes(
@@ -29,6 +38,10 @@ def image_nodes(
             )
 
         @classmethod
+        def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+            return filename_prefix is None or _verdict(_try_place, output_folder, filename_prefix)
+
+        @classmethod
         def execute(cls, images: "Tensor", filename_prefix: str) -> Any:
             paths = _save(images, output_folder, filename_prefix, metadata)
             return io.NodeOutput(ui=paths)
@@ -45,8 +58,12 @@ def image_nodes(
             )
 
         @classmethod
+        def validate_inputs(cls) -> bool | str:
+            return _verdict(_try_place, output_folder, PREVIEW)
+
+        @classmethod
         def execute(cls, images: "Tensor") -> Any:
-            return io.NodeOutput(ui=_save(images, output_folder, "preview", metadata))
+            return io.NodeOutput(ui=_save(images, output_folder, PREVIEW, metadata))
 
     class LoadImage(ComfyNode):
         @classmethod
@@ -60,10 +77,26 @@ def image_nodes(
             )
 
         @classmethod
+        def validate_inputs(cls, image: str | None = None) -> bool | str:
+            return image is None or _verdict(_read, input_folder, output_folder, image)
+
+        @classmethod
         def execute(cls, image: str) -> Any:
-            return io.NodeOutput(*_load(input_folder / image))
+            import torch
+
+            values = torch.from_numpy(_read(input_folder, output_folder, image))[None]
+            return io.NodeOutput(values[..., :3], 1 - values[..., 3])
 
     return {node.__name__: node for node in (SaveImage, PreviewImage, LoadImage)}
+
+
+def _verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
+    """What a node's `validate_inputs` returns, when `check` raises ValueError for the user."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return str(error)
+    return True
 
 
 def _save(images: "Tensor", folder: Path, prefix: str, metadata: dict[str, Any]) -> list[Path]:
@@ -72,32 +105,113 @@ def _save(images: "Tensor", folder: Path, prefix: str, metadata: dict[str, Any])
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    target = (folder / prefix).resolve()
-    if not target.is_relative_to(folder.resolve()):
-        raise ValueError(
-            say("The file name prefix {prefix} leads out of the output folder.", prefix=prefix)
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for key, value in metadata.items():
-        info.add_text(key, json.dumps(value))
-    taken = [int(p.stem.split("_")[-2]) for p in target.parent.glob(f"{target.name}_*_.png")]
+        # A graph may be nested so deeply that it can be read but not written.
+        with suppress(ValueError, TypeError, RecursionError):
+            info.add_text(key, json.dumps(value))
+    _, height, width, _ = images.shape
+    target = _target(folder, prefix, width, height)
     paths = []
-    for number, image in enumerate(images, start=max(taken, default=0) + 1):
-        path = target.with_name(f"{target.name}_{number:05d}_.png")
+    for index, image in enumerate(images):
         pixels = (image.cpu().numpy() * 255).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(path, pnginfo=info)
-        paths.append(path)
+        data = BytesIO()
+        Image.fromarray(pixels).save(data, "PNG", pnginfo=info)
+        name = target.name.replace("%batch_num%", str(index))
+        paths.append(_write_new(target.with_name(name), data.getvalue()))
     return paths
 
 
-def _load(path: Path) -> tuple["Tensor", "Tensor"]:
-    """A picture as float RGB [1, height, width, 3], and a mask, 1 where it is transparent."""
+def _target(folder: Path, prefix: str, width: int, height: int) -> Path:
+    """The path of the pictures but for their number, from what ComfyUI takes as a prefix."""
+    now = datetime.now()
+    fields = {"width": width, "height": height, "year": now.year} | {
+        name: f"{getattr(now, name):02d}" for name in ("month", "day", "hour", "minute", "second")
+    }
+    for name, value in fields.items():
+        prefix = prefix.replace(f"%{name}%", str(value))
+    inside, name = os.path.split(os.path.normpath(prefix))
+    if name in ("", ".", "..") or not _within(folder, folder / inside):
+        raise ValueError(
+            say(
+                "The file name prefix {prefix} leads out of the output folder or names no file.",
+                prefix=prefix,
+            )
+        )
+    return Path(os.path.realpath(folder / inside), name)
+
+
+def _within(folder: Path, path: Path) -> bool:
+    """Whether the path is in the folder once links are followed."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # no file can have this name
+        return False
+
+
+def _try_place(folder: Path, prefix: str) -> None:
+    """Raise ValueError unless pictures can be saved under that prefix."""
+    _write_new(_target(folder, prefix, 0, 0), b"").unlink()
+
+
+def _write_new(target: Path, data: bytes) -> Path:
+    """Write TARGET_NUMBER_.png, one more than the highest there is, as ComfyUI counts.
+
+    No file is overwritten and no half of one stays. Raises ValueError when it cannot be written.
+    """
+    start = os.path.normcase(f"{target.name}_")
+    path = target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        others = [n for n in os.listdir(target.parent) if os.path.normcase(n).startswith(start)]
+        numbers = (re.match(r"\d+(?=[_.]|$)", name[len(start) :]) for name in others)
+        number = max((int(found[0]) for found in numbers if found), default=0)
+        while True:
+            number += 1
+            path = target.with_name(f"{target.name}_{number:05d}_.png")
+            with suppress(FileExistsError):  # of another run that began after the list was made
+                file = path.open("xb")
+                break
+        try:
+            with file:
+                file.write(data)
+        except BaseException:
+            path.unlink()
+            raise
+    except (OSError, ValueError) as error:  # ValueError: a name that the system cannot encode
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            say("{file} cannot be written: {reason}.", file=path, reason=reason)
+        ) from error
+    return path
+
+
+def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
+    """A picture as float32 RGBA [height, width, 4] in 0..1.
+
+    name: in the input folder, or in that which ComfyUI puts behind it, as in `a.png [output]`.
+    Raises ValueError when it is not there or cannot be read.
+    """
     import numpy as np
-    import torch
     from PIL import Image, ImageOps
 
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGBA")
-    values = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]
-    return values[..., :3], 1 - values[..., 3]
+    folder = output_folder if name.endswith(" [output]") else input_folder
+    path = folder / re.sub(r" \[(input|output)\]$", "", name)
+    if not _within(folder, path):
+        raise ValueError(say("{file} leads out of the folder {folder}.", file=path, folder=folder))
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(say("There is no picture {file}.", file=path))
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith(("I", "F")):  # Pillow would clip all of 16 bits at 255
+            grey = np.asarray(picture).astype(np.float32)
+            grey = grey if picture.mode == "F" else grey / 65535
+            opaque = np.ones_like(grey)
+            return np.stack([grey.clip(0, 1)] * 3 + [opaque], axis=-1)
+        return np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
+    except Exception as error:  # anything: decoders raise many things at a damaged file
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            say("{file} cannot be read: {reason}.", file=path, reason=reason)
+        ) from error

@@ -151,8 +151,10 @@ def model_path(category: str, name: str) -> Path | None:
     """The file of that name in the models folder, or None. A name cannot leave the folder."""
     folder = (models_folder / category).absolute()
     path = Path(os.path.normpath(folder / name))
-    # Not path.is_file, which raises for a name that is too long.
-    return path if path.is_relative_to(folder) and os.path.isfile(path) else None
+    try:
+        return path if path.is_relative_to(folder) and path.is_file() else None
+    except (OSError, ValueError):  # no file can have this name
+        return None
 
 
 def prepared_folder() -> Path:

@@ -188,7 +188,7 @@ def _convert(piece: _Piece, data: "Tensor", card: OnCard | None) -> None:
     values = data.view(dtype).view(len(piece.weight), -1)
     part, weight = piece.part, piece.weight
     store_rows(part, values, piece.source_scale, weight, piece.row_scale, piece.group, card)
-    # A cast to float8 without a scale makes a NaN of what is too large for the format.
+    # A cast to float8 without a scale has a NaN for what is too large for the format.
     cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
     if cast and holds_nan(weight):
         raise ModelFileError(
@@ -219,7 +219,16 @@ def store_rows(
     """
     import torch
 
-    from ..engine.stored_linear import LIMITS, VALUES_AT_ONCE, float32_of, quantize_rows, rotate
+    from ..engine.stored_linear import (
+        FLOAT8_DTYPE,
+        FLOAT8_NAN,
+        LARGEST_CAST,
+        LIMITS,
+        VALUES_AT_ONCE,
+        float32_of,
+        quantize_rows,
+        rotate,
+    )
 
     rotation = part.rotation or 0
     as_it_is = row_scale is not None and values.dtype == weight.dtype and rotation == group
@@ -241,8 +250,15 @@ def store_rows(
             some = rotate(float32_of(some).mul_(by[:, None]), rotation)
         if row_scale is None:
             # By way of float32, because PyTorch is slow where neither format is wider.
-            narrow = some.dtype != weight.dtype and some.itemsize < 4
-            weight[rows].copy_(float32_of(some) if narrow else some)
+            cast = some.dtype != weight.dtype
+            plain = float32_of(some) if cast and some.itemsize < 4 else some
+            weight[rows].copy_(plain)
+            # Larger ones become a NaN by some versions of PyTorch, 448 by others.
+            if cast and weight.dtype == FLOAT8_DTYPE:
+                largest = torch.linalg.vector_norm(plain, ord=float("inf"))
+                if not largest <= LARGEST_CAST:
+                    beyond = plain.abs() > LARGEST_CAST
+                    weight[rows].view(torch.int8).masked_fill_(beyond, FLOAT8_NAN)
             continue
         try:
             quantize(some, weight[rows], row_scale[rows], group)

@@ -1,6 +1,8 @@
 """The two tokenizers, found beside the model files or in the host's own bundle."""
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from .safetensors_file import ModelFileError
 # A vocabulary is padded up to a multiple of 128 rows in the model, so it may be a little shorter.
 PADDING_ROWS = 128
 MOST_REASON = 200  # characters of another library's message
+COMPANIONS = ("torchvision", "torchaudio")  # Transformers imports them, and fails where they do
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,13 @@ def load_tokenizer(
     in the host's bundle. One with another vocabulary is passed over: its ids would mean nothing.
     Raises ModelFileError when there is none, or when it is damaged.
     """
-    import transformers
-
     candidates = [model_path.parent / kind.folder, model_path.parent.parent / kind.folder]
     if bundled is not None:
         candidates.append(bundled)
     for folder in candidates:
         if not any(all((folder / name).is_file() for name in files) for files in kind.files):
             continue
-        tokenizer_class = getattr(transformers, kind.class_name)
+        tokenizer_class = _class_of(kind)
         try:
             tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
             if not 0 <= vocabulary - len(tokenizer) < PADDING_ROWS:
@@ -88,3 +89,46 @@ def _try(kind: TokenizerKind, tokenizer: Any, vocabulary: int) -> None:
     padded = tokenizer.pad_token_id is not None
     if len(empty) != kind.ends or not words or not padded or largest >= vocabulary:
         raise ValueError(say("it gives other tokens than the encoder takes"))
+
+
+def _class_of(kind: TokenizerKind) -> Any:
+    """Raises ModelFileError, with the reason behind it, where Transformers cannot import it."""
+    try:
+        import transformers
+
+        return getattr(transformers, kind.class_name)
+    except Exception as error:  # anything, from whatever it imports besides
+        first: BaseException = error  # Transformers tells another one, which names no cause
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = "; ".join([str(first).partition("\n")[0], *misfits()])
+        raise ModelFileError(
+            say(
+                "Transformers cannot import its {kind} tokenizer: {reason}",
+                kind=kind.name,
+                reason=reason,
+            )
+        ) from error
+
+
+def misfits() -> list[str]:
+    """The packages beside PyTorch that are made for another version of it, with what to do."""
+    import torch
+
+    found = []
+    for name in COMPANIONS:
+        if find_spec(name) is None:
+            continue
+        try:
+            import_module(name)
+        except Exception as error:  # anything: a missing symbol is an OSError
+            found.append(
+                say(
+                    "{package} does not fit PyTorch {torch} ({reason}). Install the one made for "
+                    "it, or remove it: pip uninstall {package}",
+                    package=name,
+                    torch=torch.__version__,
+                    reason=str(error).partition("\n")[0],
+                )
+            )
+    return found

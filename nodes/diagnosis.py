@@ -16,6 +16,7 @@ from ..loaders.prepared import prepared_files
 from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of, parts_in
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
+from ..loaders.tokenizers import misfits
 from ..messages import say
 from . import model_files
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 PACK = Path(__file__).parents[1]
 TRITON = "triton-windows" if sys.platform == "win32" else "triton"
-PACKAGES = ("diffsynth", "transformers", TRITON, "comfy-kitchen")
+PACKAGES = ("diffsynth", "transformers", TRITON, "comfy-kitchen", "torchvision", "torchaudio")
 JOB = (1024, 1024, 1, 20)  # width, height, pictures, steps
 PLANNED = "float8_e4m3fn"  # the weight_precision that the plan is made for
 SHOWN = 4  # names of each kind of file
@@ -80,7 +81,7 @@ def _torch() -> str:
 
     hip, cuda = torch.version.hip, torch.version.cuda
     built_for = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else _without("CUDA")
-    return f"{torch.__version__}, {built_for}"
+    return "\n- ".join([f"{torch.__version__}, {built_for}", *misfits()])
 
 
 def _without(package: str) -> str:

@@ -15,6 +15,7 @@ from majicflux.engine.offload import OffloadedModule
 from majicflux.engine.pipeline import Pipeline
 from majicflux.engine.precision import PRECISIONS, Precision
 from majicflux.engine.products import Computing, choose
+from majicflux.engine.stored_linear import StoredLinear
 from majicflux.engine.text_encoders import TextEncoders
 from majicflux.engine.vae import VAE
 from majicflux.loaders import demo_models
@@ -129,3 +130,20 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), models)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply the modulation of one step after the other, as DiffSynth does.
+
+    On a CPU a product of one row is rounded otherwise than the same row among others, by
+    PyTorch 2.15 at least.
+    """
+    forward = StoredLinear.forward
+
+    def by_steps(layer: StoredLinear, x: torch.Tensor, *rest: object, **named: object):
+        if not isinstance(x, torch.Tensor) or x.dim() < 3 or x.shape[1] > 1:
+            return forward(layer, x, *rest, **named)
+        return torch.cat([forward(layer, step, *rest, **named) for step in x.split(1)])
+
+    monkeypatch.setattr(StoredLinear, "forward", by_steps)

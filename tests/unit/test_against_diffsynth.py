@@ -25,6 +25,7 @@ def test_the_schedule_is_diffsynths(steps: int) -> None:
     assert torch.equal(diffsynth_sigmas(steps, 64, 64)[:-1], scheduler.sigmas)
 
 
+@pytest.mark.usefixtures("one_step_at_a_time")
 @pytest.mark.parametrize(("prompt", "words"), [(PROMPT, 512), (PROMPT + " many words" * 60, 768)])
 def test_latents_and_picture_are_diffsynths_bit_for_bit(
     make_pipeline, prompt: str, words: int

@@ -77,15 +77,104 @@ def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> 
         (["run", WORKFLOW], "is not in models/diffusion_models. Put it there"),
         (["run", WORKFLOW.with_name("batch_with_a_grid.json")], "which runs in ComfyUI only"),
         (["run", WORKFLOW, "--set", "sed=1"], "give NODE.INPUT=VALUE with one of 1.file"),
+        (["run", WORKFLOW, "--set", f"1.file={'x' * 300}"], "is not in models/diffusion_models."),
+        (["run", "/"], "/ cannot be opened: Is a directory"),
+        (["run", "deep.json"], "deep.json is not JSON: "),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list, said: str) -> None:
+    if "deep.json" in arguments:
+        (tmp_path / "deep.json").write_text("[" * 10**6)
     done = majicflux(tmp_path, *arguments)
+    (tmp_path / "deep.json").unlink(missing_ok=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+SMALL = ["--set=width=64", "--set=height=48", "--set=steps=1"]
+
+
+def test_a_graph_as_the_canvas_exports_it_takes_settings_too(models: Path, tmp_path: Path) -> None:
+    """JavaScript writes 1.0 as 1, and PowerShell a byte order mark in front, or UTF-16."""
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    assert graph["5"]["inputs"]["cfg"] == 1
+    graph["5"]["inputs"] |= {"cfg": 1, "guidance": 3, "prompt": 1024}
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "graph.json").write_text(json.dumps(graph), encoding=encoding)
+        done = majicflux(
+            tmp_path, "run", "graph.json", "--models", models, *SMALL,
+            "--set=cfg=1.5", "--set=guidance=3.5",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    with Image.open(done.stdout.strip()) as picture:
+        inputs = json.loads(picture.text["prompt"])["5"]["inputs"]
+    assert (inputs["cfg"], inputs["guidance"], inputs["prompt"]) == (1.5, 3.5, "1024")
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", "2> >(:)"])
+def test_a_picture_is_painted_though_nobody_hears_of_it(
+    models: Path, tmp_path: Path, stream: str
+) -> None:
+    command = [sys.executable, "-m", "majicflux.cli", "run", WORKFLOW, "--models", models, *SMALL]
+    line = " ".join([*map(str, command), stream])
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert [done.stdout.strip()] == [str(path) for path in (tmp_path / "output").iterdir()]
+    with Image.open(done.stdout.strip()) as picture:
+        picture.load()
+    line = f"{sys.executable} -m majicflux.cli run gone.json {stream}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_what_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m majicflux.cli plan >/dev/full"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_an_error_of_the_system_is_a_sentence_and_debug_shows_where(tmp_path: Path) -> None:
+    (tmp_path / "majicflux-demo").touch()
+    done = majicflux(tmp_path, "demo")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: majicflux-demo/models")
+    for arguments in (["--debug", "demo"], ["demo", "--debug"]):
+        assert "Traceback" in majicflux(tmp_path, *arguments).stderr
+
+
+def test_where_pictures_go_and_come_from_is_tried_before_models_load(
+    models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    run = ["run", WORKFLOW, "--models", models, *SMALL]
+    done = majicflux(tmp_path, *run, "--output", "file")
+    assert done.returncode == 1
+    assert "cannot be written: " in done.stderr
+    done = majicflux(tmp_path, "run", WORKFLOW.with_name("image_to_image.json"), *run[2:4])
+    assert done.returncode == 1
+    assert "There is no picture input/" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--vram=0", "--vram=-4", "--vram=nan", "--vram=1e300", "--copy-rate=-5", "--matrix-rate=inf",
+     "--copy-rate=fast", "--batch=0", "--batch=1000001", f"--steps={'9' * 5000}", "--size=-16x16"],
+    ids=lambda option: option[:20],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(tmp_path: Path, option: str) -> None:
+    done = majicflux(tmp_path, "plan", option)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("majicflux plan: error: argument --")
+    assert ": give a " in done.stderr
+
+
+def test_the_plan_tells_a_time_from_both_rates_only(tmp_path: Path) -> None:
+    done = majicflux(tmp_path, "plan", "--copy-rate=5")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--copy-rate and --matrix-rate together" in done.stderr
 
 
 @pytest.mark.parametrize(

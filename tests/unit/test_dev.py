@@ -1,6 +1,7 @@
 """The set-up script: what it can be tested for without installing anything."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,49 @@ def test_what_is_absent_is_said_and_fails_where_nothing_may_be_left_out(
     assert ("NOT TESTED ON THE CANVAS" in said) == (chromium is None)
     if complete:
         assert commands[-1][1:] == ["tests/host", "tests/browser", "-x"]
+
+
+@pytest.mark.parametrize("torch", ["oldest", "usual", "newest"])
+def test_the_unit_tests_run_with_each_pytorch(dev, monkeypatch, commands, torch: str) -> None:
+    installed: list[str] = []
+    monkeypatch.setattr(dev, "install", lambda *wanted: installed.extend(wanted))
+    assert dev.test(["--torch", torch, "-x"]) == 0
+    assert [command[1:] for command in commands] == [["tests/unit", "-x"]]
+    assert [w for w in installed if w.startswith("torch==")] == [dev.TORCH[torch][0]]
+
+
+@pytest.mark.parametrize("wrong", [["--torch"], ["--torch", "2.15"]])
+def test_another_pytorch_is_refused(dev, commands, capsys, wrong: list[str]) -> None:
+    assert dev.test(wrong) == 2
+    assert "oldest, usual, newest" in capsys.readouterr().out
+    assert not commands
+
+
+def test_the_versions_that_are_named_are_those_that_are_tested(dev) -> None:
+    root = DEV.parent
+    workflow = (root / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    tested = re.findall(r'python: "3\.(\d+)", torch: (\w+)', workflow)
+    minors = sorted({int(minor) for minor, _ in tested})
+    assert minors == [*range(minors[0], minors[-1] + 1)]
+    assert {torch for _, torch in tested} == dev.TORCH.keys()
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-python = ">=3.{minors[0]},<3.{minors[-1] + 1}"' in project
+    assert re.findall(r'Python :: 3\.(\d+)"', project) == [*map(str, minors)]
+    assert f"Needs Python 3.{minors[0]} to 3.{minors[-1]} " in dev.__doc__
+    ends = [dev.TORCH[end][0].removeprefix("torch==")[:-2] for end in ("oldest", "newest")]
+    for name, to in (("README.md", " to "), ("README.zh-CN.md", " 到 ")):
+        readme = (root / name).read_text(encoding="utf-8")
+        assert readme.count(f"Python 3.{minors[0]}{to}3.{minors[-1]}") == 2
+        assert f"PyTorch {to.join(ends)}" in readme
+
+
+@pytest.mark.parametrize(
+    ("version", "code"), [((3, 9), 2), ((3, 10), 0), ((3, 14), 0), ((3, 15), 2)]
+)
+def test_a_python_that_is_not_supported_is_told(
+    dev, commands, monkeypatch, capsys, version: tuple[int, int], code: int
+) -> None:
+    monkeypatch.setattr(dev.sys, "argv", ["dev.py", "demo"])
+    monkeypatch.setattr(dev.sys, "version_info", version)
+    assert dev.main() == code
+    assert ("Python 3.10 to 3.14 is needed" in capsys.readouterr().out) == bool(code)

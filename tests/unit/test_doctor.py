@@ -191,6 +191,44 @@ print(diagnosis())
     assert "no diffsynth, no transformers, no triton" in found["packages"]
 
 
+@pytest.mark.parametrize("package", ["torchaudio", "torchvision"])
+@pytest.mark.parametrize(
+    "broken", ["raise OSError('undefined symbol: x')", "raise RuntimeError('operator x::y')"]
+)
+def test_a_package_of_another_pytorch_is_told(
+    models: Path, tmp_path: Path, package: str, broken: str
+) -> None:
+    """By the doctor, and by the loader when Transformers stumbles over it under another name."""
+    (tmp_path / f"{package}.py").write_text(broken)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from pathlib import Path
+from majicflux.nodes.diagnosis import diagnosis
+print(diagnosis().partition("packages:")[0])
+import transformers
+class Lazy:
+    def __getattr__(self, name):
+        try:
+            import {package}
+        except Exception as error:
+            raise ModuleNotFoundError(f"Could not import module {{name!r}}.") from error
+sys.modules["transformers"] = Lazy()
+from majicflux.loaders.tokenizers import T5_TOKENIZER, load_tokenizer
+try:
+    load_tokenizer(T5_TOKENIZER, Path({str(models)!r}, "text_encoders/t5.safetensors"), 1, None)
+except ValueError as error:
+    print("LOADER", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reason = broken.split("'")[1]
+    doctor, loader = done.stdout.split("LOADER")
+    for said in (doctor, loader):
+        assert f"{package} does not fit PyTorch {torch.__version__} ({reason})." in said
+        assert f"pip uninstall {package}" in said
+    assert loader.startswith(f" Transformers cannot import its T5 tokenizer: {reason}; ")
+
+
 def test_no_path_of_the_machine_is_shown(folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     (folder / "vae").mkdir(parents=True)

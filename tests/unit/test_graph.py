@@ -2,10 +2,16 @@
 
 import copy
 import json
+import os
+import re
+import struct
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from majicflux.host import standalone
 from majicflux.host.canvas import to_graph, with_values
@@ -70,11 +76,27 @@ class Choice(ComfyNode):
         return io.NodeOutput(ui=chosen)
 
 
+class Kinds(ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Schema:
+        inputs = [
+            io.Boolean.Input("keep", optional=True),
+            io.Float.Input("strength", optional=True),
+            io.String.Input("text", optional=True),
+        ]
+        return Schema("Kinds", "kinds", "test", inputs, is_output_node=True)
+
+    @classmethod
+    def execute(cls, **inputs):
+        return io.NodeOutput(ui=inputs)
+
+
 CLASSES = {
     "Choice": Choice,
+    "Kinds": Kinds,
     "Constant": Constant,
     "Add": Add,
-    "SaveImage": image_nodes(Path(), Path(), {})["SaveImage"],
+    **image_nodes(Path(), Path(), {}),
 }
 
 
@@ -107,7 +129,7 @@ def test_one_of_several_choices_is_taken() -> None:
     [
         (
             {"1": {"class_type": "Choice", "inputs": {"chosen": "dpm"}}},
-            "Node 1 (choice), chosen must be one of: euler, heun; not dpm.",
+            "Node 1 (choice), chosen must be one of: euler, heun; not 'dpm'.",
         ),
         ([], "not an API-format workflow"),
         ({"nodes": [], "links": []}, "Export (API)"),
@@ -150,25 +172,111 @@ def test_unsound_graphs_are_refused_before_anything_runs(bad, said: str) -> None
 
 def test_inputs_are_set_by_node_or_by_name_alone() -> None:
     changed = graph()
-    set_inputs(changed, ["1.value=5"])
+    set_inputs(changed, ["1.value=5"], CLASSES)
     assert changed["1"]["inputs"]["value"] == 5
-    set_inputs(changed, ["value=6"])
+    set_inputs(changed, ["value=6"], CLASSES)
     assert changed["1"]["inputs"]["value"] == 6
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("False", False)])
-def test_a_switch_is_set_by_its_word(text: str, value: bool) -> None:
-    changed = {"1": {"class_type": "Constant", "inputs": {"keep": not value}}}
-    set_inputs(changed, [f"keep={text}"])
-    assert changed["1"]["inputs"]["keep"] is value
-    with pytest.raises(GraphError, match="give true or false"):
-        set_inputs(changed, ["keep=maybe"])
+@pytest.mark.parametrize(
+    ("old", "setting", "value"),
+    [
+        ({"keep": False}, "keep=true", True),
+        ({"keep": True}, "keep=False", False),
+        ({"keep": 1}, "keep=false", False),
+        ({"strength": 1}, "strength=1.5", 1.5),  # as JavaScript writes 1.0
+        ({"strength": None}, "strength=2", 2.0),
+        ({"text": 5}, "text=07", "07"),
+        ({"text": "a"}, "text=a=b", "a=b"),
+    ],
+)
+def test_a_setting_has_the_type_that_its_node_declares(old: dict, setting: str, value) -> None:
+    changed = {"1": {"class_type": "Kinds", "inputs": old}}
+    set_inputs(changed, [setting], CLASSES)
+    found = next(iter(changed["1"]["inputs"].values()))
+    assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize("setting", ["keep=maybe", "keep=", "strength=inf", "strength=nan"])
+def test_a_setting_of_another_type_is_refused(setting: str) -> None:
+    changed = {"1": {"class_type": "Kinds", "inputs": {"keep": True, "strength": 1}}}
+    with pytest.raises(GraphError, match=r"^--set (keep|strength) must be "):
+        set_inputs(changed, [setting], CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ({"text": 5}, {"text": "5"}),
+        ({"text": 1.5}, {"text": "1.5"}),
+        ({"strength": "0.5"}, {"strength": 0.5}),
+        ({"strength": 1}, {"strength": 1.0}),
+        ({"keep": 1}, {"keep": True}),
+    ],
+)
+def test_a_value_is_converted_as_comfyui_does(given: dict, right: dict) -> None:
+    (found,) = run_graph({"1": {"class_type": "Kinds", "inputs": given}}, CLASSES)
+    assert found == right
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(value) for name, value in right.items()
+    }
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\ud800", None, {}, {"a": 1}, [], [1, 2, 3], ["1"], [1, 0], ["1", "0"], ["1", 0.5], [["1"], 0],
+     nested(500), ["1", nested(500)]],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("Kinds", "keep"), ("Kinds", "strength"), ("Kinds", "text"), ("Constant", "value"),
+     ("Choice", "chosen"), ("LoadImage", "image")],
+)  # fmt: skip
+def test_a_value_of_another_shape_is_said_in_a_line(kind: str, name: str, value) -> None:
+    bad = graph(**{"3": {"class_type": kind, "inputs": {name: value}}})
+    with pytest.raises(GraphError, match=f"Node 3 .*{name}.*(must be|is linked to)") as caught:
+        run_graph(bad, CLASSES)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", ["1e400", 1e400, -1e400, float("nan"), 10**400, "x" * 10**6])
+@pytest.mark.parametrize(("kind", "name"), [("Kinds", "strength"), ("Constant", "value")])
+def test_what_is_no_finite_number_is_said(kind: str, name: str, value) -> None:
+    bad = graph(**{"3": {"class_type": kind, "inputs": {name: value}}})
+    with pytest.raises(GraphError, match=f"Node 3 .*{name} must be a number") as caught:
+        run_graph(bad, CLASSES)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_class_that_is_no_name_is_not_an_api_graph() -> None:
+    with pytest.raises(GraphError, match="not an API-format workflow"):
+        run_graph({"1": {"class_type": ["Add"], "inputs": {}}}, CLASSES)
+
+
+def test_thousands_of_nodes_in_a_row_run_and_a_ring_of_them_is_told() -> None:
+    count = 5000
+    long = {"0": {"class_type": "Constant", "inputs": {"value": 1}}} | {
+        str(n): {"class_type": "Add", "inputs": {"a": [str(n - 1), 0], "b": 1}}
+        for n in reversed(range(1, count))
+    }
+    assert max(run_graph(long, CLASSES)) == count
+    long["1"]["inputs"]["a"] = [str(count - 1), 0]
+    with pytest.raises(GraphError, match="depends on its own output"):
+        run_graph(long, CLASSES)
 
 
 @pytest.mark.parametrize("bad", ["value", "nothing=1", "2.value=1", "1.value=many", "2.a=1", "=1"])
 def test_settings_that_do_not_fit_are_refused(bad: str) -> None:
     with pytest.raises(GraphError, match="--set"):
-        set_inputs(graph(), [bad])
+        set_inputs(graph(), [bad], CLASSES)
 
 
 @pytest.mark.parametrize("path", API_FILES, ids=lambda path: path.stem)
@@ -249,9 +357,10 @@ def test_changed_values_reach_the_canvas_form(
     models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(standalone, "models_folder", models)
-    schemas = {n: c.define_schema() for n, c in node_classes(tmp_path).items()}
+    classes = node_classes(tmp_path)
+    schemas = {n: c.define_schema() for n, c in classes.items()}
     changed = read(TEXT_TO_IMAGE)
-    set_inputs(changed, ["seed=42", "width=512"])
+    set_inputs(changed, ["seed=42", "width=512"], classes)
     canvas = with_values(read(WORKFLOWS / "text_to_image.json"), changed, schemas)
     assert to_graph(canvas, schemas) == changed
 
@@ -267,5 +376,189 @@ def test_saved_pictures_are_numbered_and_load_again(tmp_path: Path) -> None:
     image, mask = nodes["LoadImage"].execute(image="sub/cat_00001_.png").args
     assert (image[0] - picture[0]).abs().max() <= 1 / 255
     assert not mask.any()
+
+
+def saved(folder: Path, prefix: str, count: int = 1) -> list[str]:
+    save = image_nodes(folder, folder, {})["SaveImage"]
+    assert save.validate_inputs(filename_prefix=prefix) is True
+    paths = save.execute(images=torch.rand(count, 8, 8, 3), filename_prefix=prefix).ui
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+@pytest.mark.parametrize("prefix", ["cat", "cat[1]", "c*t?", "猫 [a-z]", "%猫%", "a.b"])
+def test_no_picture_is_ever_overwritten(tmp_path: Path, prefix: str) -> None:
+    first = saved(tmp_path, prefix, 2)
+    before = [(tmp_path / name).read_bytes() for name in first]
+    assert first == [f"{prefix}_00001_.png", f"{prefix}_00002_.png"]
+    assert saved(tmp_path, f"{prefix}/") == [f"{prefix}_00003_.png"]
+    assert [(tmp_path / name).read_bytes() for name in first] == before
+
+
+@pytest.mark.parametrize(
+    ("there", "number"),
+    [
+        (["cat_final_.png"], 1),
+        (["cat_00004_.png", "cat_final_.png"], 5),
+        (["cat_00004_.jpg"], 5),  # ComfyUI counts every kind of file
+        (["cat_00004.png", "cat_7"], 8),
+        (["cat_00004_copy_.png"], 5),
+        (["cats_00009_.png", "acat_00009_.png", "cat.png", "cat_"], 1),
+        (["cat_123456_.png"], 123457),
+    ],
+)
+def test_pictures_are_counted_as_in_comfyui(tmp_path: Path, there: list, number: int) -> None:
+    for name in there:
+        (tmp_path / name).touch()
+    assert saved(tmp_path, "cat") == [f"cat_{number:05d}_.png"]
+
+
+def test_a_picture_of_another_run_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made between the count and the writing; a link that leads nowhere is one too."""
+    (tmp_path / "cat_00001_.png").write_bytes(b"another's")
+    os.symlink(tmp_path / "nowhere", tmp_path / "cat_00002_.png")
+    monkeypatch.setattr("majicflux.host.image_nodes.os.listdir", lambda _: [])
+    assert saved(tmp_path, "cat") == ["cat_00003_.png"]
+    assert (tmp_path / "cat_00001_.png").read_bytes() == b"another's"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_size_the_day_and_the_number_are_filled_in_as_in_comfyui(tmp_path: Path) -> None:
+    year = datetime.now().year
+    assert saved(tmp_path, "%year%/%width%x%height%_%batch_num%_%none%", 2) == [
+        f"{year}/8x8_{index}_%none%_00001_.png" for index in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "..", "../cat", "sub/..", "/cat", "link/cat"])
+def test_pictures_stay_in_the_output_folder(tmp_path: Path, prefix: str) -> None:
+    folder = tmp_path / "output"
+    folder.mkdir()
+    os.symlink(tmp_path, folder / "link")
+    save = image_nodes(folder, folder, {})["SaveImage"]
+    assert "leads out of the output folder" in save.validate_inputs(filename_prefix=prefix)
     with pytest.raises(ValueError, match="leads out of the output folder"):
-        nodes["SaveImage"].execute(images=picture, filename_prefix="../cat")
+        save.execute(images=torch.rand(1, 8, 8, 3), filename_prefix=prefix)
+    assert sorted(tmp_path.rglob("*")) == [folder, folder / "link"]
+
+
+def test_where_nothing_can_be_saved_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, prefix in (
+        (tmp_path / "file", "cat"),
+        (tmp_path, "file/cat"),
+        (tmp_path, "c" * 300),
+        (tmp_path, "\ud800"),
+        (tmp_path, "a\0b"),
+    ):
+        nodes = image_nodes(folder, folder, {})
+        said = nodes["SaveImage"].validate_inputs(filename_prefix=prefix)
+        assert re.fullmatch(r"(?s).* cannot be written: .+\.|.* names no file\.", said), said
+    assert (
+        "cannot be written"
+        in image_nodes(tmp_path / "file", tmp_path, {})["PreviewImage"].validate_inputs()
+    )
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_no_half_of_a_picture_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data: bytes) -> None:
+            self.file.write(data[:9])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full(opened(path, mode)))
+    save = image_nodes(tmp_path, tmp_path, {})["SaveImage"]
+    with pytest.raises(ValueError, match=r"cat_00001_\.png cannot be written: No space left"):
+        save.execute(images=torch.rand(1, 8, 8, 3), filename_prefix="cat")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_picture_carries_never_stops_it(tmp_path: Path) -> None:
+    metadata = {"prompt": {"1": 2}, "deep": nested(5000), "strange": {1, 2}}
+    nodes = image_nodes(tmp_path, tmp_path, metadata)
+    (path,) = nodes["SaveImage"].execute(images=torch.rand(1, 8, 8, 3), filename_prefix="a").ui
+    with Image.open(path) as picture:
+        assert picture.text["prompt"] == '{"1": 2}'
+        assert "strange" not in picture.text
+
+
+@pytest.mark.parametrize(
+    ("values", "right"),
+    [
+        (np.array([[0, 257, 32896, 65535]], np.uint16), [0, 257 / 65535, 32896 / 65535, 1]),
+        (np.array([[0, 257, 32896, 65535]], np.int32), [0, 257 / 65535, 32896 / 65535, 1]),
+        (np.array([[0, 0.25, 1, 7]], np.float32), [0, 0.25, 1, 1]),
+        (np.array([[0, 51, 255]], np.uint8), [0, 0.2, 1]),
+    ],
+    ids=["16 bits", "16 bits in 32", "float", "8 bits"],
+)
+def test_a_grey_picture_of_any_depth_loads_as_it_looks(tmp_path: Path, values, right) -> None:
+    Image.fromarray(values).save(tmp_path / "grey.tif")
+    image, mask = image_nodes(tmp_path, tmp_path, {})["LoadImage"].execute("grey.tif").args
+    assert image.shape == (1, *values.shape, 3)
+    assert torch.allclose(image[0, 0], torch.tensor(right)[:, None].expand(-1, 3))
+    assert not mask.any()
+
+
+def loading(folder: Path, name: str) -> str:
+    load = image_nodes(folder / "output", folder / "input", {})["LoadImage"]
+    return str(load.validate_inputs(name))
+
+
+def test_pictures_are_found_where_comfyui_finds_them(tmp_path: Path) -> None:
+    for place in ("input/in.png", "input/sub/in.png", "output/out.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    for name in ("in.png", "in.png [input]", "sub/in.png", "out.png [output]"):
+        assert loading(tmp_path, name) == "True", name
+    for name in ("out.png", "in.png [output]", "in.png [temp]"):
+        assert "There is no picture" in loading(tmp_path, name), name
+
+
+def test_pictures_are_read_from_nowhere_else(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "out.png")
+    (tmp_path / "input").mkdir()
+    os.symlink(tmp_path / "out.png", tmp_path / "input" / "link.png")
+    for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "../out.png [output]", "\0"):
+        assert "leads out of the folder" in loading(tmp_path, name), name
+
+
+def test_the_upload_button_of_an_older_export_is_ignored(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    exported = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png", "upload": "image"}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+    assert run_graph(exported, node_classes(tmp_path)) == [[tmp_path / "preview_00001_.png"]]
+
+
+def test_what_is_no_picture_is_said_in_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "input"
+    folder.mkdir()
+    Image.effect_noise((64, 64), 50).save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "broken.png").write_bytes(whole[:40] + b"\0" * 16 + whole[56:])
+    huge = struct.pack(">II", 10**5, 10**5)
+    (folder / "bomb.png").write_bytes(whole[:16] + huge + whole[24:])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    for name in sorted(path.name for path in folder.iterdir() if path.name != "whole.png"):
+        said = loading(tmp_path, name)
+        assert re.match(r".*(cannot be read: .+\.|There is no picture .+\.)$", said), name
+        assert "\n" not in said

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from threading import Event, Timer
 
 import pytest
 import torch
 
-from majicflux.engine import kernel_trials, kernels
+from majicflux.engine import kernel_trials, kernels, products
 
 INTERPRETED = """
 import torch
@@ -140,9 +141,22 @@ def test_kernels_are_tried_while_something_else_is_done(monkeypatch) -> None:
     assert len(trials) == 2, "of which the second takes a kernel's shorter way"
 
 
-def test_a_refusal_of_row_scales_is_found() -> None:
-    """On a CPU PyTorch has float8 products with one scale only, as on Windows."""
-    assert not kernels.float8_takes_row_scales(torch.device("cpu"))
+def test_row_scales_are_taken_only_where_the_product_is_right(monkeypatch) -> None:
+    """On Windows PyTorch refuses them, and on a CPU up to some version."""
+
+    def refuse(*_, **__) -> None:
+        raise RuntimeError("scale_a must have 1 element")
+
+    def multiply(x, weight, x_scale, scale, *, bias, out, **_) -> None:
+        out.copy_((x.float() * x_scale) @ (weight.float() * scale) + bias)
+
+    def with_one_scale(x, weight, x_scale, scale, **options) -> None:
+        multiply(x, weight, x_scale[:1], scale[:, :1], **options)
+
+    for product, right in ((refuse, False), (multiply, True), (with_one_scale, False)):
+        monkeypatch.setattr(products, "_scaled_mm", product)
+        found = kernels.float8_takes_row_scales.__wrapped__(torch.device("cpu"))
+        assert found == right, product
 
 
 SHARED_MEMORY = 99 * 1024  # bytes that a program has on RTX 30, 40 and 50, the least of all cards
@@ -202,10 +216,12 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     for dtype in (torch.int8, torch.float8_e4m3fn):
         fused.dequantize(empty(3072, 64, dtype=dtype), scale, empty(3072, 64))
     rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
+    products = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
     for bias in (None, empty(3072)):
-        fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
+        if products:
+            fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
         fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
-    assert len(compiled) == 2 * len(formats) + 8
+    assert len(compiled) == 2 * len(formats) + 6 + 2 * products
 
 
 def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:

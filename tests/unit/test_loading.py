@@ -1,6 +1,7 @@
 """Small models in the real layouts, through the loaders."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -266,11 +267,30 @@ def test_demo_models_never_replace_a_file(models: Path) -> None:
     assert sum(p.stat().st_size for p in models.rglob("*") if p.is_file()) < 300e6
 
 
-def test_a_value_too_large_for_a_plain_cast_is_refused(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [480.0, -1000.0, math.inf, -math.inf, math.nan])
+def test_a_value_too_large_for_a_plain_cast_is_refused(
+    models: Path, tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
     tensors = load_file(models / demo_models.DIT_FILE)
-    tensors["model.diffusion_model.single_blocks.0.linear1.weight"][3, 5] = 1000.0
+    name = "model.diffusion_model.single_blocks.0.linear1.weight"
+    tensors[name] = tensors[name].to(dtype)
+    tensors[name][3, 5] = value
     path = dit_with(tmp_path, tensors)
     with pytest.raises(ModelFileError, match=r"linear1\.weight: a value is too large for float8"):
         load_flux_dit(path, PRECISIONS["float8_e4m3fn unscaled"])
-    layer = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0].module.single_blocks[0].to_qkv_mlp
-    assert layer.weight[3, 5].float() * layer.scale[3] == pytest.approx(1000.0, rel=0.07)
+    if math.isfinite(value):
+        weights = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0]
+        layer = weights.module.single_blocks[0].to_qkv_mlp
+        assert layer.weight[3, 5].float() * layer.scale[3] == pytest.approx(value, rel=0.07)
+
+
+@pytest.mark.parametrize("value", [448.0, -448.0, 464.0])
+def test_a_value_that_rounds_to_the_largest_is_cast_plainly(
+    models: Path, tmp_path: Path, value: float
+) -> None:
+    tensors = load_file(models / demo_models.DIT_FILE)
+    tensors["model.diffusion_model.single_blocks.0.linear1.weight"][3, 5] = value
+    weights = load_flux_dit(dit_with(tmp_path, tensors), PRECISIONS["float8_e4m3fn unscaled"])[0]
+    cast = weights.module.single_blocks[0].to_qkv_mlp.weight[3, 5].float()
+    assert cast == math.copysign(448.0, value)

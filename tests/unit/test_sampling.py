@@ -176,6 +176,7 @@ def their_latents(theirs, **options: object) -> Tensor:
     return found[0].float()
 
 
+@pytest.mark.usefixtures("one_step_at_a_time")
 def test_cfg_is_diffsynths_bit_for_bit(make_pipeline) -> None:
     ours = make_pipeline()
     theirs = diffsynth_pipeline(ours)
@@ -186,6 +187,7 @@ def test_cfg_is_diffsynths_bit_for_bit(make_pipeline) -> None:
     assert not torch.equal(found, their_latents(theirs))
 
 
+@pytest.mark.usefixtures("one_step_at_a_time")
 def test_image_to_image_is_diffsynths_bit_for_bit(make_pipeline) -> None:
     ours = make_pipeline()
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
