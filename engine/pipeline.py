@@ -164,7 +164,8 @@ def paint(
     latents_dtype: torch.dtype = torch.float32,
     preview_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Report]:
-    """Run the request; `before_block` is called before each block of weights and may raise.
+    """Run the request; `before_block` is called before each block of weights, and before each part
+    of a prompt that is read, and may raise.
 
     preview_bytes: of the device, that `on_pass` takes.
 
