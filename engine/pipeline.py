@@ -187,7 +187,8 @@ def paint(
     preview_bytes: int = 0,
     on_phase: OnPhase = _ignore,
 ) -> tuple[Tensor, Tensor, Report]:
-    """Run the request; `before_block` is called before each block of weights and may raise.
+    """Run the request; `before_block` is called before each block of weights, and before each part
+    of a prompt that is read, and may raise.
 
     preview_bytes: of the device, that `on_pass` takes; on_phase: called with the name of each phase
     that begins.

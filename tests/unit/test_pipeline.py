@@ -56,8 +56,8 @@ def test_a_negative_prompt_that_is_remembered_is_not_encoded_again(make_pipeline
 @pytest.mark.parametrize("phase", ["text encoders", "denoising", "VAE decode"])
 def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
     pipeline = make_pipeline()
-    text, dit = len(pipeline.text_encoders.weights.blocks), pipeline.dit.weights
-    visits = {"text encoders": 1, "denoising": text + 2}
+    text, dit = 1 + len(pipeline.text_encoders.weights.blocks), pipeline.dit.weights
+    visits = {"text encoders": 2, "denoising": text + 2}  # the first as the prompt is read
     visits["VAE decode"] = text + len(dit.once) + REQUEST.steps * len(dit.blocks) + 1
 
     class Cancelled(BaseException):
