@@ -64,7 +64,7 @@ class Request:
         for name, value in (("guidance", self.guidance), ("cfg", self.cfg)):
             if not math.isfinite(value):
                 raise ValueError(
-                    say("{where} must be a number, not {value!r}.", where=name, value=value)
+                    say("{where} must be a number, not {value}.", where=name, value=value)
                 )
         if self.batch_size < 1:
             batch = self.batch_size

@@ -111,7 +111,7 @@ def _number(name: str, value: Any) -> float:
     except (OverflowError, RuntimeError, TypeError, ValueError):
         pass
     raise ValueError(
-        say("{where} must be a number, not {value!r}.", where=name, value=brief(value))
+        say("{where} must be a number, not {value}.", where=name, value=repr(brief(value)))
     )
 
 

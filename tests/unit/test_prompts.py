@@ -233,7 +233,9 @@ def test_counts_are_said(counts: TokenCounts, said: str) -> None:
 
 def test_tokens_are_counted_as_they_are_read(encoders: TextEncoders) -> None:
     assert encoders.count("") == TokenCounts(0, 0, 0)
-    assert encoders.count("a (cat:1.3)") == TokenCounts(4, 6, 4)  # T5 marks the start of a word
+    assert encoders.count("a (cat:1.3)") == TokenCounts(
+        4, 6, 4, 0, 4
+    )  # T5 marks the start of a word
     long = encoders.count("word " * 30)
     assert (long.clip, long.clip_read) == (120, 75)
     # A short text that does not fit ends what is read, as in ComfyUI.
