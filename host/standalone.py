@@ -205,7 +205,7 @@ def show_on_node(node_id: str | None, text: str) -> None:
 
 
 def node_text(text: str, **values: Any) -> None:
-    """Nothing to show it on: the log has the same lines."""
+    """Nothing to show it on: the log says as much."""
 
 
 def preview_bytes(width: int, height: int) -> int:

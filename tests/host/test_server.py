@@ -126,7 +126,9 @@ def test_the_small_decoder_that_the_user_chose_makes_the_previews(
 
 def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
     server.post("/free", {"unload_models": True, "free_memory": True})
-    texts = server.run(seeded(graph, 150)).texts
+    run = server.run(seeded(graph, 150))
+    assert not run.of("execution_error")
+    texts = {node: run.texts[node] for node in ("1", "2", "3")}
     assert "Flux.1 transformer, 2 + 4 blocks of width 256, 0.01 B parameters" in texts["1"]
     assert "0.01 GB as float8_e4m3fn" in texts["1"]
     assert texts["2"].startswith("clip_l.safetensors, t5xxl_fp16.safetensors: text encoders")
@@ -341,6 +343,33 @@ def test_a_file_that_breaks_while_it_loads_names_itself(
     assert name in error["exception_message"]
     assert "download it again" in error["exception_message"]
     assert not server.run(graph).of("execution_error")
+
+
+def test_a_lora_that_comfyui_has_merged_paints_here(server: Server, graph: dict) -> None:
+    """As the README advises."""
+    matrix = "double_blocks.0.img_attn.proj"
+    lora = {f"diffusion_model.{matrix}.lora_A.weight": torch.randn(4, 256)}
+    lora[f"diffusion_model.{matrix}.lora_B.weight"] = torch.randn(256, 4)
+    (server.base / "models" / "loras").mkdir(exist_ok=True)
+    save_file(lora, server.base / "models" / "loras" / "style.safetensors")
+    (plain,) = server.outputs(server.run(seeded(graph, 710)))
+    merging = {
+        "1": {"class_type": "UNETLoader", "inputs": {
+            "unet_name": "majicflus_v134.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "LoraLoaderModelOnly", "inputs": {
+            "model": ["1", 0], "lora_name": "style.safetensors", "strength_model": 1.0}},
+        "3": {"class_type": "ModelSave", "inputs": {
+            "model": ["2", 0], "filename_prefix": "diffusion_models/styled"}},
+    }  # fmt: skip
+    assert not server.run(merging).of("execution_error")
+    offered = server.get("/object_info/MajicFluxDiTLoader")["MajicFluxDiTLoader"]["input"]
+    (merged,) = (name for name in offered["required"]["file"][1]["options"] if "styled" in name)
+    graph["1"]["inputs"]["file"] = merged
+    run = server.run(seeded(graph, 710))
+    assert f"{merged}: Flux.1 transformer" in run.texts["1"]
+    (styled,) = server.outputs(run)
+    with Image.open(plain) as one, Image.open(styled) as other:
+        assert one.tobytes() != other.tobytes()
 
 
 def test_an_empty_prompt_paints(server: Server, graph: dict) -> None:
