@@ -214,7 +214,7 @@ def phase_teller(node_id: str | None) -> "Callable[[str], None]":
 
 
 def node_text(lines: "Sequence[str]", **values: Any) -> None:
-    """Nothing to show it on: the log has the same lines."""
+    """Nothing to show it on: the log says as much."""
 
 
 def preview_bytes(width: int, height: int) -> int:

@@ -12,8 +12,6 @@ io = host.io
 
 
 class Decode(Node):
-    HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI shows remembered pictures again
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

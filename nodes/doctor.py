@@ -33,7 +33,7 @@ class Doctor(Node):
             outputs=[
                 io.String.Output(
                     display_name="report",
-                    tooltip="The same text. Preview as Text shows it as a whole, to be copied.",
+                    tooltip="The same text, for other nodes such as Preview as Text.",
                 )
             ],
             is_output_node=True,

@@ -38,7 +38,7 @@ class EncodePrompt(Node):
                     default="",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="As of the sample node: (words:1.3) weighs them more.",
+                    tooltip="As of the sample node: in English, and (words:1.3) weighs them more.",
                 ),
                 sampling.guidance(),
             ],

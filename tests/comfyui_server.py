@@ -28,7 +28,11 @@ VOCABULARIES = {  # rows of the real tables
     "shared.weight": 32128,
 }
 BINARY_PREVIEW = (1, 4)
-BINARY_TEXT = 3
+
+
+def reports_in(outputs: dict[str, Any]) -> dict[str, Any]:
+    """By the node's id: its report, of the outputs of nodes that each ran once."""
+    return {node: one for node, kept in outputs.items() for one in kept.get("majicflux", ())}
 
 
 @dataclass
@@ -38,23 +42,29 @@ class Run:
     prompt_id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     previews: int = 0
-    all_texts: list[tuple[str, str]] = field(default_factory=list)  # node's id, text shown on it
 
     def receive(self, data: bytes) -> None:
-        """A binary message: its kind, then a preview, or the length of a node id, the id, text."""
-        kind = int.from_bytes(data[:4], "big")
-        self.previews += kind in BINARY_PREVIEW
-        if kind == BINARY_TEXT:
-            end = 8 + int.from_bytes(data[4:8], "big")
-            self.all_texts.append((data[8:end].decode(), data[end:].decode()))
+        """A binary message, which begins with its kind."""
+        self.previews += int.from_bytes(data[:4], "big") in BINARY_PREVIEW
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [m["data"] for m in self.messages if m["type"] == kind]
 
     @property
+    def live_texts(self) -> list[tuple[str, str]]:
+        """What was shown while it ran: the node's id, and the text."""
+        return [(data["node"], data["text"]) for data in self.of("majicflux.text")]
+
+    @property
+    def reports(self) -> dict[str, Any]:
+        """What each node keeps, as `reports_in` has it."""
+        done = self.of("executed")
+        return reports_in({data["node"]: data["output"] or {} for data in done})
+
+    @property
     def texts(self) -> dict[str, str]:
         """What each node shows in the end."""
-        return dict(self.all_texts)
+        return {node: report["text"] for node, report in self.reports.items()}
 
     @property
     def executed_nodes(self) -> set[str]:

@@ -1,6 +1,7 @@
 """Each picture carries the report of its own run, in a real ComfyUI."""
 
 import copy
+import json
 import shutil
 import time
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from reported import node, read, save, saved_late, unsaved
 
-from comfyui_server import Run, Server
+from comfyui_server import Run, Server, reports_in
 
 PHASES = ["text encoders", "denoising", "VAE decode"]
 
@@ -18,6 +19,15 @@ def carried(server: Server, run: Run) -> dict[str, Any]:
     assert not run.of("execution_error")
     found = server.images(run, "output").items()
     return {key: read(path) for key, paths in found for path in paths}
+
+
+def painted(server: Server, graph: dict, **extra: Any) -> dict[str, Any]:
+    """The outputs in the history of a prompt that nobody follows; extra: what is sent with it."""
+    queued = server.post("/prompt", {"prompt": graph, **extra})["prompt_id"]
+    while not (done := server.ended(queued)):
+        time.sleep(0.1)
+    assert done["status"]["status_str"] == "success"
+    return done["outputs"]
 
 
 @pytest.fixture
@@ -51,8 +61,7 @@ def test_pictures_that_are_saved_late_carry_their_own_runs(server: Server, two: 
     assert not set(seconds[0]) & set(seconds[1])
     for key in ("5", "15"):
         assert [phase["name"] for phase in found[f"{key}-save"]["phases"]] == PHASES
-        (shown,) = server.images(run, "temp")[key]
-        assert read(shown) == found[f"{key}-save"], "the picture on the node too"
+        assert not server.images(run, "temp")[key], "one picture in the history, not two"
 
 
 def test_pictures_from_the_cache_carry_the_run_that_made_them(server: Server, two: dict) -> None:
@@ -69,6 +78,32 @@ def test_pictures_from_the_cache_carry_the_run_that_made_them(server: Server, tw
     found = carried(server, run)
     assert found["5-save"] == first["5-save"]
     assert f"seed {found['15-save']['seed']}" in run.texts["15"]
+
+
+def test_the_history_keeps_the_report_of_each_node(server: Server, two: dict) -> None:
+    """For scripts too, which send no workflow and do not listen."""
+    two["4"]["inputs"]["vram_budget_gb"] = 9.5  # so that it was not executed before
+    two = reseeded(two, 1060)
+    found = reports_in(painted(server, two))
+    json.dumps(found, allow_nan=False)  # or no browser could read them
+    assert found.keys() == {"1", "2", "3", "4", "5", "15"}
+    assert found["4"]["text"].endswith("\non the CPU: no VRAM is used")
+    seconds = []
+    for key, seed in (("5", 1060), ("15", 1061)):
+        assert found[key]["seed"] == seed
+        assert [phase["name"] for phase in found[key]["phases"]] == PHASES
+        assert "VAE decode" in found[key]["text"]
+        seconds.append([phase["seconds"] for phase in found[key]["phases"]])
+    assert seconds[0] != seconds[1]
+
+
+def test_remembered_nodes_report_again_what_they_did(server: Server, two: dict) -> None:
+    first = server.run(reseeded(two, 1070))
+    again = server.run(two)
+    assert not again.executed_nodes & first.reports.keys()
+    assert again.reports == first.reports != {}
+    assert again.texts.keys() == {"1", "2", "3", "4", "5", "15"}, "those without a picture too"
+    assert reports_in(painted(server, two)) == first.reports, "without a client too"
 
 
 def test_pictures_of_one_batch_carry_both_runs_apart(server: Server, two: dict) -> None:
@@ -135,11 +170,9 @@ def test_the_queue_and_the_history_are_json_at_any_time(server: Server, two: dic
     found = carried(server, run)
     again = copy.deepcopy(history[2])
     again["5-save"]["inputs"]["filename_prefix"] = "again"
-    body = {"prompt": again, "extra_data": history[3]}
+    body = {"graph": again, "extra_data": history[3]}
     assert "majicflux" in body["extra_data"]["extra_pnginfo"]
     shutil.rmtree(server.base / "output")
-    queued = server.post("/prompt", body)["prompt_id"]
-    while queued not in server.get("/history"):
-        time.sleep(0.1)
+    painted(server, **body)
     (path,) = (server.base / "output").glob("again*")
     assert read(path) == found["5-save"]

@@ -24,6 +24,7 @@ LINKED = [
     ROOT / "benchmarks" / "README.md",
 ]
 LEFT_TO_OTHERS = 1  # GB of a card, in the recommended budget
+LANGUAGES = ("en", "ja", "zh", "zh-TW")
 CARDS = (4, 6, 8, 12, 16, 24)
 SIDES = (512, 1024, 2048)
 
@@ -72,6 +73,44 @@ def test_every_node_is_there_under_its_name_on_the_canvas(page: str, language: s
         assert titles[node.define_schema().node_id]["display_name"] in first_cells
 
 
+def test_nodes_are_called_by_their_titles_in_chinese() -> None:
+    """As a reader finds them on the canvas: not “采样节点” for 麦橘采样."""
+    locales = [*ROOT.glob("locales/zh*/*.json")]
+    pages = [*locales, *ROOT.glob("web/docs/*/zh.md"), *(chinese for _, chinese in PAIRS)]
+    titles = {
+        node["display_name"]
+        for path in locales if path.name == "nodeDefs.json"
+        for node in json.loads(text(path)).values()
+    }  # fmt: skip
+    branded = [title[2:] for title in titles if title[:2] in ("麦橘", "麥橘")]
+    assert {"采样", "取樣"} < {*branded}
+    bare = re.compile(f"(?<![麦麥]橘)({'|'.join(branded)})[”」]?(节点|節點)")
+    found = {names(path): bare.findall(text(path)) for path in pages}
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("page", [
+    "README.md", "README.zh-CN.md", "docs/sampling.md", "docs/sampling.zh-CN.md",
+    *(f"web/docs/MajicFlux{node}/{code}.md" for node in ("Sample", "EncodePrompt")
+      for code in ("en", "zh")),
+])  # fmt: skip
+def test_who_writes_a_prompt_is_told_that_it_is_read_in_english(page: str) -> None:
+    told = text(ROOT / page)
+    assert re.search("T5 cannot read Chinese.*CLIP-L hardly|T5 读不了中文.*CLIP-L 几乎读不了", told)
+    assert not re.search("English (or|and) Chinese prompt|(中英文|中文英文)都可以", told)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_page_one_says_what_is_not_there_and_the_sure_way_to_install_comes_first(page: str) -> None:
+    told = text(ROOT / page)
+    limits, install = (told.index(found) for found in re.findall(r"^## .+", told, re.MULTILINE)[:2])
+    for missing in ("LoRA", "ControlNet", "Fill", "Kontext", "Redux", "GGUF", "nunchaku"):
+        assert limits < told.index(missing) < install
+    by_hand = told.index("pip install -r ComfyUI/custom_nodes/majicflux/requirements.txt")
+    unreleased = re.search("need a published release|需要已经发布的版本", told)
+    assert install < by_hand < unreleased.start() < told.index("comfy node install")
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     (version,) = re.findall(r'^version = "(.+)"', text(ROOT / "pyproject.toml"), re.MULTILINE)
     assert re.findall(r"^## (.+)", text(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version
@@ -110,6 +149,16 @@ def test_the_figures_of_the_readmes_are_the_planners(page: str) -> None:
         [f"{side}×{side}", smallest[side], *(travelling(gb, side) for gb in (4, 8, 12))]
         for side in SIDES
     )) in text(ROOT / page)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [
+    "README.md", "README.zh-CN.md", "web/docs/MajicFluxPipeline/en.md",
+    "web/docs/MajicFluxPipeline/zh.md", *(f"locales/{code}/nodeDefs.json" for code in LANGUAGES),
+])  # fmt: skip
+def test_a_budget_is_named_for_each_small_card(path: str) -> None:
+    for card in CARDS[:3]:
+        budget = card - LEFT_TO_OTHERS
+        assert re.search(rf"\b{card} GB[^\d.]* {budget}\b", text(ROOT / path))
 
 
 @pytest.mark.parametrize("page", ["settings.md", "settings.zh-CN.md"])

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -314,13 +315,30 @@ def test_every_template_has_its_preview() -> None:
 
 def test_the_documented_graph_is_the_documented_one() -> None:
     nodes = {node["class_type"]: node["inputs"] for node in read(TEXT_TO_IMAGE).values()}
-    assert nodes["MajicFluxDiTLoader"]["file"] == "majicflus_v134.safetensors"
+    assert nodes["MajicFluxDiTLoader"]["file"] == "majicflus_v1.safetensors"
     assert nodes["MajicFluxTextEncoders"]["clip_l"] == "clip_l.safetensors"
     assert nodes["MajicFluxTextEncoders"]["t5"] == "t5xxl_fp16.safetensors"
     assert nodes["MajicFluxVAELoader"]["file"] == "ae.safetensors"
     sample = nodes["MajicFluxSample"]
-    assert sample["prompt"].startswith("赛博朋克风格的未来城市街道,雨夜,")
+    assert sample["prompt"].startswith("A futuristic city street in cyberpunk style, a rainy night")
     assert [sample[n] for n in ("seed", "steps", "width", "height")] == [0, 20, 1024, 1024]
+    nodes = read(WORKFLOWS / "text_to_image.json")["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    assert "\n\n提示词请用英文：T5 读不了中文。原文：赛博朋克风格的未来城市街道,雨夜," in note
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_template_begins_with_a_seed_that_changes_and_prompts_that_t5_reads(path: Path) -> None:
+    """The first picture is of seed 0; Run again paints another one."""
+    for node in read(path)["nodes"]:
+        values = node.get("widgets_values") or []
+        for seed, after in pairwise(values):
+            assert after != "fixed"
+            if after == "randomize":
+                assert seed == 0
+        if node["type"] != "MarkdownNote":
+            assert all(value.isascii() for value in values if isinstance(value, str))
+    assert '"randomize"' in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", API_FILES, ids=lambda path: path.stem)

@@ -233,9 +233,40 @@ def test_a_missing_file_is_named_with_its_folder_and_its_pages(
         model_files.resolve(file.folder, file.name)
     sentence, *more = str(caught.value).splitlines()
     assert sentence.startswith(f"{file.name} is not in models/{file.folder}.")
-    assert more[1:-2] == [place.page for place in file.places]
+    *pages, fetch, _, folder = more[1:]
+    assert pages == [place.page for place in file.places]
     assert all(place.repository in place.page for place in file.places)
-    assert more[-1] == str(tmp_path / file.folder)
+    command = f'python -m majicflux.cli download all --models "{tmp_path}"'
+    assert fetch == f"Or run {command} in ComfyUI's custom_nodes."
+    assert folder == str(tmp_path / file.folder)
+
+
+@pytest.mark.parametrize("folder", ["diffusion_models", "checkpoints"])
+@pytest.mark.parametrize(("wanted", "there"), [
+    (wanted, there) for wanted in GROUPS["majicflus"] for there in GROUPS["majicflus"]
+], ids=lambda file: file.name)  # fmt: skip
+def test_either_file_of_majicflus_stands_in_for_the_other(
+    models: Path, tmp_path: Path, monkeypatch, wanted: KnownFile, there: KnownFile, folder: str
+) -> None:
+    """Each hub has another one, and a workflow names but one of them."""
+    place = tmp_path / folder / there.name
+    place.parent.mkdir()
+    shutil.copy(models / "diffusion_models" / "majicflus_v134.safetensors", place)
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    assert DiTLoader.validate_inputs(wanted.name) is True
+    assert model_files.resolve("diffusion_models", wanted.name) == place
+    for other in ("flux1-dev.safetensors", f"mine/{wanted.name}", f"my_{wanted.name}"):
+        with pytest.raises(ModelFileError, match=f"{other} is not in models/diffusion_models"):
+            model_files.resolve("diffusion_models", other)
+
+
+def test_the_file_that_was_chosen_comes_before_its_sister(tmp_path: Path, monkeypatch) -> None:
+    names = [file.name for file in GROUPS["majicflus"]]
+    (tmp_path / "diffusion_models").mkdir()
+    for name in names:
+        (tmp_path / "diffusion_models" / name).touch()
+    monkeypatch.setattr(standalone, "models_folder", tmp_path)
+    assert [model_files.resolve("diffusion_models", name).name for name in names] == names
 
 
 def test_loaders_are_refused_before_the_run_by_the_header() -> None:
@@ -388,15 +419,14 @@ def test_each_kind_of_layer_can_be_stored_otherwise() -> None:
 
 
 def test_the_pipeline_shows_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(standalone, "show_on_node", lambda _, text: shown.append(text))
+    monkeypatch.setattr(standalone, "node_text", lambda text, **values: (text, values))
     parts = handles("int8 rotated")
-    assert PipelineNode.execute(*parts, 0.0, "8-bit").args[0].computing.eight_bit == {torch.int8}
-    report, *plan = shown[-1].splitlines()
-    assert report == "transformer: computes in int8 on CPU"
-    assert plan == ["on the CPU: no VRAM is used"]
-    PipelineNode.execute(*parts, 0.0, "auto")
-    assert shown[-1].splitlines()[0] == (
+    done = PipelineNode.execute(*parts, 0.0, "8-bit")
+    assert done.args[0].computing.eight_bit == {torch.int8}
+    text = "transformer: computes in int8 on CPU\non the CPU: no VRAM is used"
+    assert done.ui == (text, {}), "no plan to draw"
+    text, _ = PipelineNode.execute(*parts, 0.0, "auto").ui
+    assert text.splitlines()[0] == (
         "transformer: computes in float32 on CPU (no 8-bit matrix units for int8 weights)"
     )
     with pytest.raises(ValueError, match="Choose float8_e4m3fn or int8 rotated"):

@@ -650,3 +650,13 @@ def test_a_shorter_prompt_is_advised_where_the_prompt_is_long(chosen: bool) -> N
         with pytest.raises(BudgetError) as refused:
             plan.require_budget()
         assert ("a shorter prompt" in str(refused.value)) == advised
+
+
+@pytest.mark.parametrize("gb", [0.5, 3, 7, 100])
+def test_the_parts_of_a_budget_fill_it_and_a_browser_can_read_them(gb: float) -> None:
+    job = (1024, 1024, 1, 20)
+    plan = plan_alone.plan_alone(None, PRECISIONS["float8_e4m3fn"], job, gb, True, 25.0, 200.0)
+    parts = [size for _, size in plan.bar()]
+    assert sum(parts) == gb * GB
+    assert sum(parts[:-1]) == plan.peak_bytes
+    json.dumps({**plan.as_dict(), "bar": plan.bar()}, allow_nan=False)

@@ -36,12 +36,16 @@ def pipeline(models) -> Pipeline:
     return build_pipeline(models, dtype=torch.float32)
 
 
-def sampled(pipeline: Pipeline, **changes: Any) -> tuple[Tensor, Tensor]:
+def output(pipeline: Pipeline, **changes: Any) -> Any:
     given = {
         "prompt": "a cat", "seed": 0, "steps": 2, "guidance": 3.5, "width": 64, "height": 48,
         "batch_size": 1, **changes,
     }  # fmt: skip
-    image, latent = Sample.execute(pipeline, **given).args
+    return Sample.execute(pipeline, **given)
+
+
+def sampled(pipeline: Pipeline, **changes: Any) -> tuple[Tensor, Tensor]:
+    image, latent = output(pipeline, **changes).args
     return image, latent["samples"]
 
 
@@ -182,22 +186,25 @@ def test_an_image_encoded_apart_is_the_same_beginning(pipeline: Pipeline) -> Non
 
 
 def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(sampling.host, "show_on_node", lambda _, text: shown.append(text))
+    monkeypatch.setattr(host, "node_text", lambda text, **values: (text, values))
     prompt = {"5": {"inputs": {"seed": -1}}}
     nodes = [{"id": n, "widgets_values": ["a cat", -1, "fixed", 20]} for n in (4, 5)]
     extra = {"workflow": {"nodes": nodes}}
     hidden = SimpleNamespace(unique_id="5", extra_pnginfo=extra, prompt=prompt)
     monkeypatch.setattr(Sample, "hidden", hidden)
-    one, _ = sampled(pipeline, seed=-1)
+    first = output(pipeline, seed=-1)
     seed = hidden.extra_pnginfo["majicflux"]["seed"]
     assert prompt["5"]["inputs"]["seed"] == seed >= 0
     assert [node["widgets_values"][1] for node in nodes] == [-1, seed]
-    assert f"seed {seed}" in shown[-1]
-    assert torch.equal(sampled(pipeline, seed=seed)[0], one)
+    text, values = first.ui
+    assert f"seed {seed}" in text
+    assert values["seed"] == seed
+    assert torch.equal(sampled(pipeline, seed=seed)[0], first.args[0])
     sampled(pipeline, seed=-1)
     assert hidden.extra_pnginfo["majicflux"]["seed"] != seed
-    assert "seed" not in str(sampled(pipeline, seed=5) and shown[-1])
+    text, values = output(pipeline, seed=5).ui
+    assert "seed" not in text, "it is the one that stands there"
+    assert values["seed"] == 5
 
 
 @pytest.mark.parametrize("node", [Sample, Denoise])
@@ -407,18 +414,25 @@ def test_conditioning_is_honoured_or_refused(given: Any, words: str) -> None:
         native.from_conditioning("positive", given, GEOMETRY)  # type: ignore[arg-type]
 
 
-def test_the_nodes_that_decode_show_their_pictures(pipeline: Pipeline, monkeypatch) -> None:
-    def run() -> list[Any]:
-        one = Sample.execute(pipeline, "a cat", 0, 1, 3.5, 64, 48, 2)
-        return [one, Decode.execute(pipeline, one.args[1])]
+def test_each_node_keeps_the_report_of_its_part_and_no_picture(
+    pipeline: Pipeline, monkeypatch
+) -> None:
+    def run(words: str) -> list[Any]:
+        prompt = EncodePrompt.execute(pipeline, f"{words} apart", 3.5)
+        latent = EncodeImage.execute(pipeline, picture())
+        found = Denoise.execute(pipeline, prompt.args[0], latent.args[0], 0, 1, 3.5)
+        decoded = Decode.execute(pipeline, found.args[0])
+        return [prompt, latent, found, decoded, output(pipeline, prompt=words, steps=1)]
 
-    assert [output.ui for output in run()] == [None, None], "there is no canvas"
-    monkeypatch.setattr(host, "shown_pictures", lambda pictures, node: (pictures, node))
-    for output, node in zip(run(), (Sample, Decode), strict=True):
-        shown, by = output.ui
-        assert by is node
-        assert shown is output.args[0]
-        assert len(shown) == 2
+    assert {done.ui for done in run("a dog")} == {None}, "there is no canvas"
+    monkeypatch.setattr(host, "node_text", lambda text, **values: {"text": text, **values})
+    sample = ["text encoders", "denoising", "VAE decode"]
+    parts = [sample[:1], ["VAE encode"], sample[1:2], sample[2:], sample]
+    for done, phases in zip(run("a bird"), parts, strict=True):
+        seeds = {"seed"} if "denoising" in phases else set()
+        assert done.ui.keys() == {"text", "phases", "budget_bytes", "peak_bytes"} | seeds
+        assert [phase["name"] for phase in done.ui["phases"]] == phases
+        assert all(f"{phase} " in done.ui["text"] for phase in phases)
 
 
 def test_conditioning_without_a_pooled_vector_has_zeros() -> None:
