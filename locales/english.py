@@ -11,7 +11,7 @@ from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).parent / "en"
 FILES = {"file", "clip_l", "t5"}  # combos whose options are the user's own files
-WRITTEN = {"stopped": "stopped"}  # by web/majicflux.js itself
+WRITTEN = {"stopped": "stopped", "missing": "{input} is not connected."}  # by web/majicflux.js itself
 CONTROL = {  # what ComfyUI's canvas puts below a seed
     "name": "control_after_generate",
     "tooltip": "What becomes of the number above after each run.",

@@ -455,30 +455,31 @@ def compare_precisions() -> Template:
     return template
 
 
-BUILDERS = [
+BUILDERS = [  # from simple to special: their numbers in the list of templates
     text_to_image,
     text_to_image_6gb,
     image_to_image,
     inpainting,
-    mixed_with_stock_nodes,
     batch_with_a_grid,
     compare_precisions,
+    mixed_with_stock_nodes,
 ]
 
 
 def files() -> dict[Path, str]:
     """What each file of the templates holds."""
     found = {}
-    for build in BUILDERS:
+    for number, build in enumerate(BUILDERS, 1):
         template = build()
+        file = f"{number}_{template.name}.json"
         canvas = template.canvas()
         graph = to_graph(canvas, template.schemas)
         for node in graph.values():  # so that scripts set the width and height that stand there
             if "size" in node["inputs"]:
                 node["inputs"]["size"] = CUSTOM
         for path, content in (
-            (FOLDER / f"{template.name}.json", canvas),
-            (FOLDER / "api" / f"{template.name}.json", graph),
+            (FOLDER / file, canvas),
+            (FOLDER / "api" / file, graph),
         ):
             found[path] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     return found
