@@ -16,7 +16,8 @@ const UI = "majicflux", TEXT_EVENT = "majicflux.text"; // host/comfyui.py sends 
 const PANEL = "majicflux_text"; // our widget that shows a text
 const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
-const LAST_RUNS = 20; // of the history, in which the opened workflow may be
+const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of
+const LAST_RUNS = 20; // of the history, in which that may be
 const graphs = new Map(); // of the prompts that this page has queued
 let running; // the prompt
 let refused = {}; // the errors of the prompt that was queued last, by node
@@ -49,7 +50,7 @@ function addColors() {
         .${PANEL} { box-sizing: border-box; overflow: hidden; padding: 4px 6px; white-space: pre-wrap;
             font: 12px/1.35 sans-serif; color: var(--input-text); overflow-wrap: anywhere; user-select: text; }
         .${PANEL} .bar { display: flex; height: 8px; margin: 2px 0; border-radius: 3px; overflow: hidden; }
-        .${PANEL}.wrong { color: var(--error-text); }`;
+        .${PANEL}.wrong { color: color-mix(in srgb, var(--error-text), var(--input-text)); }`;
 }
 
 const everyNode = (graph) =>
@@ -223,10 +224,12 @@ function followRuns() {
     on("execution_interrupted", "node_id", () => said("stopped"));
     // No event tells of what is refused.
     const { queuePrompt } = api;
-    api.queuePrompt = async function (...given) {
+    api.queuePrompt = async function (number, prompt, ...rest) {
         const graph = app.rootGraph.id;
+        const run = { [RUN]: crypto.getRandomValues(new Uint32Array(2)).join("-") };
+        for (const owner of [app.rootGraph, prompt.workflow]) if (owner) owner.extra = { ...owner.extra, ...run };
         try {
-            const queued = await queuePrompt.apply(this, given);
+            const queued = await queuePrompt.call(this, number, prompt, ...rest);
             graphs.set(queued.prompt_id, graph);
             showRefused(queued.node_errors);
             return queued;
@@ -248,10 +251,13 @@ function showRefused(errorsOfNodes = refused) {
 
 // Ours stand behind the name of an input; the rest are ComfyUI's own, which are English.
 function sentence(node, { type, message, details, extra_info }) {
-    const input = extra_info?.input_name;
-    if (type === "required_input_missing")
-        return said("missing").replace("{input}", textOf(node, input)?.name ?? input);
+    const { input_name: input, input_config: config, received_value: value } = extra_info ?? {};
+    const fields = { INPUT: textOf(node, input)?.name ?? input, VALUE: value, ...config?.[1] };
+    const filled = (key) => said(key).replace(/INPUT|VALUE|min|max/g, (name) => fields[name]);
     if (type === "custom_validation_failed") return details.replace(`${input} - `, "");
+    if (type === "required_input_missing") return filled("missing");
+    if (/^value_(smaller|bigger)/.test(type)) return filled("outside");
+    if (type === "value_not_in_list") return filled("choice");
     return details ? `${message}: ${details}` : message;
 }
 
@@ -266,12 +272,13 @@ function sortTemplates() {
     };
 }
 
-// What the workflow that was opened reported last, as before the page was reloaded.
+// What a workflow reported when it ran last, after a reload or as the workflow of a picture.
 async function showLastRun() {
-    const id = app.rootGraph.id;
+    const id = app.rootGraph.extra?.[RUN];
+    if (!id) return;
     const history = await (await app.api.fetchApi(`/history?max_items=${LAST_RUNS}`)).json();
-    const runs = Object.values(history).filter((run) => run.prompt[3].extra_pnginfo?.workflow?.id === id);
-    for (const [key, output] of Object.entries(runs.at(-1)?.outputs ?? {})) {
+    const run = Object.values(history).find((run) => run.prompt[3].extra_pnginfo?.workflow?.extra?.[RUN] === id);
+    for (const [key, output] of Object.entries(run?.outputs ?? {})) {
         const node = nodeOf(key);
         if (node && !textOn(node)) showReport(node, output);
     }

@@ -147,6 +147,7 @@ class Template:
     def note(self, column: int, text: str) -> None:
         node = self._place("MarkdownNote", column, NOTE)
         node["properties"] = {"Node name for S&R": "MarkdownNote"}
+        node["title"] = "说明 / Note"
         node["widgets_values"] = [text]
 
     def level(self, *columns: int) -> None:
@@ -429,8 +430,8 @@ def compare_precisions() -> Template:
     """A row for each precision; what they have in common stands left of them."""
     template = Template("compare_precisions", (*WIDTHS, 360))
     parts = _encoders_and_vae(template)
-    prompt = template.add("PrimitiveStringMultiline", 0, "prompt", tall=180, value=CITY)
-    seed = template.add("PrimitiveInt", 0, "seed", value=0)
+    prompt = template.add("PrimitiveStringMultiline", 0, "提示词 / Prompt", tall=180, value=CITY)
+    seed = template.add("PrimitiveInt", 0, "种子 / Seed", value=0)
     template.note(0, _note(
         "比较精度 / Compare precisions",
         "同一个提示词和种子，三种权重精度，一行一种。bfloat16 那一行就要 24 GB 内存；"

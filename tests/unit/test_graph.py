@@ -206,12 +206,15 @@ def test_every_template_has_its_preview() -> None:
 
 def test_the_documented_graph_is_the_documented_one() -> None:
     nodes = {node["class_type"]: node["inputs"] for node in read(TEXT_TO_IMAGE).values()}
-    assert nodes["MajicFluxDiTLoader"]["file"] == "majicflus_v134.safetensors"
+    assert nodes["MajicFluxDiTLoader"]["file"] == "majicflus_v1.safetensors"
     assert nodes["MajicFluxTextEncoders"]["clip_l"] == "clip_l.safetensors"
     assert nodes["MajicFluxTextEncoders"]["t5"] == "t5xxl_fp16.safetensors"
     assert nodes["MajicFluxVAELoader"]["file"] == "ae.safetensors"
     sample = nodes["MajicFluxSample"]
-    assert sample["prompt"].startswith("赛博朋克风格的未来城市街道,雨夜,")
+    assert sample["prompt"].startswith("A futuristic city street in cyberpunk style, a rainy night")
+    canvas = read(WORKFLOWS / TEXT_TO_IMAGE.name)
+    (note,) = (node for node in canvas["nodes"] if node["type"] == "MarkdownNote")
+    assert "赛博朋克风格的未来城市街道,雨夜," in note["widgets_values"][0]
     assert [sample[n] for n in ("seed", "steps", "width", "height")] == [0, 20, 1024, 1024]
 
 
