@@ -28,6 +28,9 @@ TORCH = {
 }
 # What writes files of the repository anew, from the node definitions.
 WRITERS = {"locales": "locales/english.py", "templates": "workflows/build.py"}
+# The newest canvas, beside the one that ComfyUI pins: people have either.
+NEWEST_CANVAS = VENV / "frontend" / "comfyui_frontend_package" / "static"
+CANVAS = "comfyui-frontend-package==1.58.1"
 IN_COMFYUI = "--in-comfyui"  # what `test` is called with where nothing may be left out
 TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
 
@@ -73,6 +76,7 @@ def test(arguments: list[str]) -> int:
         [PYTEST, "tests/unit", *pytest_arguments],
     ]
     if comfyui:
+        install_canvas()
         # A process of their own: what is in a process with ComfyUI talks to ComfyUI.
         checks.append([PYTEST, "tests/host", "tests/browser", *pytest_arguments])
         os.environ["COMFYUI_PATH"] = str(comfyui)
@@ -126,6 +130,14 @@ def install(*wanted: str) -> None:
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *wanted], check=True)
     stamp.write_text(state, encoding="utf-8")
+
+
+def install_canvas() -> None:
+    folder = VENV / "frontend"
+    if not (folder / f"{CANVAS.replace('-', '_').replace('==', '-')}.dist-info").is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--target", str(folder), CANVAS], check=True)
 
 
 def run(*command: str | Path) -> int:

@@ -11,7 +11,12 @@ from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).parent / "en"
 FILES = {"file", "clip_l", "t5"}  # combos whose options are the user's own files
-WRITTEN = {"stopped": "stopped"}  # by web/majicflux.js itself
+WRITTEN = {  # by web/majicflux.js itself, which fills in words in capitals, min and max
+    "stopped": "stopped",
+    "missing": "INPUT is not connected.",
+    "outside": "INPUT goes from min to max, it cannot be VALUE.",
+    "choice": "INPUT has no choice VALUE. Press R if it is a new file.",
+}
 CONTROL = {  # what ComfyUI's canvas puts below a seed
     "name": "control_after_generate",
     "tooltip": "What becomes of the number above after each run.",

@@ -23,12 +23,11 @@ class Decode(Node):
                 "VRAM budget, without seams."
             ),
             search_aliases=[
-                "majicflux",
                 "vae decode",
                 "tiled decode",
                 "解码",
                 "VAE解码",
-                "麦橘超然",
+                "麦橘超然 解码",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -28,13 +28,12 @@ class Denoise(Node):
                 "inside its VRAM budget: CONDITIONING and LATENT in, LATENT out."
             ),
             search_aliases=[
-                "majicflux",
                 "ksampler",
                 "ksampler advanced",
                 "sampler",
                 "采样",
                 "去噪",
-                "麦橘超然",
+                "麦橘超然 去噪",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

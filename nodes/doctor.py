@@ -20,14 +20,13 @@ class Doctor(Node):
                 "card can do. Run it alone, and paste its text into a bug report."
             ),
             search_aliases=[
-                "majicflux",
                 "diagnose",
                 "system info",
                 "bug report",
                 "诊断",
                 "检查",
                 "系统信息",
-                "麦橘超然",
+                "麦橘超然 诊断",
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[

@@ -24,12 +24,11 @@ class EncodePrompt(Node):
                 "sample or ComfyUI's own samplers."
             ),
             search_aliases=[
-                "majicflux",
                 "clip text encode",
                 "prompt",
                 "提示词",
                 "编码提示词",
-                "麦橘超然",
+                "麦橘超然 提示词",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -16,17 +16,21 @@ const UI = "majicflux", TEXT_EVENT = "majicflux.text"; // host/comfyui.py sends 
 const PANEL = "majicflux_text"; // our widget that shows a text
 const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
-const LAST_RUNS = 20; // of the history, in which the opened workflow may be
+const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of
+const LAST_RUNS = 20; // of the history, in which that may be
+const graphs = new Map(); // of the prompts that this page has queued
+let running; // the prompt
+let refused = {}; // the errors of the prompt that was queued last, by node
 let texts = {}; // the locale files of all packs, by language
-let language = "en";
 
 const isOurs = (node) => node.comfyClass?.startsWith("MajicFlux");
-const textOf = (node, input) => texts[language]?.nodeDefs?.[node.comfyClass]?.inputs?.[input];
+const language = () => app.extensionManager.setting.get("Comfy.Locale");
+const textOf = (node, input) => texts[language()]?.nodeDefs?.[node.comfyClass]?.inputs?.[input];
 
-function useLanguage(chosen) {
-    language = chosen;
-    // Comfy.Locale itself is stored only once the user has chosen one.
-    app.extensionManager.setting.set("MajicFlux.Language", chosen);
+// Comfy.Locale itself is stored only once the user has chosen one.
+function storeLanguage() {
+    const { setting } = app.extensionManager;
+    if (setting.get("MajicFlux.Language") !== language()) setting.set("MajicFlux.Language", language());
 }
 
 function addColors() {
@@ -46,7 +50,7 @@ function addColors() {
         .${PANEL} { box-sizing: border-box; overflow: hidden; padding: 4px 6px; white-space: pre-wrap;
             font: 12px/1.35 sans-serif; color: var(--input-text); overflow-wrap: anywhere; user-select: text; }
         .${PANEL} .bar { display: flex; height: 8px; margin: 2px 0; border-radius: 3px; overflow: hidden; }
-        .${PANEL}.wrong { color: var(--error-text); }`;
+        .${PANEL}.wrong { color: color-mix(in srgb, var(--error-text), var(--input-text)); }`;
 }
 
 const everyNode = (graph) =>
@@ -195,47 +199,86 @@ function useFileThatIsThere(workflow) {
     }
 }
 
-const said = (key) => texts[language]?.majicflux?.[key] ?? texts.en?.majicflux?.[key] ?? key;
+const said = (key) => texts[language()]?.majicflux?.[key] ?? texts.en?.majicflux?.[key] ?? key;
+
+const ourNodes = () => everyNode(app.rootGraph).filter(isOurs);
+
+// Another workflow may have been opened while a prompt of this page runs.
+const runsHere = () => (graphs.get(running) ?? app.rootGraph.id) === app.rootGraph.id;
 
 function followRuns() {
     const { api } = app;
-    const clear = () => everyNode(app.rootGraph).filter(isOurs).forEach((node) => show(node, ""));
-    api.addEventListener(TEXT_EVENT, ({ detail }) => {
-        const node = nodeOf(detail.node);
-        if (node) show(node, detail.text);
+    const on = (event, id, text, wrong) =>
+        api.addEventListener(event, ({ detail }) => {
+            const node = runsHere() && nodeOf(detail[id]);
+            if (node) show(node, text(detail), wrong);
+        });
+    api.addEventListener("execution_start", ({ detail }) => {
+        running = detail.prompt_id;
+        if (!runsHere()) return;
+        for (const node of ourNodes()) show(node, "");
+        showRefused();
     });
-    api.addEventListener("execution_start", clear);
-    api.addEventListener("execution_error", ({ detail }) => {
-        const node = nodeOf(detail.node_id);
-        if (node) show(node, detail.exception_message.trim(), true);
-    });
-    api.addEventListener("execution_interrupted", ({ detail }) => {
-        const node = nodeOf(detail.node_id);
-        if (node) show(node, said("stopped"));
-    });
-    // A prompt that is refused makes no event.
+    on(TEXT_EVENT, "node", ({ text }) => text);
+    on("execution_error", "node_id", ({ exception_message }) => exception_message.trim(), true);
+    on("execution_interrupted", "node_id", () => said("stopped"));
+    // No event tells of what is refused.
     const { queuePrompt } = api;
-    api.queuePrompt = async function (...given) {
+    api.queuePrompt = async function (number, prompt, ...rest) {
+        const graph = app.rootGraph.id;
+        const run = { [RUN]: crypto.getRandomValues(new Uint32Array(2)).join("-") };
+        for (const owner of [app.rootGraph, prompt.workflow]) if (owner) owner.extra = { ...owner.extra, ...run };
         try {
-            return await queuePrompt.apply(this, given);
+            const queued = await queuePrompt.call(this, number, prompt, ...rest);
+            graphs.set(queued.prompt_id, graph);
+            showRefused(queued.node_errors);
+            return queued;
         } catch (error) {
-            clear();
-            for (const [id, { errors }] of Object.entries(error.response?.node_errors ?? {})) {
-                const node = nodeOf(id);
-                const lines = new Set(errors.map((found) => found.details || found.message));
-                if (node) show(node, [...lines].join("\n"), true);
-            }
+            showRefused(error.response?.node_errors);
             throw error;
         }
     };
 }
 
-// What the workflow that was opened reported last, as before the page was reloaded.
+function showRefused(errorsOfNodes = refused) {
+    refused = errorsOfNodes ?? {};
+    for (const node of ourNodes()) if (panelOf(node)?.element.classList.contains("wrong")) show(node, "");
+    for (const [id, { errors }] of Object.entries(refused)) {
+        const node = nodeOf(id);
+        if (node) show(node, [...new Set(errors.map((error) => sentence(node, error)))].join("\n"), true);
+    }
+}
+
+// Ours stand behind the name of an input; the rest are ComfyUI's own, which are English.
+function sentence(node, { type, message, details, extra_info }) {
+    const { input_name: input, input_config: config, received_value: value } = extra_info ?? {};
+    const fields = { INPUT: textOf(node, input)?.name ?? input, VALUE: value, ...config?.[1] };
+    const filled = (key) => said(key).replace(/INPUT|VALUE|min|max/g, (name) => fields[name]);
+    if (type === "custom_validation_failed") return details.replace(`${input} - `, "");
+    if (type === "required_input_missing") return filled("missing");
+    if (/^value_(smaller|bigger)/.test(type)) return filled("outside");
+    if (type === "value_not_in_list") return filled("choice");
+    return details ? `${message}: ${details}` : message;
+}
+
+// The server lists templates as they lie on the disk. Ours are numbered, from simple to special.
+function sortTemplates() {
+    const folder = decodeURIComponent(import.meta.url).split("/").at(-2);
+    const { getWorkflowTemplates } = app.api;
+    app.api.getWorkflowTemplates = async function () {
+        const found = await getWorkflowTemplates.call(this);
+        found[folder]?.sort();
+        return found;
+    };
+}
+
+// What a workflow reported when it ran last, after a reload or as the workflow of a picture.
 async function showLastRun() {
-    const id = app.rootGraph.id;
+    const id = app.rootGraph.extra?.[RUN];
+    if (!id) return;
     const history = await (await app.api.fetchApi(`/history?max_items=${LAST_RUNS}`)).json();
-    const runs = Object.values(history).filter((run) => run.prompt[3].extra_pnginfo?.workflow?.id === id);
-    for (const [key, output] of Object.entries(runs.at(-1)?.outputs ?? {})) {
+    const run = Object.values(history).find((run) => run.prompt[3].extra_pnginfo?.workflow?.extra?.[RUN] === id);
+    for (const [key, output] of Object.entries(run?.outputs ?? {})) {
         const node = nodeOf(key);
         if (node && !textOn(node)) showReport(node, output);
     }
@@ -248,8 +291,8 @@ app.registerExtension({
     ],
 
     async init() {
-        app.ui.settings.addEventListener("Comfy.Locale.change", (e) => useLanguage(e.detail.value));
-        useLanguage(app.extensionManager.setting.get("Comfy.Locale"));
+        storeLanguage();
+        sortTemplates();
         texts = await (await app.api.fetchApi("/i18n")).json();
     },
 
@@ -266,14 +309,18 @@ app.registerExtension({
     },
 
     beforeRegisterNodeDef(nodeType, nodeData) {
-        // The canvas itself translates all tooltips but those of text boxes.
-        if (isOurs(nodeType))
-            for (const inputs of Object.values(nodeData.input))
-                for (const [name, [, options]] of Object.entries(inputs)) {
-                    const tooltip = textOf(nodeType, name)?.tooltip;
-                    if (options && tooltip) options.tooltip = tooltip;
-                }
         if (!isOurs(nodeType)) return;
+        storeLanguage(); // nodes are registered anew when it changes
+        // The canvas itself translates all tooltips but those of text boxes.
+        for (const inputs of Object.values(nodeData.input))
+            for (const [name, [, options]] of Object.entries(inputs)) {
+                const tooltip = textOf(nodeType, name)?.tooltip;
+                if (options && tooltip) options.tooltip = tooltip;
+            }
+        // The classic canvas keeps room for inputs that are folded away.
+        nodeType.prototype.getLayoutWidgets = function () {
+            return this.widgets?.filter((widget) => this.collapsed || this.isWidgetVisible(widget)) ?? [];
+        };
         const { onExecuted } = nodeType.prototype;
         nodeType.prototype.onExecuted = function (output) {
             onExecuted?.call(this, output);
@@ -290,7 +337,7 @@ app.registerExtension({
             if (widget.element?.placeholder) widget.element.placeholder = widget.label;
             if (widget.type === "combo" && labels)
                 widget.options.getOptionLabel = (value) => labels[value] ?? value ?? "";
-            if (widget.type === "toggle" && language !== "en" && labels)
+            if (widget.type === "toggle" && language() !== "en" && labels)
                 Object.assign(widget.options, { on: labels.true, off: labels.false });
         }
     },

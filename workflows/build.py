@@ -147,6 +147,7 @@ class Template:
     def note(self, column: int, text: str) -> None:
         node = self._place("MarkdownNote", column, NOTE)
         node["properties"] = {"Node name for S&R": "MarkdownNote"}
+        node["title"] = "说明 / Note"
         node["widgets_values"] = [text]
 
     def level(self, *columns: int) -> None:
@@ -429,8 +430,8 @@ def compare_precisions() -> Template:
     """A row for each precision; what they have in common stands left of them."""
     template = Template("compare_precisions", (*WIDTHS, 360))
     parts = _encoders_and_vae(template)
-    prompt = template.add("PrimitiveStringMultiline", 0, "prompt", tall=180, value=CITY)
-    seed = template.add("PrimitiveInt", 0, "seed", value=0)
+    prompt = template.add("PrimitiveStringMultiline", 0, "提示词 / Prompt", tall=180, value=CITY)
+    seed = template.add("PrimitiveInt", 0, "种子 / Seed", value=0)
     template.note(0, _note(
         "比较精度 / Compare precisions",
         "同一个提示词和种子，三种权重精度，一行一种。bfloat16 那一行就要 24 GB 内存；"
@@ -455,30 +456,31 @@ def compare_precisions() -> Template:
     return template
 
 
-BUILDERS = [
+BUILDERS = [  # from simple to special: their numbers in the list of templates
     text_to_image,
     text_to_image_6gb,
     image_to_image,
     inpainting,
-    mixed_with_stock_nodes,
     batch_with_a_grid,
     compare_precisions,
+    mixed_with_stock_nodes,
 ]
 
 
 def files() -> dict[Path, str]:
     """What each file of the templates holds."""
     found = {}
-    for build in BUILDERS:
+    for number, build in enumerate(BUILDERS, 1):
         template = build()
+        file = f"{number}_{template.name}.json"
         canvas = template.canvas()
         graph = to_graph(canvas, template.schemas)
         for node in graph.values():  # so that scripts set the width and height that stand there
             if "size" in node["inputs"]:
                 node["inputs"]["size"] = CUSTOM
         for path, content in (
-            (FOLDER / f"{template.name}.json", canvas),
-            (FOLDER / "api" / f"{template.name}.json", graph),
+            (FOLDER / file, canvas),
+            (FOLDER / "api" / file, graph),
         ):
             found[path] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     return found

@@ -1,12 +1,14 @@
 """ComfyUI's own canvas in headless Chromium."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from comfyui_server import Server
-from majicflux.dev import find_chromium
+from majicflux.dev import NEWEST_CANVAS, find_chromium
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -28,6 +30,21 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session", params=["newest", "pinned"])
+def server(
+    request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A running ComfyUI with the newest canvas, then with the one that it pins."""
+    flags = ["--cpu"]
+    if request.param == "newest":
+        if not NEWEST_CANVAS.is_dir():
+            pytest.skip("NOT TESTED ON THE NEWEST CANVAS: `python dev.py test` installs it")
+        flags += ["--front-end-root", str(NEWEST_CANVAS)]
+    server = Server(Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("c"), models, flags)
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def main() -> None:
                         server.forget_settings()
                     continue
                 picture = example.convert("RGBA").resize((192, 192))
-                if name == "inpainting":
+                if name == "4_inpainting":
                     hole = Image.new("L", picture.size, 255)
                     ImageDraw.Draw(hole).ellipse((40, 20, 150, 120), fill=0)
                     picture.putalpha(hole)
@@ -87,7 +87,7 @@ def opened(browser: Browser, server: Server, locale: str = "en-US") -> Page:
 
 def photograph_plan(page: Page, path: Path) -> None:
     """The pipeline node with the plan of a card that this machine need not have."""
-    workflow = made_small("text_to_image")
+    workflow = made_small()
     (node,) = (node for node in workflow["nodes"] if node["type"] == "MajicFluxPipeline")
     node["widgets_values"][0] = PLANNED_GB
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)

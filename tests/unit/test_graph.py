@@ -25,7 +25,7 @@ from majicflux.workflows import build
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 API_FILES = sorted((WORKFLOWS / "api").glob("*.json"))
-TEXT_TO_IMAGE = WORKFLOWS / "api" / "text_to_image.json"
+TEXT_TO_IMAGE = WORKFLOWS / "api" / "1_text_to_image.json"
 
 
 def read(path: Path) -> dict:
@@ -321,6 +321,9 @@ def test_the_documented_graph_is_the_documented_one() -> None:
     assert nodes["MajicFluxVAELoader"]["file"] == "ae.safetensors"
     sample = nodes["MajicFluxSample"]
     assert sample["prompt"].startswith("A futuristic city street in cyberpunk style, a rainy night")
+    canvas = read(WORKFLOWS / TEXT_TO_IMAGE.name)
+    (note,) = (node for node in canvas["nodes"] if node["type"] == "MarkdownNote")
+    assert "赛博朋克风格的未来城市街道,雨夜," in note["widgets_values"][0]
     assert [sample[n] for n in ("seed", "steps", "width", "height")] == [0, 20, 1024, 1024]
     nodes = read(WORKFLOWS / "text_to_image.json")["nodes"]
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
@@ -379,7 +382,7 @@ def test_changed_values_reach_the_canvas_form(
     schemas = {n: c.define_schema() for n, c in classes.items()}
     changed = read(TEXT_TO_IMAGE)
     set_inputs(changed, ["seed=42", "width=512"], classes)
-    canvas = with_values(read(WORKFLOWS / "text_to_image.json"), changed, schemas)
+    canvas = with_values(read(WORKFLOWS / "1_text_to_image.json"), changed, schemas)
     assert to_graph(canvas, schemas) == changed
 
 
