@@ -215,12 +215,16 @@ class Sample(Node):
             mask = latent.get("noise_mask")
         if mask is not None:
             mask = native.from_mask(mask, image)
+        if size != CUSTOM:
+            width, height = map(int, size.partition(" ")[0].split("x"))
+        asked, sized = (width, height), ""
         if picture is not None:
             height, width = picture.shape[1:3]
         elif latents is not None:
             height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
-        elif size != CUSTOM:
-            width, height = map(int, size.partition(" ")[0].split("x"))
+        if (width, height) != asked:
+            values = {"width": width, "height": height}
+            sized = say("The size is that of the image or latent: {width} x {height}.", **values)
         geometry = pipeline.dit.geometry
 
         def prompt_of(name: str, text: str, conditioning: Any) -> Any:
@@ -257,7 +261,7 @@ class Sample(Node):
         )  # fmt: skip
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)
-        lines = [str(report), sampling.nothing_painted(request), drawn]
+        lines = [str(report), sampling.nothing_painted(request), sized, drawn]
         if positive is None and not lines[1]:
             counts = pipeline.checked_text_encoders.count(prompt)
             lines = [counts.warning, *lines, str(counts)]

@@ -419,7 +419,7 @@ def test_each_kind_of_layer_can_be_stored_otherwise() -> None:
 
 
 def test_the_pipeline_shows_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standalone, "node_text", lambda text, **values: (text, values))
+    monkeypatch.setattr(standalone, "node_text", lambda lines, **values: ("\n".join(lines), values))
     parts = handles("int8 rotated")
     done = PipelineNode.execute(*parts, 0.0, "8-bit")
     assert done.args[0].computing.eight_bit == {torch.int8}

@@ -185,8 +185,18 @@ def test_an_image_encoded_apart_is_the_same_beginning(pipeline: Pipeline) -> Non
     assert torch.allclose(sampled(pipeline, latent=latent, strength=0.5)[1], one, atol=1e-5)
 
 
+def test_a_size_that_a_picture_overrules_is_told(pipeline: Pipeline, monkeypatch) -> None:
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
+    said = "The size is that of the image or latent: 64 x 48."
+    latent = EncodeImage.execute(pipeline, picture()).args[0]
+    for begin in ({"image": picture()}, {"latent": latent}):
+        assert said in output(pipeline, **begin, width=32).ui
+        assert said in output(pipeline, **begin, size="1024x1024 (1:1)").ui
+        assert said not in output(pipeline, **begin).ui
+
+
 def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> None:
-    monkeypatch.setattr(host, "node_text", lambda text, **values: (text, values))
+    monkeypatch.setattr(host, "node_text", lambda lines, **values: ("\n".join(lines), values))
     prompt = {"5": {"inputs": {"seed": -1}}}
     nodes = [{"id": n, "widgets_values": ["a cat", -1, "fixed", 20]} for n in (4, 5)]
     extra = {"workflow": {"nodes": nodes}}
@@ -352,7 +362,7 @@ def test_guidance_is_disabled_as_told(make_pipeline, monkeypatch) -> None:
 
 def test_an_empty_mask_returns_the_original_and_says_so(pipeline: Pipeline, monkeypatch) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(sampling.host, "show_on_node", lambda _, text: shown.append(text))
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: shown.append("\n".join(lines)))
     empty, image = torch.zeros(1, 48, 64), picture()
     for keep in (True, False):
         found, latents = sampled(pipeline, image=image, mask=empty, keep_unmasked=keep)
@@ -425,7 +435,9 @@ def test_each_node_keeps_the_report_of_its_part_and_no_picture(
         return [prompt, latent, found, decoded, output(pipeline, prompt=words, steps=1)]
 
     assert {done.ui for done in run("a dog")} == {None}, "there is no canvas"
-    monkeypatch.setattr(host, "node_text", lambda text, **values: {"text": text, **values})
+    monkeypatch.setattr(
+        host, "node_text", lambda lines, **values: {"text": "\n".join(lines), **values}
+    )
     sample = ["text encoders", "denoising", "VAE decode"]
     parts = [sample[:1], ["VAE encode"], sample[1:2], sample[2:], sample]
     for done, phases in zip(run("a bird"), parts, strict=True):
