@@ -27,7 +27,7 @@ class Decode(Node):
                 "tiled decode",
                 "解码",
                 "VAE解码",
-                "麦橘超然 解码",
+                "麦橘 超然",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -33,7 +33,7 @@ class Denoise(Node):
                 "sampler",
                 "采样",
                 "去噪",
-                "麦橘超然 去噪",
+                "麦橘 超然",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -51,7 +51,6 @@ class DiTLoader(Node):
                 "float8",
                 "load model",
                 "麦橘超然",
-                "麦橘超然 majicflus_v1",  # of two names, it is found before the others
                 "麦橘",
                 "加载模型",
                 "低显存",

@@ -26,7 +26,7 @@ class Doctor(Node):
                 "诊断",
                 "检查",
                 "系统信息",
-                "麦橘超然 诊断",
+                "麦橘 超然",
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[

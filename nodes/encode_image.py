@@ -24,7 +24,7 @@ class EncodeImage(Node):
                 "Encodes pictures as LATENT with the pipeline's VAE, in bands that keep to its "
                 "VRAM budget, without seams."
             ),
-            search_aliases=["vae encode", "图片编码", "VAE编码", "麦橘超然 编码"],
+            search_aliases=["vae encode", "图片编码", "VAE编码", "麦橘 超然"],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.Image.Input(

@@ -28,7 +28,7 @@ class EncodePrompt(Node):
                 "prompt",
                 "提示词",
                 "编码提示词",
-                "麦橘超然 提示词",
+                "麦橘 超然",
             ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -38,7 +38,7 @@ class PipelineNode(Node):
                 "显存",
                 "CPU卸载",
                 "流水线",
-                "麦橘超然 流水线",
+                "麦橘 超然",
             ],
             inputs=[
                 DiTHandle.Input("dit", tooltip="From the Majic float8 DiT loader."),

@@ -30,7 +30,7 @@ class TextEncodersNode(Node):
                 "文本编码器",
                 "提示词",
                 "加载CLIP",
-                "麦橘超然 文本编码器",
+                "麦橘 超然",
             ],
             inputs=[
                 io.Combo.Input(

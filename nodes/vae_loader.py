@@ -24,7 +24,7 @@ class VAELoader(Node):
                 "ae.safetensors",
                 "变分自编码器",
                 "加载VAE",
-                "麦橘超然 VAE",
+                "麦橘 超然",
             ],
             inputs=[
                 io.Combo.Input(

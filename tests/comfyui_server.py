@@ -127,12 +127,12 @@ class Server(ComfyUI):
             for path, content in before.items():
                 path.write_bytes(content)
 
-    def forget_settings(self) -> None:
-        """Those of a user whom the canvas need not introduce itself to, and who chose nothing.
+    def forget_settings(self, **chosen: Any) -> None:
+        """Those of a user whom the canvas need not introduce itself to, and what else he chose.
 
         The canvas checks what it opens against its own schema of workflows.
         """
-        self.settings_file.write_text(json.dumps(SETTINGS), encoding="utf-8")
+        self.settings_file.write_text(json.dumps(SETTINGS | chosen), encoding="utf-8")
 
     def run(
         self,

@@ -272,6 +272,24 @@ function sortTemplates() {
     };
 }
 
+const nextFrame = () => new Promise(requestAnimationFrame);
+
+// The canvas shows the whole of a template, however small; a large one of ours begins legibly.
+function openTemplatesLegibly() {
+    const { loadGraphData } = app;
+    app.loadGraphData = async function (graph, clean, restore, workflow, options, ...rest) {
+        const loaded = await loadGraphData.call(this, graph, clean, restore, workflow, options, ...rest);
+        if (options?.openSource !== "template" || !ourNodes().length) return loaded;
+        await nextFrame();
+        await nextFrame(); // which the canvas chooses its view in
+        const { ds } = app.canvas;
+        const { scale, offset } = graph.extra?.ds ?? {};
+        if (ds.scale < scale) Object.assign(ds, { scale, offset });
+        app.canvas.setDirty(true, true);
+        return loaded;
+    };
+}
+
 // What a workflow reported when it ran last, after a reload or as the workflow of a picture.
 async function showLastRun() {
     const id = app.rootGraph.extra?.[RUN];
@@ -299,6 +317,7 @@ app.registerExtension({
     setup() {
         addColors();
         followRuns();
+        openTemplatesLegibly();
     },
 
     beforeConfigureGraph: useFileThatIsThere,

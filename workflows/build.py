@@ -38,11 +38,11 @@ SCALE, OFFSET = 0.66, (110, 190)
 # What a node needs beyond its sockets and widgets: for its report, its picture, Nodes 2.0's badge.
 ROOM = {
     "MajicFluxDiTLoader": 120,
-    "MajicFluxTextEncoders": 80,
-    "MajicFluxVAELoader": 60,
+    "MajicFluxTextEncoders": 84,
+    "MajicFluxVAELoader": 84,
     "MajicFluxPipeline": 200,
-    "MajicFluxSample": 150,
-    "MajicFluxDenoise": 150,
+    "MajicFluxSample": 30,
+    "MajicFluxDenoise": 100,
     "LoadImage": 280,
 }
 # Folded away, in a template as it opens.

@@ -33,31 +33,46 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session", params=["newest", "pinned"])
+def newest(request: pytest.FixtureRequest) -> bool:
+    """Whether the canvas is the newest one, or else that which ComfyUI pins."""
+    if request.param == "newest" and not NEWEST_CANVAS.is_dir():
+        pytest.skip("NOT TESTED ON THE NEWEST CANVAS: `python dev.py test` installs it")
+    return request.param == "newest"
+
+
+@pytest.fixture(scope="session")
 def server(
-    request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
+    newest: bool, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A running ComfyUI with the newest canvas, then with the one that it pins."""
-    flags = ["--cpu"]
-    if request.param == "newest":
-        if not NEWEST_CANVAS.is_dir():
-            pytest.skip("NOT TESTED ON THE NEWEST CANVAS: `python dev.py test` installs it")
-        flags += ["--front-end-root", str(NEWEST_CANVAS)]
+    """A running ComfyUI with the pack and the demo models."""
+    flags = ["--cpu", *(["--front-end-root", str(NEWEST_CANVAS)] if newest else [])]
     server = Server(Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("c"), models, flags)
     yield server
     server.stop()
 
 
 @pytest.fixture
-def open_canvas(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
-    """Open a workflow as the canvas does when a file is dropped on it."""
+def open_canvas(browser: Browser, server: Server, newest: bool) -> Iterator[Callable[..., Page]]:
+    """Open a workflow as the canvas does when a file is dropped on it, or none.
+
+    nodes2: in Nodes 2.0, which is for most what they see in the newest canvas.
+    """
     pages = []
 
-    def open_workflow(workflow: dict, language: str = "en-US") -> Page:
-        page = browser.new_page(viewport={"width": 1600, "height": 900}, locale=language)
+    def open_workflow(
+        workflow: dict | None,
+        language: str = "en-US",
+        nodes2: bool = newest,
+        size: tuple[int, int] = (1600, 900),
+    ) -> Page:
+        server.forget_settings(**{"Comfy.VueNodes.Enabled": nodes2})
+        width, height = size
+        page = browser.new_page(viewport={"width": width, "height": height}, locale=language)
         pages.append(page)
         page.goto(f"http://{server.address}")
         page.wait_for_function(READY, timeout=60_000)
-        page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+        if workflow is not None:
+            page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
         return page
 
     yield open_workflow

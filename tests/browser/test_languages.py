@@ -43,8 +43,15 @@ SPOTS = """() => {
         [node.pos[0] + 60, node.pos[1] - 15],
         ...node.inputs.map((_, i) => node.getInputPos(i)),
         ...node.outputs.map((_, i) => node.getOutputPos(i)),
-        ...drawn.map(w => [node.pos[0] + node.size[0] / 2, node.pos[1] + w.y + 10]),
+        ...drawn.filter(w => node.isWidgetVisible(w)).map(
+            w => [node.pos[0] + node.size[0] / 2, node.pos[1] + w.y + 10]),
     ].map(([x, y]) => [(x + ds.offset[0]) * ds.scale, (y + ds.offset[1]) * ds.scale]); }"""
+# As if cfg were not 1, an image linked and the rare inputs asked for.
+UNFOLD = """() => {
+    const node = app.rootGraph.nodes.find(n => n.type === "MajicFluxSample");
+    node.showAdvanced = true;
+    for (const w of node.widgets) w.hidden = w.options.hidden = false;
+    node.setSize([node.size[0], 900]); }"""
 SELECT = "type => app.canvas.selectItems(app.rootGraph.nodes.filter(n => n.type === type))"
 
 
@@ -78,7 +85,7 @@ def test_titles_labels_and_category_are_in_the_language_of_the_browser(
 
 @pytest.fixture
 def chinese(open_canvas) -> Page:
-    page = open_canvas(WORKFLOW, "zh-CN")
+    page = open_canvas(WORKFLOW, "zh-CN", nodes2=False)  # of which the tests know the places
     page.wait_for_function(IN_ITS_LANGUAGE, arg="麦橘采样")
     page.evaluate("workflow => app.loadGraphData(workflow)", WORKFLOW)
     return page
@@ -96,6 +103,7 @@ def test_no_english_is_left_on_any_node(chinese: Page) -> None:
 
 
 def test_every_tooltip_under_the_mouse_is_chinese(chinese: Page) -> None:
+    chinese.evaluate(UNFOLD)
     chinese.evaluate("app.extensionManager.setting.set('LiteGraph.Node.TooltipDelay', 0)")
     node = texts("zh", "nodeDefs.json")["MajicFluxSample"]
     said = {node["description"]}
@@ -123,6 +131,8 @@ def test_chinese_words_find_the_nodes(chinese: Page) -> None:
 
 
 def test_a_choice_is_queued_and_saved_as_it_is_known_to_the_node(chinese: Page) -> None:
+    chinese.evaluate(UNFOLD)
+    chinese.wait_for_timeout(500)
     solver = "app.rootGraph.getNodeById(5).widgets.find(w => w.name === 'solver')"
     x, y = chinese.evaluate(
         "() => { const n = app.rootGraph.getNodeById(5), { ds } = app.canvas;"
