@@ -227,7 +227,7 @@ function followRuns() {
     api.queuePrompt = async function (number, prompt, ...rest) {
         const graph = app.rootGraph.id;
         const run = { [RUN]: crypto.getRandomValues(new Uint32Array(2)).join("-") };
-        for (const owner of [app.rootGraph, prompt.workflow]) if (owner) owner.extra = { ...owner.extra, ...run };
+        for (const owner of ourNodes().length ? [app.rootGraph, prompt.workflow] : []) if (owner) owner.extra = { ...owner.extra, ...run };
         try {
             const queued = await queuePrompt.call(this, number, prompt, ...rest);
             graphs.set(queued.prompt_id, graph);

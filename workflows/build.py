@@ -323,13 +323,13 @@ def text_to_image(name: str = "text_to_image", budget: float = 0.0, note: str = 
 
 
 def text_to_image_6gb() -> Template:
-    return text_to_image("text_to_image_6gb", 6.0, _note(
+    return text_to_image("text_to_image_6gb", 5.0, _note(
         "6 GB 显存文生图 / Text to image on 6 GB",
-        "权重和计算加在一起不超过 6 GB 显存，其余权重留在内存里，逐块搬到显卡上。"
-        "驱动另外还要 0.3 到 0.6 GB：这张卡还接着显示器时，可以填 5。",
-        "Weights and calculation together hold at most 6 GB of the card; the other weights stay "
-        "in CPU memory and visit it block by block. The driver takes 0.3 to 0.6 GB more: with a "
-        "screen on the same card, try 5.",
+        "权重和计算加在一起不超过 5 GB 显存，其余权重留在内存里，逐块搬到显卡上。"
+        "6 GB 的卡上剩下的留给驱动（0.3 到 0.6 GB）和显示器。",
+        "Weights and calculation together hold at most 5 GB of the card; the other weights stay "
+        "in CPU memory and visit it block by block. What is left of 6 GB is for the driver (0.3 to "
+        "0.6 GB) and a screen.",
         CITY_IN_CHINESE,
     ))  # fmt: skip
 
