@@ -55,12 +55,12 @@ class TextEncoders:
     patcher: Patcher
     clip_tokenizer: Any
     t5_tokenizer: Any
+    # Of these weights and tokenizers: others begin with nothing.
     _remembered: OrderedDict[tuple[Segments, int], TextEmbedding] = field(
-        default_factory=OrderedDict, repr=False
+        default_factory=OrderedDict, repr=False, init=False
     )
-
     _read: OrderedDict[str, tuple[Segments, Tokens]] = field(
-        default_factory=OrderedDict, repr=False
+        default_factory=OrderedDict, repr=False, init=False
     )
 
     def read(

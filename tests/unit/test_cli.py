@@ -153,7 +153,7 @@ def test_where_pictures_go_and_come_from_is_tried_before_models_load(
     done = majicflux(tmp_path, *run, "--output", "file")
     assert done.returncode == 1
     assert "cannot be written: " in done.stderr
-    done = majicflux(tmp_path, "run", WORKFLOW.with_name("image_to_image.json"), *run[2:4])
+    done = majicflux(tmp_path, "run", WORKFLOW.with_name("3_image_to_image.json"), *run[2:4])
     assert done.returncode == 1
     assert "There is no picture input/" in done.stderr
 
