@@ -204,7 +204,7 @@ def paint(
         if any(isinstance(prompt, str) for prompt in request.prompts):
             names.insert(0, TEXT)
     job = _job_of(pipeline, request, preview_bytes, before_block)
-    run = Run(pipeline, job, names, before_block)
+    run = Run(pipeline, job, names, before_block, on_phase)
     prompts = run.encode_prompts(request.prompts) if DENOISING in names else []
     clean = request.latents if request.picture is None else run.encode_pictures(request.picture)
     task = request.task(clean)

@@ -87,7 +87,11 @@ def test_progress_counts_the_steps_of_a_guided_second_order_solver(
     assert values == sorted({*values})
     assert (values[-1], {p["max"] for p in sampled}) == (STEPS, {STEPS})
     assert run.previews == STEPS
-    labels = [text for node, text in run.live_texts if node == "5" and text.startswith("step ")]
+    told = [text for node, text in run.live_texts if node == "5"]
+    phases = [text for text in told if text.endswith("…")]
+    assert phases == ["text encoders …", "denoising …", "VAE decode …"]
+    labels = [text for text in told if text.startswith("step ")]
+    assert labels[0].endswith(" s left")
     assert [label.split()[1] for label in labels] == ["1", "2", "3"]
     assert re.fullmatch(rf"step {STEPS} of {STEPS}, \d+\.\d\d s a step", labels[-1])
 

@@ -297,3 +297,21 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
     for (resident, ring, largest), phase in zip(taken, planned.values(), strict=True):
         assert largest <= ring
         assert resident + ring <= phase.resident
+
+
+def test_each_phase_is_told_as_it_begins(make_pipeline) -> None:
+    pipeline, told = make_pipeline(), []
+    picture = torch.rand(1, 64, 64, 3)
+    request = replace(REQUEST, picture=picture)
+    nothing = lambda *_: None  # noqa: E731
+    _, latents, report = paint(pipeline, request, nothing, nothing, on_phase=told.append)
+    whole = ["text encoders", "VAE encode", "denoising", "VAE decode"]
+    assert told == [phase.name for phase in report.phases] == whole
+    told.clear()
+    pipeline.text_encoders.forget()
+    prompts, _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing, told.append)
+    latents, _ = pipeline_module.encode_pictures(pipeline, picture, nothing, told.append)
+    request = replace(REQUEST, prompt=prompts[0], latents=latents)
+    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_phase=told.append)
+    pipeline_module.decode(pipeline, latents, nothing, told.append)
+    assert told == whole
