@@ -93,7 +93,7 @@ def test_progress_counts_the_steps_of_a_guided_second_order_solver(
     labels = [text for text in told if text.startswith("step ")]
     assert labels[0].endswith(" s left")
     assert [label.split()[1] for label in labels] == ["1", "2", "3"]
-    assert re.fullmatch(rf"step {STEPS} of {STEPS}, \d+\.\d\d s a step", labels[-1])
+    assert re.fullmatch(rf"step {STEPS} of {STEPS}, \d+\.\d\d s a step, 0 s left", labels[-1])
 
 
 def test_a_new_seed_each_time_is_written_into_the_picture(server: Server, graph: dict) -> None:
