@@ -92,7 +92,7 @@ def photograph_plan(page: Page, path: Path) -> None:
     node["widgets_values"][0] = PLANNED_GB
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.get_by_role("button", name=re.compile("Run|运行")).first.click()
-    page.wait_for_function(ALL_SHOWN, timeout=120_000)
+    page.wait_for_function(ALL_SHOWN, timeout=60_000)
     text = TEXT.format(node=node["id"])
     page.wait_for_function(text.replace(".value", "?.value"), timeout=30_000)
     page.evaluate(f"text => {{ {text} = text }}", a_real_plan((None, None)))
@@ -106,7 +106,7 @@ def photograph_plan(page: Page, path: Path) -> None:
 def photograph(page: Page, name: str) -> None:
     page.evaluate("workflow => app.loadGraphData(workflow)", made_small(name))
     page.get_by_role("button", name="Run").first.click()
-    page.wait_for_function(ALL_SHOWN, timeout=120_000)
+    page.wait_for_function(ALL_SHOWN, timeout=60_000)
     boxes = [box for _, box in page.evaluate(BOXES)]
     left, top = (min(box[side] for box in boxes) - EDGE for side in (0, 1))
     right, bottom = (max(box[side] for box in boxes) + EDGE for side in (2, 3))

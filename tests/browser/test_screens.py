@@ -4,6 +4,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from browser.conftest import READY
 from browser.test_canvas import (
     ALL_SHOWN,
     BOXES,
@@ -35,7 +36,8 @@ DONE = """outputs => { for (const node of app.rootGraph.nodes) if (outputs[node.
 CLIPPED = """() => [...document.querySelectorAll(".majicflux_text, [data-capture-wheel] textarea, "
     + "textarea.comfy-multiline-input")].filter(e => e.checkVisibility()
         && e.scrollHeight > e.clientHeight + 1).map(e => e.value ?? e.innerText)"""
-LINES = """() => [...document.querySelectorAll(".majicflux_text")].map(e => e.innerText)"""
+LINES = """() => [...document.querySelectorAll(".majicflux_text")].filter(
+    e => e.checkVisibility() && e.innerText.trim()).map(e => e.innerText)"""
 
 
 def outputs() -> dict[str, dict[str, Any]]:
@@ -88,7 +90,7 @@ def test_templates_open_legibly_and_nothing_overlaps_or_is_cut_off(
         for text in page.evaluate(LINES):
             shown = [line.strip() for line in text.strip().splitlines()]
             of = [o["text"].splitlines() for o in done.values() if o["text"] in text]
-            assert any([line.strip() for line in lines] == shown[-len(lines) :] for lines in of)
+            assert any([x.strip() for x in lines] == shown[-len(lines) :] for lines in of), text
         if not nodes2:
             heights = "() => app.rootGraph.nodes.map(n => [n.type, n.size[1]])"
             for kind, tall in page.evaluate(heights):
@@ -122,7 +124,7 @@ def test_a_new_user_is_five_clicks_from_the_first_picture(
         ".widgets.find(w => w.name === 'size').value = 'width x height' }"
     )
     press_run(page)
-    page.wait_for_function(ALL_SHOWN, timeout=120_000)
+    page.wait_for_function(ALL_SHOWN, timeout=60_000)
 
 
 @pytest.mark.parametrize(("language", "word"), [("zh-CN", "麦橘超然"), ("en-US", "majicflux")])
@@ -153,8 +155,9 @@ def test_the_console_names_nothing_of_ours(open_canvas, server: Server) -> None:
                 if m.type in ("error", "warning") else None)  # fmt: skip
         page.on("pageerror", lambda error, lines=lines: lines.append(str(error)))
         page.reload()
-        page.wait_for_timeout(8000)
+        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_timeout(2000)
         page.evaluate("workflow => app.loadGraphData(workflow)", made_small())
         press_run(page)
-        page.wait_for_function(ALL_SHOWN, timeout=120_000)
+        page.wait_for_function(ALL_SHOWN, timeout=60_000)
     assert set(said[True]) <= set(said[False])
