@@ -17,6 +17,7 @@ const PANEL = "majicflux_text"; // our widget that shows a text
 const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
 const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of
+const DOCTOR_WIDTH = 480; // its text has long lines, and many
 const LAST_RUNS = 20; // of the history, in which that may be
 const graphs = new Map(); // of the prompts that this page has queued
 let running; // the prompt
@@ -350,6 +351,7 @@ app.registerExtension({
     nodeCreated(node) {
         if (!isOurs(node)) return;
         watchIdle(node);
+        if (node.comfyClass === "MajicFluxDoctor") node.setSize([DOCTOR_WIDTH, node.size[1]]);
         for (const widget of node.widgets ?? []) {
             const labels = textOf(node, widget.name)?.options;
             if (widget.name === CONTROL) widget.tooltip = textOf(node, CONTROL)?.tooltip;

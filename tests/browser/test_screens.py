@@ -127,6 +127,26 @@ def test_a_new_user_is_five_clicks_from_the_first_picture(
     page.wait_for_function(ALL_SHOWN, timeout=60_000)
 
 
+@pytest.mark.parametrize("nodes2", [True, False])
+def test_a_doctor_from_the_menu_is_as_large_as_its_text(open_canvas, nodes2: bool) -> None:
+    page = open_canvas(made_small(), nodes2=nodes2)
+    page.evaluate(
+        "() => { const node = LiteGraph.createNode('MajicFluxDoctor');"
+        " node.pos = [1700, 0]; app.rootGraph.add(node) }"
+    )
+    text = "\n".join(
+        ["MajicFlux: a line as long as those that tell of the card and the files"] * 30
+    )
+    page.evaluate(DONE, {"MajicFluxDoctor": {"text": text}})
+    page.wait_for_timeout(700)
+    assert page.evaluate(CLIPPED) == []
+    width, height = page.evaluate(
+        "[...app.rootGraph.nodes.find(n => n.type === 'MajicFluxDoctor').size]"
+    )
+    assert width >= 400
+    assert 450 < height < 800, "two lines, or one column of words"
+
+
 @pytest.mark.parametrize(("language", "word"), [("zh-CN", "麦橘超然"), ("en-US", "majicflux")])
 def test_the_brand_finds_the_sample_node_first(open_canvas, language: str, word: str) -> None:
     page = open_canvas(None, language)
