@@ -13,6 +13,7 @@ from .plan import MB, WORKSPACE_BYTES, Card
 from .products import Computing
 
 MEASURING_BYTES = 256 * MB
+_measured: dict[tuple[torch.device, Computing], Card] = {}
 ONES = 0x38  # in each byte: a number of about 1 in float8, small ones in other formats
 
 
@@ -28,13 +29,20 @@ def card_of(device: torch.device, computing: Computing | None = None, rates: boo
     try:
         product = _product_rate(device, eight_bit[0] if eight_bit else computing.dtype)
         attention = _attention_rate(device, computing.dtype)
-        return Card(workspace, fused, copy_rate(device), product, attention)
+        card = Card(workspace, fused, copy_rate(device), product, attention)
+        _measured[device, computing] = card
+        return card
     except RuntimeError as error:
         if not ran_out(error):
             raise
         return Card(workspace, fused)
     finally:
         allocator_of(device).give_back()
+
+
+def measured_card(device: torch.device, computing: Computing) -> Card | None:
+    """With its rates, if they were measured before."""
+    return _measured.get((device, computing))
 
 
 @cache

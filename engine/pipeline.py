@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..messages import say
 from .allocator import ran_out
-from .card import MEASURING_BYTES, card_of
+from .card import MEASURING_BYTES, card_of, measured_card
 from .conditioning import Conditions, conditions_of
 from .denoise import flux_velocity
 from .flux_dit import DiT
@@ -38,10 +38,10 @@ PAINTING = (TEXT, DENOISING, DECODE)
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
 
 Component: TypeAlias = DiT | TextEncoders | VAE
-OnPhase: TypeAlias = Callable[[str], None]
+OnPhase: TypeAlias = Callable[[str, float | None], None]
 
 
-def _ignore(name: str) -> None:
+def _ignore(name: str, seconds: float | None) -> None:
     pass
 
 
@@ -124,16 +124,18 @@ class Pipeline:
     def plan(self, job: Job, names: Sequence[str] | None = None, rates: bool = False) -> Plan:
         """How the phases of these names would use the device, as far as it is free now.
 
-        names: all of `painting` by default; rates: predict the seconds of a step too, from rates
-        that are measured the first time.
+        names: all of `painting` by default; rates: have the rates that the seconds of a step are
+        predicted from measured, if they are not yet.
         """
         names = self.painting if names is None else names
         phases = tuple(self._plan_phase(name, job) for name in names)
-        seconds = None
+        card = measured_card(self.dit.patcher.device, self.computing)
         if rates:
             self.dit.patcher.load(MEASURING_BYTES, self.dit.weights.resident_bytes)
             card = card_of(self.dit.patcher.device, self.computing, rates)
-            denoising = next(phase for phase in phases if phase.name == DENOISING)
+        denoising = next((phase for phase in phases if phase.name == DENOISING), None)
+        seconds = None
+        if card is not None and denoising is not None:
             seconds = step_seconds(denoising, self.dit.geometry, job, card)
         budgets = (self._budget(self.component(name)) for name in names)
         budget = min((budget for budget in budgets if budget is not None), default=None)
@@ -191,7 +193,7 @@ def paint(
     of a prompt that is read, and may raise.
 
     preview_bytes: of the device, that `on_pass` takes; on_phase: called with the name of each phase
-    that begins.
+    that begins, and its seconds where they are predicted.
 
     Returns float32 RGB [batch, height, width, 3] in 0..1 and the float32 latents
     [batch, 16, height/8, width/8] in model space, both on the CPU, and what the run used.
@@ -398,8 +400,9 @@ class Run:
         unless cfg is 1."""
         dit, computing = self.pipeline.dit, self.pipeline.computing
         device, module = dit.patcher.device, dit.weights.module
-        with self.phase(DENOISING) as (plan, work):
-            through = passes(task.solver, task.sigmas)
+        through, seconds = passes(task.solver, task.sigmas), self.plan.seconds
+        predicted = None if seconds is None else seconds * through
+        with self.phase(DENOISING, predicted) as (plan, work):
             visits = dit.weights.running_on(device, self.before_block, through, plan.ring, work)
             given = (guidance, computing.dtype, device, latents_dtype, task.sigmas)
 
@@ -424,9 +427,9 @@ class Run:
         return None if component.patcher.device == CPU else self.plan.budget_bytes
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[tuple[Phase, Work]]:
+    def phase(self, name: str, seconds: float | None = None) -> Iterator[tuple[Phase, Work]]:
         """Memory as planned for one component; the others give way as far as it takes."""
-        self.on_phase(name)
+        self.on_phase(name, seconds)
         plan = next(phase for phase in self.plan.phases if phase.name == name)
         component = self.pipeline.component(name)
         device = component.patcher.device

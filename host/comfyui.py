@@ -185,9 +185,17 @@ def show_on_node(node_id: str | None, text: str) -> None:
         instance.send_sync(TEXT_EVENT, {"node": node_id, "text": text}, instance.client_id)
 
 
-def phase_teller(node_id: str | None) -> Callable[[str], None]:
-    """A function to call with the name of each phase that begins: the node shows it."""
-    return lambda name: show_on_node(node_id, say("{phase} …", phase=say(name)))
+def phase_teller(node_id: str | None) -> Callable[[str, float | None], None]:
+    """A function to call with the name of each phase that begins, and its seconds where they are
+    predicted: the node shows them."""
+
+    def tell(name: str, seconds: float | None) -> None:
+        text = say("{phase} …", phase=say(name))
+        if seconds is not None:
+            text = say("{phase} …, about {seconds:.0f} s", phase=say(name), seconds=seconds)
+        show_on_node(node_id, text)
+
+    return tell
 
 
 def node_text(lines: Sequence[str], **values: Any) -> dict[str, Any]:

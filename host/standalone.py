@@ -208,9 +208,9 @@ def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
 
 
-def phase_teller(node_id: str | None) -> "Callable[[str], None]":
+def phase_teller(node_id: str | None) -> "Callable[[str, float | None], None]":
     """Nothing to show it on: the log has a line of each phase when it ends."""
-    return lambda name: None
+    return lambda name, seconds: None
 
 
 def node_text(lines: "Sequence[str]", **values: Any) -> None:

@@ -11,8 +11,10 @@ from majicflux.engine import pipeline as pipeline_module
 from majicflux.engine import vae_bands
 from majicflux.engine.memory import Memory
 from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import BudgetError
+from majicflux.engine.plan import BudgetError, Card
+from majicflux.engine.planning import step_seconds
 from majicflux.engine.request import Request
+from majicflux.engine.solvers import heun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
@@ -299,19 +301,25 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
         assert resident + ring <= phase.resident
 
 
-def test_each_phase_is_told_as_it_begins(make_pipeline) -> None:
+def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     pipeline, told = make_pipeline(), []
     picture = torch.rand(1, 64, 64, 3)
     request = replace(REQUEST, picture=picture)
     nothing = lambda *_: None  # noqa: E731
-    _, latents, report = paint(pipeline, request, nothing, nothing, on_phase=told.append)
-    whole = ["text encoders", "VAE encode", "denoising", "VAE decode"]
-    assert told == [phase.name for phase in report.phases] == whole
+    tell = lambda *phase: told.append(phase)  # noqa: E731
+    _, latents, report = paint(pipeline, request, nothing, nothing, on_phase=tell)
+    whole = [(name, None) for name in ("text encoders", "VAE encode", "denoising", "VAE decode")]
+    assert told == [(phase.name, None) for phase in report.phases] == whole, "no rates are known"
     told.clear()
     pipeline.text_encoders.forget()
-    prompts, _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing, told.append)
-    latents, _ = pipeline_module.encode_pictures(pipeline, picture, nothing, told.append)
-    request = replace(REQUEST, prompt=prompts[0], latents=latents)
-    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_phase=told.append)
-    pipeline_module.decode(pipeline, latents, nothing, told.append)
-    assert told == whole
+    prompts, _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing, tell)
+    latents, _ = pipeline_module.encode_pictures(pipeline, picture, nothing, tell)
+    request = replace(REQUEST, prompt=prompts[0], latents=latents, solver=heun)
+    card = Card(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
+    monkeypatch.setattr(pipeline_module, "measured_card", lambda *_: card)
+    (denoising,) = pipeline.plan(request.job, ["denoising"]).phases
+    a_step = step_seconds(denoising, pipeline.dit.geometry, request.job, card)
+    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_phase=tell)
+    pipeline_module.decode(pipeline, latents, nothing, tell)
+    assert told == [*whole[:2], ("denoising", request.passes * a_step), whole[3]]
+    assert request.passes == 3, "of two steps, the last of which has one"
