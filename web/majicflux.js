@@ -18,6 +18,7 @@ const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting,
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
 const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of
 const DOCTOR_WIDTH = 480; // its text has long lines, and many
+const BOX = 110; // of a prompt in Nodes 2.0, at least; pixels
 const LAST_RUNS = 20; // of the history, in which that may be
 const graphs = new Map(); // of the prompts that this page has queued
 let running; // the prompt
@@ -110,17 +111,23 @@ function drawn(parts) {
     return [bar, legend];
 }
 
+// Nodes 2.0 gives a text box less room than the classic canvas, which knows no smaller one.
+function heightNeeded(node) {
+    const box = LiteGraph.vueNodesMode && node.widgets.some((widget) => widget.element?.tagName === "TEXTAREA");
+    return node.computeSize()[1] + (box ? BOX : 0);
+}
+
 // Nodes are made as high as their text needs, and lower again if it was the text that needed it.
 function show(node, text, wrong = false, bar = []) {
     let panel = panelOf(node);
     if (!panel && !text) return;
     panel ??= addPanel(node);
     const { element, needed } = panel;
-    const fitted = needed.height && node.size[1] <= node.computeSize()[1] + 1;
+    const fitted = needed.height && node.size[1] <= heightNeeded(node) + 1;
     element.replaceChildren(...(bar.length ? drawn(bar) : []), text);
     element.classList.toggle("wrong", wrong);
     needed.height = text ? heightOf(element, node.size[0] - 20) + 20 : 0;
-    const height = node.computeSize()[1];
+    const height = heightNeeded(node);
     node.setSize([node.size[0], fitted ? height : Math.max(node.size[1], height)]);
     node.setDirtyCanvas(true, true);
 }

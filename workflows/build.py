@@ -41,7 +41,7 @@ ROOM = {
     "MajicFluxTextEncoders": 84,
     "MajicFluxVAELoader": 84,
     "MajicFluxPipeline": 200,
-    "MajicFluxSample": 30,
+    "MajicFluxSample": 52,
     "MajicFluxDenoise": 100,
     "LoadImage": 280,
 }

@@ -21,11 +21,10 @@ from browser.test_canvas import (
     ALL_SHOWN,
     BOXES,
     NAMES,
-    TEXT,
     WORKFLOWS,
-    a_real_plan,
     made_small,
 )
+from browser.test_screens import DONE, outputs
 
 from comfyui_server import Server
 from majicflux.loaders.demo_models import write_demo_models
@@ -34,7 +33,6 @@ from majicflux.messages import speak
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
 DOCS = Path(__file__).parents[2] / "web" / "docs"
 PLANNED_GB = 8.0  # as in a_real_plan
-EMPTY = 90  # of the node below its plan
 SIZE = (1200, 1000)  # of the pictures, at most
 SHOW = """([left, top, scale, x, y]) => {
     app.canvas.deselectAll();
@@ -93,13 +91,11 @@ def photograph_plan(page: Page, path: Path) -> None:
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.get_by_role("button", name=re.compile("Run|运行")).first.click()
     page.wait_for_function(ALL_SHOWN, timeout=60_000)
-    text = TEXT.format(node=node["id"])
-    page.wait_for_function(text.replace(".value", "?.value"), timeout=30_000)
-    page.evaluate(f"text => {{ {text} = text }}", a_real_plan((None, None)))
+    page.evaluate(DONE, {"MajicFluxPipeline": outputs(None, None)["MajicFluxPipeline"]})
     left, top, right, bottom = dict(page.evaluate(BOXES))["MajicFluxPipeline"]
     page.evaluate(SHOW, [left, top, 1, MARGIN, TOP])
     page.wait_for_timeout(1000)
-    clip = {"x": MARGIN, "y": TOP, "width": right - left, "height": bottom - top - EMPTY}
+    clip = {"x": MARGIN, "y": TOP, "width": right - left, "height": bottom - top}
     Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB").save(path, optimize=True)
 
 

@@ -5,6 +5,7 @@ import re
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser.conftest import READY
@@ -224,13 +225,15 @@ def test_a_run_says_where_it_is_and_that_it_was_stopped(open_canvas) -> None:
     )
 
 
-def a_real_plan(rates: tuple[float, float] | tuple[None, None] = (25.0, 300.0)) -> str:
-    """The longest text: a transformer of which a part visits, and a prediction."""
+def a_real_plan(*rates: float | None) -> dict[str, Any]:
+    """The longest text: a transformer of which a part visits, and a prediction; and its bar."""
     job = (1024, 1024, 1, 20)
+    rates = rates or (25.0, 300.0)
     plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], job, 8.0, True, *rates)
     card, formats = "NVIDIA GeForce RTX 4060 Laptop GPU", "float8_e4m3fn, bfloat16"
     computing = say("computes in {formats} on {device}", formats=formats, device=card)
-    return say("transformer: {report}", report=computing) + f"\n{plan}"
+    text = say("transformer: {report}", report=computing) + f"\n{plan}"
+    return {"text": text, "bar": plan.bar()}
 
 
 def a_real_report() -> str:

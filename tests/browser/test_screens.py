@@ -33,14 +33,15 @@ DONE = """outputs => { for (const node of app.rootGraph.nodes) if (outputs[node.
     app.api.dispatchCustomEvent("executed", { node: node.id, display_node: node.id,
         output: { majicflux: [outputs[node.type]] } }) }"""
 # The words of which a part cannot be seen. Notes may be scrolled.
-CLIPPED = """() => [...document.querySelectorAll(".majicflux_text, [data-capture-wheel] textarea, "
-    + "textarea.comfy-multiline-input")].filter(e => e.checkVisibility()
-        && e.scrollHeight > e.clientHeight + 1).map(e => e.value ?? e.innerText)"""
+CLIPPED = """() => [...document.querySelectorAll(
+    ".majicflux_text, [data-node-id] textarea, textarea.comfy-multiline-input")].filter(
+        e => e.checkVisibility() && e.scrollHeight > e.clientHeight + 1
+    ).map(e => e.value ?? e.innerText)"""
 LINES = """() => [...document.querySelectorAll(".majicflux_text")].filter(
     e => e.checkVisibility() && e.innerText.trim()).map(e => e.innerText)"""
 
 
-def outputs() -> dict[str, dict[str, Any]]:
+def outputs(*rates: float | None) -> dict[str, dict[str, Any]]:
     """The longest texts that nodes show, in the language of the messages."""
     dit = say(
         "Flux.1 transformer, {blocks} blocks of width {width}, {size}",
@@ -48,11 +49,10 @@ def outputs() -> dict[str, dict[str, Any]]:
         width=3072,
         size="11.90 B, 11.91 GB: float8_e4m3fn 98%, bfloat16 2%, 123.4 s",
     )
-    bar = [(say(name), 2 * 2**30) for name in ("resident", "visiting", "working", "free")]
     return {
         "MajicFluxDiTLoader": {"text": f"majicflus_v1.safetensors: {dit}"},
         "MajicFluxTextEncoders": {"text": f"clip_l.safetensors, t5xxl_fp16.safetensors: {dit}"},
-        "MajicFluxPipeline": {"text": a_real_plan(), "bar": bar},
+        "MajicFluxPipeline": a_real_plan(*rates),
         "MajicFluxSample": {"text": a_real_report()},
         "MajicFluxDenoise": {"text": a_real_report()},
     }
