@@ -105,13 +105,14 @@ def test_no_english_is_left_on_any_node(chinese: Page) -> None:
 def test_every_tooltip_under_the_mouse_is_chinese(chinese: Page) -> None:
     chinese.evaluate(UNFOLD)
     chinese.evaluate("app.extensionManager.setting.set('LiteGraph.Node.TooltipDelay', 0)")
+    chinese.wait_for_timeout(500)  # in which the canvas puts everything in its place
     node = texts("zh", "nodeDefs.json")["MajicFluxSample"]
     said = {node["description"]}
     said |= {socket["tooltip"] for part in ("inputs", "outputs") for socket in node[part].values()}
     shown = set()
     for spot in chinese.evaluate(SPOTS):
         chinese.mouse.move(*spot)
-        chinese.wait_for_timeout(100)
+        chinese.wait_for_timeout(300)
         shown |= set(chinese.locator(".node-tooltip").all_inner_texts())
     boxes = {node["inputs"][name]["tooltip"] for name in ("prompt", "negative_prompt")}
     assert said - boxes <= shown - {""} <= said  # the canvas may lie under a text box or not
@@ -123,6 +124,7 @@ def test_chinese_words_find_the_nodes(chinese: Page) -> None:
         chinese.keyboard.type(word)
         chinese.get_by_role("option").filter(has_text=node).wait_for(timeout=10_000)
         chinese.keyboard.press("Escape")
+        chinese.get_by_role("option").first.wait_for(state="hidden")
     chinese.evaluate(
         "app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')"
     )
