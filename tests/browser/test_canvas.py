@@ -210,7 +210,7 @@ def test_what_is_wrong_stands_on_the_node_until_the_next_run(open_canvas) -> Non
     set_value(page, 5, "strength", 1)
     press_run(page)
     wait_for_text(page, 5, "去噪")
-    assert "0.5" not in page.evaluate(TEXTS)["5"]
+    assert "重绘强度" not in page.evaluate(TEXTS)["5"]
 
 
 def test_a_run_says_where_it_is_and_that_it_was_stopped(open_canvas) -> None:
