@@ -51,7 +51,8 @@ UNFOLD = """() => {
     const node = app.rootGraph.nodes.find(n => n.type === "MajicFluxSample");
     node.showAdvanced = true;
     for (const w of node.widgets) w.hidden = w.options.hidden = false;
-    node.setSize([node.size[0], 900]); }"""
+    node.setSize([node.size[0], 900]);
+    app.canvas.draw(true, true); }"""  # which puts the widgets in their places
 SELECT = "type => app.canvas.selectItems(app.rootGraph.nodes.filter(n => n.type === type))"
 
 

@@ -36,9 +36,9 @@ def held(comfy, card, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
     phases: list[Held] = []
     phase, enter = run.phase, streaming.Stream.enter
 
-    def noted(self, name: str):
+    def noted(self, name: str, *predicted: float | None):
         phases.append(Held(self.pipeline.budget_bytes, name))
-        return phase(self, name)
+        return phase(self, name, *predicted)
 
     def watched(self, block: Any) -> None:
         enter(self, block)

@@ -350,7 +350,7 @@ def test_two_loaders_of_one_file_hold_it_once(comfy, small_graph, monkeypatch, c
     graph = small_graph
     folder = comfy.base / "models" / "diffusion_models"
     file = f"twice-{cache_type}.safetensors"  # which no other test has loaded
-    shutil.copy(folder / graph["1"]["inputs"]["file"], folder / file)
+    shutil.copy(folder / "majicflus_v134.safetensors", folder / file)
     graph["1"]["inputs"]["file"] = file
     for node in ("1", "4", "5", "6"):
         graph["1" + node] = copy.deepcopy(graph[node])
