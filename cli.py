@@ -22,7 +22,7 @@ from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .messages import say
 from .nodes import NODES
 
-DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "1_text_to_image.json"
+DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
 DEMO_FOLDER = Path("majicflux-demo")
 DEMO_SIDE = 256
 MOST = 1_000_000  # that any number of an option may be

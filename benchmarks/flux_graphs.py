@@ -26,7 +26,7 @@ DIT, CLIP, T5, VAE = (
 
 @cache
 def _shipped() -> Graph:
-    text = (ROOT / "workflows" / "api" / "1_text_to_image.json").read_text(encoding="utf-8")
+    text = (ROOT / "workflows" / "api" / "text_to_image.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 

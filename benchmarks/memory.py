@@ -25,7 +25,7 @@ from majicflux.loaders.layouts import clip_layout, flux_dit_layout, t5_layout, v
 from .budget import Letters
 from .table import Row, report
 
-GRAPH = Path(__file__).parents[1] / "workflows" / "api" / "1_text_to_image.json"
+GRAPH = Path(__file__).parents[1] / "workflows" / "api" / "text_to_image.json"
 BAR_GB = 4.0
 STEPS = 2
 

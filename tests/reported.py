@@ -36,7 +36,7 @@ def read(path: Path) -> Any:
 
 def unsaved() -> dict[str, Any]:
     """The shipped graph without its SaveImage."""
-    graph = json.loads((API / "1_text_to_image.json").read_text(encoding="utf-8"))
+    graph = json.loads((API / "text_to_image.json").read_text(encoding="utf-8"))
     graph["5"]["inputs"].update(width=64, height=48, steps=2)
     del graph["6"]
     return graph

@@ -16,6 +16,10 @@ const UI = "majicflux", TEXT_EVENT = "majicflux.text"; // host/comfyui.py sends 
 const PANEL = "majicflux_text"; // our widget that shows a text
 const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
+const TEMPLATES = [ // from simple to special
+    "text_to_image", "text_to_image_6gb", "image_to_image", "inpainting", "batch_with_a_grid",
+    "compare_precisions", "mixed_with_stock_nodes",
+];
 const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of
 const DOCTOR_WIDTH = 480; // its text has long lines, and many
 const BOX = 110; // of a prompt in Nodes 2.0, at least; pixels
@@ -269,13 +273,13 @@ function sentence(node, { type, message, details, extra_info }) {
     return details ? `${message}: ${details}` : message;
 }
 
-// The server lists templates as they lie on the disk. Ours are numbered, from simple to special.
+// The server lists templates as they lie on the disk.
 function sortTemplates() {
     const folder = decodeURIComponent(import.meta.url).split("/").at(-2);
     const { getWorkflowTemplates } = app.api;
     app.api.getWorkflowTemplates = async function () {
         const found = await getWorkflowTemplates.call(this);
-        found[folder]?.sort();
+        found[folder]?.sort((a, b) => TEMPLATES.indexOf(a) - TEMPLATES.indexOf(b));
         return found;
     };
 }

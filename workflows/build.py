@@ -456,7 +456,7 @@ def compare_precisions() -> Template:
     return template
 
 
-BUILDERS = [  # from simple to special: their numbers in the list of templates
+BUILDERS = [  # from simple to special: web/majicflux.js lists them so
     text_to_image,
     text_to_image_6gb,
     image_to_image,
@@ -470,9 +470,9 @@ BUILDERS = [  # from simple to special: their numbers in the list of templates
 def files() -> dict[Path, str]:
     """What each file of the templates holds."""
     found = {}
-    for number, build in enumerate(BUILDERS, 1):
+    for build in BUILDERS:
         template = build()
-        file = f"{number}_{template.name}.json"
+        file = f"{template.name}.json"
         canvas = template.canvas()
         graph = to_graph(canvas, template.schemas)
         for node in graph.values():  # so that scripts set the width and height that stand there

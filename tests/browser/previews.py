@@ -60,7 +60,7 @@ def main() -> None:
                         server.forget_settings()
                     continue
                 picture = example.convert("RGBA").resize((192, 192))
-                if name == "4_inpainting":
+                if name == "inpainting":
                     hole = Image.new("L", picture.size, 255)
                     ImageDraw.Draw(hole).ellipse((40, 20, 150, 120), fill=0)
                     picture.putalpha(hole)

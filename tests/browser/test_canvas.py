@@ -26,7 +26,7 @@ from majicflux.workflows import build
 
 PHASES = ("text encoders", "denoising", "VAE decode")
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+NAMES = [make().name for make in build.BUILDERS]  # from simple to special
 ERROR_BANNER = "text=/(errors?|issues?) found/"
 SMALL = {
     "steps": 2,
@@ -57,7 +57,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def made_small(name: str = "1_text_to_image") -> dict:
+def made_small(name: str = "text_to_image") -> dict:
     """A template with values that paint a picture in a second."""
     graph = read(WORKFLOWS / "api" / f"{name}.json")
     for node in graph.values():
@@ -98,7 +98,7 @@ def dangling_link(workflow: dict) -> None:
     (dangling_link, "Workflow Links Fixed"),
 ])  # fmt: skip
 def test_a_workflow_that_the_canvas_does_not_accept_is_seen(open_canvas, spoil, said: str) -> None:
-    workflow = read(WORKFLOWS / "1_text_to_image.json")
+    workflow = read(WORKFLOWS / "text_to_image.json")
     spoil(workflow)
     assert said in "\n".join(warnings_of(open_canvas(workflow)))
 
@@ -120,7 +120,7 @@ def test_it_opens_without_a_warning_is_the_graph_of_the_queue_and_runs(
         node["_meta"] = {"title": node["_meta"]["title"]}  # newer canvases name the pack too
     assert queued == read(WORKFLOWS / "api" / f"{name}.json")
     require_no_overlap(page)
-    if name == "1_text_to_image":
+    if name == "text_to_image":
         return  # runs below
     page.evaluate("workflow => app.loadGraphData(workflow)", made_small(name))
     page.evaluate("app.canvas.ds.scale = 0.25")  # what is not on the screen loads no pictures
@@ -285,7 +285,7 @@ def test_missing_models_are_listed_with_their_downloads(open_canvas, server: Ser
     try:
         for folder in ("diffusion_models", "text_encoders", "vae"):
             (models / folder).mkdir(parents=True)
-        workflow = read(WORKFLOWS / "1_text_to_image.json")
+        workflow = read(WORKFLOWS / "text_to_image.json")
         # The note names the files too; what is looked for is the list of missing models.
         workflow["nodes"] = [n for n in workflow["nodes"] if n["type"] != "MarkdownNote"]
         page = open_canvas(workflow)

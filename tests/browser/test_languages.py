@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 from comfyui_server import Server
 
 ROOT = Path(__file__).parents[2]
-WORKFLOW = json.loads((ROOT / "workflows/1_text_to_image.json").read_text(encoding="utf-8"))
+WORKFLOW = json.loads((ROOT / "workflows/text_to_image.json").read_text(encoding="utf-8"))
 OURS = [node["type"] for node in WORKFLOW["nodes"] if node["type"].startswith("MajicFlux")]
 CONTROL = "control_after_generate"  # ComfyUI's own widget below a seed
 SHOWN = """() => app.rootGraph.nodes.filter(n => n.type.startsWith("MajicFlux")).map(n => [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from comfyui_server import Refused, Server
 
-API = Path(__file__).parents[2] / "workflows" / "api" / "1_text_to_image.json"
+API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from comfyui_server import Refused, Server
 from majicflux.nodes import NODES
 
-API = Path(__file__).parents[2] / "workflows" / "api" / "1_text_to_image.json"
+API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 ALL_NODES = {"1", "2", "3", "4", "5", "6"}
 STEPS = 3
 SIZE = (64, 48)  # width, height
@@ -282,7 +282,7 @@ def test_native_nodes_take_our_image_and_latent(server: Server, graph: dict) -> 
 
 
 def test_the_mixed_template_paints_with_the_stock_text_encoders_and_vae(server: Server) -> None:
-    mixed = json.loads(API.with_name("7_mixed_with_stock_nodes.json").read_text(encoding="utf-8"))
+    mixed = json.loads(API.with_name("mixed_with_stock_nodes.json").read_text(encoding="utf-8"))
     nodes = {node["class_type"]: node["inputs"] for node in mixed.values()}
     assert {"text_encoders", "vae"}.isdisjoint(nodes["MajicFluxPipeline"])
     nodes["EmptySD3LatentImage"].update(width=64, height=64)
@@ -535,7 +535,7 @@ def test_an_empty_prompt_paints(server: Server, graph: dict) -> None:
 def test_the_templates_are_listed(server: Server) -> None:
     (found,) = server.get("/api/workflow_templates").values()
     assert sorted(found) == sorted(path.stem for path in API.parents[1].glob("*.json"))
-    assert "1_text_to_image" in found
+    assert "text_to_image" in found
 
 
 def test_every_socket_is_explained_and_found_in_chinese(server: Server) -> None:

@@ -60,7 +60,7 @@ def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
     names = {f"{file.folder}/{file.name}" for file in GROUPS["all"]}
     demo = {name for key, name in vars(demo_models).items() if key.endswith("_FILE")}
     assert names == demo | {"diffusion_models/majicflus_v1.safetensors"}
-    workflow = (ROOT / "workflows" / "1_text_to_image.json").read_text(encoding="utf-8")
+    workflow = (ROOT / "workflows" / "text_to_image.json").read_text(encoding="utf-8")
     nodes = json.loads(workflow)["nodes"]
     links = {m["url"] for n in nodes for m in n.get("properties", {}).get("models", [])}
     places = [place for file in GROUPS["all"] if (place := file.place(HUGGINGFACE))]

@@ -13,7 +13,7 @@ from PIL import Image
 from majicflux.loaders import demo_models
 
 LIBRARIES = {"torch", "numpy", "PIL", "transformers", "diffsynth", "modelscope"}
-WORKFLOW = Path(__file__).parents[2] / "workflows" / "api" / "1_text_to_image.json"
+WORKFLOW = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 # Any connection, even a name look-up, ends the process.
 NO_NETWORK = """
 import socket, sys, os
@@ -75,7 +75,7 @@ def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> 
     [
         (["run", "gone.json"], "gone.json cannot be opened: No such file"),
         (["run", WORKFLOW], "is not in models/diffusion_models. Put it there"),
-        (["run", WORKFLOW.with_name("5_batch_with_a_grid.json")], "which runs in ComfyUI only"),
+        (["run", WORKFLOW.with_name("batch_with_a_grid.json")], "which runs in ComfyUI only"),
         (["run", WORKFLOW, "--set", "sed=1"], "give NODE.INPUT=VALUE with one of 1.file"),
         (["run", WORKFLOW, "--set", f"1.file={'x' * 300}"], "is not in models/diffusion_models."),
         (["run", "/"], "/ cannot be opened: Is a directory"),
@@ -153,7 +153,7 @@ def test_where_pictures_go_and_come_from_is_tried_before_models_load(
     done = majicflux(tmp_path, *run, "--output", "file")
     assert done.returncode == 1
     assert "cannot be written: " in done.stderr
-    done = majicflux(tmp_path, "run", WORKFLOW.with_name("3_image_to_image.json"), *run[2:4])
+    done = majicflux(tmp_path, "run", WORKFLOW.with_name("image_to_image.json"), *run[2:4])
     assert done.returncode == 1
     assert "There is no picture input/" in done.stderr
 

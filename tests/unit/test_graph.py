@@ -25,7 +25,7 @@ from majicflux.workflows import build
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 API_FILES = sorted((WORKFLOWS / "api").glob("*.json"))
-TEXT_TO_IMAGE = WORKFLOWS / "api" / "1_text_to_image.json"
+TEXT_TO_IMAGE = WORKFLOWS / "api" / "text_to_image.json"
 
 
 def read(path: Path) -> dict:
@@ -379,7 +379,7 @@ def test_changed_values_reach_the_canvas_form(
     schemas = {n: c.define_schema() for n, c in classes.items()}
     changed = read(TEXT_TO_IMAGE)
     set_inputs(changed, ["seed=42", "width=512"], classes)
-    canvas = with_values(read(WORKFLOWS / "1_text_to_image.json"), changed, schemas)
+    canvas = with_values(read(WORKFLOWS / "text_to_image.json"), changed, schemas)
     assert to_graph(canvas, schemas) == changed
 
 

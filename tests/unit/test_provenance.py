@@ -15,7 +15,7 @@ from majicflux.host.place import Graph, Place
 from majicflux.host.provenance import KEY, Runs, carry, combined, keep
 from majicflux.host.schema import ComfyNode
 
-API = Path(__file__).parents[2] / "workflows" / "api" / "1_text_to_image.json"
+API = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[3]
-API = ROOT / "workflows" / "api" / "1_text_to_image.json"
+API = ROOT / "workflows" / "api" / "text_to_image.json"
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 CPU = torch.device("cpu")
 MB = 2**20
