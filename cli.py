@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from .engine.precision import PRECISIONS
+from .engine.quant.formats import PRECISIONS
 from .host import standalone
 from .host.canvas import node_types, with_values
 from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
@@ -223,7 +223,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .engine.plan_alone import plan_alone
+    from .engine.plan.estimate import estimate_plan
     from .engine.sizes import size_problem
     from .loaders.flux_dit import inspect_flux_dit
 
@@ -233,7 +233,7 @@ def _plan(options: argparse.Namespace) -> None:
     if (options.copy_rate is None) != (options.matrix_rate is None):
         raise ValueError(say("The time is told from --copy-rate and --matrix-rate together."))
     geometry = None if options.file is None else inspect_flux_dit(options.file)[0]
-    plan = plan_alone(
+    plan = estimate_plan(
         geometry,
         PRECISIONS[options.precision],
         (*options.size, options.batch, options.steps),

@@ -23,25 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from majicflux.engine.card import copy_rate
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
-from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import DENOISING, GB, BudgetError
-from majicflux.engine.planning import RING_BLOCKS
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import choose
-from majicflux.engine.request import Request
-from majicflux.engine.text_encoders import (
-    ClipGeometry,
-    T5Geometry,
-    TextEmbedding,
-    TextEncoders,
-    build_text_encoders,
-)
-from majicflux.engine.vae import VAE, build_vae
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.text_encoders import TextEmbedding, TextEncoders, build_text_encoders
+from majicflux.engine.flux.transformer import DiT, build_flux_dit
+from majicflux.engine.flux.vae import VAE, build_vae
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.plan.measure import copy_rate
+from majicflux.engine.plan.plan import DENOISING, BudgetError
+from majicflux.engine.plan.split import RING_BLOCKS
+from majicflux.engine.plan.units import GB
+from majicflux.engine.quant.compute import choose_compute
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
 from majicflux.host.standalone import make_patcher
 from majicflux.loaders.fill import MakeRoom
 from majicflux.loaders.prepared import prepare
@@ -100,7 +96,7 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, folder: P
         TextEncoders(parts[1], two, Letters(), Letters()),
         VAE(parts[2], three, BFLOAT16),
         None,
-        choose(dit.module, device, "auto", BFLOAT16),
+        choose_compute(dit.module, device, "auto", BFLOAT16),
     )
 
 
@@ -139,7 +135,7 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
     jobs = [(float(budget), 1024) for budget in BUDGETS]
     jobs += [(_smallest(pipeline, side), side) for side in SMALLEST]
     for budget, side in [(2.0, 64)] if quick else jobs:
-        request = Request("a cat", 1, STEPS, GUIDANCE, side, side)
+        request = GenerationRequest("a cat", 1, STEPS, GUIDANCE, side, side)
         limited = _with_budget(pipeline, budget)
         for _ in range(2):  # the first compiles kernels, and is held to the budget too
             if not quick:
@@ -179,7 +175,7 @@ def _relative(found: Tensor, expected: Tensor) -> str:
 
 
 def _smallest(pipeline: Pipeline, side: int) -> float:
-    request = Request("", 0, STEPS, GUIDANCE, side, side)
+    request = GenerationRequest("", 0, STEPS, GUIDANCE, side, side)
     return pipeline.plan(request.job).smallest_bytes / GB
 
 
@@ -211,7 +207,7 @@ def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
     nothing_peer, half_peer = max(copy, resident), max(copy / 2, resident)
     yield Row("nothing resident", nothing, "s", nothing_peer, "copy or step", 1.15 * nothing_peer)
     yield Row("half resident", half, "s", half_peer, "half the copy or step", 1.1 * half_peer)
-    job = Request("", 0, STEPS, GUIDANCE, 1024, 1024).job
+    job = GenerationRequest("", 0, STEPS, GUIDANCE, 1024, 1024).job
     predicted = pipeline.plan(job, [DENOISING], rates=True).seconds
     assert predicted is not None
     for name, measured, expected in (
@@ -272,7 +268,9 @@ def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
         print("not measured: peers; run `python -m benchmarks.budget_peers --quick`")
         return
     case, geometry = _case(pipeline, device, quick), pipeline.dit.geometry
-    plan = _with_budget(pipeline, PEER_BUDGET).plan(Request("", 0, 20, 3.5, 1024, 1024).job)
+    plan = _with_budget(pipeline, PEER_BUDGET).plan(
+        GenerationRequest("", 0, 20, 3.5, 1024, 1024).job
+    )
     phase = plan.phases[1]
     weights = pipeline.dit.weights
     passing = sum(block.footprint for block in weights.blocks)

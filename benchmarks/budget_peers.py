@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from majicflux.dev import find_comfyui
-from majicflux.engine.flux_dit import FluxGeometry, sized_flux_dit
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.transformer import sized_flux_dit
 
 from .step import (
     BFLOAT16,

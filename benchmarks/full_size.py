@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 

@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from majicflux.loaders import demo_models, tokenizers
 from majicflux.loaders.layouts import clip_layout, flux_dit_layout, t5_layout, vae_layout
 

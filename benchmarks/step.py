@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from majicflux.dev import find_comfyui
-from majicflux.engine import kernels
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import Computing, choose
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.transformer import build_flux_dit, sized_flux_dit
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.kernels import dispatch
+from majicflux.engine.quant.compute import ComputePrecision, choose_compute
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.loaders.demo_models import random_tensors
 from majicflux.loaders.layouts import flux_dit_layout
 
@@ -91,12 +93,12 @@ def main() -> None:
             ("int8 rotated", "8-bit", False),
         ):
             if not triton:
-                kernels.triton_works = lambda _: False
+                dispatch.triton_works = lambda _: False
             start = time.perf_counter()
             weights = ours(geometry, precision, state, device)
             _wait(device)
             converted = time.perf_counter() - start
-            computing = choose(weights, device, mode, BFLOAT16)
+            computing = choose_compute(weights, device, mode, BFLOAT16)
             with our_step(weights, computing, case, device) as step:
                 seconds, latents = measure(step, device)
             name = "" if triton else ", no Triton"
@@ -158,7 +160,9 @@ def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.dev
 
 
 @contextmanager
-def our_step(module: Any, computing: Computing, case: Case, device: torch.device) -> Iterator[Step]:
+def our_step(
+    module: Any, computing: ComputePrecision, case: Case, device: torch.device
+) -> Iterator[Step]:
     """One of the steps of a run, as the run takes it: what the conditions give is computed once,
     and the products are chosen once, before the first step."""
     sigmas = case.sigma[None]

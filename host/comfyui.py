@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import nodes
 
-from ..engine.allocator import ran_out
-from ..engine.memory import give_back_pinned
-from ..engine.offload import OffloadedModule
+from ..engine.allocator import is_out_of_memory
+from ..engine.offload.offloaded_module import OffloadedModule
+from ..engine.offload.pinned import give_back_pinned
 from ..engine.sizes import PIXELS_PER_LATENT
 from ..messages import say
 from .place import Place
@@ -249,7 +249,7 @@ def progress(
                     clean = torch.nn.functional.interpolate(clean[:1], size, mode="area")
                 preview = previewer.decode_latent_to_preview_image("JPEG", clean)
             except RuntimeError as error:
-                if not ran_out(error):
+                if not is_out_of_memory(error):
                     raise
                 log.debug("no preview: the card is short of memory")
         bar.update_absolute(done, steps, preview)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.flux.text_encoders import TextEmbedding
 from ..engine.latents import to_model_space, to_vae_space
 from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, size_problem
-from ..engine.text_encoders import TextEmbedding
 from ..messages import later, say
 
 if TYPE_CHECKING:
-    from ..engine.flux_dit import FluxGeometry
+    from ..engine.flux.geometry import FluxGeometry
 
 Conditioning = list[Any]  # of [tokens, options]
 Latent = dict[str, Any]

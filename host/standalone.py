@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 __all__ = [
     "ComfyExtension",

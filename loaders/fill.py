@@ -123,7 +123,7 @@ def _workers(
 
 def _pieces(module: "nn.Module", sources: Sources, size: int) -> Iterator[_Piece]:
     """size: bytes of one at most."""
-    from ..engine.stored_linear import StoredLinear
+    from ..engine.quant.linear import StoredLinear
 
     for prefix, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
@@ -182,7 +182,7 @@ def read_scale(part: Part) -> "Tensor | None":
 def _convert(piece: _Piece, data: "Tensor", card: OnCard | None) -> None:
     import torch
 
-    from ..engine.stored_linear import holds_nan
+    from ..engine.quant.quantize import holds_nan
 
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
@@ -219,15 +219,14 @@ def store_rows(
     """
     import torch
 
-    from ..engine.stored_linear import (
-        FLOAT8_DTYPE,
+    from ..engine.kernels.hadamard import rotate
+    from ..engine.kernels.row_format import FLOAT8_DTYPE, LIMITS
+    from ..engine.quant.quantize import (
         FLOAT8_NAN,
         LARGEST_CAST,
-        LIMITS,
         VALUES_AT_ONCE,
         float32_of,
         quantize_rows,
-        rotate,
     )
 
     rotation = part.rotation or 0

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
-from ..engine.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
-from ..engine.precision import FLOAT8, Precision, Storage
+from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
+from ..engine.quant.formats import FLOAT8, Precision, Storage
 from ..engine.torch_state import own_state
 from ..messages import say
 from .diffusers_names import flux_from_diffusers
@@ -34,7 +34,7 @@ from .sources import (
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 
@@ -82,7 +82,7 @@ def load_flux_dit(
     of 8 bits are kept there once they have been converted, and mapped from there instead of being
     read and converted again. `device` converts them.
     """
-    from ..engine.flux_dit import build_flux_dit
+    from ..engine.flux.transformer import build_flux_dit
 
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)

@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
-from ..engine.geometry import FluxGeometry, kind_of_layer
-from ..engine.precision import FLOAT8, INT8_ROTATED, PRECISIONS, STORAGES, Precision, Storage
+from ..engine.flux.geometry import FluxGeometry, kind_of_layer
+from ..engine.quant.formats import FLOAT8, INT8_ROTATED, PRECISIONS, STORAGES, Precision, Storage
 from .fill import read_scale, store_rows
 from .flux_dit import storage_in
 from .layouts import Layout, flux_dit_layout
@@ -190,7 +190,7 @@ def _spread(count: int, total: int) -> list[int]:
 
 def _group(source: Source, width: int, storage: Storage) -> int:
     """The columns that this storage rotates together; int8 in the file stays as it was rotated."""
-    from ..engine.stored_linear import rotation_group
+    from ..engine.quant.formats import rotation_group
 
     rotations = {part.rotation for part in source.parts}
     if storage.dtype == "int8" and len(rotations) == 1 and None not in rotations:
@@ -246,7 +246,7 @@ def _stored(sample: _Sample, values: "Tensor", storage: Storage, group: int) -> 
 
 
 def _turned(values: "Tensor", rotation: int, group: int) -> "Tensor":
-    from ..engine.stored_linear import rotate
+    from ..engine.kernels.hadamard import rotate
 
     return rotate(rotate(values, rotation), group)
 

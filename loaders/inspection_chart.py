@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from ..engine.precision import STORAGES
+from ..engine.quant.formats import STORAGES
 from ..messages import say
 from .inspection import Cost, Inspection
 from .inspection_table import basis, description, gigabytes, percent, suggestion

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 
-from ..engine.precision import BFLOAT16, STORAGES
+from ..engine.quant.formats import BFLOAT16, STORAGES
 from .inspection import KINDS, Cost, Inspection
 
 HEADS = {"attention": "attention", "mlp": "MLP", "modulation": "modulation", "rest": "rest"}

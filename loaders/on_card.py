@@ -42,8 +42,8 @@ class OnCard:
         """
         import torch
 
-        from ..engine.allocator import ran_out
-        from ..engine.stored_linear import quantize_rows
+        from ..engine.allocator import is_out_of_memory
+        from ..engine.quant.quantize import quantize_rows
 
         # No value takes fewer bytes in the file than in 8 bits: the result fits where it was.
         staged = values.flatten().view(torch.uint8)[: into.numel()]
@@ -57,7 +57,7 @@ class OnCard:
                 staged.copy_(found, non_blocking=True)
                 scale.copy_(found_scale)  # not ahead of what was begun before
         except RuntimeError as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             quantize_rows(values, into, scale, group)
         else:
@@ -66,7 +66,7 @@ class OnCard:
     def close(self) -> None:
         """Give back the memory of the card and what is no longer used of pinned memory."""
         from ..engine.allocator import allocator_of
-        from ..engine.memory import give_back_pinned
+        from ..engine.offload.pinned import give_back_pinned
 
         if self._cuda:
             allocator_of(self.device).give_back()

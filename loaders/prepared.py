@@ -39,7 +39,7 @@ except ImportError:  # Windows, which does not remove a file that is open
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..engine.precision import rotation_group
+from ..engine.quant.formats import rotation_group
 from ..messages import say
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile

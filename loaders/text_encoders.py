@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
-from ..engine.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
+from ..engine.flux.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..engine.torch_state import own_state
 from ..messages import say
 from .fill import Progress, fill
@@ -32,7 +32,7 @@ from .sources import (
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 
@@ -131,7 +131,7 @@ def load_text_encoders(
 
     With a `prepared_folder` they are kept there, laid out as they travel, and mapped from there.
     """
-    from ..engine.text_encoders import build_text_encoders
+    from ..engine.flux.text_encoders import build_text_encoders
 
     start = time.perf_counter()
     clip_geometry, clip_sources = inspect_clip(clip_path)

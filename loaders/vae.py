@@ -19,7 +19,7 @@ from .sources import Source, prefix_before, require_layout, sources_of
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 
@@ -55,7 +55,7 @@ def inspect_vae(path: Path) -> dict[str, Source]:
 @own_state()
 def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     """Read encoder and decoder into CPU memory in `dtype`."""
-    from ..engine.vae import build_vae
+    from ..engine.flux.vae import build_vae
 
     start = time.perf_counter()
     names = diffsynth_module("utils.state_dict_converters.flux_vae")

@@ -6,7 +6,7 @@ from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 
@@ -40,7 +40,7 @@ class Decode(Node):
     @classmethod
     @checked
     def execute(cls, pipeline: "Pipeline", latent: Any) -> io.NodeOutput:
-        from ..engine.pipeline import decode
+        from ..engine.run.pipeline import decode
         from ..host import native
 
         on_phase = host.phase_teller(cls.hidden.unique_id)

@@ -10,7 +10,7 @@ from .sockets import CATEGORY, Node, PipelineHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 LAST_STEP = 10000
@@ -114,11 +114,11 @@ class Denoise(Node):
         add_noise: bool = True,
         sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.pipeline import denoise
-        from ..engine.request import Request
-        from ..engine.schedule import some_steps
+        from ..engine.run.pipeline import denoise
+        from ..engine.run.request import GenerationRequest
+        from ..engine.sampling.schedules import some_steps
+        from ..engine.sampling.solvers import SOLVERS
         from ..engine.sizes import PIXELS_PER_LATENT
-        from ..engine.solvers import SOLVERS
         from ..host import native
 
         latents = native.from_latent(latent)
@@ -135,7 +135,7 @@ class Denoise(Node):
             away = native.from_conditioning(say("negative"), negative, geometry)
         seed, drawn = sampling.resolved_seed(cls, seed)
         all_steps = sampling.schedule_of(schedule, sigmas)
-        request = Request(
+        request = GenerationRequest(
             towards,
             seed,
             steps,

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.precision import PRECISIONS
+from ..engine.quant.formats import PRECISIONS
 from ..host import current as host
 from ..loaders.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
 from ..loaders.prepared import prepared_files
@@ -21,8 +21,8 @@ from ..messages import say
 from . import model_files
 
 if TYPE_CHECKING:
-    from ..engine.plan import Card
-    from ..engine.products import Computing
+    from ..engine.plan.device import DeviceProfile
+    from ..engine.quant.compute import ComputePrecision
 
 PACK = Path(__file__).parents[1]
 TRITON = "triton-windows" if sys.platform == "win32" else "triton"
@@ -103,8 +103,8 @@ def _packages() -> str:
 def _card() -> str:
     import torch
 
-    from ..engine.plan import GB
-    from ..engine.products import device_name
+    from ..engine.plan.units import GB
+    from ..engine.quant.compute import device_name
 
     device = host.compute_device()
     if device.type != "cuda":
@@ -130,7 +130,7 @@ def _ram() -> str:
 
 
 def _copies() -> str:
-    from ..engine.card import copy_rate
+    from ..engine.plan.measure import copy_rate
 
     device = host.compute_device()
     if device.type != "cuda":
@@ -152,16 +152,17 @@ def _computing_of(precision: str) -> str:
     return computing.choice + rate
 
 
-def _measured(precision: str) -> "tuple[Computing, Card]":
+def _measured(precision: str) -> "tuple[ComputePrecision, DeviceProfile]":
     """What `auto` chooses for weights in this precision, and the rates of the card, if any."""
-    from ..engine.card import card_of
-    from ..engine.flux_dit import FluxGeometry, build_flux_dit
-    from ..engine.products import choose
+    from ..engine.flux.geometry import FluxGeometry
+    from ..engine.flux.transformer import build_flux_dit
+    from ..engine.plan.measure import device_profile
+    from ..engine.quant.compute import choose_compute
 
     device = host.compute_device()
     small = build_flux_dit(FluxGeometry(double_blocks=1, single_blocks=1), PRECISIONS[precision])
-    computing = choose(small.module, device, "auto", host.compute_dtype(device))
-    return computing, card_of(device, computing, rates=True)
+    computing = choose_compute(small.module, device, "auto", host.compute_dtype(device))
+    return computing, device_profile(device, computing, rates=True)
 
 
 def _models() -> str:
@@ -243,19 +244,19 @@ def _prepared() -> str:
 
 
 def _plan() -> str:
-    from ..engine.plan import GB, in_gb_above
-    from ..engine.plan_alone import plan_alone
+    from ..engine.plan.estimate import estimate_plan
+    from ..engine.plan.units import GB, in_gb_above
 
     device = host.compute_device()
     if device.type != "cuda":
-        plan = plan_alone(None, PRECISIONS[PLANNED], JOB, None, True, None, None)
+        plan = estimate_plan(None, PRECISIONS[PLANNED], JOB, None, True, None, None)
         smallest = in_gb_above(plan.smallest_bytes)
         return say("on a card, 1024x1024 needs {smallest} GB of VRAM or more", smallest=smallest)
     computing, card = _measured(PLANNED)
     rates = [None, None]  # where the card is too full to be measured
     if card.copy_rate and card.product_rate:
         rates = [card.copy_rate / 1e9, card.product_rate / 1e12]
-    plan = plan_alone(
+    plan = estimate_plan(
         None, PRECISIONS[PLANNED], JOB, host.free_memory(device) / GB, bool(computing.eight_bit),
         *rates,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 from typing import Any
 
-from ..engine.precision import PRECISIONS, STORAGES
+from ..engine.quant.formats import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
 from .given import checked
@@ -116,7 +116,7 @@ class DiTLoader(Node):
         modulation_precision: str = SAME,
     ) -> io.NodeOutput:
         progress = host.loading_progress(cls.hidden.unique_id)
-        from ..engine.flux_dit import DiT
+        from ..engine.flux.transformer import DiT
         from ..loaders.flux_dit import load_flux_dit
 
         precision = PRECISIONS[weight_precision].with_kinds(

@@ -8,7 +8,7 @@ from .sockets import CATEGORY, Node, PipelineHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 
@@ -38,7 +38,7 @@ class EncodeImage(Node):
     @classmethod
     @checked
     def execute(cls, pipeline: "Pipeline", image: "Tensor") -> io.NodeOutput:
-        from ..engine.pipeline import encode_pictures
+        from ..engine.run.pipeline import encode_pictures
         from ..host import native
 
         picture = native.from_image(image)

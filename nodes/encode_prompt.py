@@ -7,7 +7,7 @@ from .given import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 
@@ -52,7 +52,7 @@ class EncodePrompt(Node):
     @classmethod
     @checked
     def execute(cls, pipeline: "Pipeline", prompt: str, guidance: float) -> io.NodeOutput:
-        from ..engine.pipeline import encode_prompts
+        from ..engine.run.pipeline import encode_prompts
         from ..host import native
 
         on_phase = host.phase_teller(cls.hidden.unique_id)

@@ -22,10 +22,10 @@ CLASSES = {
     "LATENT": "builtins.dict",
     "MASK": "torch.Tensor",
     "SIGMAS": "torch.Tensor",
-    "MAJICFLUX_DIT": "..engine.flux_dit.DiT",
-    "MAJICFLUX_TEXT_ENCODERS": "..engine.text_encoders.TextEncoders",
-    "MAJICFLUX_VAE": "..engine.vae.VAE",
-    "MAJICFLUX_PIPELINE": "..engine.pipeline.Pipeline",
+    "MAJICFLUX_DIT": "..engine.flux.transformer.DiT",
+    "MAJICFLUX_TEXT_ENCODERS": "..engine.flux.text_encoders.TextEncoders",
+    "MAJICFLUX_VAE": "..engine.flux.vae.VAE",
+    "MAJICFLUX_PIPELINE": "..engine.run.pipeline.Pipeline",
 }
 
 

@@ -110,9 +110,9 @@ def shared(load: Callable[[], Handle], *identity: Any) -> Handle:
     key = (load.__qualname__, repr(identity))
     handle = _in_use.get(key)
     if handle is None:
-        from ..engine import kernels
+        from ..engine.kernels import dispatch
 
-        kernels.try_ahead(host.compute_device())
+        dispatch.try_ahead(host.compute_device())
         handle = _in_use[key] = load()
     return handle
 

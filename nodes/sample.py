@@ -10,7 +10,7 @@ from .sockets import CATEGORY, Node, PipelineHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 CUSTOM = "width x height"
@@ -203,10 +203,10 @@ class Sample(Node):
         negative: Any = None,
         sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.pipeline import paint
-        from ..engine.request import Request
+        from ..engine.run.pipeline import paint
+        from ..engine.run.request import GenerationRequest
+        from ..engine.sampling.solvers import SOLVERS
         from ..engine.sizes import PIXELS_PER_LATENT
-        from ..engine.solvers import SOLVERS
         from ..host import native
 
         picture = None if image is None else native.from_image(image)
@@ -233,7 +233,7 @@ class Sample(Node):
             return native.from_conditioning(name, conditioning, geometry)
 
         seed, drawn = sampling.resolved_seed(cls, seed)
-        request = Request(
+        request = GenerationRequest(
             prompt_of(say("positive"), prompt, positive),
             seed,
             steps,

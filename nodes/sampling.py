@@ -11,8 +11,8 @@ from ..messages import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.request import Request
-    from ..engine.schedule import Schedule
+    from ..engine.run.request import GenerationRequest
+    from ..engine.sampling.schedules import Schedule
 
 io = host.io
 NEW_SEED = -1
@@ -157,12 +157,12 @@ def fingerprint(cls: Any, seed: int | None) -> Any:
 
 
 def schedule_of(name: str, sigmas: "Tensor | None") -> "Schedule":
-    from ..engine.schedule import SCHEDULES, given_sigmas
+    from ..engine.sampling.schedules import SCHEDULES, given_sigmas
 
     return SCHEDULES[name] if sigmas is None else given_sigmas(sigmas)
 
 
-def nothing_painted(request: "Request") -> str:
+def nothing_painted(request: "GenerationRequest") -> str:
     """A line about it where the mask lets nothing change."""
     if not request.mask_is_empty:
         return ""

@@ -99,7 +99,7 @@ class TextEncodersNode(Node):
         progress = host.loading_progress(cls.hidden.unique_id)
         import torch
 
-        from ..engine.text_encoders import TextEncoders
+        from ..engine.flux.text_encoders import TextEncoders
         from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
         from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 

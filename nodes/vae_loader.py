@@ -56,7 +56,7 @@ class VAELoader(Node):
     def execute(cls, file: str) -> io.NodeOutput:
         import torch
 
-        from ..engine.vae import VAE
+        from ..engine.flux.vae import VAE
         from ..loaders.vae import load_vae
 
         path = model_files.resolve(FOLDER, file)

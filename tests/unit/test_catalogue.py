@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from majicflux import cli
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from majicflux.loaders import demo_models, download
 from majicflux.loaders.catalogue import (
     AE,

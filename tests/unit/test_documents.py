@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from majicflux.engine import plan_alone
-from majicflux.engine.plan import GB, Plan, in_gb_above
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.plan import estimate
+from majicflux.engine.plan.plan import Plan
+from majicflux.engine.plan.units import GB, in_gb_above
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.nodes import NODES, sampling
 from majicflux.nodes.pipeline import COMPUTE_PRECISIONS
 
@@ -127,7 +128,7 @@ def test_every_choice_is_explained() -> None:
 
 def planned(gb: float, side: int = 1024) -> Plan:
     job = (side, side, 1, 20)
-    return plan_alone.plan_alone(None, PRECISIONS["float8_e4m3fn"], job, gb, True, None, None)
+    return estimate.estimate_plan(None, PRECISIONS["float8_e4m3fn"], job, gb, True, None, None)
 
 
 def in_gb(size: int) -> str:

@@ -11,16 +11,17 @@ import torch
 
 from comfyui_server import Server
 from file_layouts import sparse_file
-from majicflux.engine import kernels
-from majicflux.engine import pipeline as pipeline_module
-from majicflux.engine.flux_dit import FluxGeometry
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.kernels import dispatch
 from majicflux.engine.latents import to_vae_space
-from majicflux.engine.pipeline import paint
-from majicflux.engine.plan import Job
-from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
-from majicflux.engine.products import Dequantized, EightBit
-from majicflux.engine.request import Request
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows
+from majicflux.engine.plan.plan import Workload
+from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.methods import Dequantized, EightBit
+from majicflux.engine.quant.quantize import quantize_rows
+from majicflux.engine.run import pipeline as pipeline_module
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
 )
 CUDA = torch.device("cuda", 0)
-REQUEST = Request("a cat", seed=1, steps=4, guidance=3.5, width=256, height=256)
+REQUEST = GenerationRequest("a cat", seed=1, steps=4, guidance=3.5, width=256, height=256)
 
 
 def picture(make_pipeline, **options) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_every_precision_paints_on_the_card_what_it_paints_on_the_cpu(
 )
 def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, lacking) -> None:
     for name in lacking:
-        monkeypatch.setattr(kernels, name, lambda *_: False)
+        monkeypatch.setattr(dispatch, name, lambda *_: False)
     storage = PRECISIONS[precision].mlp
     layer = StoredLinear(512, 384, True, storage).to_empty(device=CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
@@ -113,7 +114,7 @@ def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, l
     layer.bias.data.normal_(generator=generator)
     x = torch.randn(1, 40, 512, device=CUDA, dtype=torch.bfloat16, generator=generator)
     plain = Dequantized([layer], CUDA, x.dtype)
-    layer.product = EightBit([layer.weight.dtype], CUDA, plain)
+    layer.method = EightBit([layer.weight.dtype], CUDA, plain)
     rows = layer.rows(x)
     found = layer(rows)
     exact = (rows.values.double() * rows.scale.double()) @ (
@@ -129,7 +130,7 @@ def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
     quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
     layer.bias.data.zero_()
     x = torch.randn(1, 64, 24, device=CUDA, dtype=torch.bfloat16)
-    layer.product = EightBit([torch.int8], CUDA, Dequantized([layer], CUDA, x.dtype))
+    layer.method = EightBit([torch.int8], CUDA, Dequantized([layer], CUDA, x.dtype))
     layer(layer.rows(x))
     found = layer(layer.rows(x))
     exact = x.double() @ weight.double().T
@@ -208,12 +209,12 @@ def test_streaming_holds_less_of_the_card(make_pipeline) -> None:
 
 def test_fifty_runs_of_mixed_sizes_leave_the_card_as_they_found_it(make_pipeline) -> None:
     pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], mode="auto", device=CUDA)
-    budget = int(1.2 * pipeline.plan(Job(512, 512, 2, 2)).smallest_bytes)
+    budget = int(1.2 * pipeline.plan(Workload(512, 512, 2, 2)).smallest_bytes)
     pipeline = dataclasses.replace(pipeline, budget_bytes=budget)
     held = []
     for run in range(50):
         side, batch = (128, 256, 384, 512)[run % 4], 1 + run % 2
-        request = Request(f"cat {run % 3}", run, 2, 3.5, side, side, batch)
+        request = GenerationRequest(f"cat {run % 3}", run, 2, 3.5, side, side, batch)
         report = paint(pipeline, request, lambda *_: None, lambda: None)[2]
         assert report.peak_bytes <= budget
         if run % 8 == 7:  # the same sizes have run since

@@ -107,7 +107,7 @@ text = TextEncodersNode.execute("clip_l.safetensors", "t5xxl_fp16.safetensors", 
 vae = VAELoader.execute("ae.safetensors").args[0]
 pipeline = PipelineNode.execute(dit, text, vae, 0.0, "auto").args[0]
 Sample.execute(pipeline, "a cat", 0, 1, 3.5, 32, 32, 1)
-from majicflux.engine.blocks import JointBlock
+from majicflux.engine.flux.blocks import DoubleBlock
 print(*JointBlock.__mro__[1].forward.__code__.co_filename.rpartition("diffsynth")[1:])
 print(*{{"diffsynth", "modelscope", "torch._dynamo", "torch._inductor"}} & {{*sys.modules}})
 """

@@ -16,9 +16,10 @@ from PIL import Image, ImageColor
 
 from file_layouts import FLOAT8, Tensors, scaled, sparse_file, to_diffusers
 from majicflux import cli
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, kind_of_layer
-from majicflux.engine.precision import FLOAT32, PRECISIONS, STORAGES, uniform
-from majicflux.engine.stored_linear import StoredLinear
+from majicflux.engine.flux.geometry import FluxGeometry, kind_of_layer
+from majicflux.engine.flux.transformer import build_flux_dit
+from majicflux.engine.quant.formats import FLOAT32, PRECISIONS, STORAGES, uniform
+from majicflux.engine.quant.linear import StoredLinear
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.inspection import KINDS, Cost, Inspection, measure

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from majicflux.engine import stored_linear
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.quant import quantize as quantizing
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
@@ -91,7 +91,7 @@ def test_another_device_can_convert(models: Path, precision: str, short_of_memor
     path = models / demo_models.DIT_FILE
     device = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
     there = 0
-    quantize, convert = OnCard.quantize, stored_linear.quantize_rows
+    quantize, convert = OnCard.quantize, quantizing.quantize_rows
 
     def watched(card: OnCard, values: torch.Tensor, *into: torch.Tensor) -> None:
         nonlocal there
@@ -104,7 +104,7 @@ def test_another_device_can_convert(models: Path, precision: str, short_of_memor
             convert(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stored_linear, "quantize_rows", refused_once)
+            patch.setattr(quantizing, "quantize_rows", refused_once)
             quantize(card, values, *into)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from majicflux.engine import allocator as allocators
-from majicflux.engine.memory import Memory
-from majicflux.engine.plan import GB, MB
+from majicflux.engine.offload.vram import HeldVram
+from majicflux.engine.plan.units import GB, MB
 from majicflux.host import standalone
 
 CARD = torch.device("cuda", 0)
@@ -153,7 +153,7 @@ def test_the_budget_is_kept_above_what_others_hold(kind: type[Simulated]) -> Non
     with simulated(kind) as card:
         card.take(3 * GB)  # another model's
         own = card.take(2 * GB)  # ours, from the run before
-        memory = Memory(CARD, {own: 2 * GB})
+        memory = HeldVram(CARD, {own: 2 * GB})
         with memory.held_to(5 * GB, 5 * GB):
             card.take(3 * GB)
             assert memory.peak_bytes() == 5 * GB
@@ -169,7 +169,7 @@ def test_what_was_evicted_before_is_not_in_the_base(kind: type[Simulated]) -> No
     with simulated(kind) as card:
         evicted = card.take(9 * GB)
         card.free(evicted)
-        memory = Memory(CARD, {})
+        memory = HeldVram(CARD, {})
         with memory.held_to(8 * GB, 8 * GB):
             card.take(7 * GB)
             assert memory.peak_bytes() == 7 * GB
@@ -181,7 +181,7 @@ def test_what_was_evicted_before_is_not_in_the_base(kind: type[Simulated]) -> No
 def test_a_peak_is_never_negative(kind: type[Simulated]) -> None:
     with simulated(kind) as card:
         other = card.take(4 * GB)
-        memory = Memory(CARD, {})
+        memory = HeldVram(CARD, {})
         with memory.held_to(GB, GB):
             card.free(other)
             card.empty_cache()
@@ -192,7 +192,7 @@ def test_a_peak_is_never_negative(kind: type[Simulated]) -> None:
 @pytest.mark.parametrize("kind", COUNTED)
 def test_the_plan_is_held_to_before_the_budget(kind: type[Simulated]) -> None:
     with simulated(kind) as card:
-        memory = Memory(CARD, {})
+        memory = HeldVram(CARD, {})
         assert not memory.lift()
         with memory.held_to(2 * GB, 6 * GB):
             with pytest.raises(torch.OutOfMemoryError):
@@ -208,7 +208,7 @@ def test_the_plan_is_held_to_before_the_budget(kind: type[Simulated]) -> None:
 def test_holes_do_not_add_up_beyond_the_plan(kind: type[Simulated]) -> None:
     """cudaMallocAsync would reserve 5.4 GB of a budget of 4 while 3.7 are in use."""
     with simulated(kind) as card:
-        memory = Memory(CARD, {})
+        memory = HeldVram(CARD, {})
         with memory.held_to(4 * GB, 8 * GB):
             for _ in range(5):  # maps of growing size
                 memory.make_way(3 * GB)
@@ -221,7 +221,7 @@ def test_what_nothing_uses_goes_back_to_the_card(kind: type[Simulated]) -> None:
     with simulated(kind) as card:
         card.free(card.take(5 * GB))
         assert standalone.free_memory(CARD) == TOTAL
-        Memory(CARD, {}).give_back()
+        HeldVram(CARD, {}).give_back()
         assert card.reserved == 0
 
 
@@ -230,7 +230,7 @@ def test_the_limit_of_before_is_restored(kind: type[Simulated]) -> None:
     with simulated(kind) as card:
         card.set_per_process_memory_fraction(0.5, CARD)
         expected = 1.0 if kind is Silent else 0.5  # what cannot be asked is taken for none
-        memory = Memory(CARD, {})
+        memory = HeldVram(CARD, {})
         with memory.held_to(9 * GB, 9 * GB):
             assert card.share == min(expected, 9 * GB / TOTAL)
         assert card.share == expected
@@ -238,7 +238,7 @@ def test_the_limit_of_before_is_restored(kind: type[Simulated]) -> None:
 
 def test_an_unknown_allocator_is_let_alone() -> None:
     with simulated(Pluggable) as card:
-        memory = Memory(CARD, {1: GB})
+        memory = HeldVram(CARD, {1: GB})
         with memory.held_to(GB, GB):
             card.take(2 * GB)
             memory.make_way(GB)
@@ -261,4 +261,4 @@ def test_an_unknown_allocator_is_let_alone() -> None:
     ],
 )
 def test_running_out_has_many_names(error: Exception, expected: bool) -> None:
-    assert allocators.ran_out(error) == expected
+    assert allocators.is_out_of_memory(error) == expected

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from majicflux import messages
-from majicflux.engine.memory import PhaseReport, Report
-from majicflux.engine.pipeline import paint
-from majicflux.engine.plan import GB, BudgetError, Job, Phase, Plan
-from majicflux.engine.prompts import TokenCounts
-from majicflux.engine.request import Request
+from majicflux.engine.flux.prompts import TokenCounts
+from majicflux.engine.plan.plan import BudgetError, Plan, StagePlan, Workload
+from majicflux.engine.plan.units import GB
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.report import Report, StageReport
+from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit
@@ -51,11 +52,11 @@ NEVER_SHOWN = {
     "the weight holds an infinity or a NaN",
 }
 PLAN = Plan(
-    Job(64, 48, 2, 4, words=768),
+    Workload(64, 48, 2, 4, words=768),
     2 * GB,
     (
-        Phase("text encoders", GB // 2, 0, 0, GB, 0, 0, 0, GB),
-        Phase("denoising", GB, 0, GB, 0, 8 * GB, 0, 0, 3 * GB),
+        StagePlan("text encoders", GB // 2, 0, 0, GB, 0, 0, 0, GB),
+        StagePlan("denoising", GB, 0, GB, 0, 8 * GB, 0, 0, 3 * GB),
     ),
     1.5,
 )
@@ -208,7 +209,7 @@ def test_a_plan_and_its_refusal_are_in_chinese(chinese: None) -> None:
 
 
 def test_a_report_is_shown_in_chinese_and_kept_in_english(chinese: None) -> None:
-    report = Report(2 * GB, [PhaseReport("VAE decode", GB, GB // 2, 3.0, 5 * GB)])
+    report = Report(2 * GB, [StageReport("VAE decode", GB, GB // 2, 3.0, 5 * GB)])
     assert str(report).splitlines() == [
         "显存：用了 0.50 GB（上限 2.00 GB，计划 1.00 GB），传输 5.0 GB",
         "VAE 解码 3.0 秒",
@@ -218,7 +219,7 @@ def test_a_report_is_shown_in_chinese_and_kept_in_english(chinese: None) -> None
 
 
 def test_a_run_paints_in_chinese_as_in_english(make_pipeline, monkeypatch) -> None:
-    pipeline, request = make_pipeline(), Request("a cat", 1, 1, 3.5, 32, 32)
+    pipeline, request = make_pipeline(), GenerationRequest("a cat", 1, 1, 3.5, 32, 32)
     expected = paint(pipeline, request, lambda _: None, lambda: None)[0]
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     pipeline.text_encoders.forget()

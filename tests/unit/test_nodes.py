@@ -11,7 +11,7 @@ import torch
 import tqdm
 from safetensors.torch import load_file, save_file
 
-from majicflux.engine import kernels
+from majicflux.engine.kernels import dispatch
 from majicflux.host import standalone
 from majicflux.loaders.catalogue import GROUPS, KnownFile
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -456,7 +456,7 @@ def test_steps_are_counted_on_the_terminal(
 
 def test_kernels_are_tried_while_the_first_weights_are_read(monkeypatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(kernels, "try_ahead", lambda _: events.append("tried"))
+    monkeypatch.setattr(dispatch, "try_ahead", lambda _: events.append("tried"))
 
     def load() -> type:
         events.append("read")

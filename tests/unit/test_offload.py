@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from majicflux.engine import offload
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.offload import CPU, OffloadedModule, WeightBlock
-from majicflux.engine.pipeline import paint
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.request import Request
-from majicflux.engine.streaming import PlainTransfers
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.offload import offloaded_module
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.offload.transfers import PlainTransfers
+from majicflux.engine.offload.weight_block import CPU, WeightBlock
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
 
-REQUEST = Request("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)
+REQUEST = GenerationRequest("a cat", seed=1, steps=3, guidance=3.5, width=64, height=48)
 
 # On a machine without an accelerator this is another device than `cpu` to PyTorch's comparisons,
 # so weights are really copied to it and dropped again.
@@ -267,7 +268,7 @@ def test_a_copy_that_fails_makes_nothing_resident(monkeypatch: pytest.MonkeyPatc
 
     parts = [nn.Linear(8, 8, device="meta") for _ in range(2)]
     weights = OffloadedModule(nn.Sequential(*parts), [[part] for part in parts]).allocate()
-    monkeypatch.setattr(offload, "transfers_to", lambda *_: Failing())
+    monkeypatch.setattr(offloaded_module, "transfers_to", lambda *_: Failing())
     with pytest.raises(RuntimeError, match="unspecified"):
         weights.keep_resident(ACCELERATOR, float("inf"))
     assert not any(block.resident for block in weights.all_blocks)

@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from majicflux.engine import pipeline as pipeline_module
-from majicflux.engine import vae_bands
-from majicflux.engine.memory import Memory
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import BudgetError, Card
-from majicflux.engine.planning import step_seconds
-from majicflux.engine.request import Request
-from majicflux.engine.solvers import heun
+from majicflux.engine.flux import vae_bands
+from majicflux.engine.offload.vram import HeldVram
+from majicflux.engine.plan.denoising import step_seconds
+from majicflux.engine.plan.device import DeviceProfile
+from majicflux.engine.plan.plan import BudgetError
+from majicflux.engine.run import pipeline as pipeline_module
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.solvers import heun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
+REQUEST = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 
 
-def run(pipeline: Pipeline, request: Request = REQUEST) -> torch.Tensor:
+def run(pipeline: Pipeline, request: GenerationRequest = REQUEST) -> torch.Tensor:
     return paint(pipeline, request, lambda _: None, lambda: None)[0]
 
 
@@ -36,10 +37,10 @@ def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> No
         module = pipeline.text_encoders.weights.module[name]
         module.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     run(pipeline)
-    run(pipeline, Request("a cat", seed=1, steps=3, guidance=2.0, width=48, height=64))
+    run(pipeline, GenerationRequest("a cat", seed=1, steps=3, guidance=2.0, width=48, height=64))
     assert runs == ["clip", "t5"]
     assert len(pipeline.text_encoders.patcher.loads) == 1
-    run(pipeline, Request("a dog", seed=0, steps=2, guidance=3.5, width=64, height=64))
+    run(pipeline, GenerationRequest("a dog", seed=0, steps=2, guidance=3.5, width=64, height=64))
     assert runs == ["clip", "t5"] * 2
 
 
@@ -79,7 +80,7 @@ def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
 
 def test_a_batch_has_one_noise_per_picture_and_one_prompt(make_pipeline) -> None:
     pipeline = make_pipeline()
-    batch = run(pipeline, Request("a cat", 0, 2, 3.5, 64, 64, batch_size=2))
+    batch = run(pipeline, GenerationRequest("a cat", 0, 2, 3.5, 64, 64, batch_size=2))
     assert batch.shape == (2, 64, 64, 3)
     assert not torch.equal(batch[0], batch[1])
     assert (batch[0] - run(pipeline)[0]).abs().mean() < 0.02
@@ -126,7 +127,7 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
         for module in component.weights.module.modules():
             module.register_forward_pre_hook(look)
     run(pipeline)
-    run(pipeline, Request("a dog", 0, 2, 3.5, 64, 64))
+    run(pipeline, GenerationRequest("a dog", 0, 2, 3.5, 64, 64))
     assert 0 < most <= budget
     everything = sum(c.weights.travelling_bytes for c in components(pipeline))
     if budget_mb == 2000:
@@ -172,7 +173,7 @@ def test_without_a_budget_the_host_decides(make_pipeline) -> None:
 def test_working_memory_grows_with_the_picture(make_pipeline) -> None:
     pipeline = make_pipeline()
     run(pipeline)
-    run(pipeline, Request("a cat", 0, 1, 3.5, 128, 128))
+    run(pipeline, GenerationRequest("a cat", 0, 1, 3.5, 128, 128))
     for component in (pipeline.dit, pipeline.vae):
         (small, _), (large, _) = component.patcher.loads
         assert large > small
@@ -216,7 +217,7 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=100 * 2**20)
     events: list[str] = []
 
-    class Noted(Memory):
+    class Noted(HeldVram):
         def __init__(self, *given: Any):
             events.append("base")
             super().__init__(*given)
@@ -225,7 +226,7 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
             events.append("limit")
             return super().held_to(*given)
 
-    monkeypatch.setattr(pipeline_module, "Memory", Noted)
+    monkeypatch.setattr(pipeline_module, "HeldVram", Noted)
     for component in components(pipeline):
         load, release = component.patcher.load, component.patcher.release
         monkeypatch.setattr(
@@ -315,7 +316,7 @@ def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     prompts, _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing, tell)
     latents, _ = pipeline_module.encode_pictures(pipeline, picture, nothing, tell)
     request = replace(REQUEST, prompt=prompts[0], latents=latents, solver=heun)
-    card = Card(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
+    card = DeviceProfile(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
     monkeypatch.setattr(pipeline_module, "measured_card", lambda *_: card)
     (denoising,) = pipeline.plan(request.job, ["denoising"]).phases
     a_step = step_seconds(denoising, pipeline.dit.geometry, request.job, card)

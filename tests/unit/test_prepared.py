@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from file_layouts import sparse_file
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.precision import PRECISIONS, Precision
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.quant.formats import PRECISIONS, Precision
 from majicflux.loaders import demo_models, prepared
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout

@@ -5,10 +5,16 @@ import torch
 from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from majicflux.engine import kernels, products
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
-from majicflux.engine.pipeline import paint
-from majicflux.engine.precision import (
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.transformer import build_flux_dit
+from majicflux.engine.kernels import dispatch, libraries, matmul
+from majicflux.engine.kernels.hadamard import rotate
+from majicflux.engine.kernels.libraries import kitchen_int8_product
+from majicflux.engine.kernels.reference import quantize_activations
+from majicflux.engine.kernels.row_format import QuantizedActivations
+from majicflux.engine.quant import methods
+from majicflux.engine.quant.compute import ComputePrecision, choose_compute
+from majicflux.engine.quant.formats import (
     BFLOAT16,
     FLOAT8,
     FLOAT8_UNSCALED,
@@ -17,10 +23,11 @@ from majicflux.engine.precision import (
     Storage,
     uniform,
 )
-from majicflux.engine.products import Computing, Dequantized, EightBit, choose
-from majicflux.engine.request import Request
-from majicflux.engine.rows import Rows, quantize_activations
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows, rotate
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.methods import Dequantized, EightBit
+from majicflux.engine.quant.quantize import quantize_rows
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
 
 CPU = torch.device("cpu")
 INT8 = Storage("int8", scaled=True)
@@ -58,13 +65,13 @@ def test_float32_rows_stay_so_in_a_run_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, storage: Storage, eight_bit: bool
 ) -> None:
     """The modulation's and the last layer's: in pieces, so that no whole weight is converted."""
-    monkeypatch.setattr(products, "FEW_ROWS", 1)
-    monkeypatch.setattr(products, "CONVERTED_AT_ONCE", 10 * 512)
+    monkeypatch.setattr(methods, "FEW_ROWS", 1)
+    monkeypatch.setattr(methods, "CONVERTED_AT_ONCE", 10 * 512)
     layer, _ = filled(storage)
     with LiveBytes("cpu") as live:
-        layer.product = Dequantized([layer], CPU, torch.bfloat16)
+        layer.method = Dequantized([layer], CPU, torch.bfloat16)
         if eight_bit:
-            layer.product = EightBit([layer.weight.dtype], CPU, layer.product)
+            layer.method = EightBit([layer.weight.dtype], CPU, layer.method)
         x = torch.randn(1, 3, 512, generator=torch.Generator().manual_seed(1))
         found = layer(x)
     assert found.dtype == torch.float32
@@ -83,7 +90,7 @@ def in_8_bits(layer: StoredLinear) -> EightBit:
 @pytest.mark.parametrize("bias", [True, False])
 def test_dequantized_is_the_product_of_float64(storage: Storage, bias: bool) -> None:
     layer, _ = filled(storage, bias=bias)
-    layer.product = Dequantized([layer], CPU, torch.float32)
+    layer.method = Dequantized([layer], CPU, torch.float32)
     x = torch.randn(2, 5, 512)
     exact = x.double() @ stored_weight(layer).T + (layer.bias.double() if bias else 0)
     assert relative(layer(layer.rows(x)), exact) < 1e-6
@@ -99,24 +106,24 @@ def test_one_buffer_serves_every_matrix() -> None:
     product = Dequantized(layers, CPU, torch.float32)
     assert product.buffer.numel() == 512 * 48
     for layer in layers:
-        layer.product = product
+        layer.method = product
         layer(torch.randn(1, 3, layer.weight.shape[1]))
         kept = product.buffer[: layer.weight.numel()].view(layer.weight.shape)
         assert torch.equal(kept, layer.weight.float() * layer.scale[:, None])
     layer, _ = filled(BFLOAT16)
-    layer.product = Dequantized([layer], CPU, torch.bfloat16)
+    layer.method = Dequantized([layer], CPU, torch.bfloat16)
     layer(torch.randn(1, 3, 512).bfloat16())
-    assert "buffer" not in vars(layer.product)  # nothing had to be converted
+    assert "buffer" not in vars(layer.method)  # nothing had to be converted
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_8_bits_are_the_product_of_what_was_rounded(storage: Storage, bias: bool) -> None:
     layer, weight = filled(storage, bias=bias)
-    layer.product = in_8_bits(layer)
+    layer.method = in_8_bits(layer)
     x = torch.randn(2, 80, 512)
     rows = layer.rows(x)
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, QuantizedActivations)
     assert rows.values.dtype == layer.weight.dtype
     scale = 1 if layer.scale is None else layer.scale.double()[:, None]
     exact = (rows.values.double() * rows.scale.double()) @ (layer.weight.double() * scale).T
@@ -131,16 +138,16 @@ def test_sums_of_int8_are_exact() -> None:
     layer, _ = filled(INT8, width=4096, columns=8, bias=False)
     layer.weight.data.fill_(127)
     layer.scale.data.fill_(1.0)
-    layer.product = in_8_bits(layer)
-    rows = Rows(torch.full((1, 2000, 4096), -127, dtype=torch.int8), torch.ones(1, 2000, 1),
-                torch.float32)  # fmt: skip
+    layer.method = in_8_bits(layer)
+    values = torch.full((1, 2000, 4096), -127, dtype=torch.int8)
+    rows = QuantizedActivations(values, torch.ones(1, 2000, 1), torch.float32)
     assert (layer(rows) == -127 * 127 * 4096).all()
 
 
 def test_a_few_rows_are_not_rounded() -> None:
     """The modulation layers act on one: rounding it would save nothing."""
     layer, _ = filled(INT8_ROTATED)
-    layer.product = in_8_bits(layer)
+    layer.method = in_8_bits(layer)
     x = torch.randn(1, 1, 512)
     assert relative(layer(x), x.double() @ stored_weight(layer).T + layer.bias.double()) < 1e-6
 
@@ -158,7 +165,7 @@ def test_a_few_rows_are_not_rounded() -> None:
 def test_a_low_rank_term_is_added_beside_the_stored_weight(storage, eight_bit: bool) -> None:
     layer, _ = filled(storage)
     before = layer.weight.clone().view(torch.uint8)
-    layer.product = in_8_bits(layer) if eight_bit else Dequantized([layer], CPU, torch.float32)
+    layer.method = in_8_bits(layer) if eight_bit else Dequantized([layer], CPU, torch.float32)
     x = torch.randn(1, 160, 512)
     plain = layer(layer.rows(x))
     down, up = torch.randn(4, 512), torch.randn(48, 4)
@@ -175,7 +182,7 @@ def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
     weight = torch.randn(40, 24)
     quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
     layer.bias.data.zero_()
-    layer.product = in_8_bits(layer)
+    layer.method = in_8_bits(layer)
     x = torch.randn(1, 160, 24)
     assert isinstance(layer.rows(x), torch.Tensor) or layer.rows(x).scale is None
     assert relative(layer(layer.rows(x)), x.double() @ stored_weight(layer).T) < 1e-5
@@ -184,7 +191,7 @@ def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
 @pytest.mark.parametrize("message", ["CUBLAS_STATUS_ALLOC_FAILED when calling", "no such kernel"])
 def test_one_bad_moment_costs_nothing_later(monkeypatch, message: str) -> None:
     layer, _ = filled(INT8_ROTATED)
-    layer.product = in_8_bits(layer)
+    layer.method = in_8_bits(layer)
     x = torch.randn(1, 160, 512)
     before = layer(layer.rows(x))
     with monkeypatch.context() as patched:
@@ -192,7 +199,7 @@ def test_one_bad_moment_costs_nothing_later(monkeypatch, message: str) -> None:
         def fail(*_: object) -> torch.Tensor:
             raise RuntimeError(message)
 
-        patched.setattr(products, "_int_mm", fail)
+        patched.setattr(matmul, "_int_mm", fail)
         with pytest.raises(RuntimeError, match=message):
             layer(layer.rows(x))
     assert torch.equal(layer(layer.rows(x)), before)
@@ -201,17 +208,17 @@ def test_one_bad_moment_costs_nothing_later(monkeypatch, message: str) -> None:
 @pytest.mark.parametrize("rows", [1, 12, 16, 1024 + 12, 2 * 1024 + 1])
 def test_a_product_of_int8_takes_any_number_of_rows(monkeypatch, rows: int) -> None:
     """cuBLAS refuses 16 rows and fewer, also as the tail of many."""
-    multiply = products._int_mm
+    multiply = matmul._int_mm
 
     def as_on_a_card(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         assert len(a) > 16
         return multiply(a, b)
 
-    monkeypatch.setattr(products, "_int_mm", as_on_a_card)
+    monkeypatch.setattr(matmul, "_int_mm", as_on_a_card)
     layer, _ = filled(INT8_ROTATED)
-    layer.product = in_8_bits(layer)
+    layer.method = in_8_bits(layer)
     x = torch.randn(1, rows, 512)
-    found = quantize_activations(x, layer.product.wanted(layer), x.dtype)
+    found = quantize_activations(x, layer.method.wanted(layer), x.dtype)
     exact = (found.values.double() * found.scale) @ (
         layer.weight.double() * layer.scale[:, None]
     ).T + layer.bias.double()
@@ -227,10 +234,10 @@ def card(monkeypatch: pytest.MonkeyPatch):
     """A card of some compute capability, with or without the libraries of kernels."""
 
     def make(capability: tuple[int, int] | None, triton: bool, kitchen: bool) -> None:
-        monkeypatch.setattr(kernels, "capability", lambda _: capability)
-        monkeypatch.setattr(kernels, "triton_works", lambda _: triton)
-        monkeypatch.setattr(kernels, "int8_product_works", lambda _: triton)
-        monkeypatch.setattr(kernels, "kitchen_works", lambda _: kitchen)
+        monkeypatch.setattr(dispatch, "capability", lambda _: capability)
+        monkeypatch.setattr(dispatch, "triton_works", lambda _: triton)
+        monkeypatch.setattr(dispatch, "int8_product_works", lambda _: triton)
+        monkeypatch.setattr(dispatch, "kitchen_works", lambda _: kitchen)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
 
     return make
@@ -257,7 +264,7 @@ def test_auto_takes_8_bits_where_the_card_is_fast_in_them(
     for name, expected in (("float8_e4m3fn", float8), ("int8 rotated", int8)):
         module = build_flux_dit(SMALL, PRECISIONS[name]).module
         dtype = getattr(torch, name.split(" ")[0])
-        found = choose(module, CARD, "auto", torch.bfloat16)
+        found = choose_compute(module, CARD, "auto", torch.bfloat16)
         assert found.eight_bit == (frozenset([dtype]) if expected else frozenset()), name
         assert found.dtype == torch.bfloat16
         assert (str(dtype)[6:] if expected else "bfloat16") in found.report.split(" on ")[0]
@@ -267,7 +274,7 @@ def test_auto_takes_8_bits_where_the_card_is_fast_in_them(
             assert found.report.endswith(
                 "(no fused kernels for float8_e4m3fn: Triton is not installed or does not work)"
             )
-    plain = choose(build_flux_dit(SMALL, PRECISIONS["bfloat16"]).module, CARD, "auto",
+    plain = choose_compute(build_flux_dit(SMALL, PRECISIONS["bfloat16"]).module, CARD, "auto",
                    torch.float32)  # fmt: skip
     assert (plain.dtype, plain.eight_bit) == (torch.float32, frozenset())
 
@@ -275,7 +282,7 @@ def test_auto_takes_8_bits_where_the_card_is_fast_in_them(
 def test_the_report_names_the_better_format_for_the_card(card) -> None:
     card((8, 6), True, True)
     module = build_flux_dit(SMALL, PRECISIONS["float8_e4m3fn"]).module
-    assert choose(module, CARD, "auto", torch.bfloat16).report == (
+    assert choose_compute(module, CARD, "auto", torch.bfloat16).report == (
         "computes in bfloat16 on Some Card, compute capability 8.6 (float8_e4m3fn matrix units "
         "begin with compute capability 8.9, int8 rotated weights would be faster)"
     )
@@ -283,24 +290,24 @@ def test_the_report_names_the_better_format_for_the_card(card) -> None:
 
 def test_8_bits_can_be_had_on_a_cpu_and_need_8_bits(make_pipeline) -> None:
     module = build_flux_dit(SMALL, PRECISIONS["int8 rotated"]).module
-    assert choose(module, CPU, "8-bit", torch.float32).eight_bit == {torch.int8}
-    assert not choose(module, CPU, "auto", torch.float32).eight_bit
-    plain = choose(module, CPU, "bfloat16", torch.float32)
-    assert plain == Computing(torch.bfloat16)
+    assert choose_compute(module, CPU, "8-bit", torch.float32).eight_bit == {torch.int8}
+    assert not choose_compute(module, CPU, "auto", torch.float32).eight_bit
+    plain = choose_compute(module, CPU, "bfloat16", torch.float32)
+    assert plain == ComputePrecision(torch.bfloat16)
     assert plain.report == "computes in bfloat16"
     with pytest.raises(ValueError, match="no weight of the transformer is"):
-        choose(build_flux_dit(SMALL, uniform(BFLOAT16)).module, CPU, "8-bit", torch.float32)
+        choose_compute(build_flux_dit(SMALL, uniform(BFLOAT16)).module, CPU, "8-bit", torch.float32)
 
 
 def test_kitchens_product_is_left_to_cards_that_it_was_made_for(card) -> None:
     for capability, expected in (((7, 5), True), ((8, 6), True), ((8, 9), True), ((9, 0), False),
                                  ((10, 0), False), ((12, 0), True)):  # fmt: skip
         card(capability, True, True)
-        assert kernels.kitchen_is_faster(CARD) == expected
+        assert dispatch.kitchen_is_faster(CARD) == expected
         card(capability, True, False)
-        assert not kernels.kitchen_is_faster(CARD)
+        assert not dispatch.kitchen_is_faster(CARD)
     card((9, 0), False, True)
-    assert kernels.kitchen_is_faster(CARD)
+    assert dispatch.kitchen_is_faster(CARD)
 
 
 @pytest.mark.parametrize("group", [256, 0])
@@ -309,8 +316,8 @@ def test_kitchens_product_is_ours(group: int) -> None:
     pytest.importorskip("comfy_kitchen")
     layer, _ = filled(Storage("int8", scaled=True, rotated=group))
     x = torch.randn(1, 160, 512)
-    layer.product = in_8_bits(layer)
-    assert relative(products.kitchen_product(layer, x, slice(None)), layer(x).double()) < 2e-3
+    layer.method = in_8_bits(layer)
+    assert relative(kitchen_int8_product(x, *layer.matrix(), layer.group), layer(x).double()) < 2e-3
 
 
 # Peak signal to noise against bfloat16, in dB, of a picture that random weights paint.
@@ -324,7 +331,7 @@ LEAST = {
 
 
 def test_a_picture_in_each_precision(make_pipeline) -> None:
-    request = Request("a cat", seed=3, steps=4, guidance=3.5, width=128, height=128)
+    request = GenerationRequest("a cat", seed=3, steps=4, guidance=3.5, width=128, height=128)
 
     def latents(precision: str, mode: str) -> torch.Tensor:
         pipeline = make_pipeline(precision=PRECISIONS[precision], mode=mode)
@@ -341,15 +348,16 @@ def test_a_picture_in_each_precision(make_pipeline) -> None:
 @pytest.mark.parametrize("row_scales", [True, False], ids=["row scales", "rescaled"])
 def test_a_card_adds_a_bias_that_is_kept_in_float8(monkeypatch, row_scales: bool) -> None:
     """As files without scales have it, which no product of a card takes."""
-    monkeypatch.setattr(kernels, "float8_takes_row_scales", lambda _: row_scales)
-    monkeypatch.setattr(kernels, "fused", lambda _: False)
+    monkeypatch.setattr(dispatch, "float8_takes_row_scales", lambda _: row_scales)
+    monkeypatch.setattr(dispatch, "fused", lambda _: False)
     biases = []
 
     def scaled(x, weight, *scales, out, bias=None, **_):
         biases.append(bias)
 
-    monkeypatch.setattr(products, "_scaled_mm", scaled)
-    monkeypatch.setattr(products, "rescale_", lambda *given: biases.append(given[-1]))
+    monkeypatch.setattr(libraries, "_scaled_mm", scaled)
+    monkeypatch.setattr(matmul, "_scaled_mm", scaled)
+    monkeypatch.setattr(matmul, "rescale_", lambda *given: biases.append(given[-1]))
     layer = StoredLinear(512, 48, True, FLOAT8_UNSCALED)
     assert layer.bias.dtype == layer.weight.dtype
     with FakeTensorMode():  # a card of which only dtypes and shapes are known
@@ -357,7 +365,7 @@ def test_a_card_adds_a_bias_that_is_kept_in_float8(monkeypatch, row_scales: bool
         on_card = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in parts]
         monkeypatch.setattr(layer, "matrix", lambda _: (on_card[0], None, on_card[1]))
         values = torch.empty(1, 40, 512, device="cuda", dtype=layer.weight.dtype)
-        rows = Rows(values, torch.ones(1, 40, 1, device="cuda"), torch.bfloat16)
+        rows = QuantizedActivations(values, torch.ones(1, 40, 1, device="cuda"), torch.bfloat16)
         plain = Dequantized([layer], CPU, rows.dtype)
         EightBit([layer.weight.dtype], CPU, plain)(layer, rows, None, slice(None))
     assert biases[-1].dtype == torch.bfloat16

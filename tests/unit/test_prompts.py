@@ -7,15 +7,15 @@ from itertools import chain
 import pytest
 import torch
 
-from majicflux.engine import text_encoders
-from majicflux.engine.prompts import (
+from majicflux.engine.flux import text_encoders
+from majicflux.engine.flux.prompts import (
     MOST_CHARACTERS,
     MOST_T5_TOKENS,
     TokenCounts,
     tokenize,
     weighted_segments,
 )
-from majicflux.engine.text_encoders import TextEncoders
+from majicflux.engine.flux.text_encoders import TextEncoders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHINESE = "赛博朋克风格的猫，屋顶上，月光"

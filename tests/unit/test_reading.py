@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from file_layouts import sparse_file
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.loaders import demo_models, reading
 from majicflux.loaders.fill import READING
 from majicflux.loaders.flux_dit import load_flux_dit
@@ -25,7 +25,7 @@ from majicflux.loaders.safetensors_file import ModelFileError
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.loaders.fill import MOST_WORKERS, READING
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders import demo_models
@@ -171,7 +171,7 @@ def test_tensors_larger_than_the_buffer_are_read_in_pieces(models, monkeypatch) 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_loading_holds_little_more_than_the_weights(models: Path, tmp_path: Path) -> None:
-    from majicflux.engine.flux_dit import FluxGeometry
+    from majicflux.engine.flux.geometry import FluxGeometry
     from majicflux.loaders.layouts import flux_dit_layout
 
     layout = flux_dit_layout(FluxGeometry(double_blocks=2, single_blocks=3))

@@ -11,22 +11,22 @@ from diffsynth_pipeline import diffsynth_pipeline
 from PIL import Image
 from torch import Tensor
 
-from majicflux.engine import pipeline as parts
 from majicflux.engine.latents import latent_mask
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.request import Request
-from majicflux.engine.schedule import (
+from majicflux.engine.run import pipeline as parts
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.schedules import (
     SCHEDULES,
     bfl_sigmas,
     diffsynth_sigmas,
     given_sigmas,
     some_steps,
 )
-from majicflux.engine.solvers import SOLVERS, euler, heun, passes
+from majicflux.engine.sampling.solvers import SOLVERS, euler, heun, passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT = torch.float32
-REQUEST = Request("a cat", seed=0, steps=4, guidance=3.5, width=64, height=48)
+REQUEST = GenerationRequest("a cat", seed=0, steps=4, guidance=3.5, width=64, height=48)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def exact(make_pipeline) -> Pipeline:
     return make_pipeline(dtype=FLOAT)
 
 
-def latents_of(pipeline: Pipeline, request: Request, **options: object) -> Tensor:
+def latents_of(pipeline: Pipeline, request: GenerationRequest, **options: object) -> Tensor:
     if request.picture is not None:
         return paint(pipeline, request, lambda _: None, lambda: None, **options)[1]
     names = ["prompt", "negative"][: len(request.prompts)]

@@ -14,28 +14,31 @@ from live_bytes import LiveBytes
 from same_bits import same
 from torch import Tensor
 
-from majicflux.engine import blocks, products, streaming, vae_bands
-from majicflux.engine.flux_dit import DiT
-from majicflux.engine.offload import OffloadedModule, WeightBlock
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import BudgetError, Job
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.request import Request
-from majicflux.engine.stored_linear import StoredLinear
-from majicflux.engine.vae import VAE
-from majicflux.engine.work import Work
+from majicflux.engine.flux import blocks, vae_bands
+from majicflux.engine.flux.transformer import DiT
+from majicflux.engine.flux.vae import VAE
+from majicflux.engine.offload import prefetch
+from majicflux.engine.offload.chunking import Chunking
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.offload.weight_block import WeightBlock
+from majicflux.engine.plan.plan import BudgetError, Workload
+from majicflux.engine.quant import methods
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
-REQUEST = Request("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
+REQUEST = GenerationRequest("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
 ROOMY = 2**31
 PHASES = ["text encoders", "denoising", "VAE decode"]
 
 
 def run(
     pipeline: Pipeline,
-    request: Request = REQUEST,
+    request: GenerationRequest = REQUEST,
     on_pass: Callable[[Tensor | None], None] = lambda _: None,
     before_block: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -133,7 +136,7 @@ def no_memory_for(
     def where(_: object, called: StoredLinear, *__: object) -> bool:
         return called is layer
 
-    return Shortage(monkeypatch, products.Dequantized, "__call__", short, after=True, where=where)
+    return Shortage(monkeypatch, methods.Dequantized, "__call__", short, after=True, where=where)
 
 
 PLACES: dict[str, tuple[object, str]] = {
@@ -225,7 +228,7 @@ def test_a_shortage_in_the_text_encoders_costs_one_layer(
         return True
 
     with torch.inference_mode():
-        found, _ = encoders.encode("a cat", work=Work(relieve=relieve))
+        found, _ = encoders.encode("a cat", work=Chunking(relieve=relieve))
         monkeypatch.undo()
         expected, _ = encoders.encode("a cat")
     assert (shortage.calls, len(relieved)) == (5, 2)
@@ -305,7 +308,7 @@ def test_a_shortage_of_the_ring_is_survived(unseen, make_pipeline, monkeypatch, 
 
     monkeypatch.setattr(pipeline.dit.patcher, "load", some_stay)
     monkeypatch.setattr(pipeline.vae.patcher, "load", lambda *_, **__: None)
-    shortage = Shortage(monkeypatch, streaming.Stream, "_new_ring", lambda call: call == 0)
+    shortage = Shortage(monkeypatch, prefetch.PrefetchRing, "_new_ring", lambda call: call == 0)
     before = 0.6 * weights.travelling_bytes - 2 * weights.largest_bytes
     caplog.clear()
     assert same(run(pipeline), expected)
@@ -509,7 +512,7 @@ def test_many_runs_with_changing_budgets_leave_as_much_as_one(make_pipeline) -> 
     expected = run(first)
     home = [homes(c.weights) for c in first.components]
     sizes = [(32, 48), (64, 16), (48, 48)]
-    jobs = [Job(*size, batch_size=2) for size in sizes]
+    jobs = [Workload(*size, batch_size=2) for size in sizes]
     small = max(streaming_budget(first, job=job) for job in jobs)
     budgets = [ROOMY, small, int(1.2 * small), small + 10**6]
     kept: list[dict[str, int]] = []

@@ -1,16 +1,11 @@
 import pytest
 import torch
 
-from majicflux.engine.precision import BFLOAT16, FLOAT8, INT8_ROTATED
-from majicflux.engine.stored_linear import (
-    FLOAT8_DTYPE,
-    LIMITS,
-    StoredLinear,
-    float32_of,
-    holds_nan,
-    quantize_rows,
-    rotate,
-)
+from majicflux.engine.kernels.hadamard import rotate
+from majicflux.engine.kernels.row_format import FLOAT8_DTYPE, LIMITS
+from majicflux.engine.quant.formats import BFLOAT16, FLOAT8, INT8_ROTATED
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.quantize import float32_of, holds_nan, quantize_rows
 
 FLOAT8_MAX = LIMITS[FLOAT8_DTYPE]
 HALF_STEP = 2**-4  # e4m3 has 3 mantissa bits: a normal number is off by at most 1/16 of itself

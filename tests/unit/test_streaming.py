@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from majicflux.engine import streaming
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import DiT
-from majicflux.engine.offload import OffloadedModule, WeightBlock, at_hand
-from majicflux.engine.pipeline import paint
-from majicflux.engine.products import Computing
-from majicflux.engine.request import Request
-from majicflux.engine.sampling import Task, sample
-from majicflux.engine.schedule import diffsynth_sigmas
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.transformer import DiT
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.offload import prefetch
+from majicflux.engine.offload.offloaded_module import OffloadedModule, onloaded
+from majicflux.engine.offload.weight_block import WeightBlock
+from majicflux.engine.quant.compute import ComputePrecision
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.inputs import SamplerInputs
+from majicflux.engine.sampling.loop import sample
+from majicflux.engine.sampling.schedules import diffsynth_sigmas
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,7 +166,7 @@ def computed(weights: OffloadedModule, order: Sequence[int], card: LateCard | No
         layer.card = card
     x = weights.module["root"](torch.ones(1, WIDTH))
     for index in order:
-        with at_hand(layers[index]):
+        with onloaded(layers[index]):
             x = layers[index](x)
             if index % 3 == 0:
                 x = layers[index](x)
@@ -445,7 +447,7 @@ def test_no_memory_for_the_ring_leaves_nothing_behind(monkeypatch: pytest.Monkey
         raise Trouble("ring")
 
     def arrange(_: LateCard) -> dict[str, object]:
-        monkeypatch.setattr(streaming.Stream, "_new_ring", refuse)
+        monkeypatch.setattr(prefetch.PrefetchRing, "_new_ring", refuse)
         return {}
 
     assert fails_at(weights, arrange)
@@ -468,7 +470,7 @@ def test_no_memory_for_the_root_leaves_nothing_behind(monkeypatch: pytest.Monkey
 def test_an_end_that_fails_leaves_nothing_behind() -> None:
     """As when a card has an error that shows only once all of its work is waited for."""
     weights = layers_of([16, 40, 5, 64], [7])
-    streams: list[streaming.Stream] = []
+    streams: list[prefetch.PrefetchRing] = []
 
     def arrange(card: LateCard) -> dict[str, object]:
         close = card.close
@@ -480,10 +482,10 @@ def test_an_end_that_fails_leaves_nothing_behind() -> None:
         card.close = closed  # pyright: ignore[reportAttributeAccessIssue]
         return {}
 
-    new = streaming.Stream.__init__
+    new = prefetch.PrefetchRing.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            streaming.Stream, "__init__", lambda s, *a: (streams.append(s), new(s, *a))[0]
+            prefetch.PrefetchRing, "__init__", lambda s, *a: (streams.append(s), new(s, *a))[0]
         )
         assert fails_at(weights, arrange)
     assert all(stream._ring is None and not stream._fetched for stream in streams)
@@ -510,7 +512,7 @@ def test_a_computation_that_fails_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize(("chance", "cfg"), [(0.0, 1.0), (0.7, 1.0), (0.7, 2.0)])
 def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float, cfg: float) -> None:
     given = {"seed": 2, "steps": 2, "guidance": 3.5, "width": 48, "height": 32, "cfg": cfg}
-    request = Request("a cat", **given)
+    request = GenerationRequest("a cat", **given)
     expected = paint(make_pipeline(device=ACCELERATOR), request, lambda *_: None, lambda: None)[1]
     cards: list[LateCard] = []
 
@@ -518,7 +520,7 @@ def test_a_late_card_paints_the_same(make_pipeline, monkeypatch, chance: float, 
         cards.append(LateCard(chance, len(cards)))
         return cards[-1]
 
-    monkeypatch.setattr(streaming, "transfers_to", late)
+    monkeypatch.setattr(prefetch, "transfers_to", late)
     pipeline = make_pipeline(device=ACCELERATOR)
     dit = pipeline.dit
     monkeypatch.setattr(dit.patcher, "load", lambda *_, **__: None)  # nothing becomes resident
@@ -535,8 +537,8 @@ def moved_for(dit: DiT, batch: int, steps: int, ring_blocks: int) -> int:
     text = TextEmbedding(
         torch.zeros(1, 16, geometry.text_width), torch.zeros(1, geometry.pooled_width)
     )
-    task = Task(diffsynth_sigmas(steps, 32, 32), torch.ones(batch, 16, 4, 4))
-    module, computing = weights.module, Computing(torch.bfloat16)
+    task = SamplerInputs(diffsynth_sigmas(steps, 32, 32), torch.ones(batch, 16, 4, 4))
+    module, computing = weights.module, ComputePrecision(torch.bfloat16)
     ring = ring_blocks * weights.largest_bytes
     with (
         torch.inference_mode(),
@@ -564,14 +566,14 @@ def test_looking_ahead_costs_no_more_in_a_longer_run(monkeypatch: pytest.MonkeyP
     weights = layers_of([5] * 10)
     weights.keep_resident(ACCELERATOR, float("inf"))
     looked = 0
-    at_hand_already = streaming.Stream._at_hand
+    at_hand_already = prefetch.PrefetchRing._at_hand
 
-    def counted(stream: streaming.Stream, block: WeightBlock) -> bool:
+    def counted(stream: prefetch.PrefetchRing, block: WeightBlock) -> bool:
         nonlocal looked
         looked += 1
         return at_hand_already(stream, block)
 
-    monkeypatch.setattr(streaming.Stream, "_at_hand", counted)
+    monkeypatch.setattr(prefetch.PrefetchRing, "_at_hand", counted)
     found = []
     for passes in (4, 40):
         looked = 0

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from majicflux.engine.geometry import T5Geometry
-from majicflux.engine.t5 import T5Encoder
-from majicflux.engine.text_encoders import HomeEmbedding
+from majicflux.engine.flux.geometry import T5Geometry
+from majicflux.engine.flux.t5 import T5Encoder
+from majicflux.engine.flux.text_encoders import HomeEmbedding
 
 SMALL = T5Geometry(width=96, mlp_width=160, layers=3, heads=6, head_dim=24, vocabulary=50)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.torch_state import own_state
 from majicflux.host import standalone
 from majicflux.loaders.flux_dit import load_flux_dit

@@ -10,19 +10,23 @@ from live_bytes import LiveBytes
 from same_bits import same
 from torch import Tensor
 
-from majicflux.engine import blocks, conditioning, denoise, products
-from majicflux.engine.conditioning import Conditions
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import FluxGeometry, TokenSequence, build_flux_dit
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import Computing, choose
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows
-from majicflux.engine.work import CHUNKS, GROUPS, Work
+from majicflux.engine.flux import blocks, conditioning, velocity
+from majicflux.engine.flux.blocks import TokenSequence
+from majicflux.engine.flux.conditioning import Conditions
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.transformer import build_flux_dit
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.offload.chunking import CHUNKS, GROUPS, Chunking
+from majicflux.engine.quant import methods
+from majicflux.engine.quant.compute import ComputePrecision, choose_compute
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.quantize import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-BFLOAT16 = Computing(torch.bfloat16)
+BFLOAT16 = ComputePrecision(torch.bfloat16)
 GEOMETRY = FluxGeometry(512, 1, 1, text_width=64, pooled_width=64)  # 4 heads
 WORDS = 70
 LATENTS = (34, 36)  # 306 tokens: more than the smallest chunk
@@ -55,16 +59,16 @@ def given(pictures: int = 1) -> tuple[Tensor, Conditions]:
 
 
 @torch.inference_mode()
-def run(work: Work, precision: str = "bfloat16", mode: str = "bfloat16", pictures=1) -> Tensor:
+def run(work: Chunking, precision: str = "bfloat16", mode: str = "bfloat16", pictures=1) -> Tensor:
     dit = transformer(precision)
     latents, told = given(pictures)
-    with choose(dit, CPU, mode, torch.bfloat16).applied_to(dit, CPU):
+    with choose_compute(dit, CPU, mode, torch.bfloat16).applied_to(dit, CPU):
         return flux_velocity(dit, told, work)(latents, torch.tensor(1.0))
 
 
 @cache
 def expected(pictures: int = 1) -> Tensor:
-    return run(Work(), pictures=pictures)
+    return run(Chunking(), pictures=pictures)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +79,10 @@ def expected(pictures: int = 1) -> Tensor:
     ],
 )  # fmt: skip
 def test_chunks_and_groups_change_no_bit(precision: str, mode: str) -> None:
-    at_once = run(Work(), precision, mode)
+    at_once = run(Chunking(), precision, mode)
     assert at_once.isfinite().all()
     for size in ((256, 1), (256, 2), TIGHTEST, (0, 4), (64, 1)):
-        assert same(run(Work(*size), precision, mode), at_once), size
+        assert same(run(Chunking(*size), precision, mode), at_once), size
 
 
 @pytest.mark.parametrize("groups", [1, *GROUPS])
@@ -95,7 +99,7 @@ def test_groups_of_heads_attend_one_after_another(
         return attend(qkv, heads)
 
     monkeypatch.setattr(blocks, "attend", watched)
-    run(Work(256, groups))
+    run(Chunking(256, groups))
     groups = min(groups, GEOMETRY.heads)
     heads = GEOMETRY.heads // groups
     assert attended == [(heads, 3 * 128 * heads)] * groups * 2  # a joint block and a single one
@@ -103,7 +107,7 @@ def test_groups_of_heads_attend_one_after_another(
 
 @torch.inference_mode()
 def through_blocks(
-    work: Work, allowed: Callable[[int, int, int], bool] = lambda *_: True
+    work: Chunking, allowed: Callable[[int, int, int], bool] = lambda *_: True
 ) -> tuple[Tensor, LiveBytes]:
     """A joint and a single block, in which every allocation belongs to an attempt."""
     dit, width = transformer("bfloat16"), GEOMETRY.hidden
@@ -123,12 +127,12 @@ def through_blocks(
 @pytest.mark.parametrize(("size", "step"), [((0, 1), 1), ((256, 2), 5)])
 def test_any_allocation_may_fail(size: tuple[int, int], step: int) -> None:
     """One, and another half a run later, with nothing to free. step: 1 for every allocation."""
-    whole = through_blocks(Work())[0]
-    allocations = through_blocks(Work(*size))[1].made
+    whole = through_blocks(Chunking())[0]
+    allocations = through_blocks(Chunking(*size))[1].made
     assert allocations > 50
     for failing in range(0, allocations // 2 + 1, step):
         both = (failing, failing + allocations // 2)
-        work = Work(*size)
+        work = Chunking(*size)
         found, live = through_blocks(work, lambda number, *_, both=both: number not in both)
         assert live.made > both[1]
         assert same(found, whole), failing
@@ -137,14 +141,14 @@ def test_any_allocation_may_fail(size: tuple[int, int], step: int) -> None:
 
 
 def test_weights_leave_before_less_is_computed_at_once() -> None:
-    whole = through_blocks(Work())[0]
+    whole = through_blocks(Chunking())[0]
     left = [3]
 
     def relieve() -> bool:
         left[0] -= 1
         return left[0] >= 0
 
-    work = Work(relieve=relieve)
+    work = Chunking(relieve=relieve)
     found, _ = through_blocks(work, lambda number, *_: number not in (5, 9, 13))
     assert (left, work.tokens, work.groups) == ([0], 0, 1)
     assert same(found, whole)
@@ -159,10 +163,10 @@ def test_a_run_that_is_short_of_memory_computes_as_little_at_once_as_it_must(
     size: tuple[int, int], less: tuple[int, int] | None
 ) -> None:
     """less: when one byte is missing; None: nothing less is possible."""
-    whole = through_blocks(Work())[0]
-    peak = through_blocks(Work(*size))[1].peak
+    whole = through_blocks(Chunking())[0]
+    peak = through_blocks(Chunking(*size))[1].peak
     for limit, enough in ((peak, size), (peak - 1, less)):
-        work = Work()
+        work = Chunking()
         if enough is None:
             with pytest.raises(torch.OutOfMemoryError):
                 through_blocks(work, lambda *numbers, limit=limit: numbers[2] <= limit)
@@ -189,7 +193,7 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
 ) -> None:
     whole = expected(pictures)
     layer = LAYERS[place](transformer("bfloat16"))
-    multiply = products.Dequantized.__call__
+    multiply = methods.Dequantized.__call__
 
     def short(product, called, x, out, columns) -> Tensor:
         y = multiply(product, called, x, out, columns)
@@ -197,8 +201,8 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
             raise torch.OutOfMemoryError("simulated")
         return y
 
-    monkeypatch.setattr(products.Dequantized, "__call__", short)
-    work = Work()
+    monkeypatch.setattr(methods.Dequantized, "__call__", short)
+    work = Chunking()
     assert same(run(work, pictures=pictures), whole)
     assert (work.tokens, work.groups) == (256, 1)
     assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
@@ -221,7 +225,7 @@ def test_a_step_whose_modulation_finds_no_room_makes_some() -> None:
     far = Conditions(told.text, {1.0: told.modulation[1.0].as_subclass(Far)})
     dit = transformer("bfloat16")
     with torch.inference_mode(), BFLOAT16.applied_to(dit, CPU):
-        found = flux_velocity(dit, far, Work(relieve=relieve))(latents, torch.tensor(1.0))
+        found = flux_velocity(dit, far, Chunking(relieve=relieve))(latents, torch.tensor(1.0))
     assert same(found, expected())
 
 
@@ -241,17 +245,17 @@ def test_the_ends_take_as_many_tokens_whatever_the_memory(
     monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
     """So that the bits of a picture do not depend on it, see `denoise.ENDS`."""
-    monkeypatch.setattr(denoise, "ENDS", Work(128))
+    monkeypatch.setattr(velocity, "ENDS", Chunking(128))
     dit = transformer("bfloat16")
-    multiply, seen = products.Dequantized.__call__, []
+    multiply, seen = methods.Dequantized.__call__, []
 
     def watched(product, called, x, out, columns) -> Tensor:
         if called in (dit.x_embedder, dit.final_proj_out):
             seen.append(x.shape[-2])
         return multiply(product, called, x, out, columns)
 
-    monkeypatch.setattr(products.Dequantized, "__call__", watched)
-    run(Work(tokens))
+    monkeypatch.setattr(methods.Dequantized, "__call__", watched)
+    run(Chunking(tokens))
     assert max(seen) == 128 < sum(seen) / 2
 
 
@@ -270,7 +274,7 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
         return attend(qkv, heads)
 
     monkeypatch.setattr(blocks, "attend", short)
-    work = Work(tokens=512)
+    work = Chunking(tokens=512)
     if not most:
         with pytest.raises(torch.OutOfMemoryError):
             run(work, pictures=2)
@@ -284,7 +288,7 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
 
 @pytest.mark.parametrize(("heads", "groups"), [(24, [2, 4, 8]), (6, [2]), (4, [2, 4]), (5, [])])
 def test_groups_are_all_of_one_size(heads: int, groups: list[int]) -> None:
-    work = Work()
+    work = Chunking()
     found = []
     while work.fewer_heads(heads):
         found.append(work.groups)
@@ -299,7 +303,7 @@ def test_every_token_is_done_once(count: int, tokens: int) -> None:
     """And no chunk is longer than the first, which is what the plan counts on; also where memory
     runs out in the middle."""
     for failing in (None, 0, 1, 2):
-        work = Work(tokens)
+        work = Chunking(tokens)
         done: list[slice] = []
         calls = 0
 

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from majicflux.engine.prompts import tokenize, weighted_segments
+from majicflux.engine.flux.prompts import tokenize, weighted_segments
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
 PROMPT = "赛博朋克 a cat, (masterpiece) on the roof's edge!"

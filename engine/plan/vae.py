@@ -1,0 +1,46 @@
+"""The plan of the VAE, in both directions."""
+
+from collections.abc import Callable
+from functools import partial
+
+from ..flux import vae_band_plan
+from ..offload.weight_sizes import WeightSizes
+from ..sizes import CHANNELS
+from .device import DeviceProfile
+from .plan import DECODE, ENCODE, StagePlan, Workload
+from .split import split_budget
+
+
+def plan_decode(
+    weights: WeightSizes, job: Workload, itemsize: int, budget: int | None, card: DeviceProfile
+) -> StagePlan:
+    """The VAE: its weights are there as one block, the picture in bands of rows."""
+    rows, columns = job.latent_size
+    latents = CHANNELS * rows * columns * 2 * itemsize
+    plan = partial(vae_band_plan.plan_decode, rows, columns, itemsize)
+    return _plan_vae(DECODE, plan, latents, weights, budget, card)
+
+
+def plan_encode(
+    weights: WeightSizes, job: Workload, itemsize: int, budget: int | None, card: DeviceProfile
+) -> StagePlan:
+    """As of `plan_decode`."""
+    plan = partial(vae_band_plan.plan_encode, job.height, job.width, itemsize)
+    return _plan_vae(ENCODE, plan, 0, weights, budget, card)
+
+
+def _plan_vae(
+    name: str,
+    plan: Callable[[float], vae_band_plan.BandPlan],
+    beside: int,
+    weights: WeightSizes,
+    budget: int | None,
+    card: DeviceProfile,
+) -> StagePlan:
+    """plan: bands within a limit; beside: bytes of values besides."""
+    limit = float("inf")
+    if budget is not None:
+        left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
+        limit = left - beside - card.overhead(max(0, left)) + card.workspace_bytes
+    choices = [(0, plan(limit).peak_bytes + beside)]
+    return split_budget(name, weights, choices, budget, card, least=plan(0).peak_bytes + beside)
