@@ -31,7 +31,7 @@ from majicflux.engine.flux.vae import VAE, build_vae
 from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.plan.measure import copy_rate
-from majicflux.engine.plan.plan import DENOISING, BudgetError
+from majicflux.engine.plan.plan import DENOISE, DENOISING, BudgetError
 from majicflux.engine.plan.split import RING_BLOCKS
 from majicflux.engine.plan.units import GB
 from majicflux.engine.quant.compute import choose_compute
@@ -71,7 +71,7 @@ def main() -> None:
     parts = chosen.parts.split(",")
     with tempfile.TemporaryDirectory(dir=chosen.scratch) as scratch, torch.inference_mode():
         pipeline = random_pipeline(chosen.precision, device, chosen.quick, Path(scratch))
-        print(pipeline.computing.report)
+        print(pipeline.compute.report)
         if "budgets" in parts:
             rows += budgets(pipeline, chosen.quick)
         if "steps" in parts:
@@ -153,10 +153,10 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
             if found.peak_bytes is None:
                 continue
             peak, allocated = found.peak_bytes / GB, torch.cuda.max_memory_allocated() / GB
-            denoising = next(phase for phase in found.phases if phase.name == "denoising")
+            denoising = next(phase for phase in found.stages if phase.name == DENOISE)
             phases = ", ".join(
-                f"{phase.name} {(phase.peak_bytes or 0) / GB:.2f}, {phase.seconds:.2f}"
-                for phase in found.phases
+                f"{phase.label} {(phase.peak_bytes or 0) / GB:.2f}, {phase.seconds:.2f}"
+                for phase in found.stages
             )
             print(
                 f"| {budget:.2f} | {side} | {peak:.3f} | {allocated:.2f} "
@@ -176,12 +176,12 @@ def _relative(found: Tensor, expected: Tensor) -> str:
 
 def _smallest(pipeline: Pipeline, side: int) -> float:
     request = GenerationRequest("", 0, STEPS, GUIDANCE, side, side)
-    return pipeline.plan(request.job).smallest_bytes / GB
+    return pipeline.plan(request.workload).smallest_bytes / GB
 
 
 def _with_budget(pipeline: Pipeline, budget_gb: float) -> Pipeline:
     parts = (pipeline.dit, pipeline.text_encoders, pipeline.vae)
-    return Pipeline(*parts, int(budget_gb * GB), pipeline.computing)
+    return Pipeline(*parts, int(budget_gb * GB), pipeline.compute)
 
 
 def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row]:
@@ -207,7 +207,7 @@ def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
     nothing_peer, half_peer = max(copy, resident), max(copy / 2, resident)
     yield Row("nothing resident", nothing, "s", nothing_peer, "copy or step", 1.15 * nothing_peer)
     yield Row("half resident", half, "s", half_peer, "half the copy or step", 1.1 * half_peer)
-    job = GenerationRequest("", 0, STEPS, GUIDANCE, 1024, 1024).job
+    job = GenerationRequest("", 0, STEPS, GUIDANCE, 1024, 1024).workload
     predicted = pipeline.plan(job, [DENOISING], rates=True).seconds
     assert predicted is not None
     for name, measured, expected in (
@@ -232,7 +232,7 @@ def _seconds(
     weights.release(float("inf"))
     weights.keep_resident(device, weights.root.footprint + share * passing)
     sigmas = case.sigma[None]
-    computing, module = pipeline.computing, weights.module
+    computing, module = pipeline.compute, weights.module
     with (
         weights.running_on(device, ring_bytes=ring),
         computing.applied_to(module, device),
@@ -269,9 +269,9 @@ def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
         return
     case, geometry = _case(pipeline, device, quick), pipeline.dit.geometry
     plan = _with_budget(pipeline, PEER_BUDGET).plan(
-        GenerationRequest("", 0, 20, 3.5, 1024, 1024).job
+        GenerationRequest("", 0, 20, 3.5, 1024, 1024).workload
     )
-    phase = plan.phases[1]
+    phase = plan.stages[1]
     weights = pipeline.dit.weights
     passing = sum(block.footprint for block in weights.blocks)
     share = (phase.resident - weights.root.footprint) / passing

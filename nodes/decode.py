@@ -43,7 +43,7 @@ class Decode(Node):
         from ..engine.run.pipeline import decode
         from ..host import native
 
-        on_phase = host.phase_teller(cls.hidden.unique_id)
+        on_phase = host.stage_teller(cls.hidden.unique_id)
         picture, report = decode(
             pipeline, native.from_latent(latent), host.check_cancelled, on_phase
         )

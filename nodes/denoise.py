@@ -153,12 +153,15 @@ class Denoise(Node):
             add_noise=add_noise,
         )
         on_pass = host.progress(
-            request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
+            request.passes,
+            request.workload.steps,
+            pipeline.dit.patcher.device,
+            cls.hidden.unique_id,
         )
         found, report = denoise(
             pipeline, request, on_pass, host.check_cancelled,
             preview_bytes=host.preview_bytes(width, height),
-            on_phase=host.phase_teller(cls.hidden.unique_id),
+            on_stage=host.stage_teller(cls.hidden.unique_id),
         )  # fmt: skip
         lines = [str(report), sampling.nothing_painted(request), drawn]
         values = {"seed": seed, **report.as_dict()}

@@ -42,7 +42,7 @@ class EncodeImage(Node):
         from ..host import native
 
         picture = native.from_image(image)
-        on_phase = host.phase_teller(cls.hidden.unique_id)
+        on_phase = host.stage_teller(cls.hidden.unique_id)
         latents, report = encode_pictures(pipeline, picture, host.check_cancelled, on_phase)
         provenance.keep(cls.hidden, report.as_dict())
         shown = host.node_text([str(report)], **report.as_dict())

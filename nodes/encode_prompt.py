@@ -55,7 +55,7 @@ class EncodePrompt(Node):
         from ..engine.run.pipeline import encode_prompts
         from ..host import native
 
-        on_phase = host.phase_teller(cls.hidden.unique_id)
+        on_phase = host.stage_teller(cls.hidden.unique_id)
         (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled, on_phase)
         counts = pipeline.checked_text_encoders.count(prompt)
         provenance.keep(cls.hidden, report.as_dict())

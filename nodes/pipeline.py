@@ -113,7 +113,8 @@ class PipelineNode(Node):
         if device.type == "cpu":
             plan, values = say("on the CPU: no VRAM is used"), {}
         else:
-            found = pipeline.plan(Workload(1024, 1024), rates=True)
+            pipeline.denoise.measure()
+            found = pipeline.plan(Workload(1024, 1024))
             plan, values = str(found), {"plan": found.as_dict(), "bar": found.bar()}
         log.info("%s", plan)
         return io.NodeOutput(pipeline, ui=host.node_text([report, plan], **values))

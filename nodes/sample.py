@@ -252,12 +252,15 @@ class Sample(Node):
             None if latent is None else latent.get("batch_index"),
         )
         on_pass = host.progress(
-            request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
+            request.passes,
+            request.workload.steps,
+            pipeline.dit.patcher.device,
+            cls.hidden.unique_id,
         )
         painted, found, report = paint(
             pipeline, request, on_pass, host.check_cancelled,
             preview_bytes=host.preview_bytes(width, height),
-            on_phase=host.phase_teller(cls.hidden.unique_id),
+            on_stage=host.stage_teller(cls.hidden.unique_id),
         )  # fmt: skip
         if picture is not None and mask is not None and keep_unmasked:
             painted = native.pasted(painted, picture, mask)

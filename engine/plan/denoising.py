@@ -6,7 +6,7 @@ from ..offload.weight_sizes import WeightSizes
 from ..quant.formats import CONVERTED_AT_ONCE
 from ..sizes import CHANNELS
 from .device import DeviceProfile
-from .plan import DENOISING, StagePlan, Workload
+from .plan import DENOISE, StagePlan, Workload
 from .split import split_budget
 
 
@@ -81,7 +81,7 @@ def plan_denoising(
     # Every chunk converts the weights again, or takes many small operations.
     repeating = conversion_bytes > 0 or not card.fused
     return split_budget(
-        DENOISING, weights, choices, budget, card, grouped=grouped, repeating=repeating
+        DENOISE, weights, choices, budget, card, grouped=grouped, repeating=repeating
     )
 
 

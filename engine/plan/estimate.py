@@ -40,9 +40,9 @@ def estimate_plan(
         dit, geometry, the_job, itemsize(dtype), eight_bit and precision.eight_bit,
         conversion_bytes(geometry, precision, dtype, eight_bit), budget, card,
     )  # fmt: skip
-    phases = (
+    stages = (
         plan_text(encoders, T5Geometry(), itemsize(dtype), budget, card, others),
         denoising,
         plan_decode(vae, the_job, itemsize(dtype), budget, card),
     )
-    return Plan(the_job, budget, phases, step_seconds(denoising, geometry, the_job, card))
+    return Plan(the_job, budget, stages, step_seconds(denoising, geometry, the_job, card))

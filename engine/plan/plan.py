@@ -9,12 +9,17 @@ from typing import Any
 
 from ...messages import later, say
 from ..flux.prompts import T5_TOKENS
+from ..flux.vae_band_plan import BandPlan
 from ..sizes import PIXELS_PER_LATENT, STEP
 from .units import GB, in_gb_above
 
-# The phases of a run.
-TEXT, DENOISING = later("text encoders"), later("denoising")
-ENCODE, DECODE = later("VAE encode"), later("VAE decode")
+TEXT, ENCODE, DENOISE, DECODE = "text", "encode", "denoise", "decode"  # the stages of a run
+LABELS = {
+    TEXT: later("text encoders"),
+    ENCODE: later("VAE encode"),
+    DENOISE: later("denoising"),
+    DECODE: later("VAE decode"),
+}
 
 
 class BudgetError(ValueError):
@@ -48,15 +53,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One phase of a run, in bytes of the card.
+    """One stage of a run, in bytes of the card.
 
-    values: activations and buffers; overhead: of libraries; ring: for visiting weights, 0 where all
-    stay; resident: weights that stay; visiting: weights that are copied at each pass; once: weights
-    that are copied once; tokens: computed at once, 0 for all; smallest: what the phase needs;
-    groups: of heads that attend one after another.
+    budget_bytes: what it may hold, None where nothing is counted; values: activations and buffers;
+    overhead: of libraries; ring: for visiting weights, 0 where all stay; resident: weights that
+    stay; visiting: weights that are copied at each pass; once: weights that are copied once;
+    tokens: computed at once, 0 for all; smallest: what the stage needs; groups: of heads that
+    attend one after another; bands: in which the VAE runs, None for the whole picture at once.
     """
 
     name: str
+    budget_bytes: int | None
     values: int
     overhead: int
     ring: int
@@ -66,40 +73,49 @@ class StagePlan:
     tokens: int
     smallest: int
     groups: int = 1
+    bands: BandPlan | None = None
 
     @property
     def peak(self) -> int:
         return self.values + self.overhead + self.ring + self.resident
 
+    @property
+    def label(self) -> str:
+        """Its name for the user."""
+        return say(LABELS[self.name])
+
 
 @dataclass(frozen=True)
 class Plan:
-    """phases: text encoders, denoising, VAE decode; seconds: of a denoising step, if predicted."""
+    """stages: in their order; seconds: of a denoising step, if predicted."""
 
     job: Workload
     budget_bytes: int | None
-    phases: tuple[StagePlan, ...]
+    stages: tuple[StagePlan, ...]
     seconds: float | None
     chosen: bool = True  # whether the budget was set by the user, not by what the device has left
 
     @property
     def peak_bytes(self) -> int:
-        return max(phase.peak for phase in self.phases)
+        return max(stage.peak for stage in self.stages)
 
     @property
     def smallest_bytes(self) -> int:
         """The smallest budget that works."""
-        return max(phase.smallest for phase in self.phases)
+        return max(stage.smallest for stage in self.stages)
+
+    def of(self, name: str) -> StagePlan:
+        return next(stage for stage in self.stages if stage.name == name)
 
     def require_budget(self) -> None:
         """Raises BudgetError when the run cannot work in its budget."""
         if self.budget_bytes is None or self.smallest_bytes <= self.budget_bytes:
             return
-        worst = max(self.phases, key=lambda phase: phase.smallest)
+        worst = max(self.stages, key=lambda stage: stage.smallest)
         values = {
             "budget": self.budget_bytes / GB,
             "picture": self._picture,
-            "phase": say(worst.name),
+            "phase": worst.label,
             "needed": worst.smallest / GB,
             "enough": in_gb_above(worst.smallest),
             "smaller": self._smaller,
@@ -117,7 +133,7 @@ class Plan:
                 "choose {smaller}.",
                 **values,
             )
-        raise BudgetError("\n".join([said, *map(_least, self.phases)]))
+        raise BudgetError("\n".join([said, *map(_least, self.stages)]))
 
     @property
     def _picture(self) -> str:
@@ -137,7 +153,7 @@ class Plan:
         """
         if self.budget_bytes is None:
             return []
-        largest = max(self.phases, key=lambda phase: phase.peak)
+        largest = max(self.stages, key=lambda stage: stage.peak)
         return [
             (say("weights that stay"), largest.resident),
             (say("for weights that visit"), largest.ring),
@@ -147,9 +163,13 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""
-        phases = [{**asdict(phase), "peak": phase.peak} for phase in self.phases]
+        values = {name: value for name, value in asdict(self).items() if name != "stages"}
+        phases = [
+            {**asdict(stage), "name": LABELS[stage.name], "peak": stage.peak}
+            for stage in self.stages
+        ]
         totals = {"peak_bytes": self.peak_bytes, "smallest_bytes": self.smallest_bytes}
-        return {**asdict(self), "phases": phases, **totals}
+        return {**values, "phases": phases, **totals}
 
     def __str__(self) -> str:
         """Short lines, for a node of the canvas."""
@@ -161,14 +181,14 @@ class Plan:
             lines = [
                 say("{picture}, {steps} steps, budget {budget:.2f} GB", **values, budget=budget)
             ]
-        for phase in self.phases:
-            values = {"phase": say(phase.name), "peak": phase.peak / GB}
+        for stage in self.stages:
+            values = {"phase": stage.label, "peak": stage.peak / GB}
             text = say("{phase}: {peak:.2f} GB", **values)
-            if phase.visiting:
+            if stage.visiting:
                 text = say(
                     "{phase}: {peak:.2f} GB; {visiting:.2f} GB of weights visit at each pass",
                     **values,
-                    visiting=phase.visiting / GB,
+                    visiting=stage.visiting / GB,
                 )
             lines.append(text)
         smallest = in_gb_above(self.smallest_bytes)
@@ -178,6 +198,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def _least(phase: StagePlan) -> str:
-    least = in_gb_above(phase.smallest)
-    return say("{phase}: {least} GB at least", phase=say(phase.name), least=least)
+def _least(stage: StagePlan) -> str:
+    least = in_gb_above(stage.smallest)
+    return say("{phase}: {least} GB at least", phase=stage.label, least=least)

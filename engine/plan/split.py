@@ -36,11 +36,15 @@ def split_budget(
     def needed(values: int, kept: int = weights.root.nbytes + largest) -> int:
         return kept + values + card.overhead(values)
 
+    def all_stay(tokens: int, values: int) -> StagePlan:
+        resident = weights.travelling_bytes
+        return StagePlan(
+            name, budget, values, card.overhead(values), 0, resident, 0, 0, tokens, smallest
+        )
+
     smallest, groups = needed(least), 1
     if budget is None:
-        tokens, values = choices[0]
-        overhead, resident = card.overhead(values), weights.travelling_bytes
-        return StagePlan(name, values, overhead, 0, resident, 0, 0, tokens, smallest)
+        return all_stay(*choices[0])
 
     # Everything at once where so many weights stay beside it that the others travel unnoticed, or
     # where fewer tokens cost time, if the ring has its room; else the largest chunks that cost no
@@ -57,15 +61,14 @@ def split_budget(
     overhead = card.overhead(values)
     left = budget - values - overhead
     if stay and weights.travelling_bytes <= left:
-        return StagePlan(
-            name, values, overhead, 0, weights.travelling_bytes, 0, 0, tokens, smallest
-        )
+        return all_stay(tokens, values)
     ring = max(largest, min(blocks * largest, left - weights.root.nbytes))
     staying = weights.fitting(left - ring if stay else weights.root.nbytes)
     resident = sum(block.footprint for block in staying)
     kept = set(staying)
     return StagePlan(
         name,
+        budget,
         values,
         overhead,
         ring,

@@ -1,6 +1,7 @@
 """The plan of the VAE, in both directions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from ..flux import vae_band_plan
@@ -42,5 +43,7 @@ def _plan_vae(
     if budget is not None:
         left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
         limit = left - beside - card.overhead(max(0, left)) + card.workspace_bytes
-    choices = [(0, plan(limit).peak_bytes + beside)]
-    return split_budget(name, weights, choices, budget, card, least=plan(0).peak_bytes + beside)
+    bands = plan(limit)
+    choices, least = [(0, bands.peak_bytes + beside)], plan(0).peak_bytes + beside
+    stage = split_budget(name, weights, choices, budget, card, least)
+    return stage if budget is None else replace(stage, bands=bands)

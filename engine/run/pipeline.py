@@ -152,9 +152,7 @@ class Pipeline:
         """Raises BudgetError when the budget is too small for one of the stages."""
         return PipelineRun(self.components, self.plan(workload, stages), before_block, on_stage)
 
-    def text_tokens(
-        self, prompts: Sequence[str | TextEmbedding], before_text: BeforeBlock
-    ) -> int:
+    def text_tokens(self, prompts: Sequence[str | TextEmbedding], before_text: BeforeBlock) -> int:
         """T5's of the longest prompt. Raises ValueError for one that is too long."""
 
         def tokens(prompt: str | TextEmbedding) -> int:
@@ -194,7 +192,9 @@ def paint(
     workload = _workload(pipeline, request, preview_bytes, before_block)
     run = pipeline.start(workload, stages, before_block, on_stage)
     prompts = _embedded(pipeline, run, request) if painting else []
-    clean = request.latents if request.picture is None else pipeline.encode.run(run, request.picture)
+    clean = (
+        request.latents if request.picture is None else pipeline.encode.run(run, request.picture)
+    )
     inputs = request.sampler_inputs(clean)
     if painting:
         given = (inputs, prompts, request.guidance, on_pass, latents_dtype)
@@ -243,7 +243,10 @@ def encode_prompts(
 @own_state()
 @torch.inference_mode()
 def encode_pictures(
-    pipeline: Pipeline, pictures: Tensor, before_block: BeforeBlock, on_stage: OnStage = ignore_stage
+    pipeline: Pipeline,
+    pictures: Tensor,
+    before_block: BeforeBlock,
+    on_stage: OnStage = ignore_stage,
 ) -> tuple[Tensor, Report]:
     """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space."""
     height, width = pictures.shape[1:3]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ...messages import say
 from ..allocator import is_out_of_memory
@@ -17,7 +17,7 @@ from ..offload.patcher import Patcher
 from ..offload.prefetch import BeforeBlock
 from ..offload.vram import HeldVram
 from ..offload.weight_block import CPU
-from ..plan.plan import BudgetError, Plan, StagePlan
+from ..plan.plan import BudgetError, Plan, StagePlan, Workload
 from ..plan.units import GB
 from .report import Report, StageReport
 
@@ -45,16 +45,11 @@ class Component(Protocol):
 class Stage(Protocol):
     """A part of a run; see `stages`."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    repeats: ClassVar[bool]  # its weights travel more than once: pinning them is worth the while
 
     @property
     def component(self) -> Component: ...
-
-    @property
-    def repeats(self) -> bool:
-        """Whether its weights travel more than once, so that pinning them is worth the while."""
-        ...
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan: ...
 

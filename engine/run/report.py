@@ -4,12 +4,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...messages import say
+from ..plan.plan import LABELS
 from ..plan.units import GB
 
 
 @dataclass
 class StageReport:
-    """What a phase was planned to hold on the card and did, None where it is not counted."""
+    """What a stage was planned to hold on the card and did, None where it is not counted."""
 
     name: str
     planned_bytes: int
@@ -17,12 +18,17 @@ class StageReport:
     seconds: float = 0.0
     moved_bytes: int = 0
 
+    @property
+    def label(self) -> str:
+        """Its name for the user."""
+        return say(LABELS[self.name])
+
     def __str__(self) -> str:
         if self.peak_bytes is None:
-            return say("{phase}: {seconds:.1f} s", phase=say(self.name), seconds=self.seconds)
+            return say("{phase}: {seconds:.1f} s", phase=self.label, seconds=self.seconds)
         return say(
             "{phase}: {seconds:.1f} s, used {used:.2f} of {planned:.2f} GB, moved {moved:.1f}",
-            phase=say(self.name),
+            phase=self.label,
             seconds=self.seconds,
             used=self.peak_bytes / GB,
             planned=self.planned_bytes / GB,
@@ -32,19 +38,21 @@ class StageReport:
 
 @dataclass
 class Report:
-    """A run, phase by phase. budget_bytes: what it was held to, None on a CPU."""
+    """A run, stage by stage. budget_bytes: what it was held to, None on a CPU."""
 
     budget_bytes: int | None = None
-    phases: list[StageReport] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int | None:
-        peaks = [p.peak_bytes for p in self.phases if p.peak_bytes is not None]
+        peaks = [p.peak_bytes for p in self.stages if p.peak_bytes is not None]
         return max(peaks, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """For the metadata of a picture; sizes in bytes."""
-        return {**asdict(self), "peak_bytes": self.peak_bytes}
+        phases = [{**asdict(stage), "name": LABELS[stage.name]} for stage in self.stages]
+        totals = {"budget_bytes": self.budget_bytes, "peak_bytes": self.peak_bytes}
+        return {"phases": phases, **totals}
 
     @property
     def summary(self) -> str:
@@ -54,14 +62,14 @@ class Report:
             "VRAM: used {peak:.2f} of {budget:.2f} GB, planned {planned:.2f}, moved {moved:.1f}",
             peak=self.peak_bytes / GB,
             budget=self.budget_bytes / GB,
-            planned=max(phase.planned_bytes for phase in self.phases) / GB,
-            moved=sum(phase.moved_bytes for phase in self.phases) / GB,
+            planned=max(stage.planned_bytes for stage in self.stages) / GB,
+            moved=sum(stage.moved_bytes for stage in self.stages) / GB,
         )
 
     def __str__(self) -> str:
         """Short lines, for a node of the canvas."""
         seconds = [
-            say("{phase} {seconds:.1f} s", phase=say(phase.name), seconds=phase.seconds)
-            for phase in self.phases
+            say("{phase} {seconds:.1f} s", phase=stage.label, seconds=stage.seconds)
+            for stage in self.stages
         ]
         return "\n".join([*filter(None, [self.summary]), ", ".join(seconds)])

@@ -103,7 +103,7 @@ class GenerationRequest:
         return passes(self.solver, self.sigmas)
 
     @property
-    def job(self) -> Workload:
+    def workload(self) -> Workload:
         steps, prompts = len(self.sigmas) - 1, len(self.prompts)
         return Workload(self.width, self.height, self.pictures, steps, prompts)
 
@@ -113,16 +113,21 @@ class GenerationRequest:
         return [self.prompt] if self.cfg == 1 else [self.prompt, self.negative]
 
     @property
+    def has_texts(self) -> bool:
+        """Whether a prompt is still to be encoded."""
+        return any(isinstance(prompt, str) for prompt in self.prompts)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the latents."""
-        return self.pictures, CHANNELS, *self.job.latent_size
+        return self.pictures, CHANNELS, *self.workload.latent_size
 
     @property
     def mask_is_empty(self) -> bool:
         """Nothing may change, so there is nothing to run."""
         return self.mask is not None and not latent_mask(self.mask, self.shape).any()
 
-    def task(self, clean: Tensor | None) -> SamplerInputs:
+    def sampler_inputs(self, clean: Tensor | None) -> SamplerInputs:
         """clean: latents of the pictures to begin from."""
         shape = self.shape
         if clean is not None:

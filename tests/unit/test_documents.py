@@ -136,7 +136,7 @@ def in_gb(size: int) -> str:
 
 
 def travelling(gb: float, side: int) -> str:
-    return in_gb(planned(gb, side).phases[1].visiting)
+    return in_gb(planned(gb, side).stages[1].visiting)
 
 
 def rows(*cells: list[object]) -> str:
@@ -169,8 +169,8 @@ def test_the_figures_for_each_card_are_the_planners(page: str) -> None:
         plan = planned(gb)
         plan.require_budget()
         steps = [travelling(gb, side) for side in SIDES]
-        return [f"{card} GB", gb, in_gb(plan.peak_bytes), *steps, in_gb(plan.phases[1].once)]
+        return [f"{card} GB", gb, in_gb(plan.peak_bytes), *steps, in_gb(plan.stages[1].once)]
 
     found = text(ROOT / "docs" / page)
     assert rows(*map(row, CARDS)) in found
-    assert in_gb(planned(max(CARDS) - LEFT_TO_OTHERS).phases[0].visiting) in found
+    assert in_gb(planned(max(CARDS) - LEFT_TO_OTHERS).stages[0].visiting) in found

@@ -19,7 +19,7 @@ from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
-from majicflux.engine.run import pipeline as pipeline_module
+from majicflux.engine.run import pipeline_run
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
@@ -40,7 +40,7 @@ def picture(make_pipeline, **options) -> torch.Tensor:
 
 
 def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
-    job = REQUEST.job
+    job = REQUEST.workload
     pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], device=CUDA)
     smallest = pipeline.plan(job).smallest_bytes
     _, resident, _ = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
@@ -198,7 +198,7 @@ def test_converting_takes_little_of_the_card_and_gives_it_back(
 
 def test_streaming_holds_less_of_the_card(make_pipeline) -> None:
     peaks = []
-    smallest = make_pipeline(device=CUDA).plan(REQUEST.job).smallest_bytes
+    smallest = make_pipeline(device=CUDA).plan(REQUEST.workload).smallest_bytes
     for budget in (None, smallest):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -227,7 +227,7 @@ def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline,
     options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
     expected = paint(make_pipeline(**options), REQUEST, lambda *_: None, lambda: None)[1]
     pipeline = make_pipeline(**options)
-    smallest = pipeline.plan(REQUEST.job).smallest_bytes
+    smallest = pipeline.plan(REQUEST.workload).smallest_bytes
     everything = pipeline.dit.weights.travelling_bytes
     pipeline = dataclasses.replace(pipeline, budget_bytes=smallest + everything)
     taken: list[torch.Tensor] = []
@@ -266,9 +266,9 @@ def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(monkeypatch, mak
     """Within a picture that has more tokens than the smallest chunks."""
     request = dataclasses.replace(REQUEST, width=1024, height=1024, steps=1)
     options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
-    made, found = pipeline_module.Work, []
+    made, found = pipeline_run.Chunking, []
     for tokens, groups in ((0, 1), (2048, 1), (256, 1), (256, 2)):
         forced = functools.partial(made, tokens, groups)
-        monkeypatch.setattr(pipeline_module, "Work", lambda *rest, forced=forced: forced(rest[2]))
+        monkeypatch.setattr(pipeline_run, "Chunking", lambda *rest, forced=forced: forced(rest[2]))
         found.append(paint(make_pipeline(**options), request, lambda *_: None, lambda: None)[1])
     assert all(torch.equal(latents, found[0]) for latents in found)

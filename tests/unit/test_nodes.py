@@ -341,7 +341,7 @@ def test_every_precision_does_what_it_says() -> None:
     assert dit.weights.module.blocks[0].ff_a[0].weight.dtype == torch.bfloat16
     assert {p.dtype for p in encoders.weights.module.parameters()} == {torch.float32}
     computed = {
-        precision: PipelineNode.execute(dit, encoders, vae, 0.0, precision).args[0].computing.dtype
+        precision: PipelineNode.execute(dit, encoders, vae, 0.0, precision).args[0].compute.dtype
         for precision in ("auto", "bfloat16", "float32")
     }
     assert computed == {
@@ -422,7 +422,7 @@ def test_the_pipeline_shows_what_it_computes_in(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(standalone, "node_text", lambda lines, **values: ("\n".join(lines), values))
     parts = handles("int8 rotated")
     done = PipelineNode.execute(*parts, 0.0, "8-bit")
-    assert done.args[0].computing.eight_bit == {torch.int8}
+    assert done.args[0].compute.eight_bit == {torch.int8}
     text = "transformer: computes in int8 on CPU\non the CPU: no VRAM is used"
     assert done.ui == (text, {}), "no plan to draw"
     text, _ = PipelineNode.execute(*parts, 0.0, "auto").ui

@@ -204,7 +204,7 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline, share: float, c
     picture, latents = painted(device=ACCELERATOR)
     assert torch.equal(latents, painted()[1])
     pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], device=ACCELERATOR)
-    smallest = pipeline.plan(request.job).smallest_bytes
+    smallest = pipeline.plan(request.workload).smallest_bytes
     budget = int(smallest + share * pipeline.dit.weights.total_bytes)
     streamed, streamed_latents = painted(device=ACCELERATOR, budget_bytes=budget)
     assert torch.equal(streamed_latents, latents)
@@ -235,7 +235,7 @@ def test_modulation_travels_once(make_pipeline, monkeypatch) -> None:
     assert {moved.count(block) for block in once} == {1}
     assert {moved.count(block) for block in visiting} == {REQUEST.steps}
     visits = sum(b.nbytes for b in once) + REQUEST.steps * sum(b.nbytes for b in visiting)
-    assert report.phases[1].moved_bytes == visits
+    assert report.stages[1].moved_bytes == visits
 
 
 def test_what_runs_once_is_the_last_to_become_resident() -> None:

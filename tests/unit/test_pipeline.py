@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from majicflux.engine.flux import vae_bands
+from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
 from majicflux.engine.offload.vram import HeldVram
 from majicflux.engine.plan.denoising import step_seconds
 from majicflux.engine.plan.device import DeviceProfile
 from majicflux.engine.plan.plan import BudgetError
 from majicflux.engine.run import pipeline as pipeline_module
+from majicflux.engine.run import pipeline_run, stages
 from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.engine.sampling.solvers import heun
@@ -114,7 +116,7 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
     make_pipeline, budget_mb: float
 ) -> None:
     """budget_mb: more than the smallest that works."""
-    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.job).smallest_bytes
+    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.workload).smallest_bytes
     budget = smallest + budget_mb * 2**20
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
     most = 0
@@ -141,7 +143,7 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, share: float) -> None:
-    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.job).smallest_bytes
+    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.workload).smallest_bytes
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=int(share * smallest))
     with pytest.raises(BudgetError) as caught:
         run(pipeline)
@@ -159,7 +161,7 @@ def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, shar
 
 def test_without_a_budget_the_host_decides(make_pipeline) -> None:
     pipeline = make_pipeline()
-    phases = pipeline.plan(REQUEST.job).phases
+    phases = pipeline.plan(REQUEST.workload).stages
     run(pipeline)
     for component, phase in zip(
         (pipeline.text_encoders, pipeline.dit, pipeline.vae), phases, strict=True
@@ -186,10 +188,10 @@ def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
     vae = make_pipeline(dtype=torch.float32).vae
     decoder = vae.weights.module["decoder"]
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
-    taken: list[vae_bands.Bands] = []
+    taken: list[BandPlan] = []
     decode = vae_bands.decode
     whole = decoder.forward
-    smallest, planned = (vae_bands.plan_decode(8, 8, 4, size) for size in (0, limit))
+    smallest, planned = (plan_decode(8, 8, 4, size) for size in (0, limit))
     assert smallest != planned
 
     def short_of_memory(*_: object) -> torch.Tensor:
@@ -206,7 +208,7 @@ def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
         )
         monkeypatch.setattr(decoder, "forward", short_of_memory)
         monkeypatch.setattr(vae_bands, "decode", in_bands)
-        found, _ = vae.decode(latents, limit_bytes=limit)
+        found, _ = vae.decode(latents, bands=planned if limit < float("inf") else None)
     # The second picture does not try again what failed for the first.
     assert taken == [planned] * (limit < float("inf")) + [smallest] * 2
     assert (found - expected).abs().max() < 1e-4
@@ -226,7 +228,7 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
             events.append("limit")
             return super().held_to(*given)
 
-    monkeypatch.setattr(pipeline_module, "HeldVram", Noted)
+    monkeypatch.setattr(pipeline_run, "HeldVram", Noted)
     for component in components(pipeline):
         load, release = component.patcher.load, component.patcher.release
         monkeypatch.setattr(
@@ -273,7 +275,7 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
     """As with --novram: all were planned to stay, and none, or fewer, are let in."""
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30)
     expected = run(pipeline)
-    planned = {phase.name: phase for phase in pipeline.plan(REQUEST.job).phases}
+    planned = {phase.name: phase for phase in pipeline.plan(REQUEST.workload).stages}
     assert all(phase.ring == 0 for phase in planned.values())
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30)
     taken: list[tuple[int, int, int]] = []
@@ -308,19 +310,19 @@ def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     request = replace(REQUEST, picture=picture)
     nothing = lambda *_: None  # noqa: E731
     tell = lambda *phase: told.append(phase)  # noqa: E731
-    _, latents, report = paint(pipeline, request, nothing, nothing, on_phase=tell)
+    _, latents, report = paint(pipeline, request, nothing, nothing, on_stage=tell)
     whole = [(name, None) for name in ("text encoders", "VAE encode", "denoising", "VAE decode")]
-    assert told == [(phase.name, None) for phase in report.phases] == whole, "no rates are known"
+    assert told == [(stage.label, None) for stage in report.stages] == whole, "no rates are known"
     told.clear()
     pipeline.text_encoders.forget()
     prompts, _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing, tell)
     latents, _ = pipeline_module.encode_pictures(pipeline, picture, nothing, tell)
     request = replace(REQUEST, prompt=prompts[0], latents=latents, solver=heun)
     card = DeviceProfile(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
-    monkeypatch.setattr(pipeline_module, "measured_card", lambda *_: card)
-    (denoising,) = pipeline.plan(request.job, ["denoising"]).phases
-    a_step = step_seconds(denoising, pipeline.dit.geometry, request.job, card)
-    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_phase=tell)
+    monkeypatch.setattr(stages, "measured_profile", lambda *_: card)
+    (denoising,) = pipeline.plan(request.workload, [pipeline.denoise]).stages
+    a_step = step_seconds(denoising, pipeline.dit.geometry, request.workload, card)
+    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_stage=tell)
     pipeline_module.decode(pipeline, latents, nothing, tell)
     assert told == [*whole[:2], ("denoising", request.passes * a_step), whole[3]]
     assert request.passes == 3, "of two steps, the last of which has one"

@@ -403,7 +403,7 @@ def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: st
         plan = planned(name, size, batch, gb)
         assert plan.budget_bytes == int(gb * GB)
         if plan.smallest_bytes > int(gb * GB):
-            worst = max(plan.phases, key=lambda phase: phase.smallest)
+            worst = max(plan.stages, key=lambda phase: phase.smallest)
             with pytest.raises(BudgetError) as refused:
                 plan.require_budget()
             said = str(refused.value)
@@ -418,7 +418,7 @@ def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: st
             plan.require_budget()
             assert plan.peak_bytes <= int(gb * GB)
             weights = (encoders(24), transformer(FULL, COMPUTED[name][0]), autoencoder())
-            for phase, module in zip(plan.phases, weights, strict=True):
+            for phase, module in zip(plan.stages, weights, strict=True):
                 somewhere = phase.resident + phase.visiting + phase.once
                 everything = sum(block.nbytes for block in module.travelling)
                 assert everything <= somewhere <= module.travelling_bytes
@@ -483,10 +483,10 @@ def test_what_chunks_repeat_is_done_for_all_tokens_at_once(name: str, card: str,
 def test_without_a_budget_everything_stays() -> None:
     plan = planned("float8", (1024, 1024), 1, None)
     plan.require_budget()
-    assert all(phase.ring == phase.visiting == phase.once == 0 for phase in plan.phases)
-    assert all(phase.tokens == 0 for phase in plan.phases)
+    assert all(phase.ring == phase.visiting == phase.once == 0 for phase in plan.stages)
+    assert all(phase.tokens == 0 for phase in plan.stages)
     roomy = planned("float8", (1024, 1024), 1, plan.peak_bytes / GB + 24)
-    assert [phase.resident for phase in roomy.phases] == [p.resident for p in plan.phases]
+    assert [phase.resident for phase in roomy.stages] == [p.resident for p in plan.stages]
 
 
 def test_encoders_stay_only_where_the_others_fit_too() -> None:

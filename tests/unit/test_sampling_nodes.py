@@ -12,7 +12,8 @@ from torch import Tensor
 
 from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.plan.plan import Workload
-from majicflux.engine.run.pipeline import Pipeline, PipelineRun
+from majicflux.engine.run.pipeline import Pipeline
+from majicflux.engine.run.stages import DecodeStage
 from majicflux.engine.sampling.schedules import SCHEDULES
 from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.host import current as host
@@ -65,7 +66,7 @@ def test_the_names_of_the_combos_are_the_engines() -> None:
 @pytest.fixture
 def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the latents are looked at."""
-    monkeypatch.setattr(PipelineRun, "decode", lambda *_: torch.zeros(1, 48, 64, 3))
+    monkeypatch.setattr(DecodeStage, "run", lambda *_: torch.zeros(1, 48, 64, 3))
 
 
 @pytest.mark.usefixtures("undecoded")
@@ -511,7 +512,7 @@ def test_a_pipeline_without_encoders_and_vae_does_what_needs_none(pipeline: Pipe
     given = (positive, empty, 0, 2, 3.5)
     expected = Denoise.execute(pipeline, *given).args[0]["samples"]
     assert torch.equal(Denoise.execute(bare, *given).args[0]["samples"], expected)
-    assert [phase.name for phase in bare.plan(Workload(64, 48)).phases] == ["denoising"]
+    assert [stage.name for stage in bare.plan(Workload(64, 48)).stages] == ["denoise"]
 
     unread = replace(pipeline, text_encoders=None)
     assert torch.equal(sampled(unread, positive=positive)[0], sampled(pipeline)[0])

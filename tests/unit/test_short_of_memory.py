@@ -17,6 +17,7 @@ from torch import Tensor
 from majicflux.engine.flux import blocks, vae_bands
 from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.flux.vae import VAE
+from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
 from majicflux.engine.offload import prefetch
 from majicflux.engine.offload.chunking import Chunking
 from majicflux.engine.offload.offloaded_module import OffloadedModule
@@ -66,7 +67,7 @@ def assert_at_rest(pipeline: Pipeline) -> None:
             assert (home not in at) if block.resident else at <= {home}
         for module in weights.module.modules():
             assert not {"visit"} & module.__dict__.keys()
-            assert getattr(module, "product", None) is None
+            assert getattr(module, "method", None) is None
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in _blocks_of(weights))
 
 
@@ -74,7 +75,7 @@ def _blocks_of(weights: OffloadedModule) -> list[torch.nn.Module]:
     return [module for modules in weights._modules for module in modules]
 
 
-def streaming_budget(pipeline: Pipeline, share: float = 0.0, job=REQUEST.job) -> int:
+def streaming_budget(pipeline: Pipeline, share: float = 0.0, job=REQUEST.workload) -> int:
     """Which lets about `share` of the transformer stay, and never all components."""
     smallest = pipeline.plan(job).smallest_bytes
     return int(smallest + share * pipeline.dit.weights.travelling_bytes)
@@ -325,7 +326,7 @@ def test_a_shortage_in_the_decoder_is_survived(
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
     picture = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
     decoder = pipeline.vae.weights.module["decoder"]
-    bands: list[vae_bands.Bands | None] = []  # None: no bands
+    bands: list[BandPlan | None] = []  # None: no bands
     decode = vae_bands.decode
     whole = decoder.forward
 
@@ -345,7 +346,7 @@ def test_a_shortage_in_the_decoder_is_survived(
     monkeypatch.setattr(vae_bands, "decode", in_bands)
     before = resident(pipeline)
     found = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
-    smallest = vae_bands.plan_decode(*REQUEST.job.latent_size, 2, 0)
+    smallest = plan_decode(*REQUEST.workload.latent_size, 2, 0)
     assert len(bands) == failures + 1
     assert (bands[0] is None) == (budget is None)
     assert bands[1:] == [smallest] * failures
@@ -372,7 +373,7 @@ def test_when_nothing_is_left_to_free_the_run_ends(
         with pytest.raises(BudgetError) as ended:
             run(pipeline, dog)
     said = str(ended.value)
-    smallest = pipeline.plan(REQUEST.job).phases[PHASES.index(phase)].smallest
+    smallest = pipeline.plan(REQUEST.workload).stages[PHASES.index(phase)].smallest
     assert f"the phase '{phase}', which needs {smallest / 2**30:.2f} GB at least" in said
     assert "Close other programs that use the card, or choose a smaller picture or batch." in said
     assert shortage.failures == shortage.calls > 1
@@ -471,15 +472,16 @@ def test_a_run_may_be_stopped_at_every_visit(
 def test_a_decode_may_be_stopped_at_every_band(make_pipeline) -> None:
     pipeline = make_pipeline(device=ACCELERATOR)
     latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(1))
+    bands = plan_decode(2, 4, pipeline.vae.dtype.itemsize, 0)
     with torch.inference_mode():
-        expected, moved = pipeline.vae.decode(latents, every := Stop(), 0)
+        expected, moved = pipeline.vae.decode(latents, every := Stop(), bands)
         assert every.visits > 60
         assert moved == pipeline.vae.weights.blocks[0].nbytes
         for stop in range(0, every.visits, 5):
             with pytest.raises(Cancelled):
-                pipeline.vae.decode(latents, Stop(stop), 0)
+                pipeline.vae.decode(latents, Stop(stop), bands)
             assert_at_rest(pipeline)
-        assert torch.equal(pipeline.vae.decode(latents, None, 0)[0], expected)
+        assert torch.equal(pipeline.vae.decode(latents, None, bands)[0], expected)
 
 
 def test_two_pipelines_share_a_transformer(make_pipeline) -> None:
