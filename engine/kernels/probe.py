@@ -46,7 +46,7 @@ def fused(device: torch.device, float8: bool) -> Pairs:
                 values.float() if of_row is None else values.float() * of_row,
                 rotate(right, group),
             )
-    sums = x.to(device)
+    sums = x.to(device, copy=True)
     fused_triton.add_gated_(sums, scale.to(device), y.to(device, torch.bfloat16))
     yield sums, x + scale * y
     norm, rope = _norm_and_rope(weights)
