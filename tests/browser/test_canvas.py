@@ -24,7 +24,7 @@ from majicflux.nodes import NODES
 from majicflux.nodes.sample import CUSTOM
 from majicflux.workflows import build
 
-PHASES = ("text encoders", "denoising", "VAE decode")
+STAGES = ("text", "denoise", "decode")
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = [make().name for make in build.BUILDERS]  # from simple to special
 ERROR_BANNER = "text=/(errors?|issues?) found/"
@@ -237,9 +237,9 @@ def a_real_plan(*rates: float | None) -> dict[str, Any]:
 
 
 def a_real_report() -> str:
-    phases = [StageReport(name, 8 * 10**9, 8 * 10**9, 123.4, 98 * 10**9) for name in PHASES]
+    stages = [StageReport(name, 8 * 10**9, 8 * 10**9, 123.4, 98 * 10**9) for name in STAGES]
     counts = "CLIP-L read 75 of 183 tokens, T5 all 14"
-    return f"{Report(8 * 10**9, phases)}\n{counts}\nseed 1125899906842623"
+    return f"{Report(8 * 10**9, stages)}\n{counts}\nseed 1125899906842623"
 
 
 OUTPUT_COLORS = """() => Object.fromEntries(app.rootGraph.nodes.flatMap(

@@ -101,7 +101,7 @@ def test_a_command_lists_its_files_and_begins_only_if_all_fit(
 def test_no_other_file_of_the_pack_opens_connections() -> None:
     network = {"modelscope", "huggingface_hub", "requests", "urllib", "http", "socket", "httpx"}
     folders = ("nodes", "loaders", "engine", "host")
-    files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).glob("*.py"))]
+    files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
     found = {path.name for path in files if imported(path) & network}
     assert found == {"hubs.py"}
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "host": {"host", "engine", "messages"},
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "execution"}
-FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).glob("*.py"))]
+FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -108,7 +108,7 @@ vae = VAELoader.execute("ae.safetensors").args[0]
 pipeline = PipelineNode.execute(dit, text, vae, 0.0, "auto").args[0]
 Sample.execute(pipeline, "a cat", 0, 1, 3.5, 32, 32, 1)
 from majicflux.engine.flux.blocks import DoubleBlock
-print(*JointBlock.__mro__[1].forward.__code__.co_filename.rpartition("diffsynth")[1:])
+print(*DoubleBlock.__mro__[1].forward.__code__.co_filename.rpartition("diffsynth")[1:])
 print(*{{"diffsynth", "modelscope", "torch._dynamo", "torch._inductor"}} & {{*sys.modules}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

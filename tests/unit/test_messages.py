@@ -32,7 +32,7 @@ from majicflux.nodes.diagnosis import diagnosis
 ROOT = Path(__file__).parents[2]
 FILES = [
     ROOT / "cli.py",
-    *(f for name in ("engine", "host", "loaders", "nodes") for f in (ROOT / name).glob("*.py")),
+    *(f for name in ("engine", "host", "loaders", "nodes") for f in (ROOT / name).rglob("*.py")),
 ]
 LANGUAGES = ["ja", "zh", "zh-TW"]
 WORD = re.compile("[A-Za-z]{3}")
@@ -55,8 +55,8 @@ PLAN = Plan(
     Workload(64, 48, 2, 4, words=768),
     2 * GB,
     (
-        StagePlan("text encoders", GB // 2, 0, 0, GB, 0, 0, 0, GB),
-        StagePlan("denoising", GB, 0, GB, 0, 8 * GB, 0, 0, 3 * GB),
+        StagePlan("text", None, GB // 2, 0, 0, GB, 0, 0, 0, GB),
+        StagePlan("denoise", None, GB, 0, GB, 0, 8 * GB, 0, 0, 3 * GB),
     ),
     1.5,
 )
@@ -209,7 +209,7 @@ def test_a_plan_and_its_refusal_are_in_chinese(chinese: None) -> None:
 
 
 def test_a_report_is_shown_in_chinese_and_kept_in_english(chinese: None) -> None:
-    report = Report(2 * GB, [StageReport("VAE decode", GB, GB // 2, 3.0, 5 * GB)])
+    report = Report(2 * GB, [StageReport("decode", GB, GB // 2, 3.0, 5 * GB)])
     assert str(report).splitlines() == [
         "显存：用了 0.50 GB（上限 2.00 GB，计划 1.00 GB），传输 5.0 GB",
         "VAE 解码 3.0 秒",

@@ -373,18 +373,13 @@ def test_the_decoder_holds_what_was_planned(
             phase = plan_decode(autoencoder().sizes, job, 2, gb * GB, CARDS["fused"])
             if phase.smallest > gb * GB:
                 continue
-            latents_bytes = batch_size * 16 * job.latent_size[0] * job.latent_size[1] * 4
-            limit = phase.values - latents_bytes  # as `paint` and `VAE.decode` have it
-            beside = 2 * 2 * 16 * job.latent_size[0] * job.latent_size[1]
-            bands = vae_bands.plan_decode(*job.latent_size, 2, limit - beside)
-            if bands in found:
+            if phase.bands in found:
                 continue
-            found.add(bands)
+            found.add(phase.bands)
+            latents = torch.empty(1, 16, *job.latent_size)
             with torch.inference_mode(), LiveBytes() as live:
-                latents = torch.empty(batch_size, 16, *job.latent_size, device=META)
-                for latent in latents[:1]:
-                    latent = latent[None].to(META, torch.bfloat16)
-                    vae_bands.decode(decoder, latent, bands)
+                latent = latents.to(META, torch.bfloat16)
+                vae_bands.decode(decoder, latent, phase.bands)
             assert 0.85 * phase.values <= live.peak <= phase.values, (gb, batch_size)
         assert host
         assert found
@@ -408,7 +403,7 @@ def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: st
                 plan.require_budget()
             said = str(refused.value)
             assert f"{batch} x {size[0]}x{size[1]}" in said
-            assert f"phase '{worst.name}' needs {worst.smallest / GB:.2f} GB" in said
+            assert f"phase '{worst.label}' needs {worst.smallest / GB:.2f} GB" in said
             (named,) = re.findall(r"Set vram_budget_gb to ([\d.]+) or more", said)
             enough = planned(name, size, batch, float(named))
             enough.require_budget()
@@ -510,9 +505,9 @@ def test_seconds_of_a_step_are_the_longer_of_copies_and_arithmetic() -> None:
     products_of = 2 * 12 * 128 * 128 * 5 * 518 * 2
     attention = 4 * 128 * 518 * 518 * 5 * 2
     arithmetic = products_of / 4e12 + attention / 2e12
-    phase = StagePlan("denoising", 0, 0, 10, 0, 3_000_000, 50_000_000, 0, 0)
+    phase = StagePlan("denoise", None, 0, 0, 10, 0, 3_000_000, 50_000_000, 0, 0)
     assert step_seconds(phase, geometry, job, card) == pytest.approx(3e6 / 1e9)
-    resident = StagePlan("denoising", 0, 0, 0, 0, 0, 0, 0, 0)
+    resident = StagePlan("denoise", None, 0, 0, 0, 0, 0, 0, 0, 0)
     assert step_seconds(resident, geometry, job, card) == pytest.approx(arithmetic)
     assert arithmetic < 3e-3
     assert step_seconds(phase, geometry, job, DeviceProfile(0, True, 1e9, 4e12)) is None
@@ -630,7 +625,7 @@ def test_a_fused_8_bit_plan_needs_less_than_a_plain_one() -> None:
 
 
 def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small() -> None:
-    phase = StagePlan("denoising", 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB + 1)
+    phase = StagePlan("denoise", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB + 1)
     plan = Plan(Workload(64, 48, 2), 2 * GB, (phase,), None, chosen=False)
     with pytest.raises(BudgetError, match=r"Only 2\.00 GB of VRAM can be had") as refused:
         plan.require_budget()
@@ -642,7 +637,7 @@ def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_a_shorter_prompt_is_advised_where_the_prompt_is_long(chosen: bool) -> None:
-    phase = StagePlan("text encoders", 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
+    phase = StagePlan("text", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
     for words, advised in ((T5_TOKENS, False), (T5_TOKENS + 256, True)):
         plan = Plan(Workload(64, 48, words=words), 2 * GB, (phase,), None, chosen)
         with pytest.raises(BudgetError) as refused:

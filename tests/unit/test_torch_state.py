@@ -103,7 +103,7 @@ def test_the_state_is_restored_after_an_error() -> None:
 
 
 def test_what_is_made_names_its_dtype() -> None:
-    for file in [*(ROOT / "engine").glob("*.py"), *(ROOT / "loaders").glob("*.py")]:
+    for file in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "loaders").glob("*.py")]:
         if file.name in ("flux_dit.py", "t5.py", "text_encoders.py", "demo_models.py"):
             continue  # modules, which are cast, or made on the meta device
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
