@@ -256,7 +256,11 @@ def advance(module: Any, state: State, rope: Tensor) -> State:
         active = F.silu(conditioning)[:, None]
         modulation = [layer(active) for layer in module.modulation_layers()]
         both = torch.cat([text, image], dim=1)
-        module([TokenSequence(both, text.shape[1], rope)], [modulation], Chunking())
+        module(
+            [TokenSequence(both, text.shape[1], both.shape[1] - text.shape[1], rope)],
+            [modulation],
+            Chunking(),
+        )
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
     if isinstance(module, FluxSingleTransformerBlock):

@@ -20,13 +20,18 @@ from .geometry import HEAD_DIM
 class TokenSequence:
     """What the blocks work on, for all pictures under one prompt.
 
-    x: [batch, words + image tokens, width], the residual, changed in place; rope: of one picture,
-    as RoPEEmbedding gives it.
+    x: [batch, text tokens + image tokens, width], the residual, changed in place; tokens of other
+    pictures may follow. rope: of one picture, as RoPEEmbedding gives it.
     """
 
     x: Tensor
-    words: int
+    text_tokens: int
+    image_tokens: int
     rope: Tensor
+
+    @property
+    def image(self) -> Tensor:
+        return self.x[:, self.text_tokens : self.text_tokens + self.image_tokens]
 
 
 _theirs = diffsynth_module("models.flux_dit")
@@ -51,7 +56,7 @@ class DoubleBlock(_theirs.FluxJointTransformerBlock):
         self,
         sequences: Sequence[TokenSequence],
         modulation: Sequence[Sequence[Tensor]],
-        work: Chunking,
+        chunking: Chunking,
     ) -> None:
         """modulation: for each sequence what each of `modulation_layers` gave, [1, 1, 6 * width],
         in the dtype of its residual."""
@@ -61,10 +66,10 @@ class DoubleBlock(_theirs.FluxJointTransformerBlock):
             (attention.a_to_qkv, (attention.norm_q_a, attention.norm_k_a)),
         )
         # Each block of weights is asked for once, for all pictures: it may have to travel.
-        pictures, mixed = [], []
+        pictures, attended = [], []
         for sequence, told in zip(sequences, modulation, strict=True):
-            x, words = sequence.x, sequence.words
-            both = slice(0, words), slice(words, x.shape[1])
+            x, text_tokens = sequence.x, sequence.text_tokens
+            both = slice(0, text_tokens), slice(text_tokens, x.shape[1])
             of_image, of_text = (given.chunk(6, dim=-1) for given in told)
             mods = of_text, of_image
             pictures += [(x, sequence.rope, both, mods) for x in x.split(1)]
@@ -74,14 +79,14 @@ class DoubleBlock(_theirs.FluxJointTransformerBlock):
                     (tokens, mod[:2], *stream)
                     for tokens, mod, stream in zip(both, mods, streams, strict=True)
                 ]
-                mixed.append(joint_attention(x, parts, rope, attention.num_heads, work))
+                attended.append(joint_attention(x, parts, rope, attention.num_heads, chunking))
         for index, (to_out, mlp) in enumerate(
             ((attention.b_to_out, self.ff_b), (attention.a_to_out, self.ff_a))
         ):
             with onloaded(to_out):
-                for (x, _, both, mods), of_picture in zip(pictures, mixed, strict=True):
+                for (x, _, both, mods), of_picture in zip(pictures, attended, strict=True):
                     _attention_out_and_mlp(
-                        x, both[index], of_picture, mods[index], to_out, mlp, work
+                        x, both[index], of_picture, mods[index], to_out, mlp, chunking
                     )
 
 
@@ -98,80 +103,84 @@ class SingleBlock(_theirs.FluxSingleTransformerBlock):
         self,
         sequences: Sequence[TokenSequence],
         modulation: Sequence[Sequence[Tensor]],
-        work: Chunking,
+        chunking: Chunking,
     ) -> None:
         """As of JointBlock, with [1, 1, 3 * width]."""
         with onloaded(self.to_qkv_mlp):
             for sequence, (told,) in zip(sequences, modulation, strict=True):
                 shift, scale, gate = told.chunk(3, dim=-1)
                 for picture in sequence.x.split(1):
-                    given = (picture, (shift, scale), gate, sequence.rope, work)
-                    if not work.attempt(partial(self._at_once, *given)):
+                    given = (picture, (shift, scale), gate, sequence.rope, chunking)
+                    if not chunking.retry(partial(self._at_once, *given)):
                         self._in_chunks(*given)
 
-    def _at_once(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Chunking) -> bool:
+    def _at_once(
+        self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, chunking: Chunking
+    ) -> bool:
         """All tokens: one product instead of two, which is faster where there is memory for it.
 
         False: nothing has been done, because there is not.
         """
-        if work.tokens or work.groups > 1:
+        if chunking.tokens or chunking.groups > 1:
             return False
         both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=norm))
         qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
         rms_rope_(qkv, self.norm_q_a.weight, self.norm_k_a.weight, rope, self.num_heads)
-        mixed = attend(qkv, self.num_heads)
-        add_gated_(x, gate, self.proj_out(self.proj_out.rows(mixed, gelu=hidden)))
+        attended = attend(qkv, self.num_heads)
+        add_gated_(x, gate, self.proj_out(self.proj_out.rows(attended, gelu=hidden)))
         return True
 
-    def _in_chunks(self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, work: Chunking) -> None:
+    def _in_chunks(
+        self, x: Tensor, norm: Any, gate: Tensor, rope: Tensor, chunking: Chunking
+    ) -> None:
         into, out_of = self.to_qkv_mlp, self.proj_out
         tokens = slice(0, x.shape[1])
         part = (tokens, norm, into, (self.norm_q_a, self.norm_k_a))
-        mixed = joint_attention(x, [part], rope, self.num_heads, work)
+        attended = joint_attention(x, [part], rope, self.num_heads, chunking)
 
         def rest(some: slice) -> None:
             rows = into.rows(x[:, some], norm=norm)
             hidden = into(rows, columns=slice(3 * self.dim, None))
             del rows
-            rows = out_of.rows(mixed[:, some], gelu=hidden)
+            rows = out_of.rows(attended[:, some], gelu=hidden)
             del hidden
             add_gated_(x[:, some], gate, out_of(rows))
 
-        work.each(tokens, rest)
+        chunking.for_each(tokens, rest)
 
 
 def joint_attention(
-    x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, work: Chunking
+    x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, chunking: Chunking
 ) -> Tensor:
     """What all tokens of x [1, tokens, width] find in each other, which is as large as x.
 
     parts: (tokens, what their norm is modulated by, layer whose first columns are queries, keys
     and values, norms of queries and keys).
     """
-    done, mixed = 0, None
+    done, attended = 0, None
     product = parts[0][2].method
     new = partial(x.new_empty, dtype=x.dtype if product is None else product.dtype)
 
     def some_heads() -> int:
-        nonlocal mixed
-        count = work.heads(heads)
-        if mixed is None and count < heads:
-            mixed = new(x.shape)
+        nonlocal attended
+        count = chunking.heads_at_once(heads)
+        if attended is None and count < heads:
+            attended = new(x.shape)
         some = slice(done * HEAD_DIM, (done + count) * HEAD_DIM)
         qkv = new(1, x.shape[1], 3 * count * HEAD_DIM)
         for of_part, norm, layer, norms in parts:
-            work.each(of_part, partial(_write_qkv, x, norm, layer, norms, rope, qkv, some))
+            chunking.for_each(of_part, partial(_write_qkv, x, norm, layer, norms, rope, qkv, some))
         found = attend(qkv, count)
-        if mixed is None:
-            mixed = found
+        if attended is None:
+            attended = found
         else:
-            mixed[:, :, some] = found
+            attended[:, :, some] = found
         return done + count
 
     while done < heads:
-        done = work.attempt(some_heads, partial(work.fewer_heads, heads))
-    assert mixed is not None
-    return mixed
+        done = chunking.retry(some_heads, partial(chunking.fewer_heads, heads))
+    assert attended is not None
+    return attended
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -199,14 +208,14 @@ def _write_qkv(
 
 
 def _attention_out_and_mlp(
-    x: Tensor, tokens: slice, mixed: Tensor, mod: Any, to_out: Any, mlp: Any, work: Chunking
+    x: Tensor, tokens: slice, attended: Tensor, mod: Any, to_out: Any, mlp: Any, chunking: Chunking
 ) -> None:
     """What follows the attention, for one of the two streams."""
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
     into, _, out_of = mlp
 
     def after_attention(some: slice) -> None:
-        add_gated_(x[:, some], gate, to_out(to_out.rows(mixed[:, some])))
+        add_gated_(x[:, some], gate, to_out(to_out.rows(attended[:, some])))
 
     def feed_forward(some: slice) -> None:
         hidden = into(into.rows(x[:, some], norm=(mlp_shift, mlp_scale)))
@@ -214,5 +223,5 @@ def _attention_out_and_mlp(
         del hidden
         add_gated_(x[:, some], mlp_gate, out_of(rows))
 
-    work.each(tokens, after_attention)
-    work.each(tokens, feed_forward)
+    chunking.for_each(tokens, after_attention)
+    chunking.for_each(tokens, feed_forward)

@@ -115,7 +115,7 @@ class TextEncoders:
         prompt: str,
         before_block: BeforeBlock | None = None,
         ring_bytes: int = 0,
-        work: Chunking | None = None,
+        chunking: Chunking | None = None,
         words: int = T5_TOKENS,
     ) -> tuple[TextEmbedding, int]:
         """Run both encoders; the caller has made room on `patcher.device`.
@@ -136,15 +136,15 @@ class TextEncoders:
         if any(weight != 1 for weight in weights):
             empty = self.recall("", len(ids))
             if empty is None:
-                given = (before_block, ring_bytes, work, len(ids))
+                given = (before_block, ring_bytes, chunking, len(ids))
                 empty, moved_bytes = self.encode("", *given)
-        device, module, work = self.patcher.device, self.weights.module, work or Chunking()
-        visits = self.weights.running_on(device, before_block, 1, ring_bytes, work)
-        with visits as stream, _attempted(module, work):
+        device, module, chunking = self.patcher.device, self.weights.module, chunking or Chunking()
+        visits = self.weights.running_on(device, before_block, 1, ring_bytes, chunking)
+        with visits as stream, _retried(module, chunking):
             clip_ids = torch.tensor([text.clip], device=device)
-            pooled, _ = work.attempt(lambda: module.clip(clip_ids))
+            pooled, _ = chunking.retry(lambda: module.clip(clip_ids))
             t5_ids = torch.tensor([ids], device=device)
-            tokens = work.attempt(lambda: module.t5(t5_ids))
+            tokens = chunking.retry(lambda: module.t5(t5_ids))
             embedding = TextEmbedding(tokens.cpu(), pooled.cpu())
         if empty is not None:
             weighed = _weighted(embedding.tokens, empty.tokens, weights)
@@ -185,12 +185,12 @@ def build_text_encoders(
 
 
 @contextmanager
-def _attempted(both: Any, work: Chunking) -> Iterator[None]:
+def _retried(both: Any, chunking: Chunking) -> Iterator[None]:
     """Each layer of CLIP, and each attention and feed forward of T5, is an attempt of its own."""
     of_t5 = (layer for block in both.t5.encoder.block for layer in block.layer)
     layers = [*both.clip.encoders, *of_t5]
     for layer in layers:
-        layer.forward = partial(_attempt, work, layer.forward)
+        layer.forward = partial(_retry, chunking, layer.forward)
     try:
         yield
     finally:
@@ -198,8 +198,8 @@ def _attempted(both: Any, work: Chunking) -> Iterator[None]:
             del layer.forward
 
 
-def _attempt(work: Chunking, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return work.attempt(lambda: forward(*args, **kwargs))
+def _retry(chunking: Chunking, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return chunking.retry(lambda: forward(*args, **kwargs))
 
 
 class HomeEmbedding(nn.Module):

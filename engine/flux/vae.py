@@ -101,7 +101,7 @@ def _each(
                 if not is_out_of_memory(error):
                     raise
             bands = smallest()  # out of `except`, which keeps the failed run's tensors alive
-            done.append(chunking.attempt(partial(run, item, bands)))
+            done.append(chunking.retry(partial(run, item, bands)))
     return torch.cat(done), ring.moved_bytes
 
 

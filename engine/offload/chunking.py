@@ -14,6 +14,16 @@ SHORT = "The card has less memory than planned; from here on %s."
 Result = TypeVar("Result")
 
 
+def split(tokens: slice, at_once: int) -> Iterator[slice]:
+    """Parts of about the same length, the first the longest, none above `at_once`; 0: one part."""
+    size = count = tokens.stop - tokens.start
+    if at_once and count > at_once:
+        parts = -(-count // at_once)
+        size = -(-count // parts // ROW_MULTIPLE) * ROW_MULTIPLE
+    for first in range(tokens.start, tokens.stop, size):
+        yield slice(first, min(first + size, tokens.stop))
+
+
 @dataclass
 class Chunking:
     """What a run computes at once; it becomes less when memory is short, for the rest of the run.
@@ -27,37 +37,26 @@ class Chunking:
     groups: int = 1
     relieve: Callable[[], bool] | None = None
     make_way: Callable[[int], None] | None = None
-    longest: int = field(default=0, init=False)  # stretch of tokens that was divided into chunks
+    longest: int = field(default=0, init=False)  # stretch of tokens that was done in chunks
 
-    def chunks(self, tokens: slice) -> Iterator[slice]:
-        """Parts of about the same length, the first the longest, none above `self.tokens`."""
-        count = tokens.stop - tokens.start
-        self.longest = max(self.longest, count)
-        if self.tokens and count > self.tokens:
-            parts = -(-count // self.tokens)
-            size = -(-count // parts // ROW_MULTIPLE) * ROW_MULTIPLE
-        else:
-            size = count
-        for first in range(tokens.start, tokens.stop, size):
-            yield slice(first, min(first + size, tokens.stop))
+    def heads_at_once(self, heads: int) -> int:
+        """How many of so many heads attend at once; divides them."""
+        return heads // gcd(heads, self.groups)
 
-    def heads(self, of: int) -> int:
-        """Of `of` heads, how many attend at once; divides `of`."""
-        return of // gcd(of, self.groups)
-
-    def each(self, tokens: slice, part: Callable[[slice], object]) -> None:
-        """`part` for all tokens, in chunks, each an attempt."""
+    def for_each(self, tokens: slice, part: Callable[[slice], object]) -> None:
+        """`part` for all tokens, in chunks, each of them tried again when memory is short."""
         first = tokens.start
+        self.longest = max(self.longest, tokens.stop - tokens.start)
 
         def following() -> int:
-            some = next(self.chunks(slice(first, tokens.stop)))
+            some = next(split(slice(first, tokens.stop), self.tokens))
             part(some)
             return some.stop
 
         while first < tokens.stop:
-            first = self.attempt(following)
+            first = self.retry(following)
 
-    def attempt(self, part: Callable[[], Result], less: Callable[[], bool] | None = None) -> Result:
+    def retry(self, part: Callable[[], Result], less: Callable[[], bool] | None = None) -> Result:
         """Do `part`, again when it ran out of memory and some could be freed, or else when there is
         less to do at once: by `less`, which returns whether there is, or fewer tokens.
 
@@ -68,9 +67,8 @@ class Chunking:
             try:
                 return part()
             except RuntimeError as error:
-                from ..allocator import (
-                    is_out_of_memory,  # the plan, which comes without PyTorch, needs none
-                )
+                # Here, because the plan, which comes without PyTorch, uses this module.
+                from ..allocator import is_out_of_memory
 
                 if not is_out_of_memory(error):
                     raise
@@ -89,9 +87,10 @@ class Chunking:
         log.warning(SHORT, f"{fewer} tokens are computed at once")
         return True
 
-    def fewer_heads(self, of: int) -> bool:
-        """More groups; False: there can be no more of `of` heads."""
-        more = next((n for n in GROUPS if gcd(of, n) > gcd(of, self.groups)), None)
+    def fewer_heads(self, heads: int) -> bool:
+        """More groups; False: so many heads can be divided into no more."""
+        now = gcd(heads, self.groups)
+        more = next((n for n in GROUPS if gcd(heads, n) > now), None)
         if more is None:
             return False
         self.groups = more

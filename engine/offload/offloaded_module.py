@@ -187,7 +187,7 @@ class OffloadedModule:
         before_block: BeforeBlock | None = None,
         passes: int = 1,
         ring_bytes: int = 0,
-        work: Chunking | None = None,
+        chunking: Chunking | None = None,
         transfers: Transfers | None = None,
     ) -> Iterator[PrefetchRing]:
         """The module can run on `device`, `passes` times; 0: some of its blocks, in any order.
@@ -200,13 +200,15 @@ class OffloadedModule:
         if self._pinned is not None and passes > 1:  # for one it is not worth the while
             self._pinned.begin()
         stream = PrefetchRing(
-            order, device, ring_bytes, before_block, work, transfers, self._pinned
+            order, device, ring_bytes, before_block, chunking, transfers, self._pinned
         )
         hooks = []
         root_was_resident = self.root.resident
         try:
             if not root_was_resident and device != CPU:
-                (work or Chunking()).attempt(lambda: self.root.stay_on(device, PlainTransfers()))()
+                (chunking or Chunking()).retry(
+                    lambda: self.root.stay_on(device, PlainTransfers())
+                )()
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
             for index, modules in enumerate(self._modules):

@@ -48,7 +48,7 @@ class PrefetchRing:
         device: torch.device,
         ring_bytes: int,
         before_block: BeforeBlock | None = None,
-        work: Chunking | None = None,
+        chunking: Chunking | None = None,
         transfers: Transfers | None = None,
         pinned: PinnedWeights | None = None,
     ):
@@ -57,7 +57,7 @@ class PrefetchRing:
         self.ring_bytes = ring_bytes
         self.moved_bytes = 0
         self._before_block = before_block
-        self._work = work or Chunking()
+        self._chunking = chunking or Chunking()
         self._transfers = transfers or transfers_to(device, pinned)
         self._ring: Tensor | None = None
         self._places: list[_Place] = []  # in the order in which they were taken
@@ -153,7 +153,7 @@ class PrefetchRing:
         assert block.home is not None, "the weights have not been given memory"
         after = [p.left for p in below if p.left is not None]
         if self._ring is None:
-            self._ring = self._work.attempt(self._new_ring)
+            self._ring = self._chunking.retry(self._new_ring)
             after = [self._transfers.computed()]  # whoever had this memory may still compute
         place.copied = self._transfers.copy(block.home, self._bytes(place), after)
         self.moved_bytes += block.nbytes

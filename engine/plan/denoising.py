@@ -1,7 +1,7 @@
 """The plan of the denoising loop, and the time of a step."""
 
 from ..flux.geometry import HEAD_DIM, MLP_RATIO, FluxGeometry
-from ..offload.chunking import CHUNKS, GROUPS, Chunking
+from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
 from ..offload.weight_sizes import WeightSizes
 from ..quant.formats import CONVERTED_AT_ONCE
 from ..sizes import CHANNELS
@@ -46,13 +46,14 @@ def plan_denoising(
     conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
 
     def values(chunk: int, groups: int = 1) -> int:
-        work = Chunking(chunk, groups)
         all_at_once, *each_at_once = (
-            next(work.chunks(some)).stop - some.start
+            next(split(some, chunk)).stop - some.start
             for some in (slice(0, tokens), slice(0, words), slice(words, tokens))
         )
         one_at_once = max(each_at_once)  # of picture and text
-        share = work.heads(geometry.heads) / geometry.heads  # of the heads at once
+        share = (
+            Chunking(chunk, groups).heads_at_once(geometry.heads) / geometry.heads
+        )  # of the heads at once
         before_row, joint_row, single_row = _row_bytes(
             geometry, itemsize, eight_bit, weights, card, share
         )

@@ -129,7 +129,7 @@ class DenoiseStage:
             key = (guidance, compute, latents_dtype, *inputs.sigmas.tolist())
             with visits as ring:
                 last = partial(dit.last_conditions.of, prompts, make, device, *key)
-                conditions = chunking.attempt(last)
+                conditions = chunking.retry(last)
                 with compute.applied_to(module, device):  # with a new buffer for conversions
                     positive, negative = [*conditions, None][:2]
                     velocity = flux_velocity(module, positive, chunking, negative, inputs.cfg)

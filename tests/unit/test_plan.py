@@ -27,6 +27,7 @@ from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.kernels import dispatch, matmul
 from majicflux.engine.kernels.row_format import LIMITS
 from majicflux.engine.offload.chunking import GROUPS, Chunking
+from majicflux.engine.offload.chunking import split as split_tokens
 from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.plan import denoising, estimate, split
 from majicflux.engine.plan.denoising import plan_denoising, step_seconds
@@ -109,8 +110,8 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     Two chunks stand for all, of which none is longer than the first.
     """
 
-    def first_two(work: Chunking, tokens: slice, part: Callable[[slice], object]) -> None:
-        for some in islice(work.chunks(tokens), 2):
+    def first_two(chunking: Chunking, tokens: slice, part: Callable[[slice], object]) -> None:
+        for some in islice(split_tokens(tokens, chunking.tokens), 2):
             part(some)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         return matmul._result(weight, x, out)
 
     functional = SimpleNamespace(scaled_dot_product_attention=attention)
-    monkeypatch.setattr(Chunking, "each", first_two)
+    monkeypatch.setattr(Chunking, "for_each", first_two)
     monkeypatch.setattr(velocity, "_rope", rope_once)
     monkeypatch.setattr(conditioning, "_on_host", lambda x: torch.empty(x.shape))
     monkeypatch.setattr(blocks, "F", functional)

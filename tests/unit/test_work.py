@@ -16,7 +16,7 @@ from majicflux.engine.flux.conditioning import Conditions
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.flux.velocity import flux_velocity
-from majicflux.engine.offload.chunking import CHUNKS, GROUPS, Chunking
+from majicflux.engine.offload.chunking import CHUNKS, GROUPS, Chunking, split
 from majicflux.engine.quant import methods
 from majicflux.engine.quant.compute import ComputePrecision, choose_compute
 from majicflux.engine.quant.formats import PRECISIONS
@@ -59,11 +59,13 @@ def given(pictures: int = 1) -> tuple[Tensor, Conditions]:
 
 
 @torch.inference_mode()
-def run(work: Chunking, precision: str = "bfloat16", mode: str = "bfloat16", pictures=1) -> Tensor:
+def run(
+    chunking: Chunking, precision: str = "bfloat16", mode: str = "bfloat16", pictures=1
+) -> Tensor:
     dit = transformer(precision)
     latents, told = given(pictures)
     with choose_compute(dit, CPU, mode, torch.bfloat16).applied_to(dit, CPU):
-        return flux_velocity(dit, told, work)(latents, torch.tensor(1.0))
+        return flux_velocity(dit, told, chunking)(latents, torch.tensor(1.0))
 
 
 @cache
@@ -107,7 +109,7 @@ def test_groups_of_heads_attend_one_after_another(
 
 @torch.inference_mode()
 def through_blocks(
-    work: Chunking, allowed: Callable[[int, int, int], bool] = lambda *_: True
+    chunking: Chunking, allowed: Callable[[int, int, int], bool] = lambda *_: True
 ) -> tuple[Tensor, LiveBytes]:
     """A joint and a single block, in which every allocation belongs to an attempt."""
     dit, width = transformer("bfloat16"), GEOMETRY.hidden
@@ -118,9 +120,9 @@ def through_blocks(
     x = torch.randn(1, tokens, width, generator=drawn)
     rope = torch.randn(1, 1, tokens, 64, 2, 2, generator=drawn)
     with BFLOAT16.applied_to(dit, CPU), LiveBytes("cpu", allowed) as live:
-        sequences = [TokenSequence(x, WORDS, rope)]
-        dit.blocks[0](sequences, [joint], work)
-        dit.single_blocks[0](sequences, [[single]], work)
+        sequences = [TokenSequence(x, WORDS, x.shape[1] - WORDS, rope)]
+        dit.blocks[0](sequences, [joint], chunking)
+        dit.single_blocks[0](sequences, [[single]], chunking)
     return x, live
 
 
@@ -132,12 +134,12 @@ def test_any_allocation_may_fail(size: tuple[int, int], step: int) -> None:
     assert allocations > 50
     for failing in range(0, allocations // 2 + 1, step):
         both = (failing, failing + allocations // 2)
-        work = Chunking(*size)
-        found, live = through_blocks(work, lambda number, *_, both=both: number not in both)
+        chunking = Chunking(*size)
+        found, live = through_blocks(chunking, lambda number, *_, both=both: number not in both)
         assert live.made > both[1]
         assert same(found, whole), failing
         if size == (0, 1):
-            assert (work.tokens, work.groups) != size, "less at once from then on"
+            assert (chunking.tokens, chunking.groups) != size, "less at once from then on"
 
 
 def test_weights_leave_before_less_is_computed_at_once() -> None:
@@ -148,12 +150,12 @@ def test_weights_leave_before_less_is_computed_at_once() -> None:
         left[0] -= 1
         return left[0] >= 0
 
-    work = Chunking(relieve=relieve)
-    found, _ = through_blocks(work, lambda number, *_: number not in (5, 9, 13))
-    assert (left, work.tokens, work.groups) == ([0], 0, 1)
+    chunking = Chunking(relieve=relieve)
+    found, _ = through_blocks(chunking, lambda number, *_: number not in (5, 9, 13))
+    assert (left, chunking.tokens, chunking.groups) == ([0], 0, 1)
     assert same(found, whole)
-    through_blocks(work, lambda number, *_: number != 5)
-    assert (left, work.tokens, work.groups) == ([-1], 256, 1)
+    through_blocks(chunking, lambda number, *_: number != 5)
+    assert (left, chunking.tokens, chunking.groups) == ([-1], 256, 1)
 
 
 @pytest.mark.parametrize(
@@ -166,14 +168,14 @@ def test_a_run_that_is_short_of_memory_computes_as_little_at_once_as_it_must(
     whole = through_blocks(Chunking())[0]
     peak = through_blocks(Chunking(*size))[1].peak
     for limit, enough in ((peak, size), (peak - 1, less)):
-        work = Chunking()
+        chunking = Chunking()
         if enough is None:
             with pytest.raises(torch.OutOfMemoryError):
-                through_blocks(work, lambda *numbers, limit=limit: numbers[2] <= limit)
+                through_blocks(chunking, lambda *numbers, limit=limit: numbers[2] <= limit)
             continue
-        found, _ = through_blocks(work, lambda *numbers, limit=limit: numbers[2] <= limit)
+        found, _ = through_blocks(chunking, lambda *numbers, limit=limit: numbers[2] <= limit)
         assert same(found, whole)
-        assert (work.tokens, work.groups) == enough
+        assert (chunking.tokens, chunking.groups) == enough
 
 
 LAYERS = {
@@ -202,9 +204,9 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
         return y
 
     monkeypatch.setattr(methods.Dequantized, "__call__", short)
-    work = Chunking()
-    assert same(run(work, pictures=pictures), whole)
-    assert (work.tokens, work.groups) == (256, 1)
+    chunking = Chunking()
+    assert same(run(chunking, pictures=pictures), whole)
+    assert (chunking.tokens, chunking.groups) == (256, 1)
     assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
 
 
@@ -244,8 +246,8 @@ def test_what_cannot_be_pinned_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 def test_the_ends_take_as_many_tokens_whatever_the_memory(
     monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    """So that the bits of a picture do not depend on it, see `denoise.ENDS`."""
-    monkeypatch.setattr(velocity, "ENDS", Chunking(128))
+    """So that the bits of a picture do not depend on it, see `velocity.TOKENS_OF_ENDS`."""
+    monkeypatch.setattr(velocity, "TOKENS_OF_ENDS", 128)
     dit = transformer("bfloat16")
     multiply, seen = methods.Dequantized.__call__, []
 
@@ -274,13 +276,13 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
         return attend(qkv, heads)
 
     monkeypatch.setattr(blocks, "attend", short)
-    work = Chunking(tokens=512)
+    chunking = Chunking(tokens=512)
     if not most:
         with pytest.raises(torch.OutOfMemoryError):
-            run(work, pictures=2)
+            run(chunking, pictures=2)
         return
-    assert same(run(work, pictures=2), whole)
-    assert (work.tokens, work.groups) == (512, GEOMETRY.heads // most)
+    assert same(run(chunking, pictures=2), whole)
+    assert (chunking.tokens, chunking.groups) == (512, GEOMETRY.heads // most)
     assert "from here on heads attend in 2 groups" in caplog.text
     # Two pictures in two blocks, and no group of heads twice.
     assert attended == [most] * (GEOMETRY.heads // most) * 4
@@ -288,13 +290,15 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
 
 @pytest.mark.parametrize(("heads", "groups"), [(24, [2, 4, 8]), (6, [2]), (4, [2, 4]), (5, [])])
 def test_groups_are_all_of_one_size(heads: int, groups: list[int]) -> None:
-    work = Chunking()
+    chunking = Chunking()
     found = []
-    while work.fewer_heads(heads):
-        found.append(work.groups)
-        assert work.heads(heads) * work.groups == heads
+    while chunking.fewer_heads(heads):
+        found.append(chunking.groups)
+        assert chunking.heads_at_once(heads) * chunking.groups == heads
     assert found == groups
-    assert not work.fewer_tokens(), "where nothing is done in chunks there can be no smaller ones"
+    assert not chunking.fewer_tokens(), (
+        "where nothing is done in chunks there can be no smaller ones"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 514, 1100, 4097])
@@ -303,7 +307,7 @@ def test_every_token_is_done_once(count: int, tokens: int) -> None:
     """And no chunk is longer than the first, which is what the plan counts on; also where memory
     runs out in the middle."""
     for failing in (None, 0, 1, 2):
-        work = Chunking(tokens)
+        chunking = Chunking(tokens)
         done: list[slice] = []
         calls = 0
 
@@ -314,7 +318,7 @@ def test_every_token_is_done_once(count: int, tokens: int) -> None:
                 raise torch.OutOfMemoryError("simulated")
             done.append(some)
 
-        work.each(slice(100, 100 + count), part)
+        chunking.for_each(slice(100, 100 + count), part)
         calls = 0
         assert [n for some in done for n in range(some.start, some.stop)] == [
             *range(100, 100 + count)
@@ -323,4 +327,4 @@ def test_every_token_is_done_once(count: int, tokens: int) -> None:
         assert max(sizes) <= (tokens or count)
         assert sizes == sorted(sizes, reverse=True)
         if failing is None:
-            assert done[0] == next(work.chunks(slice(100, 100 + count)))
+            assert done[0] == next(split(slice(100, 100 + count), chunking.tokens))
