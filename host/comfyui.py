@@ -56,6 +56,7 @@ __all__ = [
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
+    "vae_dtype",
 ]
 
 log = logging.getLogger("majicflux")
@@ -157,6 +158,11 @@ def _bundled(*parts: str) -> Path | None:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """The dtype that a Flux.1 transformer is best computed in on `device`."""
     return torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
+
+
+def vae_dtype(device: torch.device) -> torch.dtype:
+    """The same for the VAE, unless a flag of ComfyUI's names another."""
+    return mm.vae_dtype(device, [torch.bfloat16])
 
 
 def loading_progress(node_id: str | None) -> Callable[[int, int, str], None]:

@@ -46,6 +46,7 @@ __all__ = [
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
+    "vae_dtype",
 ]
 
 TRADITIONAL = re.compile("tw|hk|mo|hant|traditional|taiwan|hong")  # in the name of a Chinese locale
@@ -182,6 +183,10 @@ def compute_dtype(device: "torch.device") -> "torch.dtype":
 
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
+
+
+# A processor without units for bfloat16 takes minutes for its convolutions.
+vae_dtype = compute_dtype
 
 
 def loading_progress(node_id: str | None) -> "Callable[[int, int, str], None]":

@@ -54,17 +54,16 @@ class VAELoader(Node):
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        import torch
-
         from ..engine.flux.vae import VAE
         from ..loaders.vae import load_vae
 
         path = model_files.resolve(FOLDER, file)
 
         def load() -> VAE:
-            weights = load_vae(path, torch.bfloat16)
-            patcher = host.make_patcher(weights, host.vae_device(), "MajicFluxVAE")
-            return VAE(weights, patcher, torch.bfloat16)
+            device = host.vae_device()
+            dtype = host.vae_dtype(device)
+            weights = load_vae(path, dtype)
+            return VAE(weights, host.make_patcher(weights, device, "MajicFluxVAE"), dtype)
 
         vae = model_files.shared(load, model_files.fingerprint(FOLDER, file))
         return io.NodeOutput(vae, ui=host.node_text([vae.weights.report]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from comfyui_server import Server
 from file_layouts import Tensors
@@ -115,6 +116,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def convolutions() -> Iterator[None]:
+    """Those in bfloat16 are made in float32, on processors that take minutes for them otherwise."""
+    plain = F.conv2d
+
+    def in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *rest,
+                   **named) -> torch.Tensor:  # fmt: skip
+        if x.dtype != torch.bfloat16 or x.device != CPU:
+            return plain(x, weight, bias, *rest, **named)
+        bias = None if bias is None else bias.float()
+        return plain(x.float(), weight.float(), bias, *rest, **named).to(x.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            patch.setattr(F, "conv2d", in_float32)
+        yield
 
 
 @pytest.fixture
