@@ -1,8 +1,10 @@
 """In which precision each kind of weight is stored: the one table."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROTATION = 256  # values that are rotated together; the widest that ComfyUI's int8 files use
 

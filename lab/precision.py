@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, INT8_ROTATED, PRECISIONS, STORAGES, Precision, Storage
-from .fill import read_scale, store_rows
-from .flux_dit import storage_in
-from .layouts import Layout, flux_dit_layout
-from .reading import Stretch, read_ahead
-from .safetensors_file import DTYPES
-from .sources import Part, Source, Sources
+from ..loaders.fill import read_scale, store_rows
+from ..loaders.flux_dit import storage_in
+from ..loaders.layouts import Layout, flux_dit_layout
+from ..loaders.reading import Stretch, read_ahead
+from ..loaders.safetensors_file import DTYPES
+from ..loaders.sources import Part, Source, Sources
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class PrecisionReport:
     """The figures of one file.
 
     contents: the share of the parameters in each format of the file, the largest first. kinds:
@@ -96,7 +96,7 @@ ITSELF = ""
 
 def measure(
     geometry: FluxGeometry, sources: Sources, rows: int = ROWS, progress: Progress | None = None
-) -> Inspection:
+) -> PrecisionReport:
     """Store `rows` evenly spread rows of every matrix in each format, and compare in float64.
 
     geometry and sources are what `inspect_flux_dit` gives; only these rows are read. They are
@@ -124,7 +124,7 @@ def measure(
         return Cost(math.sqrt(errors / values) if values else 0.0, size)
 
     by_kind = {kind: [name for name in shapes if kind_of_layer(name) == kind] for kind in KINDS}
-    return Inspection(
+    return PrecisionReport(
         geometry,
         sum(map(math.prod, shapes.values())),
         _contents(sources),

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..loaders.safetensors_file import FORMAT_HEADER_BYTES, ModelFileError, SafetensorsFile
 from ..messages import say
 from .catalogue import HUB_NAMES, KnownFile
 from .hubs import DownloadError, bytes_in, fetch
-from .safetensors_file import FORMAT_HEADER_BYTES, ModelFileError, SafetensorsFile
 
 log = logging.getLogger("majicflux")
 
