@@ -247,15 +247,15 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _cache(options: argparse.Namespace) -> None:
-    from .loaders.prepared import clear_prepared, prepared_files
+    from .loaders.weight_cache import cached_files, clear_cache
 
     standalone.models_folder = options.models
     folder = standalone.prepared_folder()
     if options.action == "clear":
-        freed = clear_prepared(folder) / 1e9
+        freed = clear_cache(folder) / 1e9
         print(say("{freed:.2f} GB freed in {folder}", freed=freed, folder=folder))
         return
-    for path in prepared_files(folder):
+    for path in cached_files(folder):
         print(f"{path.stat().st_size / 1e9:8.2f} GB  {path}")
 
 

@@ -39,8 +39,8 @@ from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host.standalone import make_patcher
-from majicflux.loaders.fill import MakeRoom
-from majicflux.loaders.prepared import prepare
+from majicflux.loaders.convert import MakeRoom
+from majicflux.loaders.weight_cache import convert_into_cache
 
 from . import budget_peers
 from .step import BFLOAT16, GUIDANCE, Case, random_weights
@@ -88,7 +88,7 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, folder: P
     parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
     for name, weights in zip(("dit", "text encoders", "vae"), parts, strict=True):
         convert = partial(_fill, weights, device)
-        if not prepare(weights, folder / f"{name}.majicflux", convert):
+        if not convert_into_cache(weights, folder / f"{name}.majicflux", convert):
             sys.exit(f"not measured: {folder} takes no prepared weights; choose another --scratch")
     one, two, three = (make_patcher(weights, device, "") for weights in parts)
     return Pipeline(

@@ -109,9 +109,9 @@ def require_space(files: Iterable[KnownFile], hub: str, models: Path) -> None:
         target = target_of(file, models)
         if target.exists():
             continue
-        there = _nearest_existing(target.parent)
-        disk = there.stat().st_dev
-        disks[disk] = there
+        nearest = _nearest_existing(target.parent)
+        disk = nearest.stat().st_dev
+        disks[disk] = nearest
         left = (file.size or file.least_size) - bytes_in(_partial_folder(file, hub, models))
         missing[disk] = missing.get(disk, 0) + max(left, 0)
     for disk, needed in missing.items():

@@ -13,11 +13,11 @@ from ..downloads import model_folders
 from ..downloads.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
 from ..engine.quant.formats import PRECISIONS
 from ..host import current as host
-from ..loaders.prepared import prepared_files
 from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of, parts_in
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
 from ..loaders.tokenizers import misfits
+from ..loaders.weight_cache import cached_files
 from ..messages import say
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def _own_version() -> str:
     project = PACK / "pyproject.toml"
     if not project.is_file():
         return metadata.version("majicflux")
-    found = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    return found[1]
+    version = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    return version[1]
 
 
 def _torch() -> str:
@@ -170,13 +170,13 @@ def _models() -> str:
     usable: set[Kind] = set()
     lines = [""]
     for folder in ("diffusion_models", "text_encoders", "vae", model_folders.CHECKPOINTS):
-        found: dict[str, list[str]] = {}
+        files: dict[str, list[str]] = {}
         for name in model_folders.choices(folder):
             what, kinds = _examined(folder, name)
-            found.setdefault(what, []).append(name)
+            files.setdefault(what, []).append(name)
             usable |= kinds
-        lines.append(f"- {folder}: {'' if found else say('empty')}".rstrip())
-        for what, names in found.items():
+        lines.append(f"- {folder}: {'' if files else say('empty')}".rstrip())
+        for what, names in files.items():
             shown, more = ", ".join(names[:SHOWN]), len(names) - SHOWN
             if more > 0:
                 shown = say("{names} and {more} more", names=shown, more=more)
@@ -233,13 +233,13 @@ def _loaders() -> dict[Kind, Callable[[Path], Any]]:
 
 def _prepared() -> str:
     folder = host.prepared_folder().absolute()
-    kept = prepared_files(folder)
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    kept = cached_files(folder)
+    disk = next(place for place in (folder, *folder.parents) if place.is_dir())
     return say(
         "{count} files of {size:.1f} GB; {free:.0f} GB of the disk are free",
         count=len(kept),
         size=sum(path.stat().st_size for path in kept) / 1e9,
-        free=shutil.disk_usage(there).free / 1e9,
+        free=shutil.disk_usage(disk).free / 1e9,
     )
 
 

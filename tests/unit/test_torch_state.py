@@ -14,8 +14,8 @@ from torch import Tensor
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.torch_state import own_state
 from majicflux.host import standalone
+from majicflux.loaders.convert_on_device import DeviceQuantizer
 from majicflux.loaders.flux_dit import load_flux_dit
-from majicflux.loaders.on_card import OnCard
 from majicflux.nodes.dit_loader import DiTLoader
 from majicflux.nodes.pipeline import PipelineNode
 from majicflux.nodes.sample import Sample
@@ -88,7 +88,7 @@ def test_scales_made_on_a_card_are_not_rounded() -> None:
     into, scale = torch.empty(4, 64, dtype=torch.float8_e4m3fn), torch.empty(4)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        OnCard(torch.device("cpu")).quantize(given, into, scale, 0)
+        DeviceQuantizer(torch.device("cpu")).quantize(given, into, scale, 0)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(scale, weight.abs().amax(dim=1) / 448)
