@@ -5,9 +5,6 @@ from collections.abc import Iterable
 
 from .tensor_sources import Source, Sources, halves_swapped, stacked
 
-FLUX_MARKER = "transformer_blocks.0.attn.add_q_proj.weight"
-VAE_MARKER = "decoder.mid_block.resnets.0.conv1.weight"
-
 # Black Forest Labs' module -> Diffusers' modules, whose rows are stacked to make it.
 FLUX_ROOT = {
     "img_in": ["x_embedder"],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
+from ..engine.sizes import CHANNELS
 from ..engine.torch_state import own_state
 from ..messages import say
 from .convert import convert_into
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("majicflux")
 
-LATENT_CHANNELS = 16
-
 
 def inspect_vae(path: Path) -> dict[str, Source]:
     """The weights of a Flux VAE, from its header alone, in either layout.
@@ -39,7 +38,7 @@ def inspect_vae(path: Path) -> dict[str, Source]:
         else:
             sources = vae_from_diffusers(sources_of([file], prefix_before(file.tensors, diffusers)))
         layout, first = vae_layout(), sources.get("decoder.conv_in.weight")
-        if first is not None and len(first.shape) == 4 and first.shape[1] != LATENT_CHANNELS:
+        if first is not None and len(first.shape) == 4 and first.shape[1] != CHANNELS:
             raise ModelFileError(
                 say(
                     "{file} is a VAE of another model: its latents have {channels} channels, "

@@ -10,7 +10,6 @@ from .sockets import CATEGORY, Node, TextEncodersHandle
 
 io = host.io
 FOLDER = "text_encoders"
-PRECISIONS = ["bfloat16", "float32"]
 
 
 class TextEncodersNode(Node):
@@ -51,7 +50,7 @@ class TextEncodersNode(Node):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=PRECISIONS,
+                    options=["bfloat16", "float32"],
                     default="bfloat16",
                     tooltip=(
                         "bfloat16: 10 GB of CPU memory, what Flux.1 was trained with. "
