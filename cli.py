@@ -12,13 +12,13 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from .downloads.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .engine.quant.formats import PRECISIONS
 from .host import standalone
 from .host.canvas import node_types, with_values
 from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
-from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .messages import say
 from .nodes import NODES
 
@@ -247,15 +247,15 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _cache(options: argparse.Namespace) -> None:
-    from .loaders.prepared import clear_prepared, prepared_files
+    from .loaders.weight_cache import cached_files, clear_cache
 
     standalone.models_folder = options.models
     folder = standalone.prepared_folder()
     if options.action == "clear":
-        freed = clear_prepared(folder) / 1e9
+        freed = clear_cache(folder) / 1e9
         print(say("{freed:.2f} GB freed in {folder}", freed=freed, folder=folder))
         return
-    for path in prepared_files(folder):
+    for path in cached_files(folder):
         print(f"{path.stat().st_size / 1e9:8.2f} GB  {path}")
 
 
@@ -301,10 +301,10 @@ def _demo_models(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .lab.precision import ROWS, measure
+    from .lab.precision_chart import require_place, write_chart
+    from .lab.precision_table import table
     from .loaders.flux_dit import inspect_flux_dit
-    from .loaders.inspection import ROWS, measure
-    from .loaders.inspection_chart import require_place, write_chart
-    from .loaders.inspection_table import table
 
     path = Path(os.path.abspath(options.file))  # not resolved: a link may have the better name
     stem = path.name if path.is_dir() else path.stem
@@ -317,14 +317,14 @@ def _inspect(options: argparse.Namespace) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        inspection = measure(geometry, sources, options.rows or ROWS, progress)
-    print(table(path.name, inspection))
-    write_chart(chart, path.name, inspection)
+        report = measure(geometry, sources, options.rows or ROWS, progress)
+    print(table(path.name, report))
+    write_chart(chart, path.name, report)
     print(chart)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from .nodes.diagnosis import diagnosis
+    from .lab.doctor import diagnosis
 
     standalone.models_folder = options.models
     print(diagnosis())
@@ -336,7 +336,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from .loaders.download import download, require_space, target_of
+    from .downloads.download import download, require_space, target_of
 
     files = files_of(options.group, options.hub)
     print(say("From {hub}:", hub=HUB_NAMES[options.hub]))

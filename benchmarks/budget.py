@@ -39,10 +39,11 @@ from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host.standalone import make_patcher
-from majicflux.loaders.fill import MakeRoom
-from majicflux.loaders.prepared import prepare
+from majicflux.loaders.convert import MakeRoom
+from majicflux.loaders.weight_cache import convert_into_cache
 
 from . import budget_peers
+from .measuring import relative_error, wait_for
 from .step import BFLOAT16, GUIDANCE, Case, random_weights
 from .table import Row, report
 
@@ -88,7 +89,7 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, folder: P
     parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
     for name, weights in zip(("dit", "text encoders", "vae"), parts, strict=True):
         convert = partial(_fill, weights, device)
-        if not prepare(weights, folder / f"{name}.majicflux", convert):
+        if not convert_into_cache(weights, folder / f"{name}.majicflux", convert):
             sys.exit(f"not measured: {folder} takes no prepared weights; choose another --scratch")
     one, two, three = (make_patcher(weights, device, "") for weights in parts)
     return Pipeline(
@@ -149,7 +150,8 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
                 break
             assert torch.isfinite(latents).all()
             before = first.setdefault(side, latents)
-            bits = "same" if torch.equal(before, latents) else _relative(latents, before)
+            apart = relative_error(latents, before)
+            bits = "same" if torch.equal(before, latents) else f"{apart:.1e} apart"
             if found.peak_bytes is None:
                 continue
             peak, allocated = found.peak_bytes / GB, torch.cuda.max_memory_allocated() / GB
@@ -168,10 +170,6 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
             yield Row(name, peak, "GB", bar=bar)
             if budget not in BUDGETS:
                 yield Row(f"of it allocated, {name}", allocated, "GB", bar=SMALLEST[side][0])
-
-
-def _relative(found: Tensor, expected: Tensor) -> str:
-    return f"{((found - expected).norm() / expected.norm()).item():.1e} apart"
 
 
 def _smallest(pipeline: Pipeline, side: int) -> float:
@@ -248,11 +246,11 @@ def _seconds(
         weights.running_on(device, passes=PASSES, ring_bytes=ring) if streamed else _nothing(),
     ):
         velocity(case.latents, case.sigma)
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(PASSES - 1):
             velocity(case.latents, case.sigma)
-        _wait(device)
+        wait_for(device)
         seconds = (time.perf_counter() - start) / (PASSES - 1)
     weights.release(float("inf"))
     return seconds
@@ -286,10 +284,10 @@ def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
         torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(3):
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             peer.step()
-            _wait(device)
+            wait_for(device)
             seconds.append(time.perf_counter() - start)
         theirs = statistics.median(seconds)
         held = torch.cuda.max_memory_reserved() / GB
@@ -307,11 +305,6 @@ def _case(pipeline: Pipeline, device: torch.device, quick: bool) -> Case:
 
     text = TextEmbedding(draw(1, 512, geometry.text_width), draw(1, geometry.pooled_width))
     return Case(draw(1, 16, side, side), text, torch.tensor(0.7))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def _parallel(source: Path, folder: Path, device: str) -> int:
     """A plain read by as many threads as load, each into a buffer of its own."""
     import torch
 
-    from majicflux.loaders.fill import MOST_WORKERS
+    from majicflux.loaders.convert import MOST_WORKERS
 
     own = threading.local()
 
@@ -189,7 +189,7 @@ def _diffsynth(source: Path, folder: Path, device: str) -> int:
     return sum(p.nbytes for p in pool.model[0].parameters())
 
 
-def _ours(source: Path, prepared_folder: Path | None, device: str) -> int:
+def _ours(source: Path, cache_folder: Path | None, device: str) -> int:
     import torch
 
     from majicflux.engine.quant.formats import PRECISIONS
@@ -198,7 +198,7 @@ def _ours(source: Path, prepared_folder: Path | None, device: str) -> int:
     weights, _ = load_flux_dit(
         source,
         PRECISIONS["float8_e4m3fn"],
-        prepared_folder=prepared_folder,
+        cache_folder=cache_folder,
         device=torch.device(device),
     )
     return weights.total_bytes

@@ -32,6 +32,7 @@ from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import PRECISIONS, Precision
 from majicflux.engine.quant.linear import StoredLinear, StoredNorm, store
 
+from .measuring import relative_error
 from .random_flux import Draw, Part, heavy_tailed, mixed, normal, parts
 from .table import Row, report
 
@@ -244,7 +245,7 @@ def errors(
             with scheme.computing.applied_to(module, device):
                 states[scheme.name] = advance(module, states[scheme.name], rope)
         images = {name: image for name, (image, _, _) in states.items()}
-        found.append({name: _relative(x, images[EXACT]) for name, x in images.items()})
+        found.append({name: relative_error(x, images[EXACT]) for name, x in images.items()})
         rms = ", ".join(f"{x.square().mean().sqrt():.3f}" for x in states[EXACT])
         print(f"{part.prefix or 'ends'} rms of image, text, conditioning: {rms}", file=sys.stderr)
     return found[-2], found[-1]
@@ -283,10 +284,6 @@ def _fill(layer: StoredLinear | StoredNorm, name: str, part: Part) -> None:
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _relative(x: Tensor, reference: Tensor) -> float:
-    return ((x.float() - reference).norm() / reference.norm()).item()
 
 
 if __name__ == "__main__":

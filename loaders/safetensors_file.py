@@ -246,21 +246,21 @@ class _Scanner:
 
     def header(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The entries of the tensors, unchecked, and the metadata."""
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for name in self._names():
-            if name in found:
+            if name in entries:
                 raise ValueError(say("a name appears twice"))
             if len(name) > MAX_NAME or not name.isprintable():  # it may be shown
                 raise ValueError(
                     say("a name has more than {most} letters, or odd ones", most=MAX_NAME)
                 )
             if name == METADATA and self._sign() == "{":
-                found[name] = {key: self._value() for key in self._names()}
+                entries[name] = {key: self._value() for key in self._names()}
             else:
-                found[name] = self._value()
+                entries[name] = self._value()
         if self._sign():
             raise ValueError(say("it does not end where it should"))
-        return found, found.pop(METADATA, None) or {}
+        return entries, entries.pop(METADATA, None) or {}
 
     def _names(self) -> Iterator[str]:
         """The names in the object that begins here; each value is to be taken before the next."""

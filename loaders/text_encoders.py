@@ -11,14 +11,13 @@ from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..engine.torch_state import own_state
 from ..messages import say
-from .fill import Progress, fill
+from .convert import Progress, convert_into
 from .layouts import blocks_in, clip_layout, t5_layout
-from .prepared import keep
 from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import (
+from .tensor_sources import (
     Source,
     Sources,
     files_of,
@@ -28,6 +27,7 @@ from .sources import (
     sources_of,
     split,
 )
+from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,10 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     with expecting(path, names, CLIP):
         theirs, openai = CLIP.markers
         if any(theirs in name for name in names):
-            found = sources_of(files, prefix_before(names, theirs))
+            named = sources_of(files, prefix_before(names, theirs))
         else:
-            found = _from_openai(sources_of(files, prefix_before(names, openai)))
-        sources = {f"text_model.{name}": source for name, source in found.items()}
+            named = _from_openai(sources_of(files, prefix_before(names, openai)))
+        sources = {f"text_model.{name}": source for name, source in named.items()}
         vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
         if width % CLIP_HEAD_DIM:
             raise ModelFileError(
@@ -125,11 +125,11 @@ def load_text_encoders(
     t5_path: Path,
     dtype: "torch.dtype",
     progress: Progress | None = None,
-    prepared_folder: Path | None = None,
+    cache_folder: Path | None = None,
 ) -> "OffloadedModule":
     """Read both encoders into CPU memory in `dtype`.
 
-    With a `prepared_folder` they are kept there, laid out as they travel, and mapped from there.
+    With a `cache_folder` they are kept there, laid out as they travel, and mapped from there.
     """
     from ..engine.flux.text_encoders import build_text_encoders
 
@@ -144,10 +144,10 @@ def load_text_encoders(
     sources = {f"clip.{name}": source for name, source in clip_names.items()}
     sources |= {f"t5.{name}": source for name, source in t5_sources.items()}
     sources["clip.position_embeds"] = positions
-    convert = partial(fill, weights.module, sources, progress, None)
+    convert = partial(convert_into, weights.module, sources, progress, None)
     files = [*files_of(t5_sources), *files_of(clip_sources)]
-    mapped = prepared_folder is not None and keep(
-        prepared_folder, files, weights, f"text encoders {dtype}", convert, progress
+    mapped = cache_folder is not None and map_or_convert(
+        cache_folder, files, weights, f"text encoders {dtype}", convert, progress
     )
     if not mapped:
         weights.allocate()
@@ -171,17 +171,17 @@ def _open(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
 
 def _from_openai(sources: Sources) -> dict[str, Source]:
     """A CLIP text encoder in the names of Transformers."""
-    found = {}
+    renamed = {}
     for name, source in sources.items():
         for theirs, ours in OPENAI_NAMES:
             name = re.sub(theirs, ours, name)
         joint = re.fullmatch(r"(encoder\.layers\.\d+\.)attn\.in_proj_(weight|bias)", name)
         if joint is None:
-            found[name] = source
+            renamed[name] = source
             continue
         for part, rows in zip("qkv", split(source, 3), strict=True):
-            found[f"{joint[1]}self_attn.{part}_proj.{joint[2]}"] = rows
-    return found
+            renamed[f"{joint[1]}self_attn.{part}_proj.{joint[2]}"] = rows
+    return renamed
 
 
 def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...]:

@@ -1,3 +1,5 @@
+"""The node that decodes a latent into pictures."""
+
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host

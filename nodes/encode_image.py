@@ -1,3 +1,5 @@
+"""The node that encodes pictures as a latent."""
+
 from typing import TYPE_CHECKING
 
 from ..host import current as host

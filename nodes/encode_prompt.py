@@ -1,3 +1,5 @@
+"""The node that encodes a prompt."""
+
 from typing import TYPE_CHECKING
 
 from ..host import current as host

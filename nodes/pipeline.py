@@ -1,3 +1,5 @@
+"""The node that puts the parts together and gives them a budget."""
+
 import logging
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,8 @@
+"""The node that loads CLIP-L and T5."""
+
 from typing import Any
 
+from ..downloads import model_folders
 from ..host import current as host
 from . import model_files
 from .given import checked
@@ -7,7 +10,6 @@ from .sockets import CATEGORY, Node, TextEncodersHandle
 
 io = host.io
 FOLDER = "text_encoders"
-PRECISIONS = ["bfloat16", "float32"]
 
 
 class TextEncodersNode(Node):
@@ -48,7 +50,7 @@ class TextEncodersNode(Node):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=PRECISIONS,
+                    options=["bfloat16", "float32"],
                     default="bfloat16",
                     tooltip=(
                         "bfloat16: 10 GB of CPU memory, what Flux.1 was trained with. "
@@ -80,8 +82,8 @@ class TextEncodersNode(Node):
         from ..loaders.text_encoders import inspect_clip, inspect_t5
 
         return (
-            model_files.problem(FOLDER, clip_l, inspect_clip)
-            or model_files.problem(FOLDER, t5, inspect_t5)
+            model_folders.problem(FOLDER, clip_l, inspect_clip)
+            or model_folders.problem(FOLDER, t5, inspect_t5)
             or True
         )
 
@@ -89,7 +91,7 @@ class TextEncodersNode(Node):
     def fingerprint_inputs(
         cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
     ) -> Any:
-        return [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
+        return [model_folders.fingerprint(FOLDER, name) for name in (clip_l, t5)]
 
     @classmethod
     @checked
@@ -104,7 +106,7 @@ class TextEncodersNode(Node):
         from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
         dtype = getattr(torch, precision)
-        clip_path, t5_path = (model_files.resolve(FOLDER, name) for name in (clip_l, t5))
+        clip_path, t5_path = (model_folders.resolve(FOLDER, name) for name in (clip_l, t5))
 
         def load() -> TextEncoders:
             clip, t5_geometry = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
@@ -120,6 +122,6 @@ class TextEncodersNode(Node):
             patcher = host.make_patcher(weights, device, "MajicFluxTextEncoders")
             return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
 
-        files = [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
+        files = [model_folders.fingerprint(FOLDER, name) for name in (clip_l, t5)]
         encoders = model_files.shared(load, files, dtype, keep_prepared)
         return io.NodeOutput(encoders, ui=host.node_text([encoders.weights.report]))

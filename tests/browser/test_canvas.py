@@ -13,11 +13,11 @@ from PIL import Image, ImageColor
 from playwright.sync_api import Page
 
 from comfyui_server import Server
+from majicflux.downloads.catalogue import MAJICFLUS_FLOAT8
 from majicflux.engine.plan.estimate import estimate_plan
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.run.report import Report, StageReport
 from majicflux.host.canvas import with_values
-from majicflux.loaders.catalogue import MAJICFLUS_FLOAT8
 from majicflux.loaders.demo_models import DIT_FILE
 from majicflux.messages import say
 from majicflux.nodes import NODES

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from majicflux.downloads.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
 from majicflux.engine.allocator import Allocator
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.plan import measure
@@ -17,10 +18,9 @@ from majicflux.engine.plan.estimate import estimate_plan
 from majicflux.engine.plan.units import GB
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.host import standalone
+from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import demo_models
-from majicflux.loaders.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
 from majicflux.loaders.recognise import FLUX_DIT
-from majicflux.nodes.diagnosis import diagnosis
 
 ROOT = Path(__file__).parents[2]
 BEGINNINGS = [
@@ -176,7 +176,7 @@ def nowhere(name):
 importlib.metadata.version = nowhere
 from majicflux.host import standalone
 from majicflux.loaders.recognise import FLUX_DIT
-from majicflux.nodes.diagnosis import diagnosis
+from majicflux.lab.doctor import diagnosis
 standalone.models_folder = Path({str(models)!r})
 print(diagnosis())
 """
@@ -205,7 +205,7 @@ def test_a_package_of_another_pytorch_is_told(
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
-from majicflux.nodes.diagnosis import diagnosis
+from majicflux.lab.doctor import diagnosis
 print(diagnosis().partition("packages:")[0])
 import transformers
 class Lazy:

@@ -23,9 +23,9 @@ from majicflux.engine.run import pipeline_run
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
+from majicflux.loaders.convert_on_device import DeviceQuantizer
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
-from majicflux.loaders.on_card import OnCard
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
@@ -164,7 +164,7 @@ def test_the_card_converts_to_the_weights_of_the_cpu(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2])
 def test_rows_in_pinned_memory_come_back_as_the_cpu_quantizes_them(dtype: torch.dtype) -> None:
-    card = OnCard(CUDA)
+    card = DeviceQuantizer(CUDA)
     exact = (torch.randn(1000, 3072) * torch.logspace(-9, 2, 1000)[:, None]).to(dtype)
     expected, scale = torch.empty(1000, 3072, dtype=torch.float8_e4m3fn), torch.empty(1000)
     quantize_rows(exact, expected, scale)

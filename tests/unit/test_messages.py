@@ -13,6 +13,7 @@ from string import Formatter
 
 import pytest
 import torch
+from rooms import FILES, ROOT
 
 from majicflux import messages
 from majicflux.engine.flux.prompts import TokenCounts
@@ -22,18 +23,13 @@ from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.report import Report, StageReport
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import standalone
+from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.messages import later, say
 from majicflux.nodes import DiTLoader
-from majicflux.nodes.diagnosis import diagnosis
 
-ROOT = Path(__file__).parents[2]
-FILES = [
-    ROOT / "cli.py",
-    *(f for name in ("engine", "host", "loaders", "nodes") for f in (ROOT / name).rglob("*.py")),
-]
 LANGUAGES = ["ja", "zh", "zh-TW"]
 WORD = re.compile("[A-Za-z]{3}")
 HAN_OR_KANA = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")

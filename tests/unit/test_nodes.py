@@ -11,9 +11,10 @@ import torch
 import tqdm
 from safetensors.torch import load_file, save_file
 
+from majicflux.downloads import model_folders
+from majicflux.downloads.catalogue import GROUPS, KnownFile
 from majicflux.engine.kernels import dispatch
 from majicflux.host import standalone
-from majicflux.loaders.catalogue import GROUPS, KnownFile
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.nodes import NODES, model_files
 from majicflux.nodes.dit_loader import DiTLoader
@@ -166,7 +167,7 @@ def test_a_folder_of_shards_is_one_choice(
         "clip_l.safetensors",
         "text_encoder_2",
     ]
-    assert model_files.resolve("text_encoders", "text_encoder_2") == folder
+    assert model_folders.resolve("text_encoders", "text_encoder_2") == folder
 
 
 def test_what_the_system_hides_is_no_choice(models, tmp_path, monkeypatch) -> None:
@@ -214,14 +215,14 @@ def test_whole_checkpoints_are_offered_last_in_every_loader(
     checkpoint = "a_flux_all_in_one.safetensors"
     assert model_files.options("vae")["options"] == ["z.safetensors", checkpoint]
     for category in ("diffusion_models", "text_encoders", "vae"):
-        path = model_files.resolve(category, checkpoint)
+        path = model_folders.resolve(category, checkpoint)
         assert path == tmp_path / "checkpoints" / checkpoint
 
 
 @pytest.mark.parametrize("name", ["../vae/ae.safetensors", "/etc/passwd", "none.safetensors", ""])
 def test_a_name_cannot_leave_its_folder(name: str) -> None:
     with pytest.raises(ModelFileError, match=r"is not in models/diffusion_models\. Put it there"):
-        model_files.resolve("diffusion_models", name)
+        model_folders.resolve("diffusion_models", name)
 
 
 @pytest.mark.parametrize("file", GROUPS["all"], ids=lambda file: file.name)
@@ -230,7 +231,7 @@ def test_a_missing_file_is_named_with_its_folder_and_its_pages(
 ) -> None:
     monkeypatch.setattr(standalone, "models_folder", tmp_path)
     with pytest.raises(ModelFileError) as caught:
-        model_files.resolve(file.folder, file.name)
+        model_folders.resolve(file.folder, file.name)
     sentence, *more = str(caught.value).splitlines()
     assert sentence.startswith(f"{file.name} is not in models/{file.folder}.")
     *pages, fetch, _, folder = more[1:]
@@ -254,10 +255,10 @@ def test_either_file_of_majicflus_stands_in_for_the_other(
     shutil.copy(models / "diffusion_models" / "majicflus_v134.safetensors", place)
     monkeypatch.setattr(standalone, "models_folder", tmp_path)
     assert DiTLoader.validate_inputs(wanted.name) is True
-    assert model_files.resolve("diffusion_models", wanted.name) == place
+    assert model_folders.resolve("diffusion_models", wanted.name) == place
     for other in ("flux1-dev.safetensors", f"mine/{wanted.name}", f"my_{wanted.name}"):
         with pytest.raises(ModelFileError, match=f"{other} is not in models/diffusion_models"):
-            model_files.resolve("diffusion_models", other)
+            model_folders.resolve("diffusion_models", other)
 
 
 def test_the_file_that_was_chosen_comes_before_its_sister(tmp_path: Path, monkeypatch) -> None:
@@ -266,7 +267,7 @@ def test_the_file_that_was_chosen_comes_before_its_sister(tmp_path: Path, monkey
     for name in names:
         (tmp_path / "diffusion_models" / name).touch()
     monkeypatch.setattr(standalone, "models_folder", tmp_path)
-    assert [model_files.resolve("diffusion_models", name).name for name in names] == names
+    assert [model_folders.resolve("diffusion_models", name).name for name in names] == names
 
 
 def test_loaders_are_refused_before_the_run_by_the_header() -> None:

@@ -1,3 +1,5 @@
+"""Weights in CPU memory, block by block on a device: the same results, and nothing left there."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,4 +1,4 @@
-"""Reads stretches of files, in several threads or one thread ahead of the arithmetic."""
+"""Reads spans of files, in several threads or one thread ahead of the arithmetic."""
 
 import os
 import threading
@@ -22,11 +22,11 @@ BUFFER_BYTES = 16 * 2**20
 BUFFERS = 3  # one being filled, one being used, one between them
 # Bytes a second from which on reading at several places at once is no loss: more than SATA carries.
 FAST = 0.6e9
-JUDGED_BYTES = 2**20  # a stretch of fewer tells little of how fast they come
+JUDGED_BYTES = 2**20  # a span of fewer tells little of how fast they come
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FileSpan:
     """Bytes [start, start + length) of a file; length is at most BUFFER_BYTES.
 
     identity: of the file that is meant, which is then told from another under its name.
@@ -39,9 +39,9 @@ class Stretch:
 
 
 class Reader:
-    """Reads stretches for as many threads as ask, each file being opened once.
+    """Reads spans for as many threads as ask, each file being opened once.
 
-    While bytes come slowly, as from a disk that turns, one stretch is read after the other. What
+    While bytes come slowly, as from a disk that turns, one span is read after the other. What
     has been read is dropped from the page cache, so that a model of 24 GB does not push the user's
     other programs out of memory. A file that has been replaced or written to by the end raises
     ModelFileError there.
@@ -65,8 +65,8 @@ class Reader:
             for file, _identity in self._files.values():
                 file.close()
 
-    def read(self, stretch: Stretch, buffer: "Tensor") -> "Tensor":
-        """The bytes of the stretch, at the beginning of `buffer`.
+    def read(self, span: FileSpan, buffer: "Tensor") -> "Tensor":
+        """The bytes of the span, at the beginning of `buffer`.
 
         Raises ModelFileError when the file ends too early or cannot be read.
         """
@@ -76,36 +76,36 @@ class Reader:
                 readers = self._readers
             start = time.perf_counter()
             try:
-                self._read_exactly(stretch, memoryview(buffer.numpy().data)[: stretch.length])
+                self._read_exactly(span, memoryview(buffer.numpy().data)[: span.length])
             except OSError as error:
                 reason = error.strerror or error
                 raise ModelFileError(
-                    say("{file} cannot be read: {reason}.", file=stretch.path, reason=reason)
+                    say("{file} cannot be read: {reason}.", file=span.path, reason=reason)
                 ) from error
             finally:
                 with self._lock:
                     self._readers -= 1
-            if stretch.length >= JUDGED_BYTES:
+            if span.length >= JUDGED_BYTES:
                 seconds = time.perf_counter() - start
-                self._slow = readers * stretch.length < FAST * seconds
-        return buffer[: stretch.length]
+                self._slow = readers * span.length < FAST * seconds
+        return buffer[: span.length]
 
-    def _read_exactly(self, stretch: Stretch, view: memoryview) -> None:
+    def _read_exactly(self, span: FileSpan, view: memoryview) -> None:
         with self._lock:
-            if stretch.path not in self._files:
-                self._files[stretch.path] = FileIO(stretch.path), stretch.identity
-                self._require_same(stretch.path)
-            file = self._files[stretch.path][0]
+            if span.path not in self._files:
+                self._files[span.path] = FileIO(span.path), span.identity
+                self._require_same(span.path)
+            file = self._files[span.path][0]
         done = 0
-        while done < stretch.length:
-            count = self._read_at(file, stretch.start + done, view[done:])
+        while done < span.length:
+            count = self._read_at(file, span.start + done, view[done:])
             if not count:
                 raise ModelFileError(
-                    say("{file} became shorter while it was read.", file=stretch.path.name)
+                    say("{file} became shorter while it was read.", file=span.path.name)
                 )
             done += count
         if hasattr(os, "posix_fadvise"):  # Linux
-            os.posix_fadvise(file.fileno(), stretch.start, done, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), span.start, done, os.POSIX_FADV_DONTNEED)
 
     def _require_same(self, path: Path) -> None:
         file, identity = self._files[path]
@@ -120,8 +120,8 @@ class Reader:
             return file.readinto(view)
 
 
-def read_ahead(stretches: Sequence[Stretch]) -> Iterator["Tensor"]:
-    """The bytes of each stretch as a uint8 tensor, which is valid until the next one is asked for.
+def read_ahead(spans: Sequence[FileSpan]) -> Iterator["Tensor"]:
+    """The bytes of each span as a uint8 tensor, which is valid until the next one is asked for.
 
     Raises ModelFileError when a file ends too early or cannot be read.
     """
@@ -130,8 +130,8 @@ def read_ahead(stretches: Sequence[Stretch]) -> Iterator["Tensor"]:
     buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
     jobs: deque[Future[Tensor]] = deque()
     with Reader() as reader, ThreadPoolExecutor(1, "majicflux-reader") as pool:
-        for index, stretch in enumerate(stretches):
-            jobs.append(pool.submit(reader.read, stretch, buffers[index % BUFFERS]))
+        for index, span in enumerate(spans):
+            jobs.append(pool.submit(reader.read, span, buffers[index % BUFFERS]))
             if len(jobs) == BUFFERS:
                 yield jobs.popleft().result()
         while jobs:

@@ -1,26 +1,26 @@
-"""An inspection in words and figures."""
+"""A precision report in words and figures."""
 
 import math
 from collections.abc import Callable, Iterator
 
 from ..engine.quant.formats import BFLOAT16, STORAGES
-from .inspection import KINDS, Cost, Inspection
+from .precision import KINDS, Cost, PrecisionReport
 
 HEADS = {"attention": "attention", "mlp": "MLP", "modulation": "modulation", "rest": "rest"}
 SMALLEST_SHARE = 0.0005  # of a format that is worth telling
 NAME_WIDTH, COLUMN_WIDTH = 24, 12
 
 
-def table(name: str, inspection: Inspection) -> str:
+def table(name: str, report: PrecisionReport) -> str:
     """What `majicflux inspect` prints about the file of this name."""
     lines = [
-        f"{name}: {description(inspection)}",
+        f"{name}: {description(report)}",
         "",
-        f"Error of the stored weights ({basis(inspection)}):",
-        *_by_kind(inspection, lambda cost: percent(cost.error)),
+        f"Error of the stored weights ({basis(report)}):",
+        *_by_kind(report, lambda cost: percent(cost.error)),
         "",
         "Memory that they would take, in GB:",
-        *_by_kind(inspection, lambda cost: gigabytes(cost.bytes)),
+        *_by_kind(report, lambda cost: gigabytes(cost.bytes)),
         "",
         "MLP counts the joint matrices of the single blocks; rest is embedders and last layer.",
         "",
@@ -28,37 +28,35 @@ def table(name: str, inspection: Inspection) -> str:
         _line("", "error", "GB"),
         *(
             _line(label, percent(cost.error), gigabytes(cost.bytes))
-            for label, cost in inspection.choices.items()
+            for label, cost in report.choices.items()
         ),
     ]
-    if any(label.startswith("int8") for label in inspection.contents):
+    if any(label.startswith("int8") for label in report.contents):
         lines += ["", "Matrices that the file holds in int8 stay int8 under float8_e4m3fn too."]
-    return "\n".join([*lines, "", suggestion(inspection)])
+    return "\n".join([*lines, "", suggestion(report)])
 
 
-def description(inspection: Inspection) -> str:
+def description(report: PrecisionReport) -> str:
     """What the file is, without its name."""
-    g = inspection.geometry
-    shares = {
-        label: share for label, share in inspection.contents.items() if share >= SMALLEST_SHARE
-    }
+    g = report.geometry
+    shares = {label: share for label, share in report.contents.items() if share >= SMALLEST_SHARE}
     formats = ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
     if len(shares) == 1:
         (formats,) = shares
     return (
         f"Flux.1 transformer, {g.double_blocks} + {g.single_blocks} blocks of width {g.hidden}, "
-        f"{inspection.parameters / 1e9:.2f} B parameters, {formats}"
+        f"{report.parameters / 1e9:.2f} B parameters, {formats}"
     )
 
 
-def basis(inspection: Inspection) -> str:
-    return f"relative L2 error, up to {inspection.rows} rows of each matrix"
+def basis(report: PrecisionReport) -> str:
+    return f"relative L2 error, up to {report.rows} rows of each matrix"
 
 
-def suggestion(inspection: Inspection) -> str:
-    best, plain = inspection.choices[inspection.suggested], inspection.choices[str(BFLOAT16)]
+def suggestion(report: PrecisionReport) -> str:
+    best, plain = report.choices[report.suggested], report.choices[str(BFLOAT16)]
     return (
-        f"Suggested weight_precision: {inspection.suggested}, the 8-bit choice with the "
+        f"Suggested weight_precision: {report.suggested}, the 8-bit choice with the "
         f"smallest error: {percent(best.error)} in {gigabytes(best.bytes)} GB, where bfloat16 has "
         f"{percent(plain.error)} in {gigabytes(plain.bytes)} GB."
     )
@@ -76,10 +74,10 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.{2 if size >= 1e9 else 3}f}"
 
 
-def _by_kind(inspection: Inspection, shown: Callable[[Cost], str]) -> Iterator[str]:
+def _by_kind(report: PrecisionReport, shown: Callable[[Cost], str]) -> Iterator[str]:
     yield _line("", *(HEADS[kind] for kind in KINDS))
     for label in STORAGES:
-        yield _line(label, *(shown(inspection.kinds[kind][label]) for kind in KINDS))
+        yield _line(label, *(shown(report.kinds[kind][label]) for kind in KINDS))
 
 
 def _line(name: str, *columns: str) -> str:

@@ -9,10 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..messages import later, say
-from .on_card import OnCard
-from .reading import BUFFER_BYTES, Reader, Stretch
+from .convert_on_device import DeviceQuantizer
+from .read_ahead import BUFFER_BYTES, FileSpan, Reader
 from .safetensors_file import DTYPES, ModelFileError
-from .sources import Part, Sources
+from .tensor_sources import Part, Sources
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +35,14 @@ class _Piece:
     """Some rows of a part, and where they go."""
 
     part: Part
-    stretch: Stretch
+    span: FileSpan
     weight: "Tensor"  # [rows, values a row]
     row_scale: "Tensor | None"  # [rows], for weights that are stored with a scale
     source_scale: "Tensor | None"  # [rows] or [1], float32, by which the file's values are scaled
     group: int  # columns that are rotated together in the weight
 
 
-def fill(
+def convert_into(
     module: "nn.Module",
     sources: Sources,
     progress: Progress | None = None,
@@ -60,27 +60,27 @@ def fill(
     """
     import torch
 
-    card = None if device in (None, torch.device("cpu")) else OnCard(device)
+    quantizer = None if device in (None, torch.device("cpu")) else DeviceQuantizer(device)
     # A processor has enough to do with less at a time, and needs memory to do it in.
-    size = BUFFER_BYTES if card else BUFFER_BYTES // 2
+    size = BUFFER_BYTES if quantizer else BUFFER_BYTES // 2
     pieces = [*_pieces(module, sources, size)]
-    pieces.sort(key=lambda piece: (piece.stretch.path, piece.stretch.start))
-    total = sum(piece.stretch.length for piece in pieces)
+    pieces.sort(key=lambda piece: (piece.span.path, piece.span.start))
+    total = sum(piece.span.length for piece in pieces)
     done = 0
-    with _workers(card, size, make_room) as start:
+    with _workers(quantizer, size, make_room) as start:
         if progress is not None:
             progress(0, total, READING)
         jobs = [start(piece) for piece in pieces]
         for piece, job in zip(pieces, jobs, strict=True):
             job.result()
-            done += piece.stretch.length
+            done += piece.span.length
             if progress is not None:
                 progress(done, total, READING)
 
 
 @contextmanager
 def _workers(
-    card: OnCard | None, size: int, make_room: MakeRoom | None
+    quantizer: DeviceQuantizer | None, size: int, make_room: MakeRoom | None
 ) -> Iterator[Callable[[_Piece], Future[None]]]:
     """A function that has a piece read, converted and written by one of several threads.
 
@@ -96,14 +96,14 @@ def _workers(
 
     def load(piece: _Piece) -> None:
         if not hasattr(own, "buffer"):
-            own.buffer = card.buffer() if card else torch.empty(size, dtype=torch.uint8)
+            own.buffer = quantizer.buffer() if quantizer else torch.empty(size, dtype=torch.uint8)
         with torch.inference_mode(inference), torch.no_grad():
-            data = reader.read(piece.stretch, own.buffer)
+            data = reader.read(piece.span, own.buffer)
             if make_room is not None:
                 make_room(piece.weight)
                 if piece.row_scale is not None:
                     make_room(piece.row_scale)
-            _convert(piece, data, card)
+            _convert(piece, data, quantizer)
 
     try:
         with (
@@ -117,8 +117,8 @@ def _workers(
                 raise
     finally:  # once the last thread is gone: a part of PyTorch keeps one number for the process
         torch.set_num_threads(count)
-        if card is not None:
-            card.close()
+        if quantizer is not None:
+            quantizer.close()
 
 
 def _pieces(module: "nn.Module", sources: Sources, size: int) -> Iterator[_Piece]:
@@ -158,7 +158,7 @@ def _split(
         start = entry.start + (part.first_row + first) * row_bytes
         yield _Piece(
             part,
-            Stretch(part.file.path, start, count * row_bytes, part.file.identity),
+            FileSpan(part.file.path, start, count * row_bytes, part.file.identity),
             weight[rows],
             None if row_scale is None else row_scale[rows],
             source_scale if source_scale is None or len(source_scale) == 1 else source_scale[rows],
@@ -179,7 +179,7 @@ def read_scale(part: Part) -> "Tensor | None":
     return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
 
 
-def _convert(piece: _Piece, data: "Tensor", card: OnCard | None) -> None:
+def _convert(piece: _Piece, data: "Tensor", quantizer: DeviceQuantizer | None) -> None:
     import torch
 
     from ..engine.quant.quantize import holds_nan
@@ -187,7 +187,7 @@ def _convert(piece: _Piece, data: "Tensor", card: OnCard | None) -> None:
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
     part, weight = piece.part, piece.weight
-    store_rows(part, values, piece.source_scale, weight, piece.row_scale, piece.group, card)
+    store_rows(part, values, piece.source_scale, weight, piece.row_scale, piece.group, quantizer)
     # A cast to float8 without a scale has a NaN for what is too large for the format.
     cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
     if cast and holds_nan(weight):
@@ -208,14 +208,14 @@ def store_rows(
     weight: "Tensor",
     row_scale: "Tensor | None",
     group: int,
-    card: OnCard | None = None,
+    quantizer: DeviceQuantizer | None = None,
 ) -> None:
-    """Write rows of `part` into rows of a weight, as `fill` describes.
+    """Write rows of `part` into rows of a weight, as `convert_into` describes.
 
-    values: [rows, n] as the file holds them, which a `card` uses up, scale: [rows] or [1] if it
-    scales them; weight: [rows, n] in its dtype, row_scale: [rows] float32 if it has scales, group:
-    columns that are rotated together in it. Raises ModelFileError for an infinity, a NaN or a value
-    beyond LARGEST.
+    values: [rows, n] as the file holds them, which a `quantizer` uses up; scale: [rows] or [1] if
+    it scales them; weight: [rows, n] in its dtype; row_scale: [rows] float32 if it has scales;
+    group: columns that are rotated together in it. Raises ModelFileError for an infinity, a NaN or
+    a value beyond LARGEST.
     """
     import torch
 
@@ -238,7 +238,7 @@ def store_rows(
         weight.copy_(values)
         row_scale.copy_(torch.ones(1, dtype=torch.float32) if scale is None else scale)
         return
-    quantize = quantize_rows if card is None else card.quantize
+    quantize = quantize_rows if quantizer is None else quantizer.quantize
     whole = scale is None and (row_scale is not None or values.dtype == weight.dtype)
     step = len(values) if whole else max(1, VALUES_AT_ONCE // values.shape[1])
     for first in range(0, len(values), step):

@@ -20,11 +20,11 @@ from majicflux.engine.flux.geometry import FluxGeometry, kind_of_layer
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.quant.formats import FLOAT32, PRECISIONS, STORAGES, uniform
 from majicflux.engine.quant.linear import StoredLinear
+from majicflux.lab.precision import KINDS, Cost, PrecisionReport, measure
+from majicflux.lab.precision_chart import COLOURS, SIZE, ChartError, write_chart
+from majicflux.lab.precision_table import table
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
-from majicflux.loaders.inspection import KINDS, Cost, Inspection, measure
-from majicflux.loaders.inspection_chart import COLOURS, SIZE, ChartError, write_chart
-from majicflux.loaders.inspection_table import table
 from majicflux.loaders.layouts import flux_dit_layout
 from majicflux.loaders.safetensors_file import ModelFileError
 
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def inspected(path: Path, rows: int = ALL) -> Inspection:
+def inspected(path: Path, rows: int = ALL) -> PrecisionReport:
     return measure(*inspect_flux_dit(path), rows)
 
 
@@ -333,7 +333,8 @@ def test_a_chinese_name_leaves_the_chart_readable(models: Path, tmp_path: Path) 
 
 def test_a_chart_of_nothing_but_zeros(tmp_path: Path) -> None:
     costs = dict.fromkeys(STORAGES, Cost(0.0, 1))
-    nothing = Inspection(FluxGeometry(), 1, {PLAIN: 1.0}, dict.fromkeys(KINDS, costs), costs, 1)
+    kinds = dict.fromkeys(KINDS, costs)
+    nothing = PrecisionReport(FluxGeometry(), 1, {PLAIN: 1.0}, kinds, costs, 1)
     write_chart(tmp_path / "chart.png", "zeros", nothing)
 
 

@@ -1,4 +1,4 @@
-"""Which stretches of which files a weight is made of."""
+"""Which spans of which files a weight is made of."""
 
 import json
 import math
@@ -73,7 +73,7 @@ Sources = Mapping[str, Source]
 
 def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, Source]:
     """Every tensor of `files` whose name starts with `prefix`, by its name without the prefix."""
-    found = {}
+    sources = {}
     for file in files:
         declared = _declared(file)
         for name, entry in file.tensors.items():
@@ -81,8 +81,8 @@ def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, 
                 rows = entry.shape[0] if entry.shape else 1
                 form = _format(file, name, prefix, declared)
                 part = Part(file, name, 0, rows, _scale_name(file, name), *form)
-                found[name.removeprefix(prefix)] = Source((part,))
-    return found
+                sources[name.removeprefix(prefix)] = Source((part,))
+    return sources
 
 
 def files_of(sources: Sources) -> list[SafetensorsFile]:

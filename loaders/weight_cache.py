@@ -1,6 +1,6 @@
-"""Prepared weights: a converted model on disk, laid out as its blocks are, and mapped from there.
+"""The cache of converted weights, which users know as prepared weights: files that are mapped.
 
-The file is a header line of JSON, zeros up to HEADER_BYTES, then the buffer of each block, every
+One is a header line of JSON, zeros up to HEADER_BYTES, then the buffer of each block, every
 one beginning on a page. It is filled under another name, synced and renamed, so a file under its
 own name is always whole, and nothing of ours ever writes to it. Mapped weights are file-backed: the
 system may drop their pages and read them again, instead of swapping. What it cannot read again,
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..messages import later, say
-from .fill import LARGEST, MakeRoom, Progress
+from .convert import LARGEST, MakeRoom, Progress
 from .safetensors_file import ModelFileError, SafetensorsFile
 
 try:
@@ -58,7 +58,7 @@ KEEPING = later("keeping {total:.1f} GB on disk")
 Convert = Callable[[MakeRoom], None]  # fills the weights, asking for room for what it writes
 
 
-def prepared_file(
+def cache_path(
     folder: Path, files: list[SafetensorsFile], weights: "OffloadedModule", precision: str
 ) -> Path:
     """Where the weights made of `files` in `precision` are kept.
@@ -73,7 +73,7 @@ def prepared_file(
     return folder / f"{name}-{key}{SUFFIX}"
 
 
-def keep(
+def map_or_convert(
     folder: Path,
     files: list[SafetensorsFile],
     weights: "OffloadedModule",
@@ -85,11 +85,11 @@ def keep(
 
     False when they cannot be kept; the weights then have no memory.
     """
-    path = prepared_file(folder, files, weights, precision)
-    return map_prepared(weights, path) or prepare(weights, path, convert, progress)
+    path = cache_path(folder, files, weights, precision)
+    return map_cached(weights, path) or convert_into_cache(weights, path, convert, progress)
 
 
-def prepare(
+def convert_into_cache(
     weights: "OffloadedModule", path: Path, convert: Convert, progress: Progress | None = None
 ) -> bool:
     """Let `convert` fill the weights in a file, which becomes `path`, and map it from there.
@@ -119,10 +119,10 @@ def prepare(
         reason = error.strerror or error
         log.warning("Prepared weights were not kept in %s: %s.", path.parent, reason)
         return False
-    return map_prepared(weights, path)
+    return map_cached(weights, path)
 
 
-def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
+def map_cached(weights: "OffloadedModule", path: Path) -> bool:
     """Let the weights live in the file, if it is there and whole; a damaged one is removed."""
     if not path.is_file():
         return False
@@ -138,20 +138,20 @@ def map_prepared(weights: "OffloadedModule", path: Path) -> bool:
     return True
 
 
-def prepared_files(folder: Path) -> list[Path]:
-    """The prepared weights in a folder, unfinished ones included; it may hold other files too."""
+def cached_files(folder: Path) -> list[Path]:
+    """The files of the cache in a folder, unfinished ones included; it may hold others too."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if OURS.fullmatch(p.name) and p.is_file())
 
 
-def clear_prepared(folder: Path) -> int:
-    """Remove all prepared weights but those that are just being made; returns the bytes freed.
+def clear_cache(folder: Path) -> int:
+    """Remove all cached weights but those that are just being made; returns the bytes freed.
 
     Raises ModelFileError when some are in use, once the others are gone.
     """
     freed, failed = 0, None
-    for path in prepared_files(folder):
+    for path in cached_files(folder):
         try:
             size = path.stat().st_size
             if _removed(path):
@@ -334,7 +334,7 @@ def _removed(path: Path) -> bool:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    for path in prepared_files(folder):
+    for path in cached_files(folder):
         if path.suffix != SUFFIX:
             with contextlib.suppress(OSError):
                 _removed(path)

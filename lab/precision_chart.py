@@ -1,4 +1,4 @@
-"""An inspection as a picture: bars for the error of each kind of layer in each storage."""
+"""A precision report as a picture: bars for the error of each kind of layer in each storage."""
 
 import math
 import secrets
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..engine.quant.formats import STORAGES
 from ..messages import say
-from .inspection import Cost, Inspection
-from .inspection_table import basis, description, gigabytes, percent, suggestion
+from .precision import Cost, PrecisionReport
+from .precision_table import basis, description, gigabytes, percent, suggestion
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,15 +56,15 @@ def require_place(path: Path) -> None:
         )
 
 
-def write_chart(path: Path, name: str, inspection: Inspection) -> None:
-    """Draw the inspection of the file of this name into a PNG of SIZE.
+def write_chart(path: Path, name: str, report: PrecisionReport) -> None:
+    """Draw the report on the file of this name into a PNG of SIZE.
 
     There is a file under `path` only once it is whole. Raises ChartError when that fails.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         with partial.open("xb") as file:
-            _drawn(name, inspection).save(file, "PNG")
+            _drawn(name, report).save(file, "PNG")
         partial.replace(path)
     except OSError as error:
         reason = error.strerror or error
@@ -76,7 +76,7 @@ def write_chart(path: Path, name: str, inspection: Inspection) -> None:
             partial.unlink()
 
 
-def _drawn(name: str, inspection: Inspection) -> "Image":
+def _drawn(name: str, report: PrecisionReport) -> "Image":
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", SIZE, PAPER)
@@ -84,18 +84,18 @@ def _drawn(name: str, inspection: Inspection) -> "Image":
     # The built-in font has no Chinese; the name of the chart tells the file then.
     title = name if name.isascii() else "Flux.1 transformer"
     draw.text((MARGIN, TITLE_TOP), _fitting(draw, title), INK, _font(TITLE))
-    draw.text((MARGIN, DESCRIPTION_TOP), description(inspection), GREY, _font(TEXT))
+    draw.text((MARGIN, DESCRIPTION_TOP), description(report), GREY, _font(TEXT))
     _legend(draw)
-    groups = {LABELS[kind]: costs for kind, costs in inspection.kinds.items()}
-    groups[WHOLE] = inspection.choices
+    groups = {LABELS[kind]: costs for kind, costs in report.kinds.items()}
+    groups[WHOLE] = report.choices
     errors = [cost.error for costs in groups.values() for cost in costs.values()]
     largest = max(filter(math.isfinite, errors), default=0.0) or 0.01
-    _axis(draw, largest, basis(inspection))
+    _axis(draw, largest, basis(report))
     gap = (BOTTOM - TOP) / len(groups)
     for index, (label, costs) in enumerate(groups.items()):
         _bars(draw, round(TOP + index * gap + (gap - len(costs) * STEP) / 2), label, costs, largest)
     # A tilde for a moment, so that no line begins with the sign.
-    for row, line in enumerate(wrap(suggestion(inspection).replace(" %", "~%"), 130)):
+    for row, line in enumerate(wrap(suggestion(report).replace(" %", "~%"), 130)):
         y = BOTTOM + 42 + row * 24
         draw.text((MARGIN, y), line.replace("~%", " %"), INK, _font(TEXT))
     return image

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from file_layouts import sparse_file
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.quant.formats import PRECISIONS, Precision
-from majicflux.loaders import demo_models, prepared
+from majicflux.loaders import demo_models, weight_cache
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
-from majicflux.loaders.prepared import clear_prepared, map_prepared, prepare, prepared_files
-from majicflux.loaders.reading import Reader
+from majicflux.loaders.read_ahead import Reader
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
+from majicflux.loaders.weight_cache import cached_files, clear_cache, convert_into_cache, map_cached
 
 FLOAT8 = PRECISIONS["float8_e4m3fn"]
 
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(source: Path, folder: Path | None, precision: Precision = FLOAT8):
-    return load_flux_dit(source, precision, prepared_folder=folder)[0]
+    return load_flux_dit(source, precision, cache_folder=folder)[0]
 
 
 def bits(weights) -> dict[str, bytes]:
@@ -54,9 +54,9 @@ def bits(weights) -> dict[str, bytes]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often the source is read and converted."""
     counted: list[int] = []
-    convert = sys.modules[load_flux_dit.__module__].fill
+    convert = sys.modules[load_flux_dit.__module__].convert_into
     monkeypatch.setattr(
-        f"{load_flux_dit.__module__}.fill", lambda *a: (counted.append(1), convert(*a))
+        f"{load_flux_dit.__module__}.convert_into", lambda *a: (counted.append(1), convert(*a))
     )
     return counted
 
@@ -74,7 +74,7 @@ def test_mapped_weights_are_the_files_pages(source: Path, folder: Path) -> None:
     if not Path("/proc/self/maps").is_file():
         pytest.skip("only Linux tells which memory is a file's")
     weights = load(source, folder)
-    (kept,) = prepared_files(folder)
+    (kept,) = cached_files(folder)
     mapped = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_without_the_option_nothing_is_written(source: Path, folder: Path) -> No
     load(source, None)
     assert not folder.exists()
     load(source, folder, PRECISIONS["bfloat16"])  # would only repeat the source
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
 
 
 def test_a_changed_source_is_prepared_anew(source, folder, monkeypatch) -> None:
@@ -97,7 +97,7 @@ def test_a_changed_source_is_prepared_anew(source, folder, monkeypatch) -> None:
     os.utime(source, ns=(1, 1))
     load(source, folder)
     assert len(counted) == 2
-    assert len(prepared_files(folder)) == 2
+    assert len(cached_files(folder)) == 2
 
 
 def truncate(path: Path) -> None:
@@ -106,8 +106,8 @@ def truncate(path: Path) -> None:
 
 def flip_in_a_block(path: Path) -> None:
     with path.open("r+b") as file:
-        file.seek(-prepared.PAGE * 2, os.SEEK_END)
-        file.write(bytes(prepared.PAGE * 2))
+        file.seek(-weight_cache.PAGE * 2, os.SEEK_END)
+        file.write(bytes(weight_cache.PAGE * 2))
 
 
 def another_file(path: Path) -> None:
@@ -116,7 +116,7 @@ def another_file(path: Path) -> None:
 
 def deep_header(path: Path) -> None:
     with path.open("r+b") as file:
-        file.write(b"[" * (prepared.HEADER_BYTES - 1) + b"\n")
+        file.write(b"[" * (weight_cache.HEADER_BYTES - 1) + b"\n")
 
 
 def another_header(path: Path) -> None:
@@ -129,10 +129,10 @@ def a_scale_that_is_none(path: Path) -> None:
     weights = load_flux_dit(path.parent.parent / "majicflus_v134.safetensors", FLOAT8)[0]
     sizes = [block.nbytes for block in weights.all_blocks]
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        buffers = prepared._buffers(mapped, sizes)
+        buffers = weight_cache._buffers(mapped, sizes)
         weights.live_in(buffers)
         weights.module.blocks[1].ff_a[0].scale[7] = float("nan")
-        header = prepared._header(buffers)
+        header = weight_cache._header(buffers)
         weights.forget()
         del buffers
         mapped[: len(header)] = header
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_removed_and_made_again(
     source, folder, monkeypatch, caplog, damage
 ) -> None:
     expected = bits(load(source, folder))
-    (kept,) = prepared_files(folder)
+    (kept,) = cached_files(folder)
     damage(kept)
     counted = reads(monkeypatch)
     with caplog.at_level(logging.WARNING):
@@ -168,7 +168,7 @@ def test_a_full_disk_falls_back_to_memory(source, folder, monkeypatch, caplog) -
     weights = load(source, folder)
     assert "the disk is too full" in warned_once(caplog)
     assert "in memory" in weights.report
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
     assert bits(weights) == bits(load(source, None))
 
 
@@ -181,7 +181,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     monkeypatch.setattr(os, "fsync", fails)
     weights = load(source, folder)
     assert "No space left on device" in warned_once(caplog)
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
     assert "in memory" in weights.report
 
 
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_while_converting_leaves_nothing(
     monkeypatch.setattr(os, "posix_fallocate", allocates)
     weights = load(source, folder)
     assert "No space left on device" in warned_once(caplog)
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
     assert bits(weights) == bits(load(source, None))
 
 
@@ -215,7 +215,7 @@ def test_all_weights_have_their_room_before_they_are_written(source, folder, mon
     assert sum(size for start, size in rooms if start) == sum(
         p.nbytes for p in weights.module.parameters()
     )
-    assert rooms[0] == (0, prepared.HEADER_BYTES)
+    assert rooms[0] == (0, weight_cache.HEADER_BYTES)
     assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(sorted(rooms)))
 
 
@@ -233,11 +233,11 @@ def test_what_is_converted_is_written_out_meanwhile(
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", write_out)
-    monkeypatch.setattr(prepared, "WRITE_OUT_SECONDS", 0.001)
+    monkeypatch.setattr(weight_cache, "WRITE_OUT_SECONDS", 0.001)
     weights = load_flux_dit(source, FLOAT8, lambda *_: time.sleep(0.001), folder)[0]
     assert written
     assert ("Input/output error" in caplog.text) == fails == weights.anonymous
-    assert prepared_files(folder) == [] if fails else prepared_files(folder)
+    assert cached_files(folder) == [] if fails else cached_files(folder)
 
 
 def test_it_is_told_that_weights_are_being_kept(source, folder, monkeypatch) -> None:
@@ -245,18 +245,18 @@ def test_it_is_told_that_weights_are_being_kept(source, folder, monkeypatch) -> 
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (told.append((0, 0, "sync")), sync(file)))
     load_flux_dit(source, FLOAT8, lambda *t: told.append(t), folder)
-    (kept,) = prepared_files(folder)
+    (kept,) = cached_files(folder)
     size = kept.stat().st_size
-    assert told[-2:] == [(size, size, prepared.KEEPING), (0, 0, "sync")]
+    assert told[-2:] == [(size, size, weight_cache.KEEPING), (0, 0, "sync")]
 
     def cancel(done: int, total: int, doing: str) -> None:
-        if doing == prepared.KEEPING:
+        if doing == weight_cache.KEEPING:
             raise KeyboardInterrupt
 
     kept.unlink()
     with pytest.raises(KeyboardInterrupt):
         load_flux_dit(source, FLOAT8, cancel, folder)
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
 
 
 def test_a_folder_that_cannot_be_made_is_no_obstacle(source, folder, caplog) -> None:
@@ -284,15 +284,15 @@ def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, fold
         child = os.fork()
         if child == 0:
             while True:  # until it is killed
-                prepare(other, target, convert)
+                convert_into_cache(other, target, convert)
                 target.unlink(missing_ok=True)
         time.sleep(chance.uniform(0.001, 0.04))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        unfinished += any(p.suffix == ".part" for p in prepared_files(folder))
+        unfinished += any(p.suffix == ".part" for p in cached_files(folder))
         fresh = load(source, None)
         if target.is_file():  # under its name a file is whole
-            assert map_prepared(fresh, target)
+            assert map_cached(fresh, target)
         assert bits(fresh) == expected
     assert unfinished > 10, "the kills came at the wrong moments"
 
@@ -303,7 +303,7 @@ def test_a_long_name_is_kept_under_its_beginning(source: Path, folder: Path, nam
     named = source.with_name(f"{name}.safetensors")
     source.rename(named)
     expected = bits(load(named, folder))
-    (kept,) = prepared_files(folder)
+    (kept,) = cached_files(folder)
     assert name.startswith(kept.name[:10])
     assert len(os.fsencode(kept.name)) < 143  # what an encrypted home folder allows
     assert bits(load(named, folder)) == expected
@@ -316,13 +316,13 @@ def test_a_damaged_source_or_a_cancelled_load_leaves_nothing(source: Path, folde
 
     with pytest.raises(KeyboardInterrupt):
         load_flux_dit(source, FLOAT8, cancel, folder)
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
     tensors = load_file(source)
     tensors["model.diffusion_model.single_blocks.3.linear2.weight"][0, 0] = float("nan")
     save_file(tensors, source)
     with pytest.raises(ModelFileError, match="a NaN"):
         load(source, folder)
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
 
 
 def test_preparing_never_holds_the_weights_in_anonymous_memory(
@@ -364,16 +364,16 @@ def test_what_is_left_of_a_process_goes_once_that_process_is_gone(
     left = folder / "a.majicflux.1.part"
     left.touch()
     os.utime(left, (1, 1))
-    being_made = prepared._new_partial(folder / "b.majicflux")
+    being_made = weight_cache._new_partial(folder / "b.majicflux")
     load(source, folder)
     assert not left.exists()
     assert Path(being_made.name).exists(), "its maker lives"
-    assert clear_prepared(folder) > 0
-    assert prepared_files(folder) == [Path(being_made.name)]
+    assert clear_cache(folder) > 0
+    assert cached_files(folder) == [Path(being_made.name)]
     being_made.close()
     if locks:
-        clear_prepared(folder)
-        assert prepared_files(folder) == []
+        clear_cache(folder)
+        assert cached_files(folder) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -395,11 +395,11 @@ def test_two_processes_of_one_number_do_not_write_into_one_file(
             child = os.fork()
             if child == 0:
                 time.sleep(wait)
-                kept = prepare(other, folder / "weights.majicflux", convert)
+                kept = convert_into_cache(other, folder / "weights.majicflux", convert)
                 os._exit(0 if kept and bits(other) == bits(finished) else 1)
             children.append(child)
         assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-        assert len(prepared_files(folder)) == 1
+        assert len(cached_files(folder)) == 1
         shutil.rmtree(folder)
 
 
@@ -409,14 +409,14 @@ def test_a_planted_link_is_not_followed(
     precious = tmp_path / "precious"
     precious.write_text("mine")
     names = iter(["aa", "bb"])
-    monkeypatch.setattr(prepared.secrets, "token_hex", lambda _: next(names))
+    monkeypatch.setattr(weight_cache.secrets, "token_hex", lambda _: next(names))
     load(source, folder)
-    (kept,) = prepared_files(folder)
+    (kept,) = cached_files(folder)
     kept.unlink()
     kept.with_name(f"{kept.name}.bb.part").symlink_to(precious)
     weights = load(source, folder)
     assert precious.read_text() == "mine"
-    assert weights.anonymous or prepared_files(folder) == [kept]
+    assert weights.anonymous or cached_files(folder) == [kept]
 
 
 def replaced(path: Path) -> None:
@@ -456,7 +456,7 @@ def test_a_model_that_changes_while_it_is_read_is_not_kept(
     monkeypatch.setattr(Reader, moment, changed)
     with pytest.raises(ModelFileError, match=r"majicflus_v134\.safetensors was changed while"):
         load(source, folder if keeps else None)
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
     assert bits(load(source, folder)) == bits(load(source, None))
 
 
@@ -464,7 +464,7 @@ def test_a_long_name_is_cut(source: Path, folder: Path) -> None:
     """Together with what is added to it, it would be longer than file systems take."""
     source = source.rename(source.with_name("麦" * 80 + ".safetensors"))
     assert "mapped from prepared weights" in load(source, folder).report
-    (kept,) = prepared_files(folder)
+    (kept,) = cached_files(folder)
     assert kept.name.startswith("麦" * 21 + "-")
 
 
@@ -478,10 +478,10 @@ def test_clearing_leaves_what_is_not_ours(source: Path, folder: Path, tmp_path: 
     directory = folder / "a.majicflux.1.part"
     directory.mkdir()
     (folder / "dangling.majicflux").symlink_to(tmp_path / "nowhere")
-    assert len(prepared_files(folder)) == 1
-    assert clear_prepared(folder) > 0
+    assert len(cached_files(folder)) == 1
+    assert clear_cache(folder) > 0
     assert all(path.exists() for path in [*others, directory])
-    assert prepared_files(folder) == []
+    assert cached_files(folder) == []
 
 
 def test_one_that_cannot_be_removed_does_not_keep_the_others(
@@ -498,8 +498,8 @@ def test_one_that_cannot_be_removed_does_not_keep_the_others(
 
     monkeypatch.setattr(Path, "unlink", refuses)
     with pytest.raises(ModelFileError, match=r"a\.majicflux cannot be removed: it is mapped"):
-        clear_prepared(folder)
-    assert [path.name for path in prepared_files(folder)] == ["a.majicflux"]
+        clear_cache(folder)
+    assert [path.name for path in cached_files(folder)] == ["a.majicflux"]
 
 
 def test_text_encoders_are_mapped_too(models: Path, tmp_path: Path) -> None:
@@ -509,14 +509,14 @@ def test_text_encoders_are_mapped_too(models: Path, tmp_path: Path) -> None:
     assert "in memory" in plain.report
     times = set()
     for _ in range(2):
-        mapped = load_text_encoders(clip, t5, torch.bfloat16, prepared_folder=tmp_path)
+        mapped = load_text_encoders(clip, t5, torch.bfloat16, cache_folder=tmp_path)
         assert "mapped from prepared weights" in mapped.report
         assert not mapped.anonymous
-        (kept,) = prepared_files(tmp_path)
+        (kept,) = cached_files(tmp_path)
         times.add(kept.stat().st_mtime_ns)
         theirs = mapped.module.state_dict()
         for name, tensor in plain.module.state_dict().items():
             assert torch.equal(tensor, theirs[name]), name
     assert len(times) == 1, "kept once"
-    assert load_text_encoders(clip, t5, torch.float32, prepared_folder=tmp_path).module
-    assert len(prepared_files(tmp_path)) == 2
+    assert load_text_encoders(clip, t5, torch.float32, cache_folder=tmp_path).module
+    assert len(cached_files(tmp_path)) == 2

@@ -9,16 +9,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..downloads import model_folders
+from ..downloads.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
 from ..engine.quant.formats import PRECISIONS
 from ..host import current as host
-from ..loaders.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
-from ..loaders.prepared import prepared_files
 from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of, parts_in
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
 from ..loaders.tokenizers import misfits
+from ..loaders.weight_cache import cached_files
 from ..messages import say
-from . import model_files
 
 if TYPE_CHECKING:
     from ..engine.plan.device import DeviceProfile
@@ -71,9 +71,9 @@ def _own_version() -> str:
     project = PACK / "pyproject.toml"
     if not project.is_file():
         return metadata.version("majicflux")
-    found = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    return found[1]
+    version = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    return version[1]
 
 
 def _torch() -> str:
@@ -169,14 +169,14 @@ def _models() -> str:
     """Folder by folder, what each file is, told from its header; then what is missing."""
     usable: set[Kind] = set()
     lines = [""]
-    for folder in ("diffusion_models", "text_encoders", "vae", model_files.CHECKPOINTS):
-        found: dict[str, list[str]] = {}
-        for name in model_files.choices(folder):
+    for folder in ("diffusion_models", "text_encoders", "vae", model_folders.CHECKPOINTS):
+        files: dict[str, list[str]] = {}
+        for name in model_folders.choices(folder):
             what, kinds = _examined(folder, name)
-            found.setdefault(what, []).append(name)
+            files.setdefault(what, []).append(name)
             usable |= kinds
-        lines.append(f"- {folder}: {'' if found else say('empty')}".rstrip())
-        for what, names in found.items():
+        lines.append(f"- {folder}: {'' if files else say('empty')}".rstrip())
+        for what, names in files.items():
             shown, more = ", ".join(names[:SHOWN]), len(names) - SHOWN
             if more > 0:
                 shown = say("{names} and {more} more", names=shown, more=more)
@@ -199,7 +199,7 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
     """What the file is or why it cannot be read, and what of it a loader takes."""
     path, loaders = Path(name), _loaders()
     try:
-        path = model_files.resolve(folder, name)
+        path = model_folders.resolve(folder, name)
         headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
         names = [tensor for header in headers for tensor in header]
         kind = next(iter(parts_in(names)), None) or kind_of(names)
@@ -213,8 +213,8 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
         # The file's name stands in front in every language, and with its likes below here.
         reason = said.replace(str(path), path.name).removeprefix(path.name).lstrip(" :：")
         return say("unusable ({reason})", reason=reason.rstrip(".。")), set()
-    if folder == model_files.CHECKPOINTS:  # it may hold the other parts too
-        held = {k for k, look in loaders.items() if not model_files.problem(folder, name, look)}
+    if folder == model_folders.CHECKPOINTS:  # it may hold the other parts too
+        held = {k for k, look in loaders.items() if not model_folders.problem(folder, name, look)}
         return str(kind), held
     if folder != NEEDED[kind].folder:
         values = {"kind": kind, "folder": NEEDED[kind].folder}
@@ -233,13 +233,13 @@ def _loaders() -> dict[Kind, Callable[[Path], Any]]:
 
 def _prepared() -> str:
     folder = host.prepared_folder().absolute()
-    kept = prepared_files(folder)
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    kept = cached_files(folder)
+    disk = next(place for place in (folder, *folder.parents) if place.is_dir())
     return say(
         "{count} files of {size:.1f} GB; {free:.0f} GB of the disk are free",
         count=len(kept),
         size=sum(path.stat().st_size for path in kept) / 1e9,
-        free=shutil.disk_usage(there).free / 1e9,
+        free=shutil.disk_usage(disk).free / 1e9,
     )
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, INT8_ROTATED, PRECISIONS, STORAGES, Precision, Storage
-from .fill import read_scale, store_rows
-from .flux_dit import storage_in
-from .layouts import Layout, flux_dit_layout
-from .reading import Stretch, read_ahead
-from .safetensors_file import DTYPES
-from .sources import Part, Source, Sources
+from ..loaders.convert import read_scale, store_rows
+from ..loaders.flux_dit import storage_in
+from ..loaders.layouts import Layout, flux_dit_layout
+from ..loaders.read_ahead import FileSpan, read_ahead
+from ..loaders.safetensors_file import DTYPES
+from ..loaders.tensor_sources import Part, Source, Sources
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class PrecisionReport:
     """The figures of one file.
 
     contents: the share of the parameters in each format of the file, the largest first. kinds:
@@ -77,14 +77,14 @@ class _Sample:
     scale: "Tensor | None"
     groups: Mapping[str, int]
 
-    def stretches(self) -> Iterator[Stretch]:
+    def spans(self) -> Iterator[FileSpan]:
         """Where the rows lie, neighbours as one."""
         row_bytes = self.width * DTYPES[self.part.dtype][1]
         first_byte = self.part.file.tensors[self.part.name].start
         for _, run in groupby(enumerate(self.rows), lambda pair: pair[1] - pair[0]):
             rows = [row for _, row in run]
             start = first_byte + rows[0] * row_bytes
-            yield Stretch(
+            yield FileSpan(
                 self.part.file.path, start, len(rows) * row_bytes, self.part.file.identity
             )
 
@@ -96,7 +96,7 @@ ITSELF = ""
 
 def measure(
     geometry: FluxGeometry, sources: Sources, rows: int = ROWS, progress: Progress | None = None
-) -> Inspection:
+) -> PrecisionReport:
     """Store `rows` evenly spread rows of every matrix in each format, and compare in float64.
 
     geometry and sources are what `inspect_flux_dit` gives; only these rows are read. They are
@@ -124,7 +124,7 @@ def measure(
         return Cost(math.sqrt(errors / values) if values else 0.0, size)
 
     by_kind = {kind: [name for name in shapes if kind_of_layer(name) == kind] for kind in KINDS}
-    return Inspection(
+    return PrecisionReport(
         geometry,
         sum(map(math.prod, shapes.values())),
         _contents(sources),
@@ -155,7 +155,7 @@ def _one_thread() -> Iterator[None]:
 
 def _samples(shapes: Layout, sources: Sources, count: int) -> list[_Sample]:
     """`count` rows of each matrix, spread evenly, in the order of the files."""
-    found = []
+    samples = []
     for name, shape in shapes.items():
         if len(shape) != 2 or 0 in shape:
             continue
@@ -174,13 +174,13 @@ def _samples(shapes: Layout, sources: Sources, count: int) -> list[_Sample]:
                 rows = [part.first_row + row for row in ours]
                 ours_scale = scale if scale is None or len(scale) == 1 else scale[ours]
                 layer = name.rpartition(".")[0]
-                found.append(_Sample(layer, part, rows, width, weight, ours_scale, groups))
+                samples.append(_Sample(layer, part, rows, width, weight, ours_scale, groups))
 
     def place(sample: _Sample) -> tuple[str, int]:
-        stretch = next(sample.stretches())
-        return str(stretch.path), stretch.start
+        span = next(sample.spans())
+        return str(span.path), span.start
 
-    return sorted(found, key=place)
+    return sorted(samples, key=place)
 
 
 def _spread(count: int, total: int) -> list[int]:
@@ -201,13 +201,13 @@ def _group(source: Source, width: int, storage: Storage) -> int:
 def _measured(samples: Sequence[_Sample], progress: Progress | None) -> _Squares:
     import torch
 
-    stretches = [list(sample.stretches()) for sample in samples]
-    total = sum(stretch.length for those in stretches for stretch in those)
+    spans = [list(sample.spans()) for sample in samples]
+    total = sum(span.length for those in spans for span in those)
     squares: _Squares = defaultdict(lambda: defaultdict(float))
-    reader = read_ahead([stretch for those in stretches for stretch in those])
+    reader = read_ahead([span for those in spans for span in those])
     done = 0
-    for sample, those in zip(samples, stretches, strict=True):
-        lengths = [stretch.length for stretch in those]
+    for sample, those in zip(samples, spans, strict=True):
+        lengths = [span.length for span in those]
         data = torch.empty(sum(lengths), dtype=torch.uint8)
         for rows in data.split(lengths):
             rows.copy_(next(reader))

@@ -1,3 +1,5 @@
+"""Weights in 8 bits: how they are quantized, and the layer that holds them."""
+
 import pytest
 import torch
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from file_layouts import sparse_file
 from majicflux.engine.quant.formats import PRECISIONS
-from majicflux.loaders import demo_models, reading
-from majicflux.loaders.fill import READING
+from majicflux.loaders import demo_models
+from majicflux.loaders.convert import READING
 from majicflux.loaders.flux_dit import load_flux_dit
-from majicflux.loaders.reading import JUDGED_BYTES, Reader, Stretch, read_ahead
+from majicflux.loaders.read_ahead import JUDGED_BYTES, FileSpan, Reader, read_ahead
 from majicflux.loaders.safetensors_file import ModelFileError
 
 # Loads a sparse file of majicflus_v134's full size but for the number of blocks, in a process of
@@ -26,7 +26,7 @@ MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
 from majicflux.engine.quant.formats import PRECISIONS
-from majicflux.loaders.fill import MOST_WORKERS, READING
+from majicflux.loaders.convert import MOST_WORKERS, READING
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders import demo_models
 import torch
@@ -50,8 +50,8 @@ def test_stretches_come_in_order_from_several_files(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(bytes(range(256)))
     other.write_bytes(bytes(reversed(range(256))))
-    stretches = [Stretch(one, 3, 4), Stretch(other, 0, 2), Stretch(one, 250, 6)]
-    found = [data.tolist() for data in read_ahead(stretches)]
+    spans = [FileSpan(one, 3, 4), FileSpan(other, 0, 2), FileSpan(one, 250, 6)]
+    found = [data.tolist() for data in read_ahead(spans)]
     assert found == [[3, 4, 5, 6], [255, 254], [250, 251, 252, 253, 254, 255]]
 
 
@@ -59,16 +59,16 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
     path = tmp_path / "short.safetensors"
     path.write_bytes(bytes(10))
     with pytest.raises(ModelFileError, match=r"short\.safetensors became shorter"):
-        list(read_ahead([Stretch(path, 0, 5), Stretch(path, 5, 6)]))
+        list(read_ahead([FileSpan(path, 0, 5), FileSpan(path, 5, 6)]))
     with pytest.raises(ModelFileError, match=r"cannot be read: No such file"):
-        list(read_ahead([Stretch(tmp_path / "gone", 0, 1)]))
+        list(read_ahead([FileSpan(tmp_path / "gone", 0, 1)]))
 
 
 def test_the_reader_ends_with_its_consumer(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1000))
     before = threading.active_count()
-    for _ in read_ahead([Stretch(path, i, 1) for i in range(1000)]):
+    for _ in read_ahead([FileSpan(path, i, 1) for i in range(1000)]):
         break
     assert threading.active_count() == before
 
@@ -80,7 +80,7 @@ def test_a_slow_disk_is_read_at_one_place_and_a_fast_one_at_several(
     path = tmp_path / "file"
     path.write_bytes(bytes(20 * JUDGED_BYTES))
     if not slow:
-        monkeypatch.setattr(reading, "FAST", 1e6)
+        monkeypatch.setattr("majicflux.loaders.read_ahead.FAST", 1e6)
     together, most, lock = 0, 0, threading.Lock()
     read_at = Reader._read_at
 
@@ -99,7 +99,7 @@ def test_a_slow_disk_is_read_at_one_place_and_a_fast_one_at_several(
 
     def read(index: int) -> None:
         buffer = torch.empty(JUDGED_BYTES, dtype=torch.uint8)
-        reader.read(Stretch(path, index * JUDGED_BYTES, JUDGED_BYTES), buffer)
+        reader.read(FileSpan(path, index * JUDGED_BYTES, JUDGED_BYTES), buffer)
 
     with Reader() as reader, ThreadPoolExecutor(4) as pool:
         read(0)
@@ -119,13 +119,13 @@ def test_loading_can_be_cancelled_and_tells_how_far_it_is(models: Path, monkeypa
     class Cancelled(BaseException):
         pass
 
-    begun: list[Stretch] = []
+    begun: list[FileSpan] = []
     read = Reader.read
 
-    def read_slowly(reader: Reader, stretch: Stretch, buffer: torch.Tensor) -> torch.Tensor:
-        begun.append(stretch)
+    def read_slowly(reader: Reader, span: FileSpan, buffer: torch.Tensor) -> torch.Tensor:
+        begun.append(span)
         time.sleep(0.005)
-        return read(reader, stretch, buffer)
+        return read(reader, span, buffer)
 
     monkeypatch.setattr(Reader, "read", read_slowly)
     before = threading.active_count(), torch.get_num_threads()
@@ -162,8 +162,8 @@ def test_the_number_of_threads_changes_no_bit_and_is_put_back(models: Path, thre
 def test_tensors_larger_than_the_buffer_are_read_in_pieces(models, monkeypatch) -> None:
     path = models / demo_models.DIT_FILE
     expected = load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0]
-    monkeypatch.setattr("majicflux.loaders.fill.BUFFER_BYTES", 10_000)
-    monkeypatch.setattr(reading, "BUFFER_BYTES", 10_000)
+    monkeypatch.setattr("majicflux.loaders.convert.BUFFER_BYTES", 10_000)
+    monkeypatch.setattr("majicflux.loaders.read_ahead.BUFFER_BYTES", 10_000)
     found = dict(load_flux_dit(path, PRECISIONS["float8_e4m3fn"])[0].module.named_parameters())
     for name, parameter in expected.module.named_parameters():
         assert torch.equal(parameter.view(torch.uint8), found[name].view(torch.uint8)), name

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .reading import BUFFER_BYTES
+from .read_ahead import BUFFER_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PIECES_AT_ONCE = 2  # each takes 60 MB of the card, or 90 if it is rotated
 
 
-class OnCard:
+class DeviceQuantizer:
     """Quantizes on `device` for several threads."""
 
     def __init__(self, device: "torch.device"):
@@ -50,12 +50,12 @@ class OnCard:
         staged = staged.view(into.dtype).view(into.shape)
         try:
             with self._stream():
-                there = values.to(self.device, non_blocking=True)
-                found = torch.empty(into.shape, dtype=into.dtype, device=self.device)
-                found_scale = torch.empty(scale.shape, dtype=scale.dtype, device=self.device)
-                quantize_rows(there, found, found_scale, group)
-                staged.copy_(found, non_blocking=True)
-                scale.copy_(found_scale)  # not ahead of what was begun before
+                on_device = values.to(self.device, non_blocking=True)
+                quantized = torch.empty(into.shape, dtype=into.dtype, device=self.device)
+                device_scale = torch.empty(scale.shape, dtype=scale.dtype, device=self.device)
+                quantize_rows(on_device, quantized, device_scale, group)
+                staged.copy_(quantized, non_blocking=True)
+                scale.copy_(device_scale)  # not ahead of what was begun before
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -45,16 +45,16 @@ def fetch(place: Place, folder: Path, least: int, most: int) -> Path:
         except BaseException as error:
             result.set_exception(error)
 
-    for path, found in _files_in(folder):
-        if found > most:
+    for path, size in _files_in(folder):
+        if size > most:
             path.unlink()  # of another version of the file
     # The clients wait where nothing can wake them, so it is watched from outside what they do.
     # Whoever gives up on them ends the program, which does not wait for such a thread.
     threading.Thread(target=work, name=THREAD, daemon=True).start()
-    got, since, told = bytes_in(folder), time.monotonic(), time.monotonic()
+    got, since, told_at = bytes_in(folder), time.monotonic(), time.monotonic()
     while not wait([result], LOOK_SECONDS).done:
         now = time.monotonic()
-        if any(found > most for _, found in _files_in(folder)):
+        if any(size > most for _, size in _files_in(folder)):
             raise DownloadError(
                 say(
                     "{hub} sends more of {file} than the {size:,} bytes that it should have. Try "
@@ -64,7 +64,7 @@ def fetch(place: Place, folder: Path, least: int, most: int) -> Path:
                 )
             )
         if bytes_in(folder) - got >= LEAST_BYTES:
-            got, since, told = bytes_in(folder), now, now
+            got, since, told_at = bytes_in(folder), now, now
         elif bytes_in(folder) >= least > 0:
             continue  # a client puts parts together, or takes the hash, which may take long
         elif now - since >= PATIENCE_SECONDS:
@@ -78,7 +78,7 @@ def fetch(place: Place, folder: Path, least: int, most: int) -> Path:
                     **_values(place, folder),
                 )
             )
-        elif now - told >= TELL_SECONDS:
+        elif now - told_at >= TELL_SECONDS:
             log.info(
                 say(
                     "waiting for {hub}: next to nothing of {file} has come for {seconds:.0f} s",
@@ -86,7 +86,7 @@ def fetch(place: Place, folder: Path, least: int, most: int) -> Path:
                     **_values(place, folder),
                 )
             )
-            told = now
+            told_at = now
     return result.result()
 
 

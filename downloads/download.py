@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..loaders.safetensors_file import FORMAT_HEADER_BYTES, ModelFileError, SafetensorsFile
 from ..messages import say
 from .catalogue import HUB_NAMES, KnownFile
 from .hubs import DownloadError, bytes_in, fetch
-from .safetensors_file import FORMAT_HEADER_BYTES, ModelFileError, SafetensorsFile
 
 log = logging.getLogger("majicflux")
 
@@ -109,9 +109,9 @@ def require_space(files: Iterable[KnownFile], hub: str, models: Path) -> None:
         target = target_of(file, models)
         if target.exists():
             continue
-        there = _nearest_existing(target.parent)
-        disk = there.stat().st_dev
-        disks[disk] = there
+        nearest = _nearest_existing(target.parent)
+        disk = nearest.stat().st_dev
+        disks[disk] = nearest
         left = (file.size or file.least_size) - bytes_in(_partial_folder(file, hub, models))
         missing[disk] = missing.get(disk, 0) + max(left, 0)
     for disk, needed in missing.items():
