@@ -2,7 +2,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from ..host import provenance
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@ from typing import Any
 from ..engine.quant.formats import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node
 
 io = host.io

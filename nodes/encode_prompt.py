@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING
 from ..host import current as host
 from ..host import provenance
 from . import sampling
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:

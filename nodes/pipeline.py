@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING
 
 from ..host import current as host
 from ..messages import say
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@ from typing import Any
 
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, Node, VAEHandle
 
 io = host.io
