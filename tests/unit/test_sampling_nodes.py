@@ -17,7 +17,7 @@ from majicflux.engine.sampling.schedules import SCHEDULES
 from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.host import current as host
 from majicflux.host import native
-from majicflux.nodes import NODES, sampling
+from majicflux.nodes import NODES
 from majicflux.nodes.decode import Decode
 from majicflux.nodes.denoise import Denoise
 from majicflux.nodes.encode_image import EncodeImage
@@ -57,9 +57,13 @@ def picture(rows: int = 48, columns: int = 64) -> Tensor:
     return torch.rand(1, rows, columns, 3, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_names_of_the_combos_are_the_engines() -> None:
-    assert [*SOLVERS] == sampling.SOLVERS
-    assert [*SCHEDULES] == sampling.SCHEDULES
+@pytest.mark.parametrize("node", [Sample, Denoise])
+def test_the_names_of_the_combos_are_the_engines_and_stay(node: Any) -> None:
+    """They are part of saved workflows."""
+    inputs = {socket.id: socket.options for socket in node.define_schema().inputs}
+    assert inputs["solver"]["options"] == [*SOLVERS] == ["euler", "deis_2m", "deis_3m", "heun"]
+    names = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
+    assert inputs["schedule"]["options"] == [*SCHEDULES] == names
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def test_every_option_changes_the_picture(pipeline: Pipeline) -> None:
         "negative_prompt": ({"cfg": 2.0}, {"cfg": 2.0, "negative_prompt": "fog"}),
         "cfg": ({}, {"cfg": 2.0}),
         "solver": ({"steps": 3}, {"steps": 3, "solver": "deis_2m"}),
-        "schedule": ({}, {"schedule": sampling.SCHEDULES[1]}),
+        "schedule": ({}, {"schedule": [*SCHEDULES][1]}),
         "image": ({"strength": 0.5, "image": 1 - picture()}, {"strength": 0.5, **image}),
         "strength": ({"strength": 0.5, **image}, {"strength": 0.8, **image}),
         "mask": ({"strength": 0.5, **image}, half),
@@ -95,8 +99,8 @@ def test_every_option_changes_the_picture(pipeline: Pipeline) -> None:
 
 @pytest.mark.usefixtures("undecoded")
 def test_a_solver_and_a_schedule_are_found_by_each_name(pipeline: Pipeline) -> None:
-    options = [{"solver": name} for name in sampling.SOLVERS]
-    options += [{"schedule": name} for name in sampling.SCHEDULES[1:]]
+    options = [{"solver": name} for name in SOLVERS]
+    options += [{"schedule": name} for name in [*SCHEDULES][1:]]
     found = [sampled(pipeline, steps=4, **option)[1] for option in options]
     for index, one in enumerate(found):
         for other in found[:index]:
