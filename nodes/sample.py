@@ -1,5 +1,6 @@
 from typing import TYPE_CHECKING, Any
 
+from ..engine.sizes import MAX_SIDE, STEP
 from ..host import current as host
 from . import run_ui, sampler_inputs
 from .arguments import checked
@@ -29,10 +30,10 @@ def _side(name: str) -> Any:
     return io.Int.Input(
         name,
         default=1024,
-        min=16,
-        max=8192,
-        step=16,
-        tooltip="Pixels, a multiple of 16. An image or latent brings its own size.",
+        min=STEP,
+        max=MAX_SIDE,
+        step=STEP,
+        tooltip="Pixels, rounded to a multiple of 16. An image or latent brings its own size.",
     )
 
 
@@ -161,15 +162,6 @@ class Sample(Node):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, width: Any = None, height: Any = None) -> bool | str:
-        from ..engine.sizes import size_problem
-
-        sizes = (("Width", width), ("Height", height))
-        # What is no whole number ComfyUI has told already, or it comes over a link.
-        problems = (size_problem(name, size) for name, size in sizes if isinstance(size, int))
-        return next(filter(None, problems), True)
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:

@@ -1,12 +1,13 @@
 """Inputs that the nodes which sample have in common, and the request that is made of them."""
 
+import logging
 import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..engine.sampling.schedules import SCHEDULES, given_sigmas
 from ..engine.sampling.solvers import SOLVERS
-from ..engine.sizes import PIXELS_PER_LATENT
+from ..engine.sizes import PIXELS_PER_LATENT, STEP
 from ..host import current as host
 from ..host import provenance
 from ..messages import say
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..engine.run.pipeline import Pipeline
     from ..engine.run.request import GenerationRequest
 
+log = logging.getLogger("majicflux")
 io = host.io
 NEW_SEED = -1
 DEFAULT_SOLVER = "euler"
@@ -209,13 +211,28 @@ def _size(
     elif latents is not None:
         height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
     else:
-        return asked, ""
+        return _rounded(asked)
     if asked in ((), (width, height)):
         return (width, height), ""
     values = {"width": width, "height": height}
     return (width, height), say(
         "The size is that of the image or latent: {width} x {height}.", **values
     )
+
+
+def _rounded(asked: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    """The nearest size that Flux paints, and a line about it where that is another."""
+    size = tuple((side + STEP // 2) // STEP * STEP for side in asked)
+    if size == asked:
+        return size, ""
+    before, after = (" x ".join(map(str, sides)) for sides in (asked, size))
+    line = say(
+        "The size was rounded from {asked} to {size}: Flux paints multiples of 16.",
+        asked=before,
+        size=after,
+    )
+    log.info("%s", line)  # which is all that shows it without a canvas
+    return size, line
 
 
 def _prompt(pipeline: "Pipeline", name: str, text: str, conditioning: Any) -> "str | TextEmbedding":

@@ -199,6 +199,39 @@ def test_a_size_that_a_picture_overrules_is_told(pipeline: Pipeline, monkeypatch
         assert said not in output(pipeline, **begin).ui
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [((63, 48), (64, 48)), ((70, 41), (64, 48)), ((72, 40), (80, 48)), ((16, 23), (16, 16))],
+)
+def test_a_size_is_rounded_to_one_that_flux_paints(
+    pipeline: Pipeline, monkeypatch, asked: tuple[int, int], size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
+    done = output(pipeline, width=asked[0], height=asked[1], steps=1)
+    said = "The size was rounded from {} x {} to {} x {}: Flux paints multiples of 16."
+    assert said.format(*asked, *size) in done.ui
+    assert done.args[0].shape == (1, size[1], size[0], 3)
+    exact = output(pipeline, width=size[0], height=size[1], steps=1)
+    assert torch.equal(done.args[0], exact.args[0])
+    assert "rounded" not in exact.ui
+
+
+def test_only_a_size_that_is_used_is_rounded(pipeline: Pipeline, monkeypatch) -> None:
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
+    monkeypatch.setattr("majicflux.nodes.sample.SIZES", ["48x32 (3:2)"])
+    assert "rounded" not in output(pipeline, width=63, size="48x32 (3:2)", steps=1).ui
+    said = output(pipeline, width=63, image=picture(), steps=1).ui
+    assert "The size is that of the image or latent: 64 x 48." in said
+    assert "rounded" not in said
+
+
+def test_the_rounded_size_is_told_in_chinese(pipeline: Pipeline, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    with caplog.at_level("INFO", "majicflux"):
+        output(pipeline, width=63, steps=1)
+    assert "尺寸已从 63 x 48 取整为 64 x 48：Flux 只画 16 的倍数。" in caplog.text
+
+
 def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> None:
     monkeypatch.setattr(host, "node_text", lambda lines, **values: ("\n".join(lines), values))
     prompt = {"5": {"inputs": {"seed": -1}}}
