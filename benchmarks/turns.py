@@ -163,7 +163,7 @@ def _mixed(kind: str, seed: int, chosen: random.Random, side: int) -> Graph:
     sample: dict[str, Any] = {
         "batch": {"batch_size": 2},
         "cfg": {"cfg": 3.0, "negative_prompt": "blurry"},
-        "refused": {"width": 100},
+        "refused": {"steps": 0},
         "error": {"strength": 0.5},  # without a picture to begin from
     }.get(kind, {})
     if kind == "native":

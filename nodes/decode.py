@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..host import provenance
-from .given import checked
+from . import run_ui
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ class Decode(Node):
         from ..engine.run.pipeline import decode
         from ..host import native
 
-        on_phase = host.stage_teller(cls.hidden.unique_id)
-        picture, report = decode(
-            pipeline, native.from_latent(latent), host.check_cancelled, on_phase
-        )
-        provenance.keep(cls.hidden, report.as_dict())
-        shown = host.node_text([str(report)], **report.as_dict())
-        return io.NodeOutput(picture.to(host.result_device()), ui=shown)
+        latents = native.from_latent(latent)
+        picture, report = decode(pipeline, latents, **run_ui.callbacks(cls))
+        return io.NodeOutput(picture.to(host.result_device()), ui=run_ui.shown(cls, report))

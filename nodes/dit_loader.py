@@ -6,7 +6,7 @@ from ..downloads import model_folders
 from ..engine.quant.formats import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node
 
 io = host.io

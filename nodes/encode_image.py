@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from ..host import current as host
-from ..host import provenance
-from .given import checked
+from . import run_ui
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ class EncodeImage(Node):
         from ..host import native
 
         picture = native.from_image(image)
-        on_phase = host.stage_teller(cls.hidden.unique_id)
-        latents, report = encode_pictures(pipeline, picture, host.check_cancelled, on_phase)
-        provenance.keep(cls.hidden, report.as_dict())
-        shown = host.node_text([str(report)], **report.as_dict())
-        return io.NodeOutput(native.to_latent(latents, host.result_device()), ui=shown)
+        latents, report = encode_pictures(pipeline, picture, **run_ui.callbacks(cls))
+        latent = native.to_latent(latents, host.result_device())
+        return io.NodeOutput(latent, ui=run_ui.shown(cls, report))

@@ -1,17 +1,18 @@
 """The node that puts the parts together and gives them a budget."""
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from ..messages import say
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:
     from ..engine.flux.text_encoders import TextEncoders
     from ..engine.flux.transformer import DiT
     from ..engine.flux.vae import VAE
+    from ..engine.run.pipeline import Pipeline
 
 log = logging.getLogger("majicflux")
 io = host.io
@@ -112,11 +113,17 @@ class PipelineNode(Node):
         log.info(report)
         pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)
         pipeline.plan(Workload(64, 64)).require_budget()  # a budget that is too small for anything
-        if device.type == "cpu":
-            plan, values = say("on the CPU: no VRAM is used"), {}
-        else:
-            pipeline.denoise.measure()
-            found = pipeline.plan(Workload(1024, 1024))
-            plan, values = str(found), {"plan": found.as_dict(), "bar": found.bar()}
+        plan, values = _plan(pipeline)
         log.info("%s", plan)
         return io.NodeOutput(pipeline, ui=host.node_text([report, plan], **values))
+
+
+def _plan(pipeline: "Pipeline") -> tuple[str, dict[str, Any]]:
+    """Of a usual picture: as text, and as values that the canvas draws."""
+    from ..engine.plan.plan import Workload
+
+    if pipeline.dit.patcher.device.type == "cpu":
+        return say("on the CPU: no VRAM is used"), {}
+    pipeline.denoise.measure()
+    found = pipeline.plan(Workload(1024, 1024))
+    return str(found), {"plan": found.as_dict(), "bar": found.bar()}

@@ -5,7 +5,7 @@ from typing import Any
 from ..downloads import model_folders
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, Node, VAEHandle
 
 io = host.io

@@ -1,16 +1,22 @@
-"""Noise levels of a run: float32 [steps + 1], falling, the last one 0."""
+"""Noise levels of a run: float32 [steps + 1], falling, the last one 0.
+
+Importing it imports no torch: the nodes list these names when ComfyUI starts.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ...messages import say
 from ..sizes import STEP
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # schedule(steps, width, height, strength) -> noise levels; sizes in pixels
-Schedule = Callable[[int, int, int, float], Tensor]
+Schedule = Callable[[int, int, int, float], "Tensor"]
 SHIFT = 3.0
 SIGMA_MIN = 0.003 / 1.002
 BASE_TOKENS, BASE_MU = 256, 0.5
@@ -55,7 +61,7 @@ def given_sigmas(sigmas: Tensor) -> Schedule:
                 shape=tuple(levels.shape),
             )
         )
-    if not torch.isfinite(levels).all():
+    if not levels.isfinite().all():
         raise ValueError(
             say(
                 "SIGMAS must be numbers, and some of these are not (NaN or infinity). Look at the "
@@ -98,10 +104,14 @@ def some_steps(schedule: Schedule, start: int, end: int) -> Schedule:
 
 
 def _line(start: float, end: float, count: int) -> Tensor:
+    import torch
+
     return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
 
 
 def _to_zero(sigmas: Tensor) -> Tensor:
+    import torch
+
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 

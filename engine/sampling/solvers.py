@@ -1,17 +1,24 @@
-"""How the latents follow the velocity from one noise level to the next."""
+"""How the latents follow the velocity from one noise level to the next.
+
+Importing it imports no torch: the nodes list these names when ComfyUI starts.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # velocity(latents, sigma) -> d(latents)/d(sigma), same shape as latents
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[["Tensor", "Tensor"], "Tensor"]
 # solver(velocity, latents, sigmas) -> latents at sigmas[-1]. The dtype of the latents is kept.
 # latents: [batch, 16, h, w] in model space; sigmas: float32 [steps + 1], falling, on the CPU.
-Solver = Callable[[Velocity, Tensor, Tensor], Tensor]
+Solver = Callable[[Velocity, "Tensor", "Tensor"], "Tensor"]
 
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:

@@ -113,6 +113,17 @@ def test_a_new_seed_each_time_is_written_into_the_picture(server: Server, graph:
         assert picture.tobytes() == pixels
 
 
+def test_a_size_of_any_pixels_is_rounded_and_told(server: Server, graph: dict) -> None:
+    graph = seeded(graph, 110)
+    graph["5"]["inputs"].update(width=63, height=41)
+    run = server.run(graph)
+    with Image.open(server.outputs(run)[0]) as picture:
+        assert picture.size == (64, 48)
+    assert "The size was rounded from 63 x 41 to 64 x 48" in run.texts["5"]
+    graph["5"]["inputs"].update(height=8200)
+    assert refusal(server, graph) == {"5": ["Value 8200 bigger than max of 8192: height"]}
+
+
 def test_the_small_decoder_that_the_user_chose_makes_the_previews(
     server: Server, graph: dict
 ) -> None:
@@ -304,7 +315,8 @@ def test_the_mixed_template_paints_with_the_stock_text_encoders_and_vae(server: 
         ("2", "t5", "clip_l.safetensors", "is a CLIP text encoder, not a T5 text encoder"),
         ("2", "t5", "text_encoder_2", "lacks model-00002-of-00002.safetensors"),
         ("3", "file", "../text_encoders/clip_l.safetensors", "is not in models/vae"),
-        ("5", "width", 1000, "Width 1000 is not a multiple of 16"),
+        ("5", "width", 15, "smaller than min of 16"),
+        ("5", "height", 8200, "bigger than max of 8192"),
         ("5", "steps", 0, "smaller than min of 1"),
         ("5", "seed", 2**64, "bigger than max"),
     ],
@@ -389,7 +401,8 @@ def test_a_loader_takes_a_list_of_names(server: Server, graph: dict) -> None:
         ("5", "steps", "many", "steps must be a whole number, not 'many'"),
         ("5", "guidance", float("inf"), "guidance must be a number, not inf"),
         ("5", "width", "abc", "width must be a whole number, not 'abc'"),
-        ("5", "width", 63, "Width 63 is not a multiple of 16"),
+        ("5", "width", 15, "width must be 16 to 8192, not 15"),
+        ("5", "height", 8200, "height must be 16 to 8192, not 8200"),
         ("5", "cfg", {}, "cfg must be a number, not 'dict'"),
         ("5", "solver", "dpmpp_2m", "solver must be one of: euler, deis_2m, deis_3m, heun"),
         ("5", "schedule", "karras", "schedule must be one of: DiffSynth (shift 3), "),

@@ -10,7 +10,9 @@ from majicflux.engine.plan import estimate
 from majicflux.engine.plan.plan import Plan
 from majicflux.engine.plan.units import GB, in_gb_above
 from majicflux.engine.quant.formats import PRECISIONS
-from majicflux.nodes import NODES, sampling
+from majicflux.engine.sampling.schedules import SCHEDULES
+from majicflux.engine.sampling.solvers import SOLVERS
+from majicflux.nodes import NODES
 from majicflux.nodes.pipeline import COMPUTE_PRECISIONS
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +125,7 @@ def test_every_choice_is_explained() -> None:
             text(ROOT / "docs" / f"{n}{suffix}") for n in ("settings", "sampling")
         )
         assert all(f" `{name}` |" in settings for name in [*PRECISIONS, *COMPUTE_PRECISIONS])
-        assert all(f"`{n}`" in about_sampling for n in [*sampling.SOLVERS, *sampling.SCHEDULES])
+        assert all(f"`{n}`" in about_sampling for n in [*SOLVERS, *SCHEDULES])
 
 
 def planned(gb: float, side: int = 1024) -> Plan:
