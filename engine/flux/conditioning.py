@@ -16,9 +16,9 @@ from .text_encoders import TextEmbedding
 class Conditions:
     """What the transformer is told besides the latents, computed once for a whole run.
 
-    text: [1, words, width], in the dtype that the residual is to have; modulation: by sigma, what
-    all modulation layers give, [1, 1, n * width], the final norm's last. It waits in the host's
-    memory for its step.
+    text: [1, text tokens, width], in the dtype that the residual is to have; modulation: by sigma,
+    what all modulation layers give, [1, 1, n * width], the final norm's last. It waits in the
+    host's memory for its step.
     """
 
     text: Tensor
@@ -93,7 +93,7 @@ def conditions_of(
         return F.silu(torch.cat([conditioning(sigma) for sigma in sigmas]))[:, None]
 
     with onloaded(dit.context_embedder):
-        words = [dit.context_embedder(p.tokens.to(device, wide)) for p in prompts]
+        text_tokens = [dit.context_embedder(p.tokens.to(device, wide)) for p in prompts]
         inputs = [active(prompt) for prompt in prompts]
 
     def given_by(layer: Any) -> list[Tensor]:
@@ -104,7 +104,7 @@ def conditions_of(
     of_prompts = (_pinned(torch.cat(x, dim=-1), device) for x in zip(*found, strict=True))
     return [
         Conditions(tokens, dict(zip(sigmas.tolist(), of_prompt.split(1), strict=True)))
-        for tokens, of_prompt in zip(words, of_prompts, strict=True)
+        for tokens, of_prompt in zip(text_tokens, of_prompts, strict=True)
     ]
 
 

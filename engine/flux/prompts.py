@@ -135,7 +135,7 @@ class TokenCounts:
     characters: int = 0
 
     @property
-    def words(self) -> int:
+    def text_tokens(self) -> int:
         """Length of T5's part of the embedding."""
         return max(T5_TOKENS, -(-(self.t5 + 1) // T5_MULTIPLE) * T5_MULTIPLE)
 
@@ -171,13 +171,13 @@ def tokenize(
     segments: Segments,
     clip_tokenizer: Any,
     t5_tokenizer: Any,
-    clip_words: int = CLIP_TOKENS,
+    clip_tokens: int = CLIP_TOKENS,
     before_text: Callable[[], None] = lambda: None,
 ) -> Tokens:
     """Ids for both encoders. Each segment is split by itself.
 
-    CLIP reads what fits into its `clip_words`, 248 of LongCLIP, as in ComfyUI, where Flux takes the
-    vector of the first so many. T5 reads all. before_text: called before each segment, and may
+    CLIP reads what fits into its `clip_tokens`, 248 of LongCLIP, as in ComfyUI, where Flux takes
+    the vector of the first so many. T5 reads all. before_text: called before each segment, and may
     raise. Raises ValueError for more than MOST_T5_TOKENS.
     """
     clip: list[list[int]] = []
@@ -186,7 +186,7 @@ def tokenize(
         before_text()
         for tokenizer, ids in ((clip_tokenizer, clip), (t5_tokenizer, t5)):
             ids.append(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    read = _what_fits(clip, clip_words - 2)
+    read = _what_fits(clip, clip_tokens - 2)
     t5_ids = [*chain(*t5)]
     unread = 0
     whole = "".join(text for text, _ in segments)
@@ -198,7 +198,7 @@ def tokenize(
         )
     characters = sum(not character.isspace() for character in whole)
     counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unread, characters)
-    if counts.words > MOST_T5_TOKENS:
+    if counts.text_tokens > MOST_T5_TOKENS:
         raise ValueError(
             say(
                 "The prompt has {tokens} T5 tokens, more than the {most} that can be read. "
@@ -210,9 +210,11 @@ def tokenize(
     start, end = clip_tokenizer("").input_ids
     weights = [weight for (_, weight), ids in zip(segments, t5, strict=True) for _ in ids]
     return Tokens(
-        filled([start, *read, end], clip_words, clip_tokenizer.pad_token_id),
-        filled([*t5_ids, *t5_tokenizer("").input_ids], counts.words, t5_tokenizer.pad_token_id),
-        filled(weights, counts.words, 1.0),
+        filled([start, *read, end], clip_tokens, clip_tokenizer.pad_token_id),
+        filled(
+            [*t5_ids, *t5_tokenizer("").input_ids], counts.text_tokens, t5_tokenizer.pad_token_id
+        ),
+        filled(weights, counts.text_tokens, 1.0),
         counts,
     )
 

@@ -40,10 +40,10 @@ class T5Attention(nn.Module):
             table = torch.empty(g.buckets, g.heads)
             self.relative_attention_bias = nn.Embedding.from_pretrained(table)
 
-    def position_bias(self, words: int) -> Tensor:
-        """[1, heads, words, words]"""
+    def position_bias(self, text_tokens: int) -> Tensor:
+        """[1, heads, tokens, tokens]"""
         table: Any = self.relative_attention_bias
-        place = torch.arange(words, device=table.weight.device)
+        place = torch.arange(text_tokens, device=table.weight.device)
         buckets = _buckets(place[None, :] - place[:, None], table.num_embeddings)
         return table(buckets).permute(2, 0, 1)[None].contiguous()
 
@@ -104,7 +104,7 @@ class T5Stack(nn.Module):
         self.final_layer_norm = T5LayerNorm(g.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: token vectors [batch, words, width]."""
+        """x: token vectors [batch, text tokens, width]."""
         bias = None
         block: Any
         for block in self.block:
@@ -115,7 +115,7 @@ class T5Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids [batch, words] -> vectors [batch, words, width]."""
+    """Token ids [batch, text tokens] -> vectors [batch, text tokens, width]."""
 
     def __init__(self, g: T5Geometry, table: nn.Module):
         """table: of the token vectors."""

@@ -39,7 +39,7 @@ REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in b
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    tokens: Tensor  # T5 states [1, words, width]
+    tokens: Tensor  # T5 states [1, text tokens, width]
     pooled: Tensor  # CLIP vector [1, width]
     guidance: float | None = None  # where it has one of its own
     guided: bool = True  # False: the transformer is told no guidance at all
@@ -76,16 +76,16 @@ class TextEncoders:
         if prompt not in self._read:
             require_length(prompt)
             segments = weighted_segments(prompt)
-            clip_words = self.weights.module.clip.position_embeds.shape[1]
-            given = (self.clip_tokenizer, self.t5_tokenizer, clip_words, before_text)
+            clip_tokens = self.weights.module.clip.position_embeds.shape[1]
+            given = (self.clip_tokenizer, self.t5_tokenizer, clip_tokens, before_text)
             self._read[prompt] = segments, tokenize(segments, *given)
             if len(self._read) > REMEMBERED_READINGS:
                 self._read.popitem(last=False)
         return self._read[prompt]
 
-    def recall(self, prompt: str, words: int = T5_TOKENS) -> TextEmbedding | None:
+    def recall(self, prompt: str, text_tokens: int = T5_TOKENS) -> TextEmbedding | None:
         """The embedding of a prompt that was encoded before, or None."""
-        key = self.read(prompt)[0], words
+        key = self.read(prompt)[0], text_tokens
         if key in self._remembered:
             self._remembered.move_to_end(key)
         return self._remembered.get(key)
@@ -116,20 +116,20 @@ class TextEncoders:
         before_block: BeforeBlock | None = None,
         ring_bytes: int = 0,
         chunking: Chunking | None = None,
-        words: int = T5_TOKENS,
+        text_tokens: int = T5_TOKENS,
     ) -> tuple[TextEmbedding, int]:
         """Run both encoders; the caller has made room on `patcher.device`.
 
         Weights other than 1 mean what they mean to ComfyUI: T5's vectors are moved along the line
         from those of an empty prompt, which is encoded too if it is not remembered; CLIP's pooled
-        vector, all that Flux takes of CLIP, is left as it is. words: T5's tokens at least.
+        vector, all that Flux takes of CLIP, is left as it is. text_tokens: T5's at least.
         Returns the embedding, on the CPU, and the bytes of weights that were moved.
         Raises ValueError when the prompt is too long.
         """
         segments, text = self.read(prompt, before_block or (lambda: None))
         moved_bytes = 0
-        ids = filled(text.t5, words, self.t5_tokenizer.pad_token_id)
-        weights = filled(text.weights, words, 1.0)
+        ids = filled(text.t5, text_tokens, self.t5_tokenizer.pad_token_id)
+        weights = filled(text.weights, text_tokens, 1.0)
         if prompt:
             log.info("%s", " ".join(filter(None, [str(text.counts), text.counts.warning])))
         empty = None
@@ -157,7 +157,7 @@ class TextEncoders:
                     )
                 )
             embedding = replace(embedding, tokens=weighed)
-        self._remembered[segments, words] = embedding
+        self._remembered[segments, text_tokens] = embedding
         while sum(known.nbytes for known in self._remembered.values()) > REMEMBERED_BYTES:
             self._remembered.popitem(last=False)
         return embedding, moved_bytes + stream.moved_bytes
@@ -233,7 +233,7 @@ def _sized_clip(g: ClipGeometry) -> Any:
 
 
 def _weighted(tokens: Tensor, empty: Tensor, weights: list[float]) -> Tensor:
-    """tokens, empty: [1, words, width]; weights: of each word. As ComfyUI's
+    """tokens, empty: [1, text tokens, width]; weights: of each word. As ComfyUI's
     `ClipTokenWeightEncoder`, in float32."""
     weight = torch.tensor(weights, dtype=torch.float32, device=CPU)[:, None]
     moved = (tokens.float() - empty.float()) * weight + empty.float()

@@ -13,25 +13,25 @@ from .split import split_budget
 def plan_denoising(
     weights: WeightSizes,
     geometry: FluxGeometry,
-    job: Workload,
+    workload: Workload,
     itemsize: int,
     eight_bit: bool,
     conversion_bytes: int,
     budget: int | None,
-    card: DeviceProfile,
+    profile: DeviceProfile,
 ) -> StagePlan:
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
-    pictures, words = job.batch_size, job.words
-    tokens = job.image_tokens + words
+    pictures, text_tokens = workload.batch_size, workload.text_tokens
+    tokens = workload.image_tokens + text_tokens
     width = geometry.hidden
-    rows, columns = job.latent_size
+    rows, columns = workload.latent_size
     latents = pictures * CHANNELS * rows * columns
     modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
-    side_by_side = pictures * job.prompts
+    side_by_side = pictures * workload.prompts
     fixed = (
-        (side_by_side * tokens + job.prompts * (modulation + words)) * width * 4
-        + job.prompts * tokens * HEAD_DIM * 2 * 4  # RoPE, which prompts of one length share
+        (side_by_side * tokens + workload.prompts * (modulation + text_tokens)) * width * 4
+        + workload.prompts * tokens * HEAD_DIM * 2 * 4  # RoPE, which prompts of one length share
         + latents * 10 * 4
         + conversion_bytes
     )
@@ -39,8 +39,8 @@ def plan_denoising(
     # Before the first step, in float32 too: the embedding of the text, or what a modulation layer
     # gives for all steps, made in pieces that are joined.
     given = [
-        (words * (geometry.text_width + (job.prompts - 1) * width), words * width),
-        (job.prompts * (words + job.steps) * width, job.steps * 6 * width),
+        (text_tokens * (geometry.text_width + (workload.prompts - 1) * width), text_tokens * width),
+        (workload.prompts * (text_tokens + workload.steps) * width, workload.steps * 6 * width),
     ]
     piece = min(CONVERTED_AT_ONCE, max(6 * width, geometry.text_width) * width)
     conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
@@ -48,14 +48,14 @@ def plan_denoising(
     def values(chunk: int, groups: int = 1) -> int:
         all_at_once, *each_at_once = (
             next(split(some, chunk)).stop - some.start
-            for some in (slice(0, tokens), slice(0, words), slice(words, tokens))
+            for some in (slice(0, tokens), slice(0, text_tokens), slice(text_tokens, tokens))
         )
         one_at_once = max(each_at_once)  # of picture and text
         share = (
             Chunking(chunk, groups).heads_at_once(geometry.heads) / geometry.heads
         )  # of the heads at once
         before_row, joint_row, single_row = _row_bytes(
-            geometry, itemsize, eight_bit, weights, card, share
+            geometry, itemsize, eight_bit, weights, profile, share
         )
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.
@@ -73,16 +73,16 @@ def plan_denoising(
 
     chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
     # Between two steps there is a preview, which is left out where it finds no room.
-    choices = [(chunk, max(values(chunk), fixed + job.preview_bytes)) for chunk in chunks]
+    choices = [(chunk, max(values(chunk), fixed + workload.preview_bytes)) for chunk in chunks]
     grouped = []
     for groups in GROUPS:  # with the largest chunks that take no more than the smallest
         least = values(chunks[-1], groups)
         chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
         grouped.append((chunk, least, groups))
     # Every chunk converts the weights again, or takes many small operations.
-    repeating = conversion_bytes > 0 or not card.fused
+    repeating = conversion_bytes > 0 or not profile.fused
     return split_budget(
-        DENOISE, weights, choices, budget, card, grouped=grouped, repeating=repeating
+        DENOISE, weights, choices, budget, profile, grouped=grouped, repeating=repeating
     )
 
 
@@ -91,14 +91,14 @@ def _row_bytes(
     itemsize: int,
     eight_bit: bool,
     weights: WeightSizes,
-    card: DeviceProfile,
+    profile: DeviceProfile,
     share: float,
 ) -> tuple[int, int, int]:
     """Bytes for each token that is computed at once: before the attention, after it in a joint
     block and in a single one. share: of the heads that attend at once."""
     width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
     joined = width + hidden  # the input of a single block's last layer
-    if card.fused:  # straight into the format that the product takes
+    if profile.fused:  # straight into the format that the product takes
         row = 1 if eight_bit else itemsize
         before = row * width
         if share < 1:  # a product, on its way to where it belongs
@@ -121,15 +121,15 @@ def _row_bytes(
 
 
 def step_seconds(
-    phase: StagePlan, geometry: FluxGeometry, job: Workload, card: DeviceProfile
+    phase: StagePlan, geometry: FluxGeometry, workload: Workload, profile: DeviceProfile
 ) -> float | None:
     """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
-    if card.copy_rate is None or card.product_rate is None or card.attention_rate is None:
+    if profile.copy_rate is None or profile.product_rate is None or profile.attention_rate is None:
         return None
-    tokens, width = job.image_tokens + job.words, geometry.hidden
+    tokens, width = workload.image_tokens + workload.text_tokens, geometry.hidden
     blocks = geometry.double_blocks + geometry.single_blocks
-    passes = job.batch_size * job.prompts
+    passes = workload.batch_size * workload.prompts
     products = 2 * 12 * width**2 * blocks * tokens * passes
     attention = 4 * width * tokens**2 * blocks * passes
-    arithmetic = products / card.product_rate + attention / card.attention_rate
-    return max(phase.visiting / card.copy_rate, arithmetic)
+    arithmetic = products / profile.product_rate + attention / profile.attention_rate
+    return max(phase.visiting / profile.copy_rate, arithmetic)

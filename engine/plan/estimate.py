@@ -16,7 +16,7 @@ ATTENTION_SHARE = 0.5  # of the rate of products in 8 bits that attention, in bf
 def estimate_plan(
     geometry: FluxGeometry | None,
     precision: Precision,
-    job: tuple[int, int, int, int],
+    picture: tuple[int, int, int, int],
     vram_gb: float | None,
     eight_bit: bool,
     copy_rate: float | None,
@@ -24,25 +24,25 @@ def estimate_plan(
 ) -> Plan:
     """The plan for an NVIDIA card with fused kernels, CLIP-L, T5-XXL and the VAE in bfloat16.
 
-    job: width, height, pictures, steps. Rates in GB/s and TFLOP/s, for a prediction of the time.
+    picture: width, height, batch size, steps. Rates in GB/s and TFLOP/s, to predict the time.
     """
-    geometry, the_job, dtype = geometry or FluxGeometry(), Workload(*job), BFLOAT16.dtype
+    geometry, workload, dtype = geometry or FluxGeometry(), Workload(*picture), BFLOAT16.dtype
     dit = flux_dit_sizes(geometry, precision)
     encoders = text_encoder_sizes(ClipGeometry(), T5Geometry(), dtype)
     vae = vae_sizes(dtype)
     rates = () if not (copy_rate and matrix_rate) else (
         copy_rate * 1e9, matrix_rate * 1e12, matrix_rate * 1e12 * ATTENTION_SHARE
     )  # fmt: skip
-    card = DeviceProfile(WORKSPACE_BYTES, True, *rates)
+    profile = DeviceProfile(WORKSPACE_BYTES, True, *rates)
     budget = None if vram_gb is None else int(vram_gb * GB)
     others = dit.travelling_bytes + vae.travelling_bytes
     denoising = plan_denoising(
-        dit, geometry, the_job, itemsize(dtype), eight_bit and precision.eight_bit,
-        conversion_bytes(geometry, precision, dtype, eight_bit), budget, card,
+        dit, geometry, workload, itemsize(dtype), eight_bit and precision.eight_bit,
+        conversion_bytes(geometry, precision, dtype, eight_bit), budget, profile,
     )  # fmt: skip
     stages = (
-        plan_text(encoders, T5Geometry(), itemsize(dtype), budget, card, others),
+        plan_text(encoders, T5Geometry(), itemsize(dtype), budget, profile, others),
         denoising,
-        plan_decode(vae, the_job, itemsize(dtype), budget, card),
+        plan_decode(vae, workload, itemsize(dtype), budget, profile),
     )
-    return Plan(the_job, budget, stages, step_seconds(denoising, geometry, the_job, card))
+    return Plan(workload, budget, stages, step_seconds(denoising, geometry, workload, profile))

@@ -32,9 +32,9 @@ def device_profile(
     try:
         product = _product_rate(device, eight_bit[0] if eight_bit else computing.dtype)
         attention = _attention_rate(device, computing.dtype)
-        card = DeviceProfile(workspace, fused, copy_rate(device), product, attention)
-        _measured[device, computing] = card
-        return card
+        profile = DeviceProfile(workspace, fused, copy_rate(device), product, attention)
+        _measured[device, computing] = profile
+        return profile
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

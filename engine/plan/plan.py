@@ -38,7 +38,7 @@ class Workload:
     batch_size: int = 1
     steps: int = 20
     prompts: int = 1
-    words: int = T5_TOKENS
+    text_tokens: int = T5_TOKENS
     preview_bytes: int = 0
 
     @property
@@ -89,7 +89,7 @@ class StagePlan:
 class Plan:
     """stages: in their order; seconds: of a denoising step, if predicted."""
 
-    job: Workload
+    workload: Workload
     budget_bytes: int | None
     stages: tuple[StagePlan, ...]
     seconds: float | None
@@ -137,12 +137,12 @@ class Plan:
 
     @property
     def _picture(self) -> str:
-        job = self.job
-        return f"{job.batch_size} x {job.width}x{job.height}"
+        picture = self.workload
+        return f"{picture.batch_size} x {picture.width}x{picture.height}"
 
     @property
     def _smaller(self) -> str:
-        if self.job.words > T5_TOKENS:
+        if self.workload.text_tokens > T5_TOKENS:
             return say("a smaller picture or batch, or a shorter prompt")
         return say("a smaller picture or batch")
 
@@ -173,7 +173,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Short lines, for a node of the canvas."""
-        values: dict[str, Any] = {"picture": self._picture, "steps": self.job.steps}
+        values: dict[str, Any] = {"picture": self._picture, "steps": self.workload.steps}
         if self.budget_bytes is None:
             lines = [say("{picture}, {steps} steps", **values)]
         else:

@@ -17,7 +17,7 @@ def split_budget(
     weights: WeightSizes,
     choices: Sequence[tuple[int, int]],
     budget: int | None,
-    card: DeviceProfile,
+    profile: DeviceProfile,
     least: int | None = None,
     stay: bool = True,
     grouped: Sequence[tuple[int, int, int]] = (),
@@ -34,12 +34,12 @@ def split_budget(
     least = min([tightest, *(values for _, values, _ in grouped)]) if least is None else least
 
     def needed(values: int, kept: int = weights.root.nbytes + largest) -> int:
-        return kept + values + card.overhead(values)
+        return kept + values + profile.overhead(values)
 
     def all_stay(tokens: int, values: int) -> StagePlan:
         resident = weights.travelling_bytes
         return StagePlan(
-            name, budget, values, card.overhead(values), 0, resident, 0, 0, tokens, smallest
+            name, budget, values, profile.overhead(values), 0, resident, 0, 0, tokens, smallest
         )
 
     smallest, groups = needed(least), 1
@@ -58,7 +58,7 @@ def split_budget(
     )  # fmt: skip
     if grouped and needed(values) > budget:
         tokens, values, groups = next((c for c in grouped if needed(c[1]) <= budget), grouped[-1])
-    overhead = card.overhead(values)
+    overhead = profile.overhead(values)
     left = budget - values - overhead
     if stay and weights.travelling_bytes <= left:
         return all_stay(tokens, values)

@@ -13,20 +13,20 @@ def plan_text(
     t5: T5Geometry,
     itemsize: int,
     budget: int | None,
-    card: DeviceProfile,
+    profile: DeviceProfile,
     others_bytes: int = 0,
-    words: int = T5_TOKENS,
+    text_tokens: int = T5_TOKENS,
 ) -> StagePlan:
     """Both encoders; one prompt of so many T5 tokens.
 
     They visit unless there is room for `others_bytes` of the other components' weights too: they
     run once a prompt, and what made room for them would have to come back.
     """
-    scores = t5.heads * words**2
+    scores = t5.heads * text_tokens**2
     # The position bias, and the scores in float32 before and after the softmax: no fused attention
     # takes a bias everywhere.
-    values = scores * (itemsize + 2 * 4) + words * (t5.width + 4 * t5.mlp_width) * itemsize
-    phase = split_budget(TEXT, weights, [(0, values)], budget, card)
+    values = scores * (itemsize + 2 * 4) + text_tokens * (t5.width + 4 * t5.mlp_width) * itemsize
+    phase = split_budget(TEXT, weights, [(0, values)], budget, profile)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase
-    return split_budget(TEXT, weights, [(0, values)], budget, card, stay=False)
+    return split_budget(TEXT, weights, [(0, values)], budget, profile, stay=False)

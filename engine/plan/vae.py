@@ -13,21 +13,29 @@ from .split import split_budget
 
 
 def plan_decode(
-    weights: WeightSizes, job: Workload, itemsize: int, budget: int | None, card: DeviceProfile
+    weights: WeightSizes,
+    workload: Workload,
+    itemsize: int,
+    budget: int | None,
+    profile: DeviceProfile,
 ) -> StagePlan:
     """The VAE: its weights are there as one block, the picture in bands of rows."""
-    rows, columns = job.latent_size
+    rows, columns = workload.latent_size
     latents = CHANNELS * rows * columns * 2 * itemsize
     plan = partial(vae_band_plan.plan_decode, rows, columns, itemsize)
-    return _plan_vae(DECODE, plan, latents, weights, budget, card)
+    return _plan_vae(DECODE, plan, latents, weights, budget, profile)
 
 
 def plan_encode(
-    weights: WeightSizes, job: Workload, itemsize: int, budget: int | None, card: DeviceProfile
+    weights: WeightSizes,
+    workload: Workload,
+    itemsize: int,
+    budget: int | None,
+    profile: DeviceProfile,
 ) -> StagePlan:
     """As of `plan_decode`."""
-    plan = partial(vae_band_plan.plan_encode, job.height, job.width, itemsize)
-    return _plan_vae(ENCODE, plan, 0, weights, budget, card)
+    plan = partial(vae_band_plan.plan_encode, workload.height, workload.width, itemsize)
+    return _plan_vae(ENCODE, plan, 0, weights, budget, profile)
 
 
 def _plan_vae(
@@ -36,14 +44,14 @@ def _plan_vae(
     beside: int,
     weights: WeightSizes,
     budget: int | None,
-    card: DeviceProfile,
+    profile: DeviceProfile,
 ) -> StagePlan:
     """plan: bands within a limit; beside: bytes of values besides."""
     limit = float("inf")
     if budget is not None:
-        left = budget - weights.root.nbytes - weights.largest_bytes - card.workspace_bytes
-        limit = left - beside - card.overhead(max(0, left)) + card.workspace_bytes
+        left = budget - weights.root.nbytes - weights.largest_bytes - profile.workspace_bytes
+        limit = left - beside - profile.overhead(max(0, left)) + profile.workspace_bytes
     bands = plan(limit)
     choices, least = [(0, bands.peak_bytes + beside)], plan(0).peak_bytes + beside
-    stage = split_budget(name, weights, choices, budget, card, least)
+    stage = split_budget(name, weights, choices, budget, profile, least)
     return stage if budget is None else replace(stage, bands=bands)

@@ -157,7 +157,7 @@ class Pipeline:
 
         def tokens(prompt: str | TextEmbedding) -> int:
             if isinstance(prompt, str):
-                return self.checked_text_encoders.read(prompt, before_text)[1].counts.words
+                return self.checked_text_encoders.read(prompt, before_text)[1].counts.text_tokens
             return prompt.tokens.shape[1]
 
         return max(map(tokens, prompts))
@@ -213,7 +213,7 @@ def _workload(
     if request.mask_is_empty:
         return request.workload
     tokens = pipeline.text_tokens(request.prompts, before_block)
-    return replace(request.workload, words=tokens, preview_bytes=preview_bytes)
+    return replace(request.workload, text_tokens=tokens, preview_bytes=preview_bytes)
 
 
 def _embedded(
@@ -235,7 +235,7 @@ def encode_prompts(
     before_block: BeforeBlock,
     on_stage: OnStage = ignore_stage,
 ) -> tuple[list[TextEmbedding], Report]:
-    workload = Workload(STEP, STEP, words=pipeline.text_tokens(prompts, before_block))
+    workload = Workload(STEP, STEP, text_tokens=pipeline.text_tokens(prompts, before_block))
     run = pipeline.start(workload, [pipeline.text], before_block, on_stage)
     return pipeline.text.run(run, prompts), run.report
 

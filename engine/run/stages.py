@@ -47,7 +47,7 @@ class TextStage:
             device,
             plan_text(
                 encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
-                device_profile(device), others, workload.words,
+                device_profile(device), others, workload.text_tokens,
             ),
         )  # fmt: skip
 

@@ -48,7 +48,7 @@ NEVER_SHOWN = {
     "the weight holds an infinity or a NaN",
 }
 PLAN = Plan(
-    Workload(64, 48, 2, 4, words=768),
+    Workload(64, 48, 2, 4, text_tokens=768),
     2 * GB,
     (
         StagePlan("text", None, GB // 2, 0, 0, GB, 0, 0, 0, GB),

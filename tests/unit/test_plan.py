@@ -175,7 +175,7 @@ def denoised(name: str, job: Workload, tokens: int, groups: int, is_fused: bool)
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
     text = TextEmbedding(
-        torch.empty(1, job.words, FULL.text_width), torch.empty(1, FULL.pooled_width)
+        torch.empty(1, job.text_tokens, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
     noise = torch.empty(job.batch_size, 16, *job.latent_size)
     task = SamplerInputs(diffsynth_sigmas(job.steps, job.width, job.height), noise)
@@ -298,7 +298,7 @@ def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:
 
 
 def test_a_long_prompt_is_planned(as_cuda) -> None:
-    assert_planned("bfloat16", Workload(512, 512, steps=1, words=2048), "plain")
+    assert_planned("bfloat16", Workload(512, 512, steps=1, text_tokens=2048), "plain")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn unscaled"])
@@ -335,7 +335,9 @@ def test_the_text_encoders_hold_what_was_planned(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     weights = encoders(2)
-    phase = plan_text(weights.sizes, T5Geometry(layers=2), 2, None, DeviceProfile(), words=words)
+    phase = plan_text(
+        weights.sizes, T5Geometry(layers=2), 2, None, DeviceProfile(), text_tokens=words
+    )
     with torch.inference_mode(), LiveBytes() as live:
         clip_ids = torch.zeros(1, CLIP_TOKENS, dtype=torch.int64, device=META)
         t5_ids = torch.zeros(1, words, dtype=torch.int64, device=META)
@@ -512,7 +514,7 @@ def test_seconds_of_a_step_are_the_longer_of_copies_and_arithmetic() -> None:
     assert step_seconds(resident, geometry, job, card) == pytest.approx(arithmetic)
     assert arithmetic < 3e-3
     assert step_seconds(phase, geometry, job, DeviceProfile(0, True, 1e9, 4e12)) is None
-    longer = replace(job, words=1024)
+    longer = replace(job, text_tokens=1024)
     assert step_seconds(resident, geometry, longer, card) > 1030 / 518 * arithmetic
 
 
@@ -557,10 +559,10 @@ def test_plan_says_everything_to_programs(capsys) -> None:
         "batch_size": 1,
         "steps": 20,
         "prompts": 1,
-        "words": T5_TOKENS,
+        "text_tokens": T5_TOKENS,
         "preview_bytes": 0,
     }
-    assert found["job"] == job
+    assert found["workload"] == job
     assert found["budget_bytes"] == 6 * GB
     assert found["peak_bytes"] == max(phase["peak"] for phase in found["phases"]) <= 6 * GB
     assert found["smallest_bytes"] == max(phase["smallest"] for phase in found["phases"])
@@ -640,7 +642,7 @@ def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small
 def test_a_shorter_prompt_is_advised_where_the_prompt_is_long(chosen: bool) -> None:
     phase = StagePlan("text", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
     for words, advised in ((T5_TOKENS, False), (T5_TOKENS + 256, True)):
-        plan = Plan(Workload(64, 48, words=words), 2 * GB, (phase,), None, chosen)
+        plan = Plan(Workload(64, 48, text_tokens=words), 2 * GB, (phase,), None, chosen)
         with pytest.raises(BudgetError) as refused:
             plan.require_budget()
         assert ("a shorter prompt" in str(refused.value)) == advised

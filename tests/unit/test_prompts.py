@@ -201,7 +201,7 @@ def test_t5_reads_a_long_prompt_to_its_end(
 ) -> None:
     prompt = "a" * (letters - 2) + "b"  # besides the mark of a word
     assert encoders.count(prompt).t5 == letters
-    assert encoders.count(prompt).words == words
+    assert encoders.count(prompt).text_tokens == words
     found = encode(encoders, prompt)
     assert found.tokens.shape[1] == words
     other = encode(encoders, prompt[:-1] + "c")
@@ -212,7 +212,7 @@ def test_t5_reads_a_long_prompt_to_its_end(
 def test_a_prompt_beyond_all_measure_is_refused(encoders: TextEncoders, caplog) -> None:
     longest = "a" * (MOST_T5_TOKENS - 2)
     with caplog.at_level(logging.WARNING):
-        assert encoders.count(longest).words == MOST_T5_TOKENS
+        assert encoders.count(longest).text_tokens == MOST_T5_TOKENS
     assert not caplog.records, "no warning of the tokenizers"
     for refuse in (encoders.count, encoders.encode):
         with pytest.raises(ValueError, match="has 4096 T5 tokens, more than the 4095") as refused:

@@ -55,5 +55,5 @@ def test_weighted_texts_are_split_as_by_comfyui(comfy, tmp_path: Path) -> None:
         expected = theirs.tokenize_with_weights(prompt, tokenizer_options=options)
         assert ours.clip == [token for token, _ in expected["l"][0]]
         assert [*zip(ours.t5, ours.weights, strict=True)] == expected["t5xxl"][0]
-        longest = max(longest, ours.counts.words)
+        longest = max(longest, ours.counts.text_tokens)
     assert longest > 512
