@@ -15,13 +15,13 @@ from ..engine.torch_state import own_state
 from ..messages import say
 from .convert import Progress, convert_into
 from .diffusers_names import flux_from_diffusers
+from .inspect_once import inspect_once
 from .layouts import blocks_in, flux_dit_layout
 from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
 from .tensor_sources import (
-    Source,
     Sources,
     files_of,
     missing,
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 
-def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
+@inspect_once
+def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, Sources]:
     """Geometry and weights of a Flux.1 transformer, from the headers of its files alone.
 
     path: one file, one of several shards, or their folder; in the layout of Black Forest Labs,

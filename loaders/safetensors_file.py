@@ -7,9 +7,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ..messages import later, say
 
@@ -105,17 +106,9 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-                raise ModelFileError(say("{file} is not a file.", file=path))
-            with path.open("rb") as file:
-                self.identity = identity_of(file)  # first: what changes later is then seen
-                self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ModelFileError(
-                say("{file} cannot be opened: {reason}.", file=path, reason=reason)
-            ) from error
+        with _opened(path) as file:
+            self.identity = identity_of(file)  # first: what changes later is then seen
+            self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
 
     def read(self, entry: TensorEntry, most: int | None = None) -> bytes:
         """The bytes of a small tensor, `most` of them. Raises ModelFileError when they are more
@@ -136,6 +129,27 @@ class SafetensorsFile:
                 raise changed(self.path)
             file.seek(entry.start)
             return file.read(size)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Raises ModelFileError when that cannot be done, or reading fails."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ModelFileError(say("{file} is not a file.", file=path))
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelFileError(
+            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+        ) from error
+
+
+def identity_at(path: Path) -> Identity:
+    """The identity of the file there. Raises ModelFileError when it cannot be read."""
+    with _opened(path) as file:
+        return identity_of(file)
 
 
 def identity_of(file: Any) -> Identity:

@@ -12,6 +12,7 @@ from ..engine.flux.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..engine.torch_state import own_state
 from ..messages import say
 from .convert import Progress, convert_into
+from .inspect_once import inspect_once
 from .layouts import blocks_in, clip_layout, t5_layout
 from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
@@ -54,7 +55,8 @@ T5_POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.we
 T5_MLP = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
 
-def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
+@inspect_once
+def inspect_clip(path: Path) -> tuple[ClipGeometry, Sources]:
     """Geometry and weights of a CLIP text encoder, from its header alone.
 
     In the names of Transformers, of which version 5.6 dropped the first part, or in OpenAI's.
@@ -93,7 +95,8 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
-def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
+@inspect_once
+def inspect_t5(path: Path) -> tuple[T5Geometry, Sources]:
     """Geometry and weights of a T5 encoder, in one file or in a folder of shards.
 
     Raises ModelFileError when it is not one, or not whole.
@@ -137,13 +140,14 @@ def load_text_encoders(
     clip_geometry, clip_sources = inspect_clip(clip_path)
     t5_geometry, t5_sources = inspect_t5(t5_path)
     weights = build_text_encoders(clip_geometry, t5_geometry, dtype)
-    positions = clip_sources.pop(CLIP_POSITIONS)  # the converter would reshape this one
+    # The converter would reshape the positions.
+    others = {name: source for name, source in clip_sources.items() if name != CLIP_POSITIONS}
     names = diffsynth_module("utils.state_dict_converters.flux_text_encoder_clip")
-    clip_names = names.FluxTextEncoderClipStateDictConverter(clip_sources)
+    clip_names = names.FluxTextEncoderClipStateDictConverter(others)
 
     sources = {f"clip.{name}": source for name, source in clip_names.items()}
     sources |= {f"t5.{name}": source for name, source in t5_sources.items()}
-    sources["clip.position_embeds"] = positions
+    sources["clip.position_embeds"] = clip_sources[CLIP_POSITIONS]
     convert = partial(convert_into, weights.module, sources, progress, None)
     files = [*files_of(t5_sources), *files_of(clip_sources)]
     mapped = cache_folder is not None and map_or_convert(

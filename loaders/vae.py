@@ -11,11 +11,12 @@ from ..engine.torch_state import own_state
 from ..messages import say
 from .convert import convert_into
 from .diffusers_names import vae_from_diffusers
+from .inspect_once import inspect_once
 from .layouts import vae_layout
 from .recognise import VAE, expecting
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
-from .tensor_sources import Source, prefix_before, require_layout, sources_of
+from .tensor_sources import Sources, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 
 
-def inspect_vae(path: Path) -> dict[str, Source]:
+@inspect_once
+def inspect_vae(path: Path) -> Sources:
     """The weights of a Flux VAE, from its header alone, in either layout.
 
     Raises ModelFileError when the file holds none, or not a whole one.
