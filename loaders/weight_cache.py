@@ -184,7 +184,7 @@ def _fill(
     weights.live_in(_buffers(mapped, sizes))
     with _written_out_meanwhile(file):
         convert(_room_in(file, mapped))
-    homes = [block.home for block in weights.all_blocks if block.home is not None]
+    homes = [block.host_buffer for block in weights.all_blocks if block.host_buffer is not None]
     header = _header(homes)
     if len(header) > HEADER_BYTES:
         raise ValueError(f"{len(homes)} blocks are more than a header of prepared weights can hold")

@@ -1,6 +1,6 @@
 """What a node is given over links, which ComfyUI passes on as it comes, and checked is what it is.
 
-Values that are typed in are checked by ComfyUI before a prompt runs, and file names and sizes by
+Values that are typed in are checked by ComfyUI before a prompt runs, and file names by
 `validate_inputs`.
 """
 

@@ -168,11 +168,11 @@ def build_text_encoders(
 ) -> OffloadedModule:
     """Both encoders with uninitialised weights, as one component.
 
-    T5's matrices travel one by one, CLIP's layers too. The tables of token vectors stay at home.
+    T5's matrices travel one by one, CLIP's layers too. The tables of token vectors stay on the host.
     """
     with torch.device("meta"):
         clip: Any = _sized_clip(clip_geometry).to(dtype)
-        table = HomeEmbedding(t5_geometry.vocabulary, t5_geometry.width)
+        table = HostEmbedding(t5_geometry.vocabulary, t5_geometry.width)
         t5: Any = T5Encoder(t5_geometry, table).to(dtype)
     clip.attn_mask = clip.attention_mask(clip_geometry.positions)  # no parameter: it has values
     both = nn.ModuleDict({"clip": clip, "t5": t5})
@@ -181,7 +181,7 @@ def build_text_encoders(
         attention, mlp = layer.layer[0].SelfAttention, layer.layer[1].DenseReluDense
         blocks += [[attention.q], [attention.k], [attention.v], [attention.o]]
         blocks += [[mlp.wi_0], [mlp.wi_1], [mlp.wo]]
-    return OffloadedModule(both, blocks, at_home=[clip.token_embedding, t5.shared])
+    return OffloadedModule(both, blocks, on_host=[clip.token_embedding, t5.shared])
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def _retry(chunking: Chunking, forward: Callable[..., Any], *args: Any, **kwargs
     return chunking.retry(lambda: forward(*args, **kwargs))
 
 
-class HomeEmbedding(nn.Module):
+class HostEmbedding(nn.Module):
     """A table whose rows are looked up in CPU memory, where it stays."""
 
     def __init__(self, rows: int, width: int):
@@ -221,7 +221,7 @@ def _sized_clip(g: ClipGeometry) -> Any:
     class SizedClip(theirs.FluxTextEncoderClip):
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.token_embedding = HomeEmbedding(g.vocabulary, g.width)
+            self.token_embedding = HostEmbedding(g.vocabulary, g.width)
             self.position_embeds = nn.Parameter(torch.empty(1, g.positions, g.width))
             self.encoders = nn.ModuleList(
                 theirs.CLIPEncoderLayer(g.width, g.mlp_width, heads, CLIP_HEAD_DIM)

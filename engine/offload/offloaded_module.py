@@ -32,7 +32,7 @@ class OffloadedModule:
     blocks: the submodules of each block, in the order in which a pass through the module needs
     them, none inside another.
     once: blocks that a run needs once, before its passes; the last to become resident.
-    at_home: submodules that compute on the CPU.
+    on_host: submodules that compute on the CPU.
     scoped: whether whoever runs `blocks` asks for them with `at_hand`. Otherwise each of their
     modules is at hand while its own forward runs.
     """
@@ -42,15 +42,15 @@ class OffloadedModule:
         module: nn.Module,
         blocks: Blocks,
         once: Blocks = (),
-        at_home: Sequence[nn.Module] = (),
+        on_host: Sequence[nn.Module] = (),
         scoped: bool = False,
     ):
         self.module: Any = module.eval()  # Any: its parts are reached by name
         self._modules = [*map(tuple, blocks), *map(tuple, once)]
         claimed: set[nn.Parameter] = set()
         # All parameters are shared out before the first block replaces its own by views.
-        parts = [*self._modules, tuple(at_home), (module,)]
-        *found, self.home_only, self.root = [
+        parts = [*self._modules, tuple(on_host), (module,)]
+        *found, self.host_only, self.root = [
             WeightBlock([p for part in parts_of for p in _unclaimed_parameters(part, claimed)])
             for parts_of in parts
         ]
@@ -91,8 +91,10 @@ class OffloadedModule:
         `unpin` is called for each piece when `unpin` is, or when the weights are dropped.
         """
         if self._pinned is None:
-            homes = [block.home for block in self.blocks if block.home is not None]
-            self._pinned = PinnedWeights(homes, not self.anonymous, pin, unpin)
+            host_buffers = [
+                block.host_buffer for block in self.blocks if block.host_buffer is not None
+            ]
+            self._pinned = PinnedWeights(host_buffers, not self.anonymous, pin, unpin)
             # Not at exit: CUDA may be gone by then, and the memory goes anyway.
             weakref.finalize(self, self._pinned.release).atexit = False
 
@@ -112,8 +114,8 @@ class OffloadedModule:
 
     @property
     def all_blocks(self) -> list[WeightBlock]:
-        """The root, the blocks of a pass in their order, those of once, what stays at home."""
-        return [self.root, *self.blocks, *self.once, self.home_only]
+        """The root, the blocks of a pass in their order, those of once, what stays on the host."""
+        return [self.root, *self.blocks, *self.once, self.host_only]
 
     @property
     def total_bytes(self) -> int:
@@ -212,19 +214,19 @@ class OffloadedModule:
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
             for index, modules in enumerate(self._modules):
-                visit = _Onload(stream, [*self.blocks, *self.once][index])
+                onload = _Onload(stream, [*self.blocks, *self.once][index])
                 for module in modules:
-                    module.visit = visit  # pyright: ignore[reportArgumentType]
+                    module.onload = onload  # pyright: ignore[reportArgumentType]
                     if not self._scoped or index >= len(self.blocks):
-                        hooks.append(module.register_forward_pre_hook(visit.enter))
-                        hooks.append(module.register_forward_hook(visit.leave, always_call=True))
+                        hooks.append(module.register_forward_pre_hook(onload.enter))
+                        hooks.append(module.register_forward_hook(onload.leave, always_call=True))
             yield stream
         finally:
             for hook in hooks:
                 hook.remove()
             for modules in self._modules:
                 for module in modules:
-                    module.__dict__.pop("visit", None)
+                    module.__dict__.pop("onload", None)
             try:
                 stream.close()
             finally:
@@ -233,7 +235,7 @@ class OffloadedModule:
                 for block in self.all_blocks:
                     block.visitors = 0
                     if not block.resident:
-                        block.point_home()
+                        block.point_to_host()
                 if not root_was_resident:
                     self.root.leave()
 
@@ -258,7 +260,7 @@ def onloaded(module: nn.Module) -> Any:
 
     For layers of one block that take turns; a layer's own forward looks after itself.
     """
-    return getattr(module, "visit", None) or nullcontext()
+    return getattr(module, "onload", None) or nullcontext()
 
 
 def _unclaimed_parameters(

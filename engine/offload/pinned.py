@@ -13,18 +13,20 @@ RAM_LEFT, RAM_WANTED = 0.25, 0.1
 class PinnedWeights:
     """Pins weights as they travel, so what travels first is pinned first, until memory is short.
 
-    homes: uint8, where the weights that travel at every pass live. mapped: whether that is a file,
+    host_buffers: uint8, where the weights that travel at every pass live. mapped: whether that is a file,
     whose weights are copied; others are pinned where they are. pin: the host's; False: it refuses.
     """
 
     def __init__(
         self,
-        homes: Iterable[Tensor],
+        host_buffers: Iterable[Tensor],
         mapped: bool,
         pin: Callable[[Tensor], bool],
         unpin: Callable[[Tensor], object],
     ):
-        self._wanted = {home.data_ptr() for home in homes if home.nbytes}
+        self._wanted = {
+            host_buffer.data_ptr() for host_buffer in host_buffers if host_buffer.nbytes
+        }
         self._mapped, self._pin, self._unpin = mapped, pin, unpin
         self._memory: dict[int, Tensor] = {}  # by the address of where the weights live
         self.grows = False  # whether more may be pinned
@@ -40,28 +42,28 @@ class PinnedWeights:
     def nbytes(self) -> int:
         return sum(memory.nbytes for memory in self._memory.values())
 
-    def known(self, home: Tensor) -> Tensor | None:
-        """Pinned memory with the contents of `home`, if there is some already."""
-        return home if home.is_pinned() else self._memory.get(home.data_ptr())
+    def known(self, host_buffer: Tensor) -> Tensor | None:
+        """Pinned memory with the contents of `host_buffer`, if there is some already."""
+        return host_buffer if host_buffer.is_pinned() else self._memory.get(host_buffer.data_ptr())
 
-    def of(self, home: Tensor) -> Tensor | None:
+    def of(self, host_buffer: Tensor) -> Tensor | None:
         """The same, made if it is worth it and there is room for it."""
-        memory = self.known(home)
-        if memory is None and self.grows and home.data_ptr() in self._wanted:
-            memory = self._new(home)
+        memory = self.known(host_buffer)
+        if memory is None and self.grows and host_buffer.data_ptr() in self._wanted:
+            memory = self._new(host_buffer)
             self.grows = memory is not None
         return memory
 
-    def _new(self, home: Tensor) -> Tensor | None:
-        memory = home
+    def _new(self, host_buffer: Tensor) -> Tensor | None:
+        memory = host_buffer
         if self._mapped:
-            if not _is_free(home.nbytes, RAM_LEFT):
+            if not _is_free(host_buffer.nbytes, RAM_LEFT):
                 return None
             # Filled before it is pinned: that is twice as fast as pinning pages that are not there.
-            memory = torch.empty_like(home).copy_(home)
+            memory = torch.empty_like(host_buffer).copy_(host_buffer)
         if not self._pin(memory):
             return None
-        self._memory[home.data_ptr()] = memory
+        self._memory[host_buffer.data_ptr()] = memory
         return memory
 
     def release(self) -> None:

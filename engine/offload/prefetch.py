@@ -91,7 +91,7 @@ class PrefetchRing:
         if block.visitors:
             return
         if place := self._fetched.pop(block, None):
-            block.point_home()
+            block.point_to_host()
             place.left, place.needed = self._transfers.computed(), False
             self._look_ahead()
 
@@ -150,12 +150,12 @@ class PrefetchRing:
             return None
         self._places = [place for place in self._places if place not in below]
         place = _Place(start, end, turn)
-        assert block.home is not None, "the weights have not been given memory"
+        assert block.host_buffer is not None, "the weights have not been given memory"
         after = [p.left for p in below if p.left is not None]
         if self._ring is None:
             self._ring = self._chunking.retry(self._new_ring)
             after = [self._transfers.computed()]  # whoever had this memory may still compute
-        place.copied = self._transfers.copy(block.home, self._bytes(place), after)
+        place.copied = self._transfers.copy(block.host_buffer, self._bytes(place), after)
         self.moved_bytes += block.nbytes
         self._places.append(place)
         self._fetched[block] = place
@@ -174,4 +174,6 @@ class PrefetchRing:
 
     def _at_hand(self, block: "WeightBlock") -> bool:
         """Whether `block` can be computed with where it is."""
-        return block.resident or (block.home is not None and block.home.device == self.device)
+        return block.resident or (
+            block.host_buffer is not None and block.host_buffer.device == self.device
+        )

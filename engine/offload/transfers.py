@@ -19,7 +19,7 @@ class Transfers(Protocol):
     Copies follow each other in the order in which they were begun.
     """
 
-    def copy(self, home: Tensor, place: Tensor, after: Sequence[Any]) -> Any:
+    def copy(self, host_buffer: Tensor, place: Tensor, after: Sequence[Any]) -> Any:
         """Begin to copy once everything in `after` has happened; returns what to wait for."""
 
     def wait(self, copied: Any) -> None:
@@ -35,8 +35,8 @@ class Transfers(Protocol):
 class PlainTransfers:
     """One thing after the other, as on a CPU or wherever there are no streams."""
 
-    def copy(self, home: Tensor, place: Tensor, after: Sequence[Any]) -> None:
-        place.copy_(home)
+    def copy(self, host_buffer: Tensor, place: Tensor, after: Sequence[Any]) -> None:
+        place.copy_(host_buffer)
 
     def wait(self, copied: Any) -> None: ...
 
@@ -61,14 +61,14 @@ class CudaTransfers:
         self._last: Future[Any] | None = None
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def copy(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
-        pinned = self._pinned.known(home)
+    def copy(self, host_buffer: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+        pinned = self._pinned.known(host_buffer)
         if pinned is not None and (self._last is None or self._last.done()):
             return self._copy(pinned, place, after)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "majicflux-weights")
         # While the thread has something to do, the others queue up too: they keep their order.
-        self._last = self._thread.submit(self._copy_or_stage, home, place, after)
+        self._last = self._thread.submit(self._copy_or_stage, host_buffer, place, after)
         return self._last
 
     def wait(self, copied: Any) -> None:
@@ -85,30 +85,32 @@ class CudaTransfers:
         self.stream.synchronize()  # the pinned buffers are about to be given back
 
     @torch.inference_mode()  # which is a thread's own
-    def _copy(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+    def _copy(self, host_buffer: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
         for event in after:
             self.stream.wait_event(event)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            place.copy_(home, non_blocking=True)
+            place.copy_(host_buffer, non_blocking=True)
             return self.stream.record_event()
 
     @torch.inference_mode()
-    def _copy_or_stage(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+    def _copy_or_stage(
+        self, host_buffer: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]
+    ) -> Any:
         with torch.cuda.device(self.device):
-            pinned = self._pinned.of(home)
+            pinned = self._pinned.of(host_buffer)
         if pinned is not None:
             return self._copy(pinned, place, after)
-        return self._stage(home, place, after)
+        return self._stage(host_buffer, place, after)
 
-    def _stage(self, home: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
+    def _stage(self, host_buffer: Tensor, place: Tensor, after: Sequence[torch.cuda.Event]) -> Any:
         for event in after:
             self.stream.wait_event(event)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            for first in range(0, len(home), STAGING_BYTES):
+            for first in range(0, len(host_buffer), STAGING_BYTES):
                 some = slice(first, first + STAGING_BYTES)
                 buffer, copied = self._next_staging()
                 copied.synchronize()
-                staged = buffer[: len(home[some])].copy_(home[some])
+                staged = buffer[: len(host_buffer[some])].copy_(host_buffer[some])
                 place[some].copy_(staged, non_blocking=True)
                 copied.record(self.stream)
             return self.stream.record_event()

@@ -43,24 +43,24 @@ class WeightBlock:
             end += aligned(view.nbytes)
         self.size = BlockSize(end)
         self.nbytes, self.footprint = end, self.size.footprint
-        self.home: Tensor | None = None
+        self.host_buffer: Tensor | None = None
         self.address = 0  # where it is on the device while it is resident
-        self._at_home: list[nn.Parameter] = []
+        self._on_host: list[nn.Parameter] = []
 
     def live_in(self, buffer: Tensor) -> None:
         """Make `buffer`, uint8 [nbytes] in CPU memory, the place where the parameters are kept."""
-        self.home = buffer
-        self._at_home = [view.of(buffer) for view in self._views]
-        self.point_home()
+        self.host_buffer = buffer
+        self._on_host = [view.of(buffer) for view in self._views]
+        self.point_to_host()
 
     def stay_on(self, device: torch.device, transfers: Transfers) -> Callable[[], None]:
         """Begin to become resident there; the function that is returned is to be called once."""
-        assert self.home is not None, "the weights have not been given memory"
-        place, copied = self.home, None
+        assert self.host_buffer is not None, "the weights have not been given memory"
+        place, copied = self.host_buffer, None
         if device != CPU:
-            place = torch.empty_like(self.home, device=device)
+            place = torch.empty_like(self.host_buffer, device=device)
             # Whoever had this memory may still compute.
-            copied = transfers.copy(self.home, place, [transfers.computed()])
+            copied = transfers.copy(self.host_buffer, place, [transfers.computed()])
 
         def arrive() -> None:
             transfers.wait(copied)
@@ -71,12 +71,12 @@ class WeightBlock:
         return arrive
 
     def leave(self) -> None:
-        self.point_home()
+        self.point_to_host()
         self.resident = False
 
-    def point_home(self) -> None:
-        assert self.home is not None, "the weights have not been given memory"
-        self._point_to(self._at_home)
+    def point_to_host(self) -> None:
+        assert self.host_buffer is not None, "the weights have not been given memory"
+        self._point_to(self._on_host)
 
     def point_into(self, buffer: Tensor) -> None:
         """Let the parameters be views of `buffer`, which holds their bytes."""

@@ -14,29 +14,29 @@ OnPass = Callable[[Tensor], None]
 
 
 def sample(
-    task: SamplerInputs,
+    inputs: SamplerInputs,
     velocity: Velocity,
     on_pass: OnPass,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Latents at the last of the task's sigmas, of `dtype` on `device`.
+    """Latents at the last of the sigmas, of `dtype` on `device`.
 
     Those above 0 are divided by 1 - sigma, as ComfyUI hands them from one sampler to the next.
     """
-    task = task.on(device, dtype)
+    inputs = inputs.on(device, dtype)
     velocity = reported(velocity, on_pass)
-    if task.mask is not None:
-        velocity = masked(velocity, task)
-    latents = task.solver(velocity, task.known(task.sigmas[0]), task.sigmas)
-    if task.mask is not None:
-        latents = torch.where(task.mask == 0, task.known(task.sigmas[-1]), latents)
-    return latents / (1 - task.sigmas[-1])
+    if inputs.mask is not None:
+        velocity = masked(velocity, inputs)
+    latents = inputs.solver(velocity, inputs.known(inputs.sigmas[0]), inputs.sigmas)
+    if inputs.mask is not None:
+        latents = torch.where(inputs.mask == 0, inputs.known(inputs.sigmas[-1]), latents)
+    return latents / (1 - inputs.sigmas[-1])
 
 
-def unpainted(task: SamplerInputs) -> Tensor:
+def unpainted(inputs: SamplerInputs) -> Tensor:
     """What `sample` gives where the mask lets nothing change."""
-    return task.known(task.sigmas[-1]) / (1 - task.sigmas[-1])
+    return inputs.known(inputs.sigmas[-1]) / (1 - inputs.sigmas[-1])
 
 
 def reported(velocity: Velocity, on_pass: OnPass) -> Velocity:

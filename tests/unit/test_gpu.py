@@ -50,7 +50,7 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
         )
         if pinned:
             for block in pipeline.dit.weights.all_blocks:
-                block.live_in(block.home.pin_memory())
+                block.live_in(block.host_buffer.pin_memory())
         _, streamed, report = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
         assert torch.equal(resident, streamed)
         assert report.peak_bytes <= smallest

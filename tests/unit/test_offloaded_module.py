@@ -223,7 +223,7 @@ def test_modulation_travels_once(make_pipeline, monkeypatch) -> None:
     point = WeightBlock.point_into
 
     def watched(block: WeightBlock, buffer: torch.Tensor) -> None:
-        if block.home is not None and buffer is not block.home:
+        if block.host_buffer is not None and buffer is not block.host_buffer:
             moved.append(block)
         point(block, buffer)
 
@@ -253,9 +253,9 @@ def test_what_runs_once_is_the_last_to_become_resident() -> None:
 
 def test_what_stays_at_home_never_travels() -> None:
     parts = [nn.Linear(8, 8, device="meta") for _ in range(2)]
-    weights = OffloadedModule(nn.Sequential(*parts), [[parts[0]]], at_home=[parts[1]]).allocate()
+    weights = OffloadedModule(nn.Sequential(*parts), [[parts[0]]], on_host=[parts[1]]).allocate()
     weights.keep_resident(ACCELERATOR, float("inf"))
-    assert not weights.home_only.resident
+    assert not weights.host_only.resident
     assert [block.resident for block in weights.blocks] == [True]
     assert weights.travelling_bytes == 512
     assert weights.total_bytes == 1024
@@ -274,7 +274,7 @@ def test_a_copy_that_fails_makes_nothing_resident(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="unspecified"):
         weights.keep_resident(ACCELERATOR, float("inf"))
     assert not any(block.resident for block in weights.all_blocks)
-    at_home = {block.home.data_ptr() for block in weights.blocks}
+    at_home = {block.host_buffer.data_ptr() for block in weights.blocks}
     assert {part.weight.data_ptr() for part in parts} == at_home
     monkeypatch.undo()
     weights.keep_resident(ACCELERATOR, float("inf"))

@@ -108,7 +108,7 @@ class LateCard:
     def _copy_something(self) -> None:
         one = self.waiting[0]
         if one.begun:
-            one.place.copy_(one.home)
+            one.place.copy_(one.host_buffer)
             self.waiting.pop(0)
         else:
             self._compute_until(max(one.after, default=0))
@@ -178,8 +178,8 @@ def assert_at_rest(*components: OffloadedModule) -> None:
     for weights in components:
         for block in weights.all_blocks:
             assert block.visitors == 0
-            assert block.home is not None
-            homes = {block.home.untyped_storage().data_ptr()}
+            assert block.host_buffer is not None
+            homes = {block.host_buffer.untyped_storage().data_ptr()}
             at = {getattr(v.owner, v.name).untyped_storage().data_ptr() for v in block._views}
             assert at.isdisjoint(homes) if block.resident and at else at <= homes
         for module in weights.module.modules():
@@ -262,7 +262,7 @@ def watched_run(
 ) -> list[Event]:
     """What happens in a run with a ring of so many times the largest block."""
     weights = layers_of(rows)
-    numbers = {block.home: number for number, block in enumerate(weights.blocks)}
+    numbers = {block.host_buffer: number for number, block in enumerate(weights.blocks)}
     log: list[Event] = []
 
     class Watched(LateCard):

@@ -52,7 +52,11 @@ def resident(pipeline: Pipeline) -> int:
 
 
 def homes(weights: OffloadedModule) -> list[int]:
-    return [block.home.data_ptr() for block in weights.all_blocks if block.home is not None]
+    return [
+        block.host_buffer.data_ptr()
+        for block in weights.all_blocks
+        if block.host_buffer is not None
+    ]
 
 
 def assert_at_rest(pipeline: Pipeline) -> None:
@@ -61,12 +65,12 @@ def assert_at_rest(pipeline: Pipeline) -> None:
         weights = component.weights
         for block in weights.all_blocks:
             assert block.visitors == 0
-            assert block.home is not None
-            home = block.home.untyped_storage().data_ptr()
+            assert block.host_buffer is not None
+            home = block.host_buffer.untyped_storage().data_ptr()
             at = {getattr(v.owner, v.name).untyped_storage().data_ptr() for v in block._views}
             assert (home not in at) if block.resident else at <= {home}
         for module in weights.module.modules():
-            assert not {"visit"} & module.__dict__.keys()
+            assert not {"onload"} & module.__dict__.keys()
             assert getattr(module, "method", None) is None
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in _blocks_of(weights))
 

@@ -275,7 +275,7 @@ def test_a_process_killed_while_preparing_leaves_no_half_file(source: Path, fold
         _: object,
     ) -> None:  # with nothing in it that starts threads, which do not survive a fork
         for to, block in zip(other.all_blocks, finished.all_blocks, strict=True):
-            to.home.numpy()[:] = block.home.numpy()
+            to.host_buffer.numpy()[:] = block.host_buffer.numpy()
 
     target = folder / "weights.majicflux"
     chance = random.Random(0)
@@ -386,7 +386,7 @@ def test_two_processes_of_one_number_do_not_write_into_one_file(
 
     def convert(_: object) -> None:  # see above
         for to, block in zip(other.all_blocks, finished.all_blocks, strict=True):
-            to.home.numpy()[:] = block.home.numpy()
+            to.host_buffer.numpy()[:] = block.host_buffer.numpy()
             time.sleep(0.0005)
 
     for delay in (0.0, 0.002, 0.005, 0.01):

@@ -68,7 +68,7 @@ def travel(patcher) -> None:
     pinned = patcher.weights._pinned
     pinned.begin()
     for block in patcher.weights.blocks:
-        pinned.of(block.home)
+        pinned.of(block.host_buffer)
 
 
 def component(comfy, blocks: int, block_mb: int, device: torch.device = ACCELERATOR):
