@@ -31,7 +31,7 @@ POISON = 0x7F  # four of them are a float32 of 3.4e38
 
 @dataclass
 class Copy:
-    home: Tensor
+    host_buffer: Tensor
     place: Tensor
     after: list[int]
     begun: bool = False
