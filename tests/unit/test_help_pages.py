@@ -31,7 +31,7 @@ def said_by_the_code() -> str:
     """Every string literal of the pack, those in several pieces as one."""
     strings = []
     for folder in ("engine", "loaders", "host", "nodes"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     strings.append(node.value)

@@ -322,7 +322,7 @@ def test_sizes_that_work(size: int) -> None:
     [
         (1000, "Width 1000 is not a multiple of 16; the nearest that work are 992 and 1008."),
         (8, "Width 8 is not a multiple of 16; the nearest that work are 16 and 32."),
-        (8208, "Width 8208 is more than 8192; choose a smaller one."),
+        (8208, "Width 8208 is more than 8192, the most that can be painted."),
     ],
 )
 def test_sizes_that_do_not(size: int, said: str) -> None:
