@@ -19,7 +19,7 @@ from .host.canvas import node_types, with_values
 from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
-from .messages import say
+from .messages import MajicFluxError, say
 from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
@@ -81,11 +81,11 @@ def _open_streams() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What a user can read of an error; ValueError has been written for that."""
+    """What a user can read of an error; MajicFluxError has been written for that."""
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
         return f"{named}{error.strerror}"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (MajicFluxError, OSError)):
         return str(error)
     return say(
         "{kind}: {error}. With --debug, this says where.",
@@ -223,15 +223,15 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from .engine.errors import BudgetTooSmallError
     from .engine.plan.estimate import estimate_plan
-    from .engine.sizes import size_problem
+    from .engine.sizes import require_size
     from .loaders.flux_dit import inspect_flux_dit
 
     for name, side in zip(("Width", "Height"), options.size, strict=True):
-        if problem := size_problem(name, side):
-            raise ValueError(problem)
+        require_size(name, side)
     if (options.copy_rate is None) != (options.matrix_rate is None):
-        raise ValueError(say("The time is told from --copy-rate and --matrix-rate together."))
+        raise MajicFluxError(say("The time is told from --copy-rate and --matrix-rate together."))
     geometry = None if options.file is None else inspect_flux_dit(options.file)[0]
     plan = estimate_plan(
         geometry,
@@ -243,7 +243,12 @@ def _plan(options: argparse.Namespace) -> None:
         options.matrix_rate,
     )
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
-    plan.require_budget()
+    try:
+        plan.require_budget()
+    except BudgetTooSmallError as error:
+        advice = say("Give --vram {enough} or more, or choose {smaller}.", **error.values)
+        error.advise(advice)
+        raise
 
 
 def _cache(options: argparse.Namespace) -> None:

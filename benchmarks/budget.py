@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from majicflux.engine.flux.text_encoders import TextEmbedding, TextEncoders, build_text_encoders
@@ -31,7 +32,7 @@ from majicflux.engine.flux.vae import VAE, build_vae
 from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.plan.measure import copy_rate
-from majicflux.engine.plan.plan import DENOISE, BudgetError
+from majicflux.engine.plan.plan import DENOISE
 from majicflux.engine.plan.split import RING_BLOCKS
 from majicflux.engine.plan.units import GB
 from majicflux.engine.quant.compute import choose_compute

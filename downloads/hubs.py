@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
-from ..messages import say
+from ..messages import MajicFluxError, say
 from .catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, Place
 
 log = logging.getLogger("majicflux")
@@ -27,8 +27,8 @@ TELL_SECONDS = 30  # without news, until it is said what is waited for
 LEAST_BYTES, PATIENCE_SECONDS = 2**16, 300
 
 
-class DownloadError(ValueError):
-    """A model file could not be downloaded. The message is for the user."""
+class DownloadError(MajicFluxError):
+    """A model file could not be downloaded."""
 
 
 def fetch(place: Place, folder: Path, least: int, most: int) -> Path:

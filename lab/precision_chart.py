@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from ..engine.quant.formats import STORAGES
-from ..messages import say
+from ..messages import MajicFluxError, say
 from .precision import Cost, PrecisionReport
 from .precision_table import basis, description, gigabytes, percent, suggestion
 
@@ -38,8 +38,8 @@ LABELS = {
 WHOLE = ("Whole file", "as the loader stores it with", "this weight_precision")
 
 
-class ChartError(ValueError):
-    """The chart cannot be written there. The message is for the user."""
+class ChartError(MajicFluxError):
+    """The chart cannot be written there."""
 
 
 def require_place(path: Path) -> None:

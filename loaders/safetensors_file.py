@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..messages import later, say
+from ..messages import MajicFluxError, later, say
 
 FORMAT_HEADER_BYTES = 100 * 2**20  # the format's own limit
 # Ours: headers are read while the server answers nobody else. Those of Flux.1 models have 2,000
@@ -70,10 +70,8 @@ OTHER_FORMATS = (
 )  # fmt: skip
 
 
-class ModelFileError(ValueError):
-    """A model file is missing, damaged or of the wrong kind. The message is for the user."""
-
-    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
+class ModelFileError(MajicFluxError):
+    """A model file is missing, damaged or of the wrong kind."""
 
 
 @dataclass(frozen=True)

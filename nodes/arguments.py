@@ -12,8 +12,10 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+from ..engine.errors import EngineError
 from ..engine.torch_state import own_state
-from ..messages import say
+from ..messages import MajicFluxError, say
+from .advice import advise
 
 # What travels on a socket: its class, by name, because the modules take seconds to import.
 CLASSES = {
@@ -33,7 +35,8 @@ def checked(execute: Callable[..., Any]) -> Callable[..., Any]:
     """An `execute` that is given values as its schema declares them, and no others.
 
     Numbers may come as text or as tensors; an optional input that is given None counts as absent.
-    Raises ValueError by the name of the input. It runs with PyTorch's own defaults.
+    Raises MajicFluxError by the name of the input. It runs with PyTorch's own defaults, and
+    what the engine refuses comes with advice.
     """
     parameters = signature(execute)
 
@@ -50,8 +53,12 @@ def checked(execute: Callable[..., Any]) -> Callable[..., Any]:
                 continue
             limits = {} if socket.id in validated else socket.as_dict()
             given[socket.id] = _value(socket.id, socket.io_type, given[socket.id], limits)
-        with own_state():
-            return execute(**given)
+        try:
+            with own_state():
+                return execute(**given)
+        except EngineError as error:
+            advise(error)
+            raise
 
     return run
 
@@ -61,7 +68,7 @@ def _value(name: str, io_type: str, value: Any, limits: dict[str, Any]) -> Any:
         module, _, kind = CLASSES[io_type].rpartition(".")
         if not isinstance(value, getattr(import_module(module, __package__), kind)):
             found = type(value).__name__
-            raise ValueError(
+            raise MajicFluxError(
                 say(
                     "{where} takes {wanted}, but is linked to {found}.",
                     where=name,
@@ -74,10 +81,12 @@ def _value(name: str, io_type: str, value: Any, limits: dict[str, Any]) -> Any:
     low, high = limits.get("min", found), limits.get("max", found)
     if not low <= found <= high:
         values = {"low": low, "high": high, "value": found}
-        raise ValueError(say("{where} must be {low} to {high}, not {value}.", where=name, **values))
+        raise MajicFluxError(
+            say("{where} must be {low} to {high}, not {value}.", where=name, **values)
+        )
     if found not in limits.get("options", [found]):
         choices = ", ".join(limits["options"])
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "{where} must be one of: {choices}; not {value}.",
                 where=name,
@@ -99,7 +108,7 @@ def _whole(name: str, value: Any) -> int:
                 return int(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         pass
-    raise ValueError(
+    raise MajicFluxError(
         say("{where} must be a whole number, not {value!r}.", where=name, value=brief(value))
     )
 
@@ -110,7 +119,7 @@ def _number(name: str, value: Any) -> float:
             return number
     except (OverflowError, RuntimeError, TypeError, ValueError):
         pass
-    raise ValueError(
+    raise MajicFluxError(
         say("{where} must be a number, not {value}.", where=name, value=repr(brief(value)))
     )
 
@@ -121,7 +130,7 @@ def _switch(name: str, value: Any) -> bool:
             return bool(value)
     except (RuntimeError, TypeError, ValueError):
         pass
-    raise ValueError(
+    raise MajicFluxError(
         say("{where} must be true or false, not {value!r}.", where=name, value=brief(value))
     )
 
@@ -129,7 +138,9 @@ def _switch(name: str, value: Any) -> bool:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, (str, int, float)):
         return str(value).encode(errors="replace").decode()  # halves of characters, which some cut
-    raise ValueError(say("{where} must be a text, not {value!r}.", where=name, value=brief(value)))
+    raise MajicFluxError(
+        say("{where} must be a text, not {value!r}.", where=name, value=brief(value))
+    )
 
 
 READ: dict[str, Callable[[str, Any], Any]] = {

@@ -12,6 +12,7 @@ ORDER = [
         "engine/__init__.py",
         "engine/allocator.py",
         "engine/diffsynth_files.py",
+        "engine/errors.py",
         "engine/latents.py",
         "engine/sizes.py",
         "engine/torch_state.py",

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ...messages import say
+from ..errors import TooManyCharactersError, TooManyTokensError
 
 CLIP_TOKENS = 77  # with those that mark start and end
 T5_TOKENS = 512  # at least, with the one that marks the end
@@ -23,16 +24,9 @@ BRACKET = re.compile(r"\\[()]|[()]")
 
 
 def require_length(prompt: str) -> None:
-    """Raise ValueError for a prompt that is too long to be looked at."""
+    """Raise TooManyCharactersError for a prompt that is too long to be looked at."""
     if len(prompt) > MOST_CHARACTERS:
-        raise ValueError(
-            say(
-                "The prompt has {characters} characters, more than the {most} that can be read. "
-                "Shorten it.",
-                characters=len(prompt),
-                most=MOST_CHARACTERS,
-            )
-        )
+        raise TooManyCharactersError(characters=len(prompt), most=MOST_CHARACTERS)
 
 
 def weighted_segments(prompt: str) -> Segments:
@@ -178,7 +172,7 @@ def tokenize(
 
     CLIP reads what fits into its `clip_tokens`, 248 of LongCLIP, as in ComfyUI, where Flux takes
     the vector of the first so many. T5 reads all. before_text: called before each segment, and may
-    raise. Raises ValueError for more than MOST_T5_TOKENS.
+    raise. Raises TooManyTokensError for more than MOST_T5_TOKENS.
     """
     clip: list[list[int]] = []
     t5: list[list[int]] = []
@@ -199,14 +193,7 @@ def tokenize(
     characters = sum(not character.isspace() for character in whole)
     counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unread, characters)
     if counts.text_tokens > MOST_T5_TOKENS:
-        raise ValueError(
-            say(
-                "The prompt has {tokens} T5 tokens, more than the {most} that can be read. "
-                "Shorten it.",
-                tokens=counts.t5,
-                most=MOST_T5_TOKENS - 1,
-            )
-        )
+        raise TooManyTokensError(tokens=counts.t5, most=MOST_T5_TOKENS - 1)
     start, end = clip_tokenizer("").input_ids
     weights = [weight for (_, weight), ids in zip(segments, t5, strict=True) for _ in ids]
     return Tokens(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...messages import say
 from ..diffsynth_files import diffsynth_module
+from ..errors import PromptWeightError
 from ..offload.chunking import Chunking
 from ..offload.offloaded_module import OffloadedModule
 from ..offload.patcher import Patcher
@@ -70,8 +70,7 @@ class TextEncoders:
     ) -> tuple[Segments, Tokens]:
         """The parts of a prompt and their tokens; of the last prompts they are remembered.
 
-        before_text: called before each part, and may raise. Raises ValueError when the prompt is
-        too long.
+        before_text: called before each part, and may raise. Raises PromptTooLongError.
         """
         if prompt not in self._read:
             require_length(prompt)
@@ -95,7 +94,7 @@ class TextEncoders:
         self._remembered.clear()
 
     def count(self, prompt: str) -> TokenCounts:
-        """Raises ValueError when the prompt is too long."""
+        """Raises PromptTooLongError."""
         return self.read(prompt)[1].counts
 
     @property
@@ -124,7 +123,7 @@ class TextEncoders:
         from those of an empty prompt, which is encoded too if it is not remembered; CLIP's pooled
         vector, all that Flux takes of CLIP, is left as it is. text_tokens: T5's at least.
         Returns the embedding, on the CPU, and the bytes of weights that were moved.
-        Raises ValueError when the prompt is too long.
+        Raises PromptTooLongError or PromptWeightError.
         """
         segments, text = self.read(prompt, before_block or (lambda: None))
         moved_bytes = 0
@@ -149,13 +148,7 @@ class TextEncoders:
         if empty is not None:
             weighed = _weighted(embedding.tokens, empty.tokens, weights)
             if torch.isfinite(embedding.tokens).all() and not torch.isfinite(weighed).all():
-                raise ValueError(
-                    say(
-                        "A weight in the prompt is too large: {weight:.4g}. Brackets multiply the "
-                        "weights around them; usual ones are 0.5 to 1.5.",
-                        weight=max(weights, key=abs),
-                    )
-                )
+                raise PromptWeightError(weight=max(weights, key=abs))
             embedding = replace(embedding, tokens=weighed)
         self._remembered[segments, text_tokens] = embedding
         while sum(known.nbytes for known in self._remembered.values()) > REMEMBERED_BYTES:
@@ -168,7 +161,8 @@ def build_text_encoders(
 ) -> OffloadedModule:
     """Both encoders with uninitialised weights, as one component.
 
-    T5's matrices travel one by one, CLIP's layers too. The tables of token vectors stay on the host.
+    T5's matrices travel one by one, CLIP's layers too. The tables of token vectors stay on the
+    host.
     """
     with torch.device("meta"):
         clip: Any = _sized_clip(clip_geometry).to(dtype)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...messages import later, say
+from ..errors import BudgetError, BudgetTooSmallError, TooLittleVramError
 from ..flux.prompts import T5_TOKENS
 from ..flux.vae_band_plan import BandPlan
 from ..sizes import PIXELS_PER_LATENT, STEP
@@ -20,12 +21,6 @@ LABELS = {
     DENOISE: later("denoising"),
     DECODE: later("VAE decode"),
 }
-
-
-class BudgetError(ValueError):
-    """A run that cannot work in the memory it may use."""
-
-    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
 
 
 @dataclass(frozen=True)
@@ -112,28 +107,16 @@ class Plan:
         if self.budget_bytes is None or self.smallest_bytes <= self.budget_bytes:
             return
         worst = max(self.stages, key=lambda stage: stage.smallest)
-        values = {
-            "budget": self.budget_bytes / GB,
-            "picture": self._picture,
-            "phase": worst.label,
-            "needed": worst.smallest / GB,
-            "enough": in_gb_above(worst.smallest),
-            "smaller": self._smaller,
-        }
-        if self.chosen:
-            said = say(
-                "{budget:.2f} GB of VRAM are too little for {picture}: the phase '{phase}' needs "
-                "{needed:.2f} GB. Set vram_budget_gb to {enough} or more, or choose {smaller}.",
-                **values,
-            )
-        else:
-            said = say(
-                "Only {budget:.2f} GB of VRAM can be had, too little for {picture}: the phase "
-                "'{phase}' needs {enough} GB. Close other programs that use the card, or "
-                "choose {smaller}.",
-                **values,
-            )
-        raise BudgetError("\n".join([said, *map(_least, self.stages)]))
+        kind: type[BudgetError] = BudgetTooSmallError if self.chosen else TooLittleVramError
+        raise kind(
+            *map(_least, self.stages),
+            budget=self.budget_bytes / GB,
+            picture=self._picture,
+            phase=worst.label,
+            needed=worst.smallest / GB,
+            enough=in_gb_above(worst.smallest),
+            smaller=self._smaller,
+        )
 
     @property
     def _picture(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...messages import say
+from ..errors import NoEightBitWeightsError
 from ..kernels import dispatch
 from ..kernels.row_format import FLOAT8_DTYPE, LIMITS
 from .linear import LinearMethod, stored_linears
@@ -75,18 +76,13 @@ def choose_compute(
     auto: 8 bits where the device has matrix units for the format of the weights, and for int8
     fused kernels, `native` elsewhere. 8-bit: 8 bits wherever they can be had, also by slow
     arithmetic, such as on a CPU. Other modes are the dtype that they name.
-    Raises ValueError when 8-bit finds no weight in 8 bits.
+    Raises NoEightBitWeightsError when 8-bit finds no weight in 8 bits.
     """
     if mode not in ("auto", "8-bit"):
         return ComputePrecision(getattr(torch, mode))
     stored = {layer.weight.dtype for layer in stored_linears(module)} & LIMITS.keys()
     if mode == "8-bit" and not stored:
-        raise ValueError(
-            say(
-                "compute_precision is 8-bit, but no weight of the transformer is. Choose "
-                "float8_e4m3fn or int8 rotated as weight_precision, or another compute_precision."
-            )
-        )
+        raise NoEightBitWeightsError
     obstacles = {dtype: _obstacle(dtype, device, mode == "8-bit") for dtype in stored}
     chosen = frozenset(dtype for dtype, obstacle in obstacles.items() if not obstacle)
     reasons = set(filter(None, obstacles.values()))

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...messages import say
+from ..errors import EncoderWidthError, NoTextEncodersError, NotTextToImageError, NoVaeError
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -45,29 +45,14 @@ class Pipeline:
         g = self.dit.geometry
         channels = g.in_channels
         if channels != CHANNELS * PATCH**2:
-            raise ValueError(
-                say(
-                    "This transformer takes {channels} input channels, so it is a fill, depth or "
-                    "canny model, which needs a picture too. Choose a text-to-image model.",
-                    channels=channels,
-                )
-            )
+            raise NotTextToImageError(channels=channels)
         if self.text_encoders is not None:
             self._require_width("CLIP-L", g.pooled_width, self.text_encoders.pooled_width)
             self._require_width("T5", g.text_width, self.text_encoders.t5_geometry.width)
 
     def _require_width(self, encoder: str, wanted: int, width: int) -> None:
         if width != wanted:
-            raise ValueError(
-                say(
-                    "This transformer takes {wanted} values from {encoder}, and the {encoder} that "
-                    "is connected gives {width}. Choose another one in the bf16 text encoders "
-                    "node.",
-                    encoder=encoder,
-                    wanted=wanted,
-                    width=width,
-                )
-            )
+            raise EncoderWidthError(encoder=encoder, wanted=wanted, width=width)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -75,26 +60,16 @@ class Pipeline:
 
     @property
     def checked_text_encoders(self) -> TextEncoders:
-        """Raises ValueError when there are none."""
+        """Raises NoTextEncodersError when there are none."""
         if self.text_encoders is None:
-            raise ValueError(
-                say(
-                    "The pipeline has no text encoders: connect bf16 text encoders to it, or an "
-                    "encoded prompt to positive and, if cfg is not 1, to negative."
-                )
-            )
+            raise NoTextEncodersError
         return self.text_encoders
 
     @property
     def checked_vae(self) -> VAE:
-        """Raises ValueError when there is none."""
+        """Raises NoVaeError when there is none."""
         if self.vae is None:
-            raise ValueError(
-                say(
-                    "The pipeline has no VAE: connect a Flux VAE to it, or use denoise with "
-                    "ComfyUI's own VAE nodes."
-                )
-            )
+            raise NoVaeError
         return self.vae
 
     @property
@@ -153,7 +128,7 @@ class Pipeline:
         return PipelineRun(self.components, self.plan(workload, stages), before_block, on_stage)
 
     def text_tokens(self, prompts: Sequence[str | TextEmbedding], before_text: BeforeBlock) -> int:
-        """T5's of the longest prompt. Raises ValueError for one that is too long."""
+        """T5's of the longest prompt. Raises PromptTooLongError."""
 
         def tokens(prompt: str | TextEmbedding) -> int:
             if isinstance(prompt, str):

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
-from ...messages import say
 from ..allocator import is_out_of_memory
+from ..errors import OutOfVramError
 from ..offload.chunking import Chunking
 from ..offload.offloaded_module import OffloadedModule
 from ..offload.patcher import Patcher
 from ..offload.prefetch import BeforeBlock
 from ..offload.vram import HeldVram
 from ..offload.weight_block import CPU
-from ..plan.plan import BudgetError, Plan, StagePlan, Workload
+from ..plan.plan import Plan, StagePlan, Workload
 from ..plan.units import GB
 from .report import Report, StageReport
 
@@ -100,15 +100,10 @@ class PipelineRun:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            said = say(
-                "The card ran out of memory in the phase '{phase}', which needs {smallest:.2f} GB "
-                "at least. Close other programs that use the card, or choose a smaller picture or "
-                "batch.",
-                phase=plan.label,
-                smallest=plan.smallest / GB,
-            )
             # By PyTorch's words ComfyUI's canvas knows what to say at once.
-            raise BudgetError("\n".join([said, str(error)])) from error
+            raise OutOfVramError(
+                str(error), phase=plan.label, smallest=plan.smallest / GB
+            ) from error
         finally:
             if memory is not None:
                 report.peak_bytes = memory.peak_bytes()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...messages import later, say
+from ...messages import later
+from .. import errors
 from ..flux.text_encoders import TextEmbedding
 from ..latents import draw_noise, latent_mask
 from ..offload.weight_block import CPU
@@ -15,7 +16,7 @@ from ..plan.plan import Workload
 from ..sampling.inputs import SamplerInputs
 from ..sampling.schedules import Schedule, diffsynth_sigmas
 from ..sampling.solvers import Solver, euler, passes
-from ..sizes import CHANNELS, size_problem
+from ..sizes import CHANNELS, require_size
 
 MAX_STEPS = 100
 MAX_SEED = 2**64 - 1
@@ -53,40 +54,25 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         for name, size in ((later("Width"), self.width), (later("Height"), self.height)):
-            if problem := size_problem(name, size):
-                raise ValueError(problem)
+            require_size(name, size)
         if not 1 <= self.steps <= MAX_STEPS:
-            steps = {"most": MAX_STEPS, "steps": self.steps}
-            raise ValueError(say("Steps must be 1 to {most}, not {steps}.", **steps))
+            raise errors.StepsError(most=MAX_STEPS, steps=self.steps)
         if not 0 <= self.seed <= MAX_SEED:
-            seed = {"most": MAX_SEED, "seed": self.seed}
-            raise ValueError(say("The seed must be 0 to {most}, not {seed}.", **seed))
+            raise errors.SeedError(most=MAX_SEED, seed=self.seed)
         for name, value in (("guidance", self.guidance), ("cfg", self.cfg)):
             if not math.isfinite(value):
-                raise ValueError(
-                    say("{where} must be a number, not {value}.", where=name, value=value)
-                )
+                raise errors.NumberError(where=name, value=value)
         if self.batch_size < 1:
-            batch = self.batch_size
-            raise ValueError(say("The batch size must be at least 1, not {batch}.", batch=batch))
+            raise errors.BatchSizeError(batch=self.batch_size)
         if not 0 < self.strength <= 1:
-            strength = self.strength
-            raise ValueError(
-                say("Strength must be above 0 and at most 1, not {strength}.", strength=strength)
-            )
+            raise errors.StrengthError(strength=self.strength)
         if self.picture is None and self.latents is None:
             if self.mask is not None:
-                raise ValueError(say("A mask needs a picture: connect an image or a latent too."))
+                raise errors.MaskAloneError
             if self.strength < 1:
-                raise ValueError(
-                    say(
-                        "A strength of {strength} needs a picture to begin from: connect an image "
-                        "or a latent, or set strength to 1.",
-                        strength=self.strength,
-                    )
-                )
+                raise errors.StrengthAloneError(strength=self.strength)
         if self.picture is not None and self.latents is not None:
-            raise ValueError(say("Connect an image or a latent to begin from, not both."))
+            raise errors.TwoPicturesError
 
     @property
     def pictures(self) -> int:

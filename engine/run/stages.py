@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...messages import say
+from ..errors import NotFiniteError
 from ..flux.conditioning import Conditions, conditions_of
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
@@ -204,13 +205,6 @@ def _on_device(device: torch.device, plan: StagePlan) -> StagePlan:
 
 
 def require_numbers(name: str, *values: Tensor) -> None:
-    """Raise ValueError where a stage gave NaN, which would be saved as black pixels."""
+    """Raise NotFiniteError where a stage gave NaN, which would be saved as black pixels."""
     if not all(torch.isfinite(each).all() for each in values):
-        raise ValueError(
-            say(
-                "The phase '{phase}' gave values that are no numbers (NaN), so there is no "
-                "picture. Set compute_precision to float32; if that does not help, the model file "
-                "is damaged: download it again.",
-                phase=say(LABELS[name]),
-            )
-        )
+        raise NotFiniteError(phase=say(LABELS[name]))

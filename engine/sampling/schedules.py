@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ...messages import say
+from ..errors import LevelNumbersError, LevelOrderError, NoStepsError, TooFewLevelsError
 from ..sizes import STEP
 
 if TYPE_CHECKING:
@@ -50,54 +50,28 @@ def bfl_sigmas(steps: int, width: int, height: int, strength: float = 1.0) -> Te
 def given_sigmas(sigmas: Tensor) -> Schedule:
     """Noise levels that came from elsewhere, whatever the size.
 
-    Raises ValueError when a flow model cannot follow them.
+    Raises NoiseLevelsError when a flow model cannot follow them.
     """
     levels = sigmas.detach().float().cpu()
     if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(
-            say(
-                "SIGMAS must be a list of at least two noise levels, not of shape {shape}. Raise "
-                "the scheduler's steps or its denoise.",
-                shape=tuple(levels.shape),
-            )
-        )
+        raise TooFewLevelsError(shape=tuple(levels.shape))
     if not levels.isfinite().all():
-        raise ValueError(
-            say(
-                "SIGMAS must be numbers, and some of these are not (NaN or infinity). Look at the "
-                "node that they come from."
-            )
-        )
+        raise LevelNumbersError
     if not (levels[0] <= 1 and levels[-1] >= 0 and bool((levels[1:] < levels[:-1]).all())):
-        raise ValueError(
-            say(
-                "SIGMAS must fall from at most 1 to at least 0; these go from {first:.4g} to "
-                "{last:.4g}. Connect the scheduler to a Flux model.",
-                first=levels[0].item(),
-                last=levels[-1].item(),
-            )
-        )
+        raise LevelOrderError(first=levels[0].item(), last=levels[-1].item())
     return lambda *_: levels
 
 
 def some_steps(schedule: Schedule, start: int, end: int) -> Schedule:
     """The schedule's steps from `start` to before `end`, counted from 0.
 
-    Raises ValueError, when it is asked, if there are none.
+    Raises NoStepsError, when it is asked, if there are none.
     """
 
     def part(steps: int, width: int, height: int, strength: float) -> Tensor:
         sigmas = schedule(steps, width, height, strength)
         if start >= min(end, len(sigmas) - 1):
-            raise ValueError(
-                say(
-                    "There is no step from {start} to {end} in a schedule of {steps} steps. Lower "
-                    "start_at_step or raise end_at_step.",
-                    start=start,
-                    end=end,
-                    steps=len(sigmas) - 1,
-                )
-            )
+            raise NoStepsError(start=start, end=end, steps=len(sigmas) - 1)
         return sigmas[start : end + 1]
 
     return part

@@ -16,8 +16,9 @@ import torch
 from rooms import FILES, ROOT
 
 from majicflux import messages
+from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux.prompts import TokenCounts
-from majicflux.engine.plan.plan import BudgetError, Plan, StagePlan, Workload
+from majicflux.engine.plan.plan import Plan, StagePlan, Workload
 from majicflux.engine.plan.units import GB
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.report import Report, StageReport
@@ -29,6 +30,7 @@ from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.messages import later, say
 from majicflux.nodes import DiTLoader
+from majicflux.nodes.advice import advise
 
 LANGUAGES = ["ja", "zh", "zh-TW"]
 WORD = re.compile("[A-Za-z]{3}")
@@ -197,6 +199,7 @@ def test_a_plan_and_its_refusal_are_in_chinese(chinese: None) -> None:
     ]
     with pytest.raises(BudgetError) as refused:
         PLAN.require_budget()
+    advise(refused.value)
     assert str(refused.value) == (
         "2.00 GB 显存不够画 2 x 64x48：“去噪”阶段需要 3.00 GB。"
         "请把显存预算（vram_budget_gb）设为 3.0 或更大，或减小图片尺寸或批量，或缩短提示词。"

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux import vae_bands
 from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
 from majicflux.engine.offload.vram import HeldVram
 from majicflux.engine.plan.denoising import step_seconds
 from majicflux.engine.plan.device import DeviceProfile
-from majicflux.engine.plan.plan import BudgetError
 from majicflux.engine.run import pipeline as pipeline_module
 from majicflux.engine.run import pipeline_run, stages
 from majicflux.engine.run.pipeline import Pipeline, paint

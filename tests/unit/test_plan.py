@@ -16,6 +16,7 @@ from torch import Tensor
 
 from majicflux.cli import main
 from majicflux.engine import kernels
+from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux import blocks, conditioning, vae_bands, velocity
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
@@ -32,7 +33,7 @@ from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.plan import denoising, estimate, split
 from majicflux.engine.plan.denoising import plan_denoising, step_seconds
 from majicflux.engine.plan.device import DeviceProfile
-from majicflux.engine.plan.plan import BudgetError, Plan, StagePlan, Workload
+from majicflux.engine.plan.plan import Plan, StagePlan, Workload
 from majicflux.engine.plan.text import plan_text
 from majicflux.engine.plan.units import GB, MB
 from majicflux.engine.plan.vae import plan_decode
@@ -43,6 +44,7 @@ from majicflux.engine.sampling.inputs import SamplerInputs
 from majicflux.engine.sampling.loop import sample
 from majicflux.engine.sampling.schedules import diffsynth_sigmas
 from majicflux.loaders import demo_models
+from majicflux.nodes.advice import advise
 
 META = torch.device("meta")
 FULL = FluxGeometry()
@@ -407,7 +409,7 @@ def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: st
             said = str(refused.value)
             assert f"{batch} x {size[0]}x{size[1]}" in said
             assert f"phase '{worst.label}' needs {worst.smallest / GB:.2f} GB" in said
-            (named,) = re.findall(r"Set vram_budget_gb to ([\d.]+) or more", said)
+            named = refused.value.values["enough"]
             enough = planned(name, size, batch, float(named))
             enough.require_budget()
             assert enough.peak_bytes <= float(named) * GB
@@ -580,7 +582,7 @@ def test_plan_refuses_a_budget_that_is_too_small(capsys) -> None:
     assert text.startswith("1 x 2048x2048"), "the plan is shown all the same"
     said_so = r"error: 0\.20 GB of VRAM are too little for 1 x 2048x2048: the phase '[\w ]+' needs "
     assert re.match(said_so, errors)
-    (named,) = re.findall(r"Set vram_budget_gb to ([\d.]+) or more", errors)
+    (named,) = re.findall(r"Give --vram ([\d.]+) or more", errors)
     assert f"smallest budget that works: {named} GB" in text
     assert said(capsys, "--vram", named, "--size", "2048x2048")[0] == 0
 
@@ -632,6 +634,7 @@ def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small
     plan = Plan(Workload(64, 48, 2), 2 * GB, (phase,), None, chosen=False)
     with pytest.raises(BudgetError, match=r"Only 2\.00 GB of VRAM can be had") as refused:
         plan.require_budget()
+    advise(refused.value)
     assert "2 x 64x48: the phase 'denoising' needs 3.1 GB. Close other programs" in str(
         refused.value
     )
@@ -645,6 +648,7 @@ def test_a_shorter_prompt_is_advised_where_the_prompt_is_long(chosen: bool) -> N
         plan = Plan(Workload(64, 48, text_tokens=words), 2 * GB, (phase,), None, chosen)
         with pytest.raises(BudgetError) as refused:
             plan.require_budget()
+        advise(refused.value)
         assert ("a shorter prompt" in str(refused.value)) == advised
 
 

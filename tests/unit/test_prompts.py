@@ -215,9 +215,8 @@ def test_a_prompt_beyond_all_measure_is_refused(encoders: TextEncoders, caplog) 
         assert encoders.count(longest).text_tokens == MOST_T5_TOKENS
     assert not caplog.records, "no warning of the tokenizers"
     for refuse in (encoders.count, encoders.encode):
-        with pytest.raises(ValueError, match="has 4096 T5 tokens, more than the 4095") as refused:
+        with pytest.raises(ValueError, match="has 4096 T5 tokens, more than the 4095"):
             refuse(longest + "a")
-        assert "Shorten it" in str(refused.value)
 
 
 @pytest.mark.parametrize(

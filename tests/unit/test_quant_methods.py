@@ -295,7 +295,7 @@ def test_8_bits_can_be_had_on_a_cpu_and_need_8_bits(make_pipeline) -> None:
     plain = choose_compute(module, CPU, "bfloat16", torch.float32)
     assert plain == ComputePrecision(torch.bfloat16)
     assert plain.report == "computes in bfloat16"
-    with pytest.raises(ValueError, match="no weight of the transformer is"):
+    with pytest.raises(ValueError, match="takes weights in 8 bits, and this transformer has none"):
         choose_compute(build_flux_dit(SMALL, uniform(BFLOAT16)).module, CPU, "8-bit", torch.float32)
 
 

@@ -146,7 +146,7 @@ def test_the_strength_of_diffsynth_is_ours() -> None:
     "levels", [[1.0], [0.5, 1.0], [14.6, 0.0], [1.0, 0.5, 0.5, 0.0], [1.0, -0.1], [math.nan, 0.0]]
 )
 def test_levels_that_a_flow_model_cannot_follow_are_refused(levels: list[float]) -> None:
-    with pytest.raises(ValueError, match="SIGMAS must"):
+    with pytest.raises(ValueError, match="Noise levels must"):
         given_sigmas(torch.tensor(levels))
 
 
@@ -322,7 +322,10 @@ def test_progress_counts_passes_and_shows_the_estimate(exact) -> None:
         ({"strength": 1.1}, "Strength must be"),
         ({"strength": 0.5}, "needs a picture to begin from"),
         ({"mask": torch.ones(1, 6, 8)}, "mask needs a picture"),
-        ({"latents": torch.ones(1, 16, 6, 8), "picture": picture_of()}, "not both"),
+        (
+            {"latents": torch.ones(1, 16, 6, 8), "picture": picture_of()},
+            "both a picture and latents",
+        ),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(change: dict, words: str) -> None:

@@ -360,7 +360,7 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_input(
             sampled(pipeline, **change)
     with pytest.raises(ValueError, match="guidance in the CONDITIONING of positive must be a num"):
         sampled(pipeline, positive=[[tokens, {**options, "guidance": value}]])
-    with pytest.raises(ValueError, match="SIGMAS must"):
+    with pytest.raises(ValueError, match="Noise levels must"):
         sampled(pipeline, sigmas=torch.tensor([1.0, value, 0.0]))
     for node, given in ((Decode, latent), (EncodeImage, spoiled(picture()))):
         with pytest.raises(ValueError, match="no numbers"):

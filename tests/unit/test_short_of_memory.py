@@ -14,6 +14,7 @@ from live_bytes import LiveBytes
 from same_bits import same
 from torch import Tensor
 
+from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux import blocks, vae_bands
 from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.flux.vae import VAE
@@ -22,7 +23,7 @@ from majicflux.engine.offload import prefetch
 from majicflux.engine.offload.chunking import Chunking
 from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.offload.weight_block import WeightBlock
-from majicflux.engine.plan.plan import BudgetError, Workload
+from majicflux.engine.plan.plan import Workload
 from majicflux.engine.quant import methods
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear

@@ -190,7 +190,7 @@ def test_a_budget_that_is_too_small_for_anything_stops_at_the_pipeline(comfy, ca
     executor = comfy.executor()
     error = error_of(comfy, executor, with_budget(graph, 0.05 * GB))
     assert error["node_type"] == "MajicFluxPipeline"
-    assert error["exception_type"].endswith("BudgetError")
+    assert error["exception_type"] == "majicflux.BudgetTooSmallError"
     said = error["exception_message"]
     assert said.startswith("0.05 GB of VRAM are too little for 1 x 64x64: the phase 'VAE decode'")
     assert "Set vram_budget_gb to 0." in said
@@ -213,7 +213,7 @@ def test_a_picture_too_large_for_the_budget_stops_at_sample_before_it_begins(
     large["5"]["inputs"].update(width=8192, height=8192, batch_size=4)
     error = error_of(comfy, executor, large)
     assert error["node_type"] == "MajicFluxSample"
-    assert error["exception_type"] == "majicflux.BudgetError"
+    assert error["exception_type"] == "majicflux.BudgetTooSmallError"
     assert "0.30 GB of VRAM are too little for 4 x 8192x8192" in error["exception_message"]
     assert "choose a smaller picture or batch" in error["exception_message"]
     assert card.free == card.total, "nothing was moved"
