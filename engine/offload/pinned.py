@@ -14,7 +14,8 @@ class PinnedWeights:
     """Pins weights as they travel, so what travels first is pinned first, until memory is short.
 
     host_buffers: uint8, where the weights that travel at every pass live. mapped: whether that is a
-    file, whose weights are copied; others are pinned where they are. pin: the host's; False: it refuses.
+    file, whose weights are copied; others are pinned where they are. pin: the host's; False: it
+    refuses.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from majicflux.engine.sizes import size_problem
 from majicflux.host import current as host
 from majicflux.messages import MajicFluxError
 from majicflux.nodes.advice import ADVICE
-from majicflux.nodes.given import checked
+from majicflux.nodes.arguments import checked
 
 ENGINE = Path(errors.__file__).parent
 OF_THE_CANVAS = re.compile(
