@@ -8,11 +8,11 @@ ROOT = Path(__file__).parents[1]
 # A room is a folder or a file. It imports from itself and from the lines above its own.
 ORDER = [
     ["messages.py"],
+    ["engine/errors.py"],
     [
         "engine/__init__.py",
         "engine/allocator.py",
         "engine/diffsynth_files.py",
-        "engine/errors.py",
         "engine/latents.py",
         "engine/sizes.py",
         "engine/torch_state.py",
