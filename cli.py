@@ -12,14 +12,14 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from .engine.precision import PRECISIONS
+from .downloads.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
+from .engine.quant.formats import PRECISIONS
 from .host import standalone
 from .host.canvas import node_types, with_values
 from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
-from .loaders.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
-from .messages import say
+from .messages import MajicFluxError, say
 from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
@@ -81,11 +81,11 @@ def _open_streams() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What a user can read of an error; ValueError has been written for that."""
+    """What a user can read of an error; MajicFluxError has been written for that."""
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
         return f"{named}{error.strerror}"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (MajicFluxError, OSError)):
         return str(error)
     return say(
         "{kind}: {error}. With --debug, this says where.",
@@ -223,17 +223,17 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .engine.plan_alone import plan_alone
-    from .engine.sizes import size_problem
+    from .engine.errors import BudgetTooSmallError
+    from .engine.plan.estimate import estimate_plan
+    from .engine.sizes import require_size
     from .loaders.flux_dit import inspect_flux_dit
 
     for name, side in zip(("Width", "Height"), options.size, strict=True):
-        if problem := size_problem(name, side):
-            raise ValueError(problem)
+        require_size(name, side)
     if (options.copy_rate is None) != (options.matrix_rate is None):
-        raise ValueError(say("The time is told from --copy-rate and --matrix-rate together."))
+        raise MajicFluxError(say("The time is told from --copy-rate and --matrix-rate together."))
     geometry = None if options.file is None else inspect_flux_dit(options.file)[0]
-    plan = plan_alone(
+    plan = estimate_plan(
         geometry,
         PRECISIONS[options.precision],
         (*options.size, options.batch, options.steps),
@@ -243,19 +243,24 @@ def _plan(options: argparse.Namespace) -> None:
         options.matrix_rate,
     )
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
-    plan.require_budget()
+    try:
+        plan.require_budget()
+    except BudgetTooSmallError as error:
+        advice = say("Give --vram {enough} or more, or choose {smaller}.", **error.values)
+        error.advise(advice)
+        raise
 
 
 def _cache(options: argparse.Namespace) -> None:
-    from .loaders.prepared import clear_prepared, prepared_files
+    from .loaders.weight_cache import cached_files, clear_cache
 
     standalone.models_folder = options.models
     folder = standalone.prepared_folder()
     if options.action == "clear":
-        freed = clear_prepared(folder) / 1e9
+        freed = clear_cache(folder) / 1e9
         print(say("{freed:.2f} GB freed in {folder}", freed=freed, folder=folder))
         return
-    for path in prepared_files(folder):
+    for path in cached_files(folder):
         print(f"{path.stat().st_size / 1e9:8.2f} GB  {path}")
 
 
@@ -301,10 +306,10 @@ def _demo_models(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .lab.precision import ROWS, measure
+    from .lab.precision_chart import require_place, write_chart
+    from .lab.precision_table import table
     from .loaders.flux_dit import inspect_flux_dit
-    from .loaders.inspection import ROWS, measure
-    from .loaders.inspection_chart import require_place, write_chart
-    from .loaders.inspection_table import table
 
     path = Path(os.path.abspath(options.file))  # not resolved: a link may have the better name
     stem = path.name if path.is_dir() else path.stem
@@ -317,14 +322,14 @@ def _inspect(options: argparse.Namespace) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        inspection = measure(geometry, sources, options.rows or ROWS, progress)
-    print(table(path.name, inspection))
-    write_chart(chart, path.name, inspection)
+        report = measure(geometry, sources, options.rows or ROWS, progress)
+    print(table(path.name, report))
+    write_chart(chart, path.name, report)
     print(chart)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from .nodes.diagnosis import diagnosis
+    from .lab.doctor import diagnosis
 
     standalone.models_folder = options.models
     print(diagnosis())
@@ -336,7 +341,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from .loaders.download import download, require_space, target_of
+    from .downloads.download import download, require_space, target_of
 
     files = files_of(options.group, options.hub)
     print(say("From {hub}:", hub=HUB_NAMES[options.hub]))

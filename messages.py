@@ -16,6 +16,15 @@ log = logging.getLogger("majicflux")
 FOLDER = Path(__file__).parent / "locales"
 
 
+class MajicFluxError(ValueError):
+    """What a user can set right, told in their language."""
+
+    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "majicflux"
+
+
 def _english() -> str:
     return "en"
 

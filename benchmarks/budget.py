@@ -23,30 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from majicflux.engine.card import copy_rate
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import DiT, FluxGeometry, build_flux_dit
-from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import DENOISING, GB, BudgetError
-from majicflux.engine.planning import RING_BLOCKS
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import choose
-from majicflux.engine.request import Request
-from majicflux.engine.text_encoders import (
-    ClipGeometry,
-    T5Geometry,
-    TextEmbedding,
-    TextEncoders,
-    build_text_encoders,
-)
-from majicflux.engine.vae import VAE, build_vae
+from majicflux.engine.errors import BudgetError
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.text_encoders import TextEmbedding, TextEncoders, build_text_encoders
+from majicflux.engine.flux.transformer import DiT, build_flux_dit
+from majicflux.engine.flux.vae import VAE, build_vae
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.plan.measure import copy_rate
+from majicflux.engine.plan.plan import DENOISE
+from majicflux.engine.plan.split import RING_BLOCKS
+from majicflux.engine.plan.units import GB
+from majicflux.engine.quant.compute import choose_compute
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
 from majicflux.host.standalone import make_patcher
-from majicflux.loaders.fill import MakeRoom
-from majicflux.loaders.prepared import prepare
+from majicflux.loaders.convert import MakeRoom
+from majicflux.loaders.weight_cache import convert_into_cache
 
 from . import budget_peers
+from .measuring import relative_error, wait_for
 from .step import BFLOAT16, GUIDANCE, Case, random_weights
 from .table import Row, report
 
@@ -75,7 +73,7 @@ def main() -> None:
     parts = chosen.parts.split(",")
     with tempfile.TemporaryDirectory(dir=chosen.scratch) as scratch, torch.inference_mode():
         pipeline = random_pipeline(chosen.precision, device, chosen.quick, Path(scratch))
-        print(pipeline.computing.report)
+        print(pipeline.compute.report)
         if "budgets" in parts:
             rows += budgets(pipeline, chosen.quick)
         if "steps" in parts:
@@ -92,7 +90,7 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, folder: P
     parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
     for name, weights in zip(("dit", "text encoders", "vae"), parts, strict=True):
         convert = partial(_fill, weights, device)
-        if not prepare(weights, folder / f"{name}.majicflux", convert):
+        if not convert_into_cache(weights, folder / f"{name}.majicflux", convert):
             sys.exit(f"not measured: {folder} takes no prepared weights; choose another --scratch")
     one, two, three = (make_patcher(weights, device, "") for weights in parts)
     return Pipeline(
@@ -100,7 +98,7 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, folder: P
         TextEncoders(parts[1], two, Letters(), Letters()),
         VAE(parts[2], three, BFLOAT16),
         None,
-        choose(dit.module, device, "auto", BFLOAT16),
+        choose_compute(dit.module, device, "auto", BFLOAT16),
     )
 
 
@@ -139,7 +137,7 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
     jobs = [(float(budget), 1024) for budget in BUDGETS]
     jobs += [(_smallest(pipeline, side), side) for side in SMALLEST]
     for budget, side in [(2.0, 64)] if quick else jobs:
-        request = Request("a cat", 1, STEPS, GUIDANCE, side, side)
+        request = GenerationRequest("a cat", 1, STEPS, GUIDANCE, side, side)
         limited = _with_budget(pipeline, budget)
         for _ in range(2):  # the first compiles kernels, and is held to the budget too
             if not quick:
@@ -153,14 +151,15 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
                 break
             assert torch.isfinite(latents).all()
             before = first.setdefault(side, latents)
-            bits = "same" if torch.equal(before, latents) else _relative(latents, before)
+            apart = relative_error(latents, before)
+            bits = "same" if torch.equal(before, latents) else f"{apart:.1e} apart"
             if found.peak_bytes is None:
                 continue
             peak, allocated = found.peak_bytes / GB, torch.cuda.max_memory_allocated() / GB
-            denoising = next(phase for phase in found.phases if phase.name == "denoising")
+            denoising = next(phase for phase in found.stages if phase.name == DENOISE)
             phases = ", ".join(
-                f"{phase.name} {(phase.peak_bytes or 0) / GB:.2f}, {phase.seconds:.2f}"
-                for phase in found.phases
+                f"{phase.label} {(phase.peak_bytes or 0) / GB:.2f}, {phase.seconds:.2f}"
+                for phase in found.stages
             )
             print(
                 f"| {budget:.2f} | {side} | {peak:.3f} | {allocated:.2f} "
@@ -174,18 +173,14 @@ def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:
                 yield Row(f"of it allocated, {name}", allocated, "GB", bar=SMALLEST[side][0])
 
 
-def _relative(found: Tensor, expected: Tensor) -> str:
-    return f"{((found - expected).norm() / expected.norm()).item():.1e} apart"
-
-
 def _smallest(pipeline: Pipeline, side: int) -> float:
-    request = Request("", 0, STEPS, GUIDANCE, side, side)
-    return pipeline.plan(request.job).smallest_bytes / GB
+    request = GenerationRequest("", 0, STEPS, GUIDANCE, side, side)
+    return pipeline.plan(request.workload).smallest_bytes / GB
 
 
 def _with_budget(pipeline: Pipeline, budget_gb: float) -> Pipeline:
     parts = (pipeline.dit, pipeline.text_encoders, pipeline.vae)
-    return Pipeline(*parts, int(budget_gb * GB), pipeline.computing)
+    return Pipeline(*parts, int(budget_gb * GB), pipeline.compute)
 
 
 def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row]:
@@ -211,8 +206,9 @@ def steps(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
     nothing_peer, half_peer = max(copy, resident), max(copy / 2, resident)
     yield Row("nothing resident", nothing, "s", nothing_peer, "copy or step", 1.15 * nothing_peer)
     yield Row("half resident", half, "s", half_peer, "half the copy or step", 1.1 * half_peer)
-    job = Request("", 0, STEPS, GUIDANCE, 1024, 1024).job
-    predicted = pipeline.plan(job, [DENOISING], rates=True).seconds
+    job = GenerationRequest("", 0, STEPS, GUIDANCE, 1024, 1024).workload
+    pipeline.denoise.measure()
+    predicted = pipeline.plan(job, [pipeline.denoise]).seconds
     assert predicted is not None
     for name, measured, expected in (
         ("all", kept, predicted), ("half", half, max(copy / 2, predicted)),
@@ -236,7 +232,7 @@ def _seconds(
     weights.release(float("inf"))
     weights.keep_resident(device, weights.root.footprint + share * passing)
     sigmas = case.sigma[None]
-    computing, module = pipeline.computing, weights.module
+    computing, module = pipeline.compute, weights.module
     with (
         weights.running_on(device, ring_bytes=ring),
         computing.applied_to(module, device),
@@ -251,11 +247,11 @@ def _seconds(
         weights.running_on(device, passes=PASSES, ring_bytes=ring) if streamed else _nothing(),
     ):
         velocity(case.latents, case.sigma)
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(PASSES - 1):
             velocity(case.latents, case.sigma)
-        _wait(device)
+        wait_for(device)
         seconds = (time.perf_counter() - start) / (PASSES - 1)
     weights.release(float("inf"))
     return seconds
@@ -272,8 +268,10 @@ def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
         print("not measured: peers; run `python -m benchmarks.budget_peers --quick`")
         return
     case, geometry = _case(pipeline, device, quick), pipeline.dit.geometry
-    plan = _with_budget(pipeline, PEER_BUDGET).plan(Request("", 0, 20, 3.5, 1024, 1024).job)
-    phase = plan.phases[1]
+    plan = _with_budget(pipeline, PEER_BUDGET).plan(
+        GenerationRequest("", 0, 20, 3.5, 1024, 1024).workload
+    )
+    phase = plan.stages[1]
     weights = pipeline.dit.weights
     passing = sum(block.footprint for block in weights.blocks)
     share = (phase.resident - weights.root.footprint) / passing
@@ -287,10 +285,10 @@ def peers(pipeline: Pipeline, device: torch.device, quick: bool) -> Iterator[Row
         torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(3):
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             peer.step()
-            _wait(device)
+            wait_for(device)
             seconds.append(time.perf_counter() - start)
         theirs = statistics.median(seconds)
         held = torch.cuda.max_memory_reserved() / GB
@@ -308,11 +306,6 @@ def _case(pipeline: Pipeline, device: torch.device, quick: bool) -> Case:
 
     text = TextEmbedding(draw(1, 512, geometry.text_width), draw(1, geometry.pooled_width))
     return Case(draw(1, 16, side, side), text, torch.tensor(0.7))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
@@ -23,20 +23,20 @@ def write_majicflus(
     Without content the file is sparse: its header is real, its tensors were never written.
     """
 
-    def fill(file: BinaryIO, end: int) -> None:
-        if content is None:
-            file.truncate(file.tell() + end)
-        else:
-            for start in range(0, end, len(content)):
-                file.write(content[: end - start])
+    def repeat(file: BinaryIO, end: int) -> None:
+        assert content is not None
+        for start in range(0, end, len(content)):
+            file.write(content[: end - start])
 
-    _write(path, flux_dit_layout(geometry or FluxGeometry()), PREFIX, fill)
+    layout = flux_dit_layout(geometry or FluxGeometry())
+    _write(path, layout, PREFIX, _skip if content is None else repeat)
 
 
-def write_models(folder: Path, small: bool) -> None:
+def write_models(folder: Path, small: bool = False, sparse: bool = False) -> None:
     """All files of the documented graph under `folder`, 34 GB, random; those there are kept.
 
     small: in the sizes of the demo models, but with a row for every token of the real vocabularies.
+    sparse: their headers alone are real.
     """
     clip, t5 = ClipGeometry(), T5Geometry()
     dit = demo_models.DIT if small else FluxGeometry()
@@ -50,12 +50,14 @@ def write_models(folder: Path, small: bool) -> None:
         (demo_models.VAE_FILE, vae_layout(), ""),
     ):
         if not (folder / file).exists():
-            _write(
-                folder / file, layout, prefix, lambda file, _, layout=layout: _draw(file, layout)
-            )
+            _write(folder / file, layout, prefix, _skip if sparse else partial(_draw, layout))
 
 
-def _draw(file: BinaryIO, layout: Layout) -> None:
+def _skip(file: BinaryIO, end: int) -> None:
+    file.truncate(file.tell() + end)
+
+
+def _draw(layout: Layout, file: BinaryIO, _: int) -> None:
     """Weights that keep the size of what passes through them, drawn on the card if there is one."""
     import torch
 
@@ -83,8 +85,8 @@ def _write(path: Path, layout: Layout, prefix: str, fill: Callable[[BinaryIO, in
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that readers can map the tensors
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         fill(file, end)
-    partial.replace(path)
+    unfinished.replace(path)

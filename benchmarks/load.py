@@ -142,7 +142,7 @@ def _parallel(source: Path, folder: Path, device: str) -> int:
     """A plain read by as many threads as load, each into a buffer of its own."""
     import torch
 
-    from majicflux.loaders.fill import MOST_WORKERS
+    from majicflux.loaders.convert import MOST_WORKERS
 
     own = threading.local()
 
@@ -159,8 +159,8 @@ def _parallel(source: Path, folder: Path, device: str) -> int:
 
 def _written(source: Path, folder: Path, device: str) -> int:
     """A plain write of as many bytes as are kept, synced."""
-    from majicflux.engine.flux_dit import build_flux_dit
-    from majicflux.engine.precision import PRECISIONS
+    from majicflux.engine.flux.transformer import build_flux_dit
+    from majicflux.engine.quant.formats import PRECISIONS
     from majicflux.loaders.flux_dit import inspect_flux_dit, storage_in
 
     precision = PRECISIONS["float8_e4m3fn"]
@@ -189,16 +189,16 @@ def _diffsynth(source: Path, folder: Path, device: str) -> int:
     return sum(p.nbytes for p in pool.model[0].parameters())
 
 
-def _ours(source: Path, prepared_folder: Path | None, device: str) -> int:
+def _ours(source: Path, cache_folder: Path | None, device: str) -> int:
     import torch
 
-    from majicflux.engine.precision import PRECISIONS
+    from majicflux.engine.quant.formats import PRECISIONS
     from majicflux.loaders.flux_dit import load_flux_dit
 
     weights, _ = load_flux_dit(
         source,
         PRECISIONS["float8_e4m3fn"],
-        prepared_folder=prepared_folder,
+        cache_folder=cache_folder,
         device=torch.device(device),
     )
     return weights.total_bytes
@@ -219,7 +219,7 @@ def _write_source(path: Path, quick: bool) -> None:
     """Random bf16 of the size of trained weights: 64 MB of it, over and over."""
     import torch
 
-    from majicflux.engine.flux_dit import FluxGeometry
+    from majicflux.engine.flux.geometry import FluxGeometry
 
     from .full_size import write_majicflus
 

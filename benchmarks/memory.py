@@ -7,8 +7,6 @@ RssShmem of /proc.
 """
 
 import argparse
-import json
-import math
 import os
 import subprocess
 import sys
@@ -17,12 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
 from majicflux.loaders import demo_models, tokenizers
-from majicflux.loaders.layouts import clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 from .budget import Letters
+from .full_size import write_models
 from .table import Row, report
 
 GRAPH = Path(__file__).parents[1] / "workflows" / "api" / "text_to_image.json"
@@ -43,8 +39,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = chosen.folder or Path(name)
-        if not (folder / demo_models.DIT_FILE).exists():
-            _write(folder, chosen.quick)
+        if not chosen.quick:
+            write_models(folder, sparse=True)
+        elif not (folder / demo_models.DIT_FILE).exists():
+            demo_models.write_demo_models(folder)
         first, second = (_measured(folder, chosen.quick, chosen.budget) for _ in range(2))
     rows = [
         Row("anonymous memory, first run", first["anonymous"] / 1e9, "GB"),
@@ -54,28 +52,6 @@ def main() -> None:
         Row("seconds of the process, prepared", second["seconds"], "s"),
     ]
     report(rows, chosen.check)
-
-
-def _write(folder: Path, quick: bool) -> None:
-    if quick:
-        demo_models.write_demo_models(folder)
-        return
-    for file, layout in (
-        (demo_models.DIT_FILE, flux_dit_layout(FluxGeometry())),
-        (demo_models.CLIP_FILE, clip_layout(ClipGeometry())),
-        (demo_models.T5_FILE, t5_layout(T5Geometry())),
-        (demo_models.VAE_FILE, vae_layout()),
-    ):
-        header, end = {}, 0
-        for name, shape in layout.items():
-            start, end = end, end + 2 * math.prod(shape)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
-            target.truncate(8 + len(text) + end)
 
 
 def _measured(folder: Path, quick: bool, budget: float) -> dict[str, float]:

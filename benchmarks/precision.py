@@ -23,19 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from majicflux.dev import find_comfyui
-from majicflux.engine.blocks import JointBlock, SingleBlock
-from majicflux.engine.flux_dit import (
-    ROPE_AXES,
-    ROPE_THETA,
-    FluxGeometry,
-    TokenSequence,
-    kind_of_layer,
-)
-from majicflux.engine.precision import PRECISIONS, Precision
-from majicflux.engine.products import Computing
-from majicflux.engine.stored_linear import FLOAT8_DTYPE, LIMITS, StoredLinear, StoredNorm, store
-from majicflux.engine.work import Work
+from majicflux.engine.flux.blocks import DoubleBlock, SingleBlock, TokenSequence
+from majicflux.engine.flux.geometry import ROPE_AXES, FluxGeometry, kind_of_layer
+from majicflux.engine.flux.transformer import ROPE_THETA
+from majicflux.engine.kernels.row_format import FLOAT8_DTYPE, LIMITS
+from majicflux.engine.offload.chunking import Chunking
+from majicflux.engine.quant.compute import ComputePrecision
+from majicflux.engine.quant.formats import PRECISIONS, Precision
+from majicflux.engine.quant.linear import StoredLinear, StoredNorm, store
 
+from .measuring import relative_error
 from .random_flux import Draw, Part, heavy_tailed, mixed, normal, parts
 from .table import Row, report
 
@@ -55,7 +52,7 @@ BARS = (  # ours, peer, share of the peer's error that is allowed
     (INT8_BOTH, FAST, 0.3),
 )
 
-BFLOAT16 = Computing(torch.bfloat16)
+BFLOAT16 = ComputePrecision(torch.bfloat16)
 State = tuple[Tensor, ...]  # image, text, conditioning
 Errors = dict[str, float]  # by scheme
 
@@ -67,7 +64,7 @@ class Scheme:
 
     name: str
     make: Callable[[Part], nn.Module]
-    computing: Computing = BFLOAT16
+    computing: ComputePrecision = BFLOAT16
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -139,7 +136,9 @@ def plain(dtype: torch.dtype, part: Part, change: Callable[[nn.Module], None] | 
 
 def exact() -> Scheme:
     """What the others are compared with."""
-    return Scheme(EXACT, partial(plain, torch.float32), Computing(torch.float32), torch.float32)
+    return Scheme(
+        EXACT, partial(plain, torch.float32), ComputePrecision(torch.float32), torch.float32
+    )
 
 
 def peers(device: torch.device) -> Iterator[Scheme]:
@@ -203,7 +202,7 @@ def ours() -> Iterator[Scheme]:
     # As in a run, whose latents are float32.
     for name, precision in precisions.items():
         yield Scheme(name, partial(stored, precision), dtype=torch.float32)
-    both = Computing(torch.bfloat16, frozenset(LIMITS))
+    both = ComputePrecision(torch.bfloat16, frozenset(LIMITS))
     yield Scheme(FLOAT8_BOTH, partial(stored, float8), both, torch.float32)
     yield Scheme(INT8_BOTH, partial(stored, int8), both, torch.float32)
 
@@ -246,7 +245,7 @@ def errors(
             with scheme.computing.applied_to(module, device):
                 states[scheme.name] = advance(module, states[scheme.name], rope)
         images = {name: image for name, (image, _, _) in states.items()}
-        found.append({name: _relative(x, images[EXACT]) for name, x in images.items()})
+        found.append({name: relative_error(x, images[EXACT]) for name, x in images.items()})
         rms = ", ".join(f"{x.square().mean().sqrt():.3f}" for x in states[EXACT])
         print(f"{part.prefix or 'ends'} rms of image, text, conditioning: {rms}", file=sys.stderr)
     return found[-2], found[-1]
@@ -254,11 +253,15 @@ def errors(
 
 def advance(module: Any, state: State, rope: Tensor) -> State:
     image, text, conditioning = state
-    if isinstance(module, JointBlock | SingleBlock):
+    if isinstance(module, DoubleBlock | SingleBlock):
         active = F.silu(conditioning)[:, None]
         modulation = [layer(active) for layer in module.modulation_layers()]
         both = torch.cat([text, image], dim=1)
-        module([TokenSequence(both, text.shape[1], rope)], [modulation], Work())
+        module(
+            [TokenSequence(both, text.shape[1], both.shape[1] - text.shape[1], rope)],
+            [modulation],
+            Chunking(),
+        )
         text, image = both.split([text.shape[1], image.shape[1]], dim=1)
         return image, text, conditioning
     if isinstance(module, FluxSingleTransformerBlock):
@@ -281,10 +284,6 @@ def _fill(layer: StoredLinear | StoredNorm, name: str, part: Part) -> None:
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _relative(x: Tensor, reference: Tensor) -> float:
-    return ((x.float() - reference).norm() / reference.norm()).item()
 
 
 if __name__ == "__main__":

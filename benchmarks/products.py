@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from majicflux.engine.precision import FLOAT8, INT8_ROTATED, Storage
-from majicflux.engine.products import Dequantized, EightBit
-from majicflux.engine.rows import prepare
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows, rotate
+from majicflux.engine.kernels.hadamard import rotate
+from majicflux.engine.kernels.ops import norm_modulate_quantize
+from majicflux.engine.quant.formats import FLOAT8, INT8_ROTATED, Storage
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.methods import Dequantized, EightBit
+from majicflux.engine.quant.quantize import quantize_rows
 
 from .table import Row, options, report
 
@@ -41,10 +43,10 @@ def main() -> None:
             bias = torch.zeros(width, device=device, dtype=torch.bfloat16)
             shape = f"{tokens}x{depth}x{width}"
             # GELU has to pass over memory anyway: what does it cost to quantize on the way?
-            activated = measure(lambda: prepare(None, gelu=x), device)  # noqa: B023
+            activated = measure(lambda: norm_modulate_quantize(None, gelu=x), device)  # noqa: B023
             for name, storage in STORAGES.items():
                 layer = ours(weight, bias, storage)
-                layer.product = EightBit([layer.weight.dtype], device, plain_product(layer, x))
+                layer.method = EightBit([layer.weight.dtype], device, plain_product(layer, x))
                 seconds = measure(lambda: layer.rows(None, gelu=x), device)  # noqa: B023
                 name = f"{shape} GELU and rows in {name}"
                 print(f"{name}: {seconds * 1e6:.1f} us, GELU {activated * 1e6:.1f} us", flush=True)
@@ -74,7 +76,7 @@ def candidates(
             ("dequantized", plain),
             ("in 8 bits", EightBit([layer.weight.dtype], device, plain)),
         ):
-            layer.product = product
+            layer.method = product
             yield f"ours {name}, {kind}", lambda layer=layer: layer(layer.rows(x))
     if device.type == "cuda":
         yield from of_libraries(x, weight, bias)

@@ -12,9 +12,9 @@ from diffsynth.models.flux_dit import (
 )
 from torch import Generator, Tensor, nn
 
-from majicflux.engine.blocks import JointBlock, SingleBlock
-from majicflux.engine.flux_dit import TIMESTEP_CHANNELS, FluxGeometry
-from majicflux.engine.stored_linear import quantize_rows
+from majicflux.engine.flux.blocks import DoubleBlock, SingleBlock
+from majicflux.engine.flux.geometry import TIMESTEP_CHANNELS, FluxGeometry
+from majicflux.engine.quant.quantize import quantize_rows
 
 STD = 0.02  # about that of a trained layer
 TIMESTEP, GUIDANCE = 500.0, 3500.0
@@ -132,7 +132,7 @@ def parts(g: FluxGeometry) -> Iterator[Part]:
     block = (g.hidden, g.heads)
     yield Part("", (Embedders, Embedders), (g,))
     for index in range(g.double_blocks):
-        yield Part(f"blocks.{index}.", (FluxJointTransformerBlock, JointBlock), block)
+        yield Part(f"blocks.{index}.", (FluxJointTransformerBlock, DoubleBlock), block)
     for index in range(g.single_blocks):
         yield Part(f"single_blocks.{index}.", (FluxSingleTransformerBlock, SingleBlock), block)
     yield Part("", (FinalLayer, FinalLayer), (g,))

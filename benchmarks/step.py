@@ -20,17 +20,20 @@ import torch
 from torch import Tensor
 
 from majicflux.dev import find_comfyui
-from majicflux.engine import kernels
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit, sized_flux_dit
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import Computing, choose
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.transformer import build_flux_dit, sized_flux_dit
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.kernels import dispatch
+from majicflux.engine.quant.compute import ComputePrecision, choose_compute
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.loaders.demo_models import random_tensors
 from majicflux.loaders.layouts import flux_dit_layout
 
+from .measuring import device_name, relative_error, wait_for
 from .table import Row, options, report
 
 WARM_UP, STEPS = 3, 7
@@ -64,7 +67,7 @@ def main() -> None:
     device = torch.device("cpu") if chosen.quick else torch.device("cuda", 0)
     small = FluxGeometry(hidden=256, double_blocks=2, single_blocks=4, text_width=64)
     geometry, side = (small, 16) if chosen.quick else (FluxGeometry(), 128)
-    print(_name(device), "torch", torch.__version__)
+    print(device_name(device), "torch", torch.__version__)
 
     torch.manual_seed(0)
 
@@ -79,7 +82,7 @@ def main() -> None:
         peers: dict[str, float] = {}
         for name, step in peer_steps(geometry, state, case, device):
             peers[name], latents = measure(step, device)
-            print(f"{name}: {peers[name] * 1e3:.1f} ms, error {_relative(latents, exact):.4f}")
+            print(f"{name}: {peers[name] * 1e3:.1f} ms, error {relative_error(latents, exact):.4f}")
         rows = []
         for precision, mode, triton in (
             ("bfloat16", "bfloat16", True),
@@ -91,18 +94,18 @@ def main() -> None:
             ("int8 rotated", "8-bit", False),
         ):
             if not triton:
-                kernels.triton_works = lambda _: False
+                dispatch.triton_works = lambda _: False
             start = time.perf_counter()
             weights = ours(geometry, precision, state, device)
-            _wait(device)
+            wait_for(device)
             converted = time.perf_counter() - start
-            computing = choose(weights, device, mode, BFLOAT16)
+            computing = choose_compute(weights, device, mode, BFLOAT16)
             with our_step(weights, computing, case, device) as step:
                 seconds, latents = measure(step, device)
             name = "" if triton else ", no Triton"
             print(
                 f"ours {precision}{name}, {computing.report}: {seconds * 1e3:.1f} ms, "
-                f"error {_relative(latents, exact):.4f}, converted in {converted:.1f} s"
+                f"error {relative_error(latents, exact):.4f}, converted in {converted:.1f} s"
             )
             for peer, share in peers.items():
                 goal = GOALS[mode].get(peer)
@@ -118,10 +121,10 @@ def measure(step: Step, device: torch.device) -> tuple[float, Tensor]:
     """Median seconds of a step, and its result."""
     seconds = []
     for _ in range(WARM_UP + STEPS):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         step()
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[WARM_UP:]), step().float()
 
@@ -145,7 +148,7 @@ def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.dev
     weights = build_flux_dit(geometry, PRECISIONS[precision])
     for block in weights.all_blocks:
         block.live_in(torch.empty(block.nbytes, dtype=torch.uint8, device=device))
-    renamed = _diffsynth_names(state)
+    renamed = diffsynth_names(state)
     for prefix, module in weights.module.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, StoredLinear) and module.scale is not None and name != "bias":
@@ -158,7 +161,9 @@ def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.dev
 
 
 @contextmanager
-def our_step(module: Any, computing: Computing, case: Case, device: torch.device) -> Iterator[Step]:
+def our_step(
+    module: Any, computing: ComputePrecision, case: Case, device: torch.device
+) -> Iterator[Step]:
     """One of the steps of a run, as the run takes it: what the conditions give is computed once,
     and the products are chosen once, before the first step."""
     sigmas = case.sigma[None]
@@ -255,7 +260,7 @@ def _diffsynth(
     from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
 
     module = sized_flux_dit(geometry, FluxJointTransformerBlock, FluxSingleTransformerBlock)
-    renamed = _diffsynth_names(state)
+    renamed = diffsynth_names(state)
     copies = {name: tensor.to(device, dtype, copy=True) for name, tensor in renamed.items()}
     module.load_state_dict(copies, assign=True)
     if dtype.itemsize > 1:
@@ -266,33 +271,22 @@ def _diffsynth(
         config[f"{state_name}_device"] = device
     names = VRAM_MANAGEMENT_MODULE_MAPS["diffsynth.models.flux_dit.FluxDiT"]
     module = enable_vram_management(
-        module, {_named(a): _named(b) for a, b in names.items()}, config, vram_limit=None
+        module, {imported(a): imported(b) for a, b in names.items()}, config, vram_limit=None
     )
     return module.eval()
 
 
-def _named(path: str) -> Any:
+def imported(path: str) -> Any:
+    """A class by its full name."""
     owner, name = path.rsplit(".", 1)
     return getattr(importlib.import_module(owner), name)
 
 
-def _diffsynth_names(state: State) -> State:
+def diffsynth_names(state: State) -> State:
+    """The weights under the names of DiffSynth's modules."""
     from diffsynth.utils.state_dict_converters.flux_dit import FluxDiTStateDictConverter
 
     return FluxDiTStateDictConverter(state)
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":

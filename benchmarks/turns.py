@@ -19,6 +19,7 @@ PEER = "fp8_e4m3fn"
 GROWTH_GIB = 0.1
 SLOWER = 1.1  # times as long as alone, at most
 GRAB_GIB = 4
+LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
 SETTLED = 10  # prompts, after which a server may not grow
 KINDS = {  # of the soak: how often in ten, how it may end
     "plain": (3, {"success"}),
@@ -81,7 +82,7 @@ def under_pressure(session: Session, steps: int, side: int) -> Iterator[Row]:
         disturbed = _meanwhile(
             seconds / 3, grab, lambda: session.paint(ours(77, steps, side), "disturbed")
         )
-    said = disturbed.error.startswith("majicflux.BudgetError")
+    said = disturbed.error.startswith(LACKS_MEMORY)
     right = said or (undisturbed.pixels and disturbed.pixels == undisturbed.pixels)
     place = f"{session.where}, {GRAB_GIB} GiB taken in a run"
     yield Row(f"{place}: neither the same bits nor the sentence", not right, "", bar=0)
@@ -163,7 +164,7 @@ def _mixed(kind: str, seed: int, chosen: random.Random, side: int) -> Graph:
     sample: dict[str, Any] = {
         "batch": {"batch_size": 2},
         "cfg": {"cfg": 3.0, "negative_prompt": "blurry"},
-        "refused": {"width": 100},
+        "refused": {"steps": 0},
         "error": {"strength": 0.5},  # without a picture to begin from
     }.get(kind, {})
     if kind == "native":

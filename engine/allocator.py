@@ -21,7 +21,7 @@ import torch
 RAN_OUT = ("out of memory", "ALLOC_FAILED")
 
 
-def ran_out(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a device was short of memory, and nothing else is wrong."""
     if isinstance(error, torch.OutOfMemoryError):
         return True

@@ -1,6 +1,7 @@
 """Picture sizes that Flux can paint."""
 
 from ..messages import say
+from .errors import SizeError
 
 CHANNELS = 16  # of latents
 PIXELS_PER_LATENT = 8  # of the VAE, per side
@@ -14,7 +15,9 @@ def size_problem(name: str, side: int) -> str | None:
     values = {"name": say(name), "side": side}
     if side > MAX_SIDE:
         return say(
-            "{name} {side} is more than {most}; choose a smaller one.", most=MAX_SIDE, **values
+            "{name} {side} is more than {most}, the most that can be painted.",
+            most=MAX_SIDE,
+            **values,
         )
     if side >= STEP and side % STEP == 0:
         return None
@@ -26,3 +29,9 @@ def size_problem(name: str, side: int) -> str | None:
         above=below + STEP,
         **values,
     )
+
+
+def require_size(name: str, side: int) -> None:
+    """Raise SizeError unless a side of that many pixels can be painted."""
+    if problem := size_problem(name, side):
+        raise SizeError(problem, name=name, side=side)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import nodes
 
-from ..engine.allocator import ran_out
-from ..engine.memory import give_back_pinned
-from ..engine.offload import OffloadedModule
+from ..engine.allocator import is_out_of_memory
+from ..engine.offload.offloaded_module import OffloadedModule
+from ..engine.offload.pinned import give_back_pinned
 from ..engine.sizes import PIXELS_PER_LATENT
 from ..messages import say
 from .place import Place
@@ -47,12 +47,12 @@ __all__ = [
     "model_path",
     "node_text",
     "on_prompt",
-    "phase_teller",
     "prepared_folder",
     "preview_bytes",
     "progress",
     "result_device",
     "show_on_node",
+    "stage_teller",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -191,14 +191,14 @@ def show_on_node(node_id: str | None, text: str) -> None:
         instance.send_sync(TEXT_EVENT, {"node": node_id, "text": text}, instance.client_id)
 
 
-def phase_teller(node_id: str | None) -> Callable[[str, float | None], None]:
-    """A function to call with the name of each phase that begins, and its seconds where they are
+def stage_teller(node_id: str | None) -> Callable[[str, float | None], None]:
+    """A function to call with the label of each stage that begins, and its seconds where they are
     predicted: the node shows them."""
 
-    def tell(name: str, seconds: float | None) -> None:
-        text = say("{phase} …", phase=say(name))
+    def tell(label: str, seconds: float | None) -> None:
+        text = say("{phase} …", phase=label)
         if seconds is not None:
-            text = say("{phase} …, about {seconds:.0f} s", phase=say(name), seconds=seconds)
+            text = say("{phase} …, about {seconds:.0f} s", phase=label, seconds=seconds)
         show_on_node(node_id, text)
 
     return tell
@@ -255,7 +255,7 @@ def progress(
                     clean = torch.nn.functional.interpolate(clean[:1], size, mode="area")
                 preview = previewer.decode_latent_to_preview_image("JPEG", clean)
             except RuntimeError as error:
-                if not ran_out(error):
+                if not is_out_of_memory(error):
                     raise
                 log.debug("no preview: the card is short of memory")
         bar.update_absolute(done, steps, preview)

@@ -10,7 +10,7 @@ from inspect import signature
 from reprlib import Repr
 from typing import Any
 
-from ..messages import say
+from ..messages import MajicFluxError, say
 from . import standalone
 from .place import Graph
 from .schema import ComfyNode, Schema, Socket
@@ -22,8 +22,8 @@ SHOWN = Repr()  # values in messages: no more than a line of them
 SHOWN.maxstring = 80
 
 
-class GraphError(ValueError):
-    """The graph cannot be run. The message is for the user."""
+class GraphError(MajicFluxError):
+    """The graph cannot be run."""
 
 
 def set_inputs(

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..messages import say
+from ..messages import MajicFluxError, say
 from .schema import ComfyNode, Schema, io
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ def image_nodes(
 
 
 def _verdict(check: Callable[..., Any], *arguments: Any) -> bool | str:
-    """What a node's `validate_inputs` returns, when `check` raises ValueError for the user."""
+    """What a node's `validate_inputs` returns, when `check` raises MajicFluxError for the user."""
     try:
         check(*arguments)
-    except ValueError as error:
+    except MajicFluxError as error:
         return str(error)
     return True
 
@@ -132,7 +132,7 @@ def _target(folder: Path, prefix: str, width: int, height: int) -> Path:
         prefix = prefix.replace(f"%{name}%", str(value))
     inside, name = os.path.split(os.path.normpath(prefix))
     if name in ("", ".", "..") or not _within(folder, folder / inside):
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "The file name prefix {prefix} leads out of the output folder or names no file.",
                 prefix=prefix,
@@ -150,14 +150,15 @@ def _within(folder: Path, path: Path) -> bool:
 
 
 def _try_place(folder: Path, prefix: str) -> None:
-    """Raise ValueError unless pictures can be saved under that prefix."""
+    """Raise MajicFluxError unless pictures can be saved under that prefix."""
     _write_new(_target(folder, prefix, 0, 0), b"").unlink()
 
 
 def _write_new(target: Path, data: bytes) -> Path:
     """Write TARGET_NUMBER_.png, one more than the highest there is, as ComfyUI counts.
 
-    No file is overwritten and no half of one stays. Raises ValueError when it cannot be written.
+    No file is overwritten and no half of one stays. Raises MajicFluxError when it cannot be
+    written.
     """
     start = os.path.normcase(f"{target.name}_")
     path = target
@@ -180,7 +181,7 @@ def _write_new(target: Path, data: bytes) -> Path:
             raise
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot encode
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
+        raise MajicFluxError(
             say("{file} cannot be written: {reason}.", file=path, reason=reason)
         ) from error
     return path
@@ -190,7 +191,7 @@ def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
     """A picture as float32 RGBA [height, width, 4] in 0..1.
 
     name: in the input folder, or in that which ComfyUI puts behind it, as in `a.png [output]`.
-    Raises ValueError when it is not there or cannot be read.
+    Raises MajicFluxError when it is not there or cannot be read.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -198,9 +199,11 @@ def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
     folder = output_folder if name.endswith(" [output]") else input_folder
     path = folder / re.sub(r" \[(input|output)\]$", "", name)
     if not _within(folder, path):
-        raise ValueError(say("{file} leads out of the folder {folder}.", file=path, folder=folder))
+        raise MajicFluxError(
+            say("{file} leads out of the folder {folder}.", file=path, folder=folder)
+        )
     if not path.is_file():  # a pipe would be waited for
-        raise ValueError(say("There is no picture {file}.", file=path))
+        raise MajicFluxError(say("There is no picture {file}.", file=path))
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -212,6 +215,6 @@ def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
         return np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
     except Exception as error:  # anything: decoders raise many things at a damaged file
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
+        raise MajicFluxError(
             say("{file} cannot be read: {reason}.", file=path, reason=reason)
         ) from error

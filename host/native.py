@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.flux.text_encoders import TextEmbedding
 from ..engine.latents import to_model_space, to_vae_space
-from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, size_problem
-from ..engine.text_encoders import TextEmbedding
-from ..messages import later, say
+from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, require_size
+from ..messages import MajicFluxError, later, say
 
 if TYPE_CHECKING:
-    from ..engine.flux_dit import FluxGeometry
+    from ..engine.flux.geometry import FluxGeometry
 
 Conditioning = list[Any]  # of [tokens, options]
 Latent = dict[str, Any]
@@ -27,9 +27,9 @@ def to_conditioning(embedding: TextEmbedding, guidance: float) -> Conditioning:
 def from_conditioning(
     name: str, conditioning: Conditioning, geometry: "FluxGeometry"
 ) -> TextEmbedding:
-    """name: of the input it came by. Raises ValueError, by name, for what cannot be honoured."""
+    """name: of the input it came by, which the MajicFluxError names if it cannot be honoured."""
     if not all(_is_entry(entry) for entry in conditioning):
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "The CONDITIONING of {name} is not one that ComfyUI's nodes make. Connect encode "
                 "prompt or CLIPTextEncode.",
@@ -37,7 +37,7 @@ def from_conditioning(
             )
         )
     if len(conditioning) != 1:
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "The CONDITIONING of {name} has {count} entries, and Majic nodes paint with one. "
                 "Remove Conditioning (Combine) or its like.",
@@ -51,7 +51,7 @@ def from_conditioning(
         if key not in ("pooled_output", "guidance") and value is not None
     ]  # fmt: skip
     if unknown:
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "The CONDITIONING of {name} carries {unknown}, which Majic nodes cannot honour. "
                 "Remove the node that adds it, or sample with KSampler.",
@@ -67,7 +67,7 @@ def from_conditioning(
         (later("a pooled vector"), pooled, geometry.pooled_width),
     ):
         if found.shape[0] != 1 or found.shape[-1] != width:
-            raise ValueError(
+            raise MajicFluxError(
                 say(
                     "The CONDITIONING of {name} has {what} of shape {shape}, but Flux.1 takes one "
                     "prompt of width {width}. Encode it with CLIP-L and T5-XXL (type flux).",
@@ -82,7 +82,7 @@ def from_conditioning(
     if guidance is not None and not (
         isinstance(guidance, (int, float)) and math.isfinite(guidance)
     ):
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "The guidance in the CONDITIONING of {name} must be a number, not {value!r}.",
                 name=name,
@@ -106,11 +106,11 @@ def _is_entry(entry: Any) -> bool:
 
 
 def tensor_of(where: str, wanted: str, value: Any) -> Tensor:
-    """What came by an input, or is part of it. Raises ValueError unless it is a tensor."""
+    """What came by an input, or is part of it. Raises MajicFluxError unless it is a tensor."""
     if isinstance(value, Tensor):
         return value
     found = type(value).__name__
-    raise ValueError(
+    raise MajicFluxError(
         say(
             "{where} takes {wanted}, but is linked to {found}.",
             where=where,
@@ -121,9 +121,9 @@ def tensor_of(where: str, wanted: str, value: Any) -> Tensor:
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raise ValueError for a NaN or an infinity in what came by the input of this name."""
+    """Raise MajicFluxError for a NaN or an infinity in what came by the input of this name."""
     if not torch.isfinite(values).all():
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "What came by {name} holds values that are no numbers (NaN or infinity). Look at "
                 "the node that it comes from.",
@@ -141,7 +141,7 @@ def to_latent(latents: Tensor, device: torch.device, given: Latent | None = None
 def from_latent(latent: Latent) -> Tensor:
     """Float32 model-space latents [batch, 16, h, w] on the CPU; an empty latent stays zeros.
 
-    Raises ValueError when they are another model's.
+    Raises MajicFluxError when they are another model's.
     """
     samples = tensor_of("latent", "LATENT", latent.get("samples")).float().cpu()
     require_finite("latent", samples)
@@ -152,7 +152,7 @@ def from_latent(latent: Latent) -> Tensor:
         size = [round(side * scale) for side in samples.shape[2:]]
         return samples.new_zeros(len(samples), CHANNELS, *size)
     if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "This LATENT has the shape {shape}, but Flux.1's are [batch, {channels}, height/8, "
                 "width/8]. Encode the picture with the VAE of Flux.1.",
@@ -166,10 +166,10 @@ def from_latent(latent: Latent) -> Tensor:
 def from_image(image: Tensor) -> Tensor:
     """Float32 RGB [n, height, width, 3] on the CPU, cropped to sides that Flux can paint.
 
-    Raises ValueError when it is no picture.
+    Raises MajicFluxError when it is no picture.
     """
     if image.ndim != 4 or image.shape[-1] < 3 or image.numel() == 0:
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "This IMAGE has the shape {shape}, but pictures are [batch, height, width, 3].",
                 shape=tuple(image.shape),
@@ -177,7 +177,7 @@ def from_image(image: Tensor) -> Tensor:
         )
     for name, side in (("Height", image.shape[1]), ("Width", image.shape[2])):
         if side < STEP:
-            raise ValueError(size_problem(name, side))
+            require_size(name, side)
     require_finite("image", image)
     return cropped(image[..., :3].float().cpu(), *image.shape[1:3])
 
@@ -185,11 +185,11 @@ def from_image(image: Tensor) -> Tensor:
 def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
     """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to.
 
-    Raises ValueError when it is no mask.
+    Raises MajicFluxError when it is no mask.
     """
     mask = tensor_of("mask", "MASK", mask)
     if mask.ndim < 2 or mask.numel() == 0:
-        raise ValueError(
+        raise MajicFluxError(
             say(
                 "This MASK has the shape {shape}, but masks are [batch, height, width].",
                 shape=tuple(mask.shape),

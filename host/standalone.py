@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 __all__ = [
     "ComfyExtension",
@@ -37,12 +37,12 @@ __all__ = [
     "model_path",
     "node_text",
     "on_prompt",
-    "phase_teller",
     "prepared_folder",
     "preview_bytes",
     "progress",
     "result_device",
     "show_on_node",
+    "stage_teller",
     "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
@@ -213,9 +213,9 @@ def show_on_node(node_id: str | None, text: str) -> None:
     """Nothing to show it on: the log has the same line."""
 
 
-def phase_teller(node_id: str | None) -> "Callable[[str, float | None], None]":
-    """Nothing to show it on: the log has a line of each phase when it ends."""
-    return lambda name, seconds: None
+def stage_teller(node_id: str | None) -> "Callable[[str, float | None], None]":
+    """Nothing to show it on: the log has a line of each stage when it ends."""
+    return lambda label, seconds: None
 
 
 def node_text(lines: "Sequence[str]", **values: Any) -> None:

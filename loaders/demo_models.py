@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from ..engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from ..messages import say
 from .layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 

@@ -3,10 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from .sources import Source, Sources, halves_swapped, stacked
-
-FLUX_MARKER = "transformer_blocks.0.attn.add_q_proj.weight"
-VAE_MARKER = "decoder.mid_block.resnets.0.conv1.weight"
+from .tensor_sources import Source, Sources, halves_swapped, stacked
 
 # Black Forest Labs' module -> Diffusers' modules, whose rows are stacked to make it.
 FLUX_ROOT = {
@@ -61,33 +58,33 @@ VAE_RENAMES = (
 
 def flux_from_diffusers(sources: Sources) -> dict[str, Source]:
     """A Flux.1 transformer under the names of Black Forest Labs; what is missing stays missing."""
-    found: dict[str, Source] = {}
+    renamed: dict[str, Source] = {}
     for ending in ("weight", "bias"):
-        _collect(found, sources, ending, "", "", FLUX_ROOT)
+        _collect(renamed, sources, ending, "", "", FLUX_ROOT)
         for index in _indices(sources, "transformer_blocks"):
             theirs, ours = f"transformer_blocks.{index}.", f"double_blocks.{index}."
-            _collect(found, sources, ending, theirs, ours, FLUX_DOUBLE)
+            _collect(renamed, sources, ending, theirs, ours, FLUX_DOUBLE)
         for index in _indices(sources, "single_transformer_blocks"):
             theirs, ours = f"single_transformer_blocks.{index}.", f"single_blocks.{index}."
-            _collect(found, sources, ending, theirs, ours, FLUX_SINGLE)
+            _collect(renamed, sources, ending, theirs, ours, FLUX_SINGLE)
     for ending in ("weight", "bias"):
         name = f"{SHIFT_AND_SCALE}.{ending}"
-        if name in found:
-            found[name] = halves_swapped(found[name])
-    return found
+        if name in renamed:
+            renamed[name] = halves_swapped(renamed[name])
+    return renamed
 
 
 def vae_from_diffusers(sources: Sources) -> dict[str, Source]:
     """A Flux VAE under the names of Black Forest Labs."""
-    found = {}
+    renamed = {}
     for name, source in sources.items():
         for pattern, replacement in VAE_RENAMES:
             name = re.sub(pattern, replacement, name)
         # Diffusers counts the levels of the decoder from the smallest picture up.
         name = re.sub(r"\.up_blocks\.(\d)\.resnets\.", _level("block"), name)
         name = re.sub(r"\.up_blocks\.(\d)\.upsamplers\.0\.", _level("upsample"), name)
-        found[name] = source
-    return found
+        renamed[name] = source
+    return renamed
 
 
 def _level(kind: str):
@@ -100,7 +97,7 @@ def _indices(sources: Iterable[str], block: str) -> set[int]:
 
 
 def _collect(
-    found: dict[str, Source],
+    renamed: dict[str, Source],
     sources: Sources,
     ending: str,
     theirs: str,
@@ -112,4 +109,4 @@ def _collect(
         if all(part in sources for part in needed):
             # Black Forest Labs calls the weight of a norm its scale.
             kind = "scale" if name.endswith("_norm") else ending
-            found[f"{ours}{name}.{kind}"] = stacked(sources[part] for part in needed)
+            renamed[f"{ours}{name}.{kind}"] = stacked(sources[part] for part in needed)

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
-from ..engine.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
-from ..engine.precision import FLOAT8, Precision, Storage
+from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
+from ..engine.quant.formats import FLOAT8, Precision, Storage
 from ..engine.torch_state import own_state
 from ..messages import say
+from .convert import Progress, convert_into
 from .diffusers_names import flux_from_diffusers
-from .fill import Progress, fill
+from .inspect_once import inspect_once
 from .layouts import blocks_in, flux_dit_layout
-from .prepared import keep
 from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import (
-    Source,
+from .tensor_sources import (
     Sources,
     files_of,
     missing,
@@ -30,16 +29,18 @@ from .sources import (
     require_layout,
     sources_of,
 )
+from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 
 
-def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, dict[str, Source]]:
+@inspect_once
+def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, Sources]:
     """Geometry and weights of a Flux.1 transformer, from the headers of its files alone.
 
     path: one file, one of several shards, or their folder; in the layout of Black Forest Labs,
@@ -72,28 +73,30 @@ def load_flux_dit(
     path: Path,
     precision: Precision,
     progress: Progress | None = None,
-    prepared_folder: Path | None = None,
+    cache_folder: Path | None = None,
     device: "torch.device | None" = None,
 ) -> tuple["OffloadedModule", FluxGeometry]:
     """Read a Flux.1 transformer into CPU memory in `precision`.
 
     A matrix that the file holds in 8 bits with a scale stays as it is where 8 bits with a scale
-    are asked for; only float8 becomes int8 if that is wanted. With a `prepared_folder`, weights
+    are asked for; only float8 becomes int8 if that is wanted. With a `cache_folder`, weights
     of 8 bits are kept there once they have been converted, and mapped from there instead of being
     read and converted again. `device` converts them.
     """
-    from ..engine.flux_dit import build_flux_dit
+    from ..engine.flux.transformer import build_flux_dit
 
     start = time.perf_counter()
     geometry, sources = inspect_flux_dit(path)
     names = diffsynth_module("utils.state_dict_converters.flux_dit")
     renamed = names.FluxDiTStateDictConverter(sources)
     weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
-    convert = partial(fill, weights.module, renamed, progress, device)
+    convert = partial(convert_into, weights.module, renamed, progress, device)
     mapped = (
-        prepared_folder is not None
+        cache_folder is not None
         and precision.eight_bit
-        and keep(prepared_folder, files_of(sources), weights, str(precision), convert, progress)
+        and map_or_convert(
+            cache_folder, files_of(sources), weights, str(precision), convert, progress
+        )
     )
     if not mapped:
         weights.allocate()
@@ -120,10 +123,10 @@ def storage_in(precision: Precision, sources: Sources, name: str) -> Storage:
     source = sources.get(f"{name}.weight")
     if kind == "rest" or source is None or not (precision.attention.scaled or precision.mlp.scaled):
         return wanted
-    found = {(part.dtype, part.rotation) for part in source.parts}
-    if len(found) > 1:
+    stored = {(part.dtype, part.rotation) for part in source.parts}
+    if len(stored) > 1:
         return wanted
-    ((dtype, rotation),) = found
+    ((dtype, rotation),) = stored
     if dtype == "I8" and rotation is not None:
         return Storage("int8", scaled=True, rotated=rotation)
     return FLOAT8 if dtype == "F8_E4M3" and wanted.dtype != "int8" else wanted

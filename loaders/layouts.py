@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..engine.geometry import (
+from ..engine.flux.geometry import (
     HEAD_DIM,
     MLP_RATIO,
     TIMESTEP_CHANNELS,

@@ -164,10 +164,10 @@ def expecting(path: Path, names: Collection[str], wanted: Kind) -> Iterator[None
     try:
         yield
     except ModelFileError as error:
-        found = _first((*RELATIVES, *QUANTISATIONS), names)
-        if found is None:
+        kind = _first((*RELATIVES, *QUANTISATIONS), names)
+        if kind is None:
             raise
-        raise _not_wanted(path, names, found, wanted) from error
+        raise _not_wanted(path, names, kind, wanted) from error
 
 
 def _not_wanted(

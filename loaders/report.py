@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ..messages import say
 
 if TYPE_CHECKING:
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 
 def where_kept(mapped: bool) -> str:

@@ -7,11 +7,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from ..messages import later, say
+from ..messages import MajicFluxError, later, say
 
 FORMAT_HEADER_BYTES = 100 * 2**20  # the format's own limit
 # Ours: headers are read while the server answers nobody else. Those of Flux.1 models have 2,000
@@ -69,10 +70,8 @@ OTHER_FORMATS = (
 )  # fmt: skip
 
 
-class ModelFileError(ValueError):
-    """A model file is missing, damaged or of the wrong kind. The message is for the user."""
-
-    __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
+class ModelFileError(MajicFluxError):
+    """A model file is missing, damaged or of the wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +104,9 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-                raise ModelFileError(say("{file} is not a file.", file=path))
-            with path.open("rb") as file:
-                self.identity = identity_of(file)  # first: what changes later is then seen
-                self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ModelFileError(
-                say("{file} cannot be opened: {reason}.", file=path, reason=reason)
-            ) from error
+        with _opened(path) as file:
+            self.identity = identity_of(file)  # first: what changes later is then seen
+            self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
 
     def read(self, entry: TensorEntry, most: int | None = None) -> bytes:
         """The bytes of a small tensor, `most` of them. Raises ModelFileError when they are more
@@ -136,6 +127,27 @@ class SafetensorsFile:
                 raise changed(self.path)
             file.seek(entry.start)
             return file.read(size)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Raises ModelFileError when that cannot be done, or reading fails."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ModelFileError(say("{file} is not a file.", file=path))
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelFileError(
+            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+        ) from error
+
+
+def identity_at(path: Path) -> Identity:
+    """The identity of the file there. Raises ModelFileError when it cannot be read."""
+    with _opened(path) as file:
+        return identity_of(file)
 
 
 def identity_of(file: Any) -> Identity:
@@ -246,21 +258,21 @@ class _Scanner:
 
     def header(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The entries of the tensors, unchecked, and the metadata."""
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for name in self._names():
-            if name in found:
+            if name in entries:
                 raise ValueError(say("a name appears twice"))
             if len(name) > MAX_NAME or not name.isprintable():  # it may be shown
                 raise ValueError(
                     say("a name has more than {most} letters, or odd ones", most=MAX_NAME)
                 )
             if name == METADATA and self._sign() == "{":
-                found[name] = {key: self._value() for key in self._names()}
+                entries[name] = {key: self._value() for key in self._names()}
             else:
-                found[name] = self._value()
+                entries[name] = self._value()
         if self._sign():
             raise ValueError(say("it does not end where it should"))
-        return found, found.pop(METADATA, None) or {}
+        return entries, entries.pop(METADATA, None) or {}
 
     def _names(self) -> Iterator[str]:
         """The names in the object that begins here; each value is to be taken before the next."""

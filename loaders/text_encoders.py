@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
-from ..engine.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
+from ..engine.flux.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..engine.torch_state import own_state
 from ..messages import say
-from .fill import Progress, fill
+from .convert import Progress, convert_into
+from .inspect_once import inspect_once
 from .layouts import blocks_in, clip_layout, t5_layout
-from .prepared import keep
 from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .sources import (
+from .tensor_sources import (
     Source,
     Sources,
     files_of,
@@ -28,11 +28,12 @@ from .sources import (
     sources_of,
     split,
 )
+from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 
@@ -54,7 +55,8 @@ T5_POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.we
 T5_MLP = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
 
-def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
+@inspect_once
+def inspect_clip(path: Path) -> tuple[ClipGeometry, Sources]:
     """Geometry and weights of a CLIP text encoder, from its header alone.
 
     In the names of Transformers, of which version 5.6 dropped the first part, or in OpenAI's.
@@ -64,10 +66,10 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     with expecting(path, names, CLIP):
         theirs, openai = CLIP.markers
         if any(theirs in name for name in names):
-            found = sources_of(files, prefix_before(names, theirs))
+            named = sources_of(files, prefix_before(names, theirs))
         else:
-            found = _from_openai(sources_of(files, prefix_before(names, openai)))
-        sources = {f"text_model.{name}": source for name, source in found.items()}
+            named = _from_openai(sources_of(files, prefix_before(names, openai)))
+        sources = {f"text_model.{name}": source for name, source in named.items()}
         vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
         if width % CLIP_HEAD_DIM:
             raise ModelFileError(
@@ -93,7 +95,8 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, dict[str, Source]]:
     return geometry, {name: sources[name] for name in layout}
 
 
-def inspect_t5(path: Path) -> tuple[T5Geometry, dict[str, Source]]:
+@inspect_once
+def inspect_t5(path: Path) -> tuple[T5Geometry, Sources]:
     """Geometry and weights of a T5 encoder, in one file or in a folder of shards.
 
     Raises ModelFileError when it is not one, or not whole.
@@ -125,29 +128,30 @@ def load_text_encoders(
     t5_path: Path,
     dtype: "torch.dtype",
     progress: Progress | None = None,
-    prepared_folder: Path | None = None,
+    cache_folder: Path | None = None,
 ) -> "OffloadedModule":
     """Read both encoders into CPU memory in `dtype`.
 
-    With a `prepared_folder` they are kept there, laid out as they travel, and mapped from there.
+    With a `cache_folder` they are kept there, laid out as they travel, and mapped from there.
     """
-    from ..engine.text_encoders import build_text_encoders
+    from ..engine.flux.text_encoders import build_text_encoders
 
     start = time.perf_counter()
     clip_geometry, clip_sources = inspect_clip(clip_path)
     t5_geometry, t5_sources = inspect_t5(t5_path)
     weights = build_text_encoders(clip_geometry, t5_geometry, dtype)
-    positions = clip_sources.pop(CLIP_POSITIONS)  # the converter would reshape this one
+    # The converter would reshape the positions.
+    others = {name: source for name, source in clip_sources.items() if name != CLIP_POSITIONS}
     names = diffsynth_module("utils.state_dict_converters.flux_text_encoder_clip")
-    clip_names = names.FluxTextEncoderClipStateDictConverter(clip_sources)
+    clip_names = names.FluxTextEncoderClipStateDictConverter(others)
 
     sources = {f"clip.{name}": source for name, source in clip_names.items()}
     sources |= {f"t5.{name}": source for name, source in t5_sources.items()}
-    sources["clip.position_embeds"] = positions
-    convert = partial(fill, weights.module, sources, progress, None)
+    sources["clip.position_embeds"] = clip_sources[CLIP_POSITIONS]
+    convert = partial(convert_into, weights.module, sources, progress, None)
     files = [*files_of(t5_sources), *files_of(clip_sources)]
-    mapped = prepared_folder is not None and keep(
-        prepared_folder, files, weights, f"text encoders {dtype}", convert, progress
+    mapped = cache_folder is not None and map_or_convert(
+        cache_folder, files, weights, f"text encoders {dtype}", convert, progress
     )
     if not mapped:
         weights.allocate()
@@ -171,17 +175,17 @@ def _open(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
 
 def _from_openai(sources: Sources) -> dict[str, Source]:
     """A CLIP text encoder in the names of Transformers."""
-    found = {}
+    renamed = {}
     for name, source in sources.items():
         for theirs, ours in OPENAI_NAMES:
             name = re.sub(theirs, ours, name)
         joint = re.fullmatch(r"(encoder\.layers\.\d+\.)attn\.in_proj_(weight|bias)", name)
         if joint is None:
-            found[name] = source
+            renamed[name] = source
             continue
         for part, rows in zip("qkv", split(source, 3), strict=True):
-            found[f"{joint[1]}self_attn.{part}_proj.{joint[2]}"] = rows
-    return found
+            renamed[f"{joint[1]}self_attn.{part}_proj.{joint[2]}"] = rows
+    return renamed
 
 
 def _shape(path: Path, sources: Sources, name: str, axes: int) -> tuple[int, ...]:

@@ -115,14 +115,14 @@ def misfits() -> list[str]:
     """The packages beside PyTorch that are made for another version of it, with what to do."""
     import torch
 
-    found = []
+    lines = []
     for name in COMPANIONS:
         if find_spec(name) is None:
             continue
         try:
             import_module(name)
         except Exception as error:  # anything: a missing symbol is an OSError
-            found.append(
+            lines.append(
                 say(
                     "{package} does not fit PyTorch {torch} ({reason}). Install the one made for "
                     "it, or remove it: pip uninstall {package}",
@@ -131,4 +131,4 @@ def misfits() -> list[str]:
                     reason=str(error).partition("\n")[0],
                 )
             )
-    return found
+    return lines

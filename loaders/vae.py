@@ -6,27 +6,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
+from ..engine.sizes import CHANNELS
 from ..engine.torch_state import own_state
 from ..messages import say
+from .convert import convert_into
 from .diffusers_names import vae_from_diffusers
-from .fill import fill
+from .inspect_once import inspect_once
 from .layouts import vae_layout
 from .recognise import VAE, expecting
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
-from .sources import Source, prefix_before, require_layout, sources_of
+from .tensor_sources import Sources, prefix_before, require_layout, sources_of
 
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.offload import OffloadedModule
+    from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")
 
-LATENT_CHANNELS = 16
 
-
-def inspect_vae(path: Path) -> dict[str, Source]:
+@inspect_once
+def inspect_vae(path: Path) -> Sources:
     """The weights of a Flux VAE, from its header alone, in either layout.
 
     Raises ModelFileError when the file holds none, or not a whole one.
@@ -39,7 +40,7 @@ def inspect_vae(path: Path) -> dict[str, Source]:
         else:
             sources = vae_from_diffusers(sources_of([file], prefix_before(file.tensors, diffusers)))
         layout, first = vae_layout(), sources.get("decoder.conv_in.weight")
-        if first is not None and len(first.shape) == 4 and first.shape[1] != LATENT_CHANNELS:
+        if first is not None and len(first.shape) == 4 and first.shape[1] != CHANNELS:
             raise ModelFileError(
                 say(
                     "{file} is a VAE of another model: its latents have {channels} channels, "
@@ -55,14 +56,14 @@ def inspect_vae(path: Path) -> dict[str, Source]:
 @own_state()
 def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     """Read encoder and decoder into CPU memory in `dtype`."""
-    from ..engine.vae import build_vae
+    from ..engine.flux.vae import build_vae
 
     start = time.perf_counter()
     names = diffsynth_module("utils.state_dict_converters.flux_vae")
     sources = inspect_vae(path)
     weights = build_vae(dtype).allocate()
-    fill(weights.module["encoder"], names.FluxVAEEncoderStateDictConverter(sources))
-    fill(weights.module["decoder"], names.FluxVAEDecoderStateDictConverter(sources))
+    convert_into(weights.module["encoder"], names.FluxVAEEncoderStateDictConverter(sources))
+    convert_into(weights.module["decoder"], names.FluxVAEDecoderStateDictConverter(sources))
     weights.report = say(
         "{file}: Flux VAE, {size}", file=path.name, size=size_and_time(weights, dtype, start)
     )

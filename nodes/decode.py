@@ -1,12 +1,14 @@
+"""The node that decodes a latent into pictures."""
+
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..host import provenance
-from .given import checked
+from . import run_ui
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 
@@ -40,13 +42,9 @@ class Decode(Node):
     @classmethod
     @checked
     def execute(cls, pipeline: "Pipeline", latent: Any) -> io.NodeOutput:
-        from ..engine.pipeline import decode
+        from ..engine.run.pipeline import decode
         from ..host import native
 
-        on_phase = host.phase_teller(cls.hidden.unique_id)
-        picture, report = decode(
-            pipeline, native.from_latent(latent), host.check_cancelled, on_phase
-        )
-        provenance.keep(cls.hidden, report.as_dict())
-        shown = host.node_text([str(report)], **report.as_dict())
-        return io.NodeOutput(picture.to(host.result_device()), ui=shown)
+        latents = native.from_latent(latent)
+        picture, report = decode(pipeline, latents, **run_ui.callbacks(cls))
+        return io.NodeOutput(picture.to(host.result_device()), ui=run_ui.shown(cls, report))

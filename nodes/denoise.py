@@ -1,16 +1,18 @@
+"""The node that samples as ComfyUI's KSampler (Advanced) does."""
+
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..host import provenance
 from ..messages import say
-from . import sampling
-from .given import checked
+from . import run_ui, sampler_inputs
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 LAST_STEP = 10000
@@ -45,16 +47,16 @@ class Denoise(Node):
                     tooltip="Empty, an encoded picture, or where another sampler stopped. Its "
                     "noise mask and its batch numbers count.",
                 ),
-                sampling.seed(),
-                sampling.steps(),
-                sampling.guidance(),
+                sampler_inputs.seed(),
+                sampler_inputs.steps(),
+                sampler_inputs.guidance(),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Needed when cfg is not 1."
                 ),
-                sampling.cfg(),
-                sampling.solver(),
-                sampling.schedule(),
-                sampling.strength(),
+                sampler_inputs.cfg(),
+                sampler_inputs.solver(),
+                sampler_inputs.schedule(),
+                sampler_inputs.strength(),
                 io.Int.Input(
                     "start_at_step",
                     default=0,
@@ -80,7 +82,7 @@ class Denoise(Node):
                     advanced=True,
                     tooltip="Off: the latent brings the noise of a sampler that stopped before.",
                 ),
-                sampling.sigmas(),
+                sampler_inputs.sigmas(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -92,7 +94,7 @@ class Denoise(Node):
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:
-        return sampling.fingerprint(cls, seed)
+        return sampler_inputs.fingerprint(cls, seed)
 
     @classmethod
     @checked
@@ -106,62 +108,40 @@ class Denoise(Node):
         guidance: float,
         negative: Any = None,
         cfg: float = 1.0,
-        solver: str = "euler",
-        schedule: str = sampling.SCHEDULES[0],
+        solver: str = sampler_inputs.DEFAULT_SOLVER,
+        schedule: str = sampler_inputs.DEFAULT_SCHEDULE,
         strength: float = 1.0,
         start_at_step: int = 0,
         end_at_step: int = LAST_STEP,
         add_noise: bool = True,
         sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.pipeline import denoise
-        from ..engine.request import Request
-        from ..engine.schedule import some_steps
-        from ..engine.sizes import PIXELS_PER_LATENT
-        from ..engine.solvers import SOLVERS
+        from ..engine.run.pipeline import denoise
+        from ..engine.sampling.schedules import some_steps
         from ..host import native
 
-        latents = native.from_latent(latent)
-        mask = latent.get("noise_mask")
-        height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
-        geometry = pipeline.dit.geometry
-        towards = native.from_conditioning(say("positive"), positive, geometry)
-        away: Any = ""
-        if cfg != 1:
-            if negative is None:
-                raise ValueError(
-                    say("A cfg other than 1 needs a negative prompt: connect negative.")
-                )
-            away = native.from_conditioning(say("negative"), negative, geometry)
-        seed, drawn = sampling.resolved_seed(cls, seed)
-        all_steps = sampling.schedule_of(schedule, sigmas)
-        request = Request(
-            towards,
-            seed,
-            steps,
-            guidance,
-            width,
-            height,
-            negative=away,
+        if cfg != 1 and negative is None:
+            raise ValueError(say("A cfg other than 1 needs a negative prompt: connect negative."))
+        request, lines = sampler_inputs.generation_request(
+            cls,
+            pipeline,
+            latent=latent,
+            positive=positive,
+            negative=negative,
             cfg=cfg,
-            schedule=some_steps(all_steps, start_at_step, end_at_step),
-            solver=SOLVERS[solver],
-            latents=latents,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            schedule=schedule,
+            sigmas=sigmas,
             strength=strength,
-            mask=None if mask is None else native.from_mask(mask, None),
-            noise_of=latent.get("batch_index"),
             add_noise=add_noise,
         )
-        on_pass = host.progress(
-            request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
-        )
-        found, report = denoise(
-            pipeline, request, on_pass, host.check_cancelled,
-            preview_bytes=host.preview_bytes(width, height),
-            on_phase=host.phase_teller(cls.hidden.unique_id),
-        )  # fmt: skip
-        lines = [str(report), sampling.nothing_painted(request), drawn]
-        values = {"seed": seed, **report.as_dict()}
-        provenance.keep(cls.hidden, values)
-        result = native.to_latent(found, host.result_device(), latent)
-        return io.NodeOutput(result, ui=host.node_text(lines, **values))
+        part = some_steps(request.schedule, start_at_step, end_at_step)
+        request = replace(request, schedule=part)
+        callbacks = run_ui.sampling_callbacks(cls, pipeline, request)
+        latents, report = denoise(pipeline, request, **callbacks)
+        result = native.to_latent(latents, host.result_device(), latent)
+        shown = run_ui.sampling_shown(cls, pipeline, request, report, lines)
+        return io.NodeOutput(result, ui=shown)

@@ -1,9 +1,12 @@
+"""The node that loads a transformer."""
+
 from typing import Any
 
-from ..engine.precision import PRECISIONS, STORAGES
+from ..downloads import model_folders
+from ..engine.quant.formats import PRECISIONS, STORAGES
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node
 
 io = host.io
@@ -96,13 +99,13 @@ class DiTLoader(Node):
     def validate_inputs(cls, file: str) -> bool | str:
         from ..loaders.flux_dit import inspect_flux_dit
 
-        return model_files.problem(FOLDER, file, inspect_flux_dit) or True
+        return model_folders.problem(FOLDER, file, inspect_flux_dit) or True
 
     @classmethod
     def fingerprint_inputs(
         cls, file: str, weight_precision: str, keep_prepared: bool = True, **kinds: str
     ) -> Any:
-        return model_files.fingerprint(FOLDER, file)
+        return model_folders.fingerprint(FOLDER, file)
 
     @classmethod
     @checked
@@ -116,7 +119,7 @@ class DiTLoader(Node):
         modulation_precision: str = SAME,
     ) -> io.NodeOutput:
         progress = host.loading_progress(cls.hidden.unique_id)
-        from ..engine.flux_dit import DiT
+        from ..engine.flux.transformer import DiT
         from ..loaders.flux_dit import load_flux_dit
 
         precision = PRECISIONS[weight_precision].with_kinds(
@@ -124,7 +127,7 @@ class DiTLoader(Node):
             mlp=STORAGES.get(mlp_precision),
             modulation=STORAGES.get(modulation_precision),
         )
-        path = model_files.resolve(FOLDER, file)
+        path = model_folders.resolve(FOLDER, file)
         prepared = host.prepared_folder() if keep_prepared else None
 
         def load() -> DiT:
@@ -133,6 +136,6 @@ class DiTLoader(Node):
             patcher = host.make_patcher(weights, device, "MajicFluxDiT")
             return DiT(weights, patcher, geometry, precision)
 
-        files = model_files.fingerprint(FOLDER, file)
+        files = model_folders.fingerprint(FOLDER, file)
         dit = model_files.shared(load, files, precision, keep_prepared)
         return io.NodeOutput(dit, ui=host.node_text([dit.weights.report]))

@@ -1,3 +1,5 @@
+"""The node that looks at this machine."""
+
 import logging
 import time
 
@@ -44,7 +46,7 @@ class Doctor(Node):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from .diagnosis import diagnosis
+        from ..lab.doctor import diagnosis
 
         text = diagnosis()
         log.info("%s", text)

@@ -1,14 +1,16 @@
+"""The node that encodes pictures as a latent."""
+
 from typing import TYPE_CHECKING
 
 from ..host import current as host
-from ..host import provenance
-from .given import checked
+from . import run_ui
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 
@@ -38,12 +40,10 @@ class EncodeImage(Node):
     @classmethod
     @checked
     def execute(cls, pipeline: "Pipeline", image: "Tensor") -> io.NodeOutput:
-        from ..engine.pipeline import encode_pictures
+        from ..engine.run.pipeline import encode_pictures
         from ..host import native
 
         picture = native.from_image(image)
-        on_phase = host.phase_teller(cls.hidden.unique_id)
-        latents, report = encode_pictures(pipeline, picture, host.check_cancelled, on_phase)
-        provenance.keep(cls.hidden, report.as_dict())
-        shown = host.node_text([str(report)], **report.as_dict())
-        return io.NodeOutput(native.to_latent(latents, host.result_device()), ui=shown)
+        latents, report = encode_pictures(pipeline, picture, **run_ui.callbacks(cls))
+        latent = native.to_latent(latents, host.result_device())
+        return io.NodeOutput(latent, ui=run_ui.shown(cls, report))

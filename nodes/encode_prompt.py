@@ -1,13 +1,14 @@
+"""The node that encodes a prompt."""
+
 from typing import TYPE_CHECKING
 
 from ..host import current as host
-from ..host import provenance
-from . import sampling
-from .given import checked
+from . import run_ui, sampler_inputs
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 
@@ -39,7 +40,7 @@ class EncodePrompt(Node):
                     dynamic_prompts=True,
                     tooltip="As of the sample node: in English, and (words:1.3) weighs them more.",
                 ),
-                sampling.guidance(),
+                sampler_inputs.guidance(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             outputs=[
@@ -52,13 +53,10 @@ class EncodePrompt(Node):
     @classmethod
     @checked
     def execute(cls, pipeline: "Pipeline", prompt: str, guidance: float) -> io.NodeOutput:
-        from ..engine.pipeline import encode_prompts
+        from ..engine.run.pipeline import encode_prompts
         from ..host import native
 
-        on_phase = host.phase_teller(cls.hidden.unique_id)
-        (embedding,), report = encode_prompts(pipeline, [prompt], host.check_cancelled, on_phase)
+        (embedding,), report = encode_prompts(pipeline, [prompt], **run_ui.callbacks(cls))
         counts = pipeline.checked_text_encoders.count(prompt)
-        provenance.keep(cls.hidden, report.as_dict())
-        lines = [counts.warning, str(report), str(counts)]
-        shown = host.node_text(lines, **report.as_dict())
-        return io.NodeOutput(native.to_conditioning(embedding, guidance), ui=shown)
+        conditioning = native.to_conditioning(embedding, guidance)
+        return io.NodeOutput(conditioning, ui=run_ui.shown(cls, report, counts=counts))

@@ -1,15 +1,18 @@
+"""The node that puts the parts together and gives them a budget."""
+
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
 from ..messages import say
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node, PipelineHandle, TextEncodersHandle, VAEHandle
 
 if TYPE_CHECKING:
-    from ..engine.flux_dit import DiT
-    from ..engine.text_encoders import TextEncoders
-    from ..engine.vae import VAE
+    from ..engine.flux.text_encoders import TextEncoders
+    from ..engine.flux.transformer import DiT
+    from ..engine.flux.vae import VAE
+    from ..engine.run.pipeline import Pipeline
 
 log = logging.getLogger("majicflux")
 io = host.io
@@ -97,22 +100,30 @@ class PipelineNode(Node):
         vram_budget_gb: float = 0.0,
         compute_precision: str = "auto",
     ) -> io.NodeOutput:
-        from ..engine.pipeline import Pipeline
-        from ..engine.plan import GB, Job
-        from ..engine.products import choose
+        from ..engine.plan.plan import Workload
+        from ..engine.plan.units import GB
+        from ..engine.quant.compute import choose_compute
+        from ..engine.run.pipeline import Pipeline
 
         budget_bytes = int(vram_budget_gb * GB) or None
         device = dit.patcher.device
         native = host.compute_dtype(device)
-        computing = choose(dit.weights.module, device, compute_precision, native)
+        computing = choose_compute(dit.weights.module, device, compute_precision, native)
         report = say("transformer: {report}", report=computing.report)
         log.info(report)
         pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)
-        pipeline.plan(Job(64, 64)).require_budget()  # a budget that is too small for anything
-        if device.type == "cpu":
-            plan, values = say("on the CPU: no VRAM is used"), {}
-        else:
-            found = pipeline.plan(Job(1024, 1024), rates=True)
-            plan, values = str(found), {"plan": found.as_dict(), "bar": found.bar()}
+        pipeline.plan(Workload(64, 64)).require_budget()  # a budget that is too small for anything
+        plan, values = _plan(pipeline)
         log.info("%s", plan)
         return io.NodeOutput(pipeline, ui=host.node_text([report, plan], **values))
+
+
+def _plan(pipeline: "Pipeline") -> tuple[str, dict[str, Any]]:
+    """Of a usual picture: as text, and as values that the canvas draws."""
+    from ..engine.plan.plan import Workload
+
+    if pipeline.dit.patcher.device.type == "cpu":
+        return say("on the CPU: no VRAM is used"), {}
+    pipeline.denoise.measure()
+    found = pipeline.plan(Workload(1024, 1024))
+    return str(found), {"plan": found.as_dict(), "bar": found.bar()}

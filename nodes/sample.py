@@ -1,16 +1,17 @@
+"""The node that paints pictures from a prompt."""
+
 from typing import TYPE_CHECKING, Any
 
+from ..engine.sizes import MAX_SIDE, STEP
 from ..host import current as host
-from ..host import provenance
-from ..messages import say
-from . import sampling
-from .given import checked
+from . import run_ui, sampler_inputs
+from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.pipeline import Pipeline
+    from ..engine.run.pipeline import Pipeline
 
 io = host.io
 CUSTOM = "width x height"
@@ -31,10 +32,10 @@ def _side(name: str) -> Any:
     return io.Int.Input(
         name,
         default=1024,
-        min=16,
-        max=8192,
-        step=16,
-        tooltip="Pixels, a multiple of 16. An image or latent brings its own size.",
+        min=STEP,
+        max=MAX_SIDE,
+        step=STEP,
+        tooltip="Pixels, rounded to a multiple of 16. An image or latent brings its own size.",
     )
 
 
@@ -76,9 +77,9 @@ class Sample(Node):
                         "is allowed. (words:1.3) weighs them more, \\( and \\) are plain brackets."
                     ),
                 ),
-                sampling.seed(),
-                sampling.steps(),
-                sampling.guidance(),
+                sampler_inputs.seed(),
+                sampler_inputs.steps(),
+                sampler_inputs.guidance(),
                 _side("width"),
                 _side("height"),
                 io.Int.Input(
@@ -96,9 +97,9 @@ class Sample(Node):
                     optional=True,
                     tooltip="What not to paint. Used, and shown, when cfg is not 1.",
                 ),
-                sampling.cfg(),
-                sampling.solver(),
-                sampling.schedule(),
+                sampler_inputs.cfg(),
+                sampler_inputs.solver(),
+                sampler_inputs.schedule(),
                 io.Combo.Input(
                     "size",
                     options=[CUSTOM, *SIZES],
@@ -128,7 +129,7 @@ class Sample(Node):
                     tooltip="White: what may change of the image or latent. Soft edges blend. "
                     "Needs one of the two.",
                 ),
-                sampling.strength(),
+                sampler_inputs.strength(),
                 io.Boolean.Input(
                     "keep_unmasked",
                     default=True,
@@ -152,7 +153,7 @@ class Sample(Node):
                     optional=True,
                     tooltip="The same for the negative prompt. Used when cfg is not 1.",
                 ),
-                sampling.sigmas(),
+                sampler_inputs.sigmas(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -165,17 +166,8 @@ class Sample(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, width: Any = None, height: Any = None) -> bool | str:
-        from ..engine.sizes import size_problem
-
-        sizes = (("Width", width), ("Height", height))
-        # What is no whole number ComfyUI has told already, or it comes over a link.
-        problems = (size_problem(name, size) for name, size in sizes if isinstance(size, int))
-        return next(filter(None, problems), True)
-
-    @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **others: Any) -> Any:
-        return sampling.fingerprint(cls, seed)
+        return sampler_inputs.fingerprint(cls, seed)
 
     @classmethod
     @checked
@@ -191,8 +183,8 @@ class Sample(Node):
         batch_size: int,
         negative_prompt: str = "",
         cfg: float = 1.0,
-        solver: str = "euler",
-        schedule: str = sampling.SCHEDULES[0],
+        solver: str = sampler_inputs.DEFAULT_SOLVER,
+        schedule: str = sampler_inputs.DEFAULT_SCHEDULE,
         size: str = CUSTOM,
         image: "Tensor | None" = None,
         latent: Any = None,
@@ -203,70 +195,36 @@ class Sample(Node):
         negative: Any = None,
         sigmas: "Tensor | None" = None,
     ) -> io.NodeOutput:
-        from ..engine.pipeline import paint
-        from ..engine.request import Request
-        from ..engine.sizes import PIXELS_PER_LATENT
-        from ..engine.solvers import SOLVERS
+        from ..engine.run.pipeline import paint
         from ..host import native
 
-        picture = None if image is None else native.from_image(image)
-        latents = None if latent is None else native.from_latent(latent)
-        if mask is None and latent is not None:
-            mask = latent.get("noise_mask")
-        if mask is not None:
-            mask = native.from_mask(mask, image)
         if size != CUSTOM:
             width, height = map(int, size.partition(" ")[0].split("x"))
-        asked, sized = (width, height), ""
-        if picture is not None:
-            height, width = picture.shape[1:3]
-        elif latents is not None:
-            height, width = (PIXELS_PER_LATENT * side for side in latents.shape[2:])
-        if (width, height) != asked:
-            values = {"width": width, "height": height}
-            sized = say("The size is that of the image or latent: {width} x {height}.", **values)
-        geometry = pipeline.dit.geometry
-
-        def prompt_of(name: str, text: str, conditioning: Any) -> Any:
-            if conditioning is None:
-                return text
-            return native.from_conditioning(name, conditioning, geometry)
-
-        seed, drawn = sampling.resolved_seed(cls, seed)
-        request = Request(
-            prompt_of(say("positive"), prompt, positive),
-            seed,
-            steps,
-            guidance,
-            width,
-            height,
-            batch_size,
-            prompt_of(say("negative"), negative_prompt, None if cfg == 1 else negative),
-            cfg,
-            sampling.schedule_of(schedule, sigmas),
-            SOLVERS[solver],
-            picture,
-            latents,
-            strength,
-            mask,
-            None if latent is None else latent.get("batch_index"),
+        request, lines = sampler_inputs.generation_request(
+            cls,
+            pipeline,
+            size=(width, height),
+            image=image,
+            latent=latent,
+            mask=mask,
+            prompt=prompt,
+            positive=positive,
+            negative_prompt=negative_prompt,
+            negative=negative,
+            cfg=cfg,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            batch_size=batch_size,
+            solver=solver,
+            schedule=schedule,
+            sigmas=sigmas,
+            strength=strength,
         )
-        on_pass = host.progress(
-            request.passes, request.job.steps, pipeline.dit.patcher.device, cls.hidden.unique_id
-        )
-        painted, found, report = paint(
-            pipeline, request, on_pass, host.check_cancelled,
-            preview_bytes=host.preview_bytes(width, height),
-            on_phase=host.phase_teller(cls.hidden.unique_id),
-        )  # fmt: skip
-        if picture is not None and mask is not None and keep_unmasked:
-            painted = native.pasted(painted, picture, mask)
-        lines = [str(report), sampling.nothing_painted(request), sized, drawn]
-        if positive is None and not lines[1]:
-            counts = pipeline.checked_text_encoders.count(prompt)
-            lines = [counts.warning, *lines, str(counts)]
-        values = {"seed": seed, **report.as_dict()}
-        provenance.keep(cls.hidden, values)
+        callbacks = run_ui.sampling_callbacks(cls, pipeline, request)
+        pictures, latents, report = paint(pipeline, request, **callbacks)
+        if keep_unmasked and request.picture is not None and request.mask is not None:
+            pictures = native.pasted(pictures, request.picture, request.mask)
         device = host.result_device()
-        shown = host.node_text(lines, **values)
-        return io.NodeOutput(painted.to(device), native.to_latent(found, device), ui=shown)
+        shown = run_ui.sampling_shown(cls, pipeline, request, report, lines)
+        return io.NodeOutput(pictures.to(device), native.to_latent(latents, device), ui=shown)

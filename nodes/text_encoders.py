@@ -1,13 +1,22 @@
-from typing import Any
+"""The node that loads CLIP-L and T5."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..downloads import model_folders
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, Node, TextEncodersHandle
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.flux.text_encoders import TextEncoders
 
 io = host.io
 FOLDER = "text_encoders"
-PRECISIONS = ["bfloat16", "float32"]
 
 
 class TextEncodersNode(Node):
@@ -48,7 +57,7 @@ class TextEncodersNode(Node):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=PRECISIONS,
+                    options=["bfloat16", "float32"],
                     default="bfloat16",
                     tooltip=(
                         "bfloat16: 10 GB of CPU memory, what Flux.1 was trained with. "
@@ -80,8 +89,8 @@ class TextEncodersNode(Node):
         from ..loaders.text_encoders import inspect_clip, inspect_t5
 
         return (
-            model_files.problem(FOLDER, clip_l, inspect_clip)
-            or model_files.problem(FOLDER, t5, inspect_t5)
+            model_folders.problem(FOLDER, clip_l, inspect_clip)
+            or model_folders.problem(FOLDER, t5, inspect_t5)
             or True
         )
 
@@ -89,7 +98,7 @@ class TextEncodersNode(Node):
     def fingerprint_inputs(
         cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
     ) -> Any:
-        return [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
+        return [model_folders.fingerprint(FOLDER, name) for name in (clip_l, t5)]
 
     @classmethod
     @checked
@@ -99,27 +108,34 @@ class TextEncodersNode(Node):
         progress = host.loading_progress(cls.hidden.unique_id)
         import torch
 
-        from ..engine.text_encoders import TextEncoders
-        from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
-        from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
-
         dtype = getattr(torch, precision)
-        clip_path, t5_path = (model_files.resolve(FOLDER, name) for name in (clip_l, t5))
+        prepared = host.prepared_folder() if keep_prepared else None
+        clip_path, t5_path = (model_folders.resolve(FOLDER, name) for name in (clip_l, t5))
 
-        def load() -> TextEncoders:
-            clip, t5_geometry = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
-            clip_tokenizer = load_tokenizer(
-                CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
-            )
-            t5_tokenizer = load_tokenizer(
-                T5_TOKENIZER, t5_path, t5_geometry.vocabulary, host.t5_tokenizer_folder()
-            )
-            prepared = host.prepared_folder() if keep_prepared else None
-            weights = load_text_encoders(clip_path, t5_path, dtype, progress, prepared)
-            device = host.text_encoder_device()
-            patcher = host.make_patcher(weights, device, "MajicFluxTextEncoders")
-            return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
+        def load() -> "TextEncoders":
+            return _load(clip_path, t5_path, dtype, progress, prepared)
 
-        files = [model_files.fingerprint(FOLDER, name) for name in (clip_l, t5)]
+        files = [model_folders.fingerprint(FOLDER, name) for name in (clip_l, t5)]
         encoders = model_files.shared(load, files, dtype, keep_prepared)
         return io.NodeOutput(encoders, ui=host.node_text([encoders.weights.report]))
+
+
+def _load(
+    clip_path: Path,
+    t5_path: Path,
+    dtype: "torch.dtype",
+    progress: Callable[[int, int, str], None],
+    prepared: Path | None,
+) -> "TextEncoders":
+    from ..engine.flux.text_encoders import TextEncoders
+    from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
+    from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
+
+    clip, t5 = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
+    clip_tokenizer = load_tokenizer(
+        CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
+    )
+    t5_tokenizer = load_tokenizer(T5_TOKENIZER, t5_path, t5.vocabulary, host.t5_tokenizer_folder())
+    weights = load_text_encoders(clip_path, t5_path, dtype, progress, prepared)
+    patcher = host.make_patcher(weights, host.text_encoder_device(), "MajicFluxTextEncoders")
+    return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)

@@ -1,8 +1,11 @@
+"""The node that loads the VAE."""
+
 from typing import Any
 
+from ..downloads import model_folders
 from ..host import current as host
 from . import model_files
-from .given import checked
+from .arguments import checked
 from .sockets import CATEGORY, Node, VAEHandle
 
 io = host.io
@@ -45,19 +48,19 @@ class VAELoader(Node):
     def validate_inputs(cls, file: str) -> bool | str:
         from ..loaders.vae import inspect_vae
 
-        return model_files.problem(FOLDER, file, inspect_vae) or True
+        return model_folders.problem(FOLDER, file, inspect_vae) or True
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        return model_files.fingerprint(FOLDER, file)
+        return model_folders.fingerprint(FOLDER, file)
 
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        from ..engine.vae import VAE
+        from ..engine.flux.vae import VAE
         from ..loaders.vae import load_vae
 
-        path = model_files.resolve(FOLDER, file)
+        path = model_folders.resolve(FOLDER, file)
 
         def load() -> VAE:
             device = host.vae_device()
@@ -65,5 +68,5 @@ class VAELoader(Node):
             weights = load_vae(path, dtype)
             return VAE(weights, host.make_patcher(weights, device, "MajicFluxVAE"), dtype)
 
-        vae = model_files.shared(load, model_files.fingerprint(FOLDER, file))
+        vae = model_files.shared(load, model_folders.fingerprint(FOLDER, file))
         return io.NodeOutput(vae, ui=host.node_text([vae.weights.report]))

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from comfyui_server import Server
 from file_layouts import Tensors
-from majicflux.engine.flux_dit import DiT
-from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.pipeline import Pipeline
-from majicflux.engine.precision import PRECISIONS, Precision
-from majicflux.engine.products import Computing, choose
-from majicflux.engine.stored_linear import StoredLinear
-from majicflux.engine.text_encoders import TextEncoders
-from majicflux.engine.vae import VAE
+from majicflux.engine.flux.text_encoders import TextEncoders
+from majicflux.engine.flux.transformer import DiT
+from majicflux.engine.flux.vae import VAE
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.quant.compute import ComputePrecision, choose_compute
+from majicflux.engine.quant.formats import PRECISIONS, Precision
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.run.pipeline import Pipeline
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
@@ -75,7 +75,9 @@ def build_pipeline(
         ),
         VAE(vae_weights, RecordingPatcher(vae_weights, device), dtype),
         budget_bytes,
-        choose(dit_weights.module, device, mode, dtype) if mode else Computing(dtype),
+        choose_compute(dit_weights.module, device, mode, dtype)
+        if mode
+        else ComputePrecision(dtype),
     )
 
 

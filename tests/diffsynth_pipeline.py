@@ -2,8 +2,8 @@
 
 import torch
 
-from majicflux.engine.flux_dit import sized_flux_dit
-from majicflux.engine.pipeline import Pipeline
+from majicflux.engine.flux.transformer import sized_flux_dit
+from majicflux.engine.run.pipeline import Pipeline
 
 
 def diffsynth_pipeline(ours: Pipeline):

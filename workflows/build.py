@@ -10,10 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from majicflux.host.canvas import WIDGETS, to_graph
-from majicflux.host.image_nodes import image_nodes
-from majicflux.host.schema import Schema, Socket, io
-from majicflux.loaders.catalogue import (
+from majicflux.downloads.catalogue import (
     AE,
     CLIP_L,
     GROUPS,
@@ -23,6 +20,9 @@ from majicflux.loaders.catalogue import (
     T5_XXL,
     KnownFile,
 )
+from majicflux.host.canvas import WIDGETS, to_graph
+from majicflux.host.image_nodes import image_nodes
+from majicflux.host.schema import Schema, Socket, io
 from majicflux.nodes import NODES
 from majicflux.nodes.sample import CUSTOM
 

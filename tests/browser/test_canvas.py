@@ -13,18 +13,18 @@ from PIL import Image, ImageColor
 from playwright.sync_api import Page
 
 from comfyui_server import Server
-from majicflux.engine.memory import PhaseReport, Report
-from majicflux.engine.plan_alone import plan_alone
-from majicflux.engine.precision import PRECISIONS
+from majicflux.downloads.catalogue import MAJICFLUS_FLOAT8
+from majicflux.engine.plan.estimate import estimate_plan
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.run.report import Report, StageReport
 from majicflux.host.canvas import with_values
-from majicflux.loaders.catalogue import MAJICFLUS_FLOAT8
 from majicflux.loaders.demo_models import DIT_FILE
 from majicflux.messages import say
 from majicflux.nodes import NODES
 from majicflux.nodes.sample import CUSTOM
 from majicflux.workflows import build
 
-PHASES = ("text encoders", "denoising", "VAE decode")
+STAGES = ("text", "denoise", "decode")
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = [make().name for make in build.BUILDERS]  # from simple to special
 ERROR_BANNER = "text=/(errors?|issues?) found/"
@@ -229,7 +229,7 @@ def a_real_plan(*rates: float | None) -> dict[str, Any]:
     """The longest text: a transformer of which a part visits, and a prediction; and its bar."""
     job = (1024, 1024, 1, 20)
     rates = rates or (25.0, 300.0)
-    plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], job, 8.0, True, *rates)
+    plan = estimate_plan(None, PRECISIONS["float8_e4m3fn"], job, 8.0, True, *rates)
     card, formats = "NVIDIA GeForce RTX 4060 Laptop GPU", "float8_e4m3fn, bfloat16"
     computing = say("computes in {formats} on {device}", formats=formats, device=card)
     text = say("transformer: {report}", report=computing) + f"\n{plan}"
@@ -237,9 +237,9 @@ def a_real_plan(*rates: float | None) -> dict[str, Any]:
 
 
 def a_real_report() -> str:
-    phases = [PhaseReport(name, 8 * 10**9, 8 * 10**9, 123.4, 98 * 10**9) for name in PHASES]
+    stages = [StageReport(name, 8 * 10**9, 8 * 10**9, 123.4, 98 * 10**9) for name in STAGES]
     counts = "CLIP-L read 75 of 183 tokens, T5 all 14"
-    return f"{Report(8 * 10**9, phases)}\n{counts}\nseed 1125899906842623"
+    return f"{Report(8 * 10**9, stages)}\n{counts}\nseed 1125899906842623"
 
 
 OUTPUT_COLORS = """() => Object.fromEntries(app.rootGraph.nodes.flatMap(

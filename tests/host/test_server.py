@@ -113,6 +113,17 @@ def test_a_new_seed_each_time_is_written_into_the_picture(server: Server, graph:
         assert picture.tobytes() == pixels
 
 
+def test_a_size_of_any_pixels_is_rounded_and_told(server: Server, graph: dict) -> None:
+    graph = seeded(graph, 110)
+    graph["5"]["inputs"].update(width=63, height=41)
+    run = server.run(graph)
+    with Image.open(server.outputs(run)[0]) as picture:
+        assert picture.size == (64, 48)
+    assert "The size was rounded from 63 x 41 to 64 x 48" in run.texts["5"]
+    graph["5"]["inputs"].update(height=8200)
+    assert refusal(server, graph) == {"5": ["Value 8200 bigger than max of 8192: height"]}
+
+
 def test_the_small_decoder_that_the_user_chose_makes_the_previews(
     server: Server, graph: dict
 ) -> None:
@@ -135,7 +146,7 @@ def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
     assert "Flux.1 transformer, 2 + 4 blocks of width 256, 0.01 B parameters" in texts["1"]
     assert "0.01 GB as float8_e4m3fn" in texts["1"]
     assert texts["2"].startswith("clip_l.safetensors, t5xxl_fp16.safetensors: text encoders")
-    assert texts["3"].startswith("ae.safetensors: Flux VAE, 0.17 GB as bfloat16")
+    assert texts["3"].startswith("ae.safetensors: Flux VAE, 0.34 GB as float32")
     log = server.log()
     for text in texts.values():
         for line in text.splitlines():
@@ -278,7 +289,7 @@ def test_native_nodes_take_our_image_and_latent(server: Server, graph: dict) -> 
             torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (ours, theirs)
         ]
     difference = (pixels[0].float() - pixels[1].float()).abs().mean()
-    assert difference < 3  # of 255; theirs decodes in float32, ours in bfloat16
+    assert difference < 3  # of 255; rounded to bytes by both
 
 
 def test_the_mixed_template_paints_with_the_stock_text_encoders_and_vae(server: Server) -> None:
@@ -304,7 +315,8 @@ def test_the_mixed_template_paints_with_the_stock_text_encoders_and_vae(server: 
         ("2", "t5", "clip_l.safetensors", "is a CLIP text encoder, not a T5 text encoder"),
         ("2", "t5", "text_encoder_2", "lacks model-00002-of-00002.safetensors"),
         ("3", "file", "../text_encoders/clip_l.safetensors", "is not in models/vae"),
-        ("5", "width", 1000, "Width 1000 is not a multiple of 16"),
+        ("5", "width", 15, "smaller than min of 16"),
+        ("5", "height", 8200, "bigger than max of 8192"),
         ("5", "steps", 0, "smaller than min of 1"),
         ("5", "seed", 2**64, "bigger than max"),
     ],
@@ -389,7 +401,8 @@ def test_a_loader_takes_a_list_of_names(server: Server, graph: dict) -> None:
         ("5", "steps", "many", "steps must be a whole number, not 'many'"),
         ("5", "guidance", float("inf"), "guidance must be a number, not inf"),
         ("5", "width", "abc", "width must be a whole number, not 'abc'"),
-        ("5", "width", 63, "Width 63 is not a multiple of 16"),
+        ("5", "width", 15, "width must be 16 to 8192, not 15"),
+        ("5", "height", 8200, "height must be 16 to 8192, not 8200"),
         ("5", "cfg", {}, "cfg must be a number, not 'dict'"),
         ("5", "solver", "dpmpp_2m", "solver must be one of: euler, deis_2m, deis_3m, heun"),
         ("5", "schedule", "karras", "schedule must be one of: DiffSynth (shift 3), "),

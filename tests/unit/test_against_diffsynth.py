@@ -8,10 +8,11 @@ import torch
 from diffsynth_pipeline import diffsynth_pipeline
 
 from majicflux.engine.latents import draw_noise
-from majicflux.engine.pipeline import paint
-from majicflux.engine.request import Request
-from majicflux.engine.sampling import Task, sample
-from majicflux.engine.schedule import diffsynth_sigmas
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.inputs import SamplerInputs
+from majicflux.engine.sampling.loop import sample
+from majicflux.engine.sampling.schedules import diffsynth_sigmas
 
 PROMPT = "a cat on a roof 屋顶上的猫"
 
@@ -46,7 +47,7 @@ def test_latents_and_picture_are_diffsynths_bit_for_bit(
     )  # fmt: skip
     theirs.vae_decoder.forward = decode
 
-    request = Request(prompt, seed=7, steps=4, guidance=3.5, width=128, height=96)
+    request = GenerationRequest(prompt, seed=7, steps=4, guidance=3.5, width=128, height=96)
     image, latents, _ = paint(
         ours, request, lambda *_: None, lambda: None, latents_dtype=torch.bfloat16
     )
@@ -62,7 +63,7 @@ def test_float32_latents_stay_closer_to_exact_arithmetic(
 ) -> None:
     """Why latents, conditions and the residual are float32 while products are not. With one step
     and a guidance of 4, bfloat16 holds what is embedded exactly: what is left is their rounding."""
-    request = Request(PROMPT, seed=7, steps=steps, guidance=guidance, width=64, height=64)
+    request = GenerationRequest(PROMPT, seed=7, steps=steps, guidance=guidance, width=64, height=64)
 
     def latents(mode: str, dtype: torch.dtype) -> torch.Tensor:
         pipeline = make_pipeline(mode=mode)
@@ -85,7 +86,7 @@ def test_noise_is_torchs_for_the_seed() -> None:
 def test_euler_integrates_a_straight_line_exactly() -> None:
     clean, noise = torch.full((1, 16, 2, 2), 3.0), torch.full((1, 16, 2, 2), -1.0)
     seen: list[torch.Tensor] = []
-    task = Task(diffsynth_sigmas(5, 16, 16), noise)
+    task = SamplerInputs(diffsynth_sigmas(5, 16, 16), noise)
     given = (seen.append, torch.device("cpu"), torch.float32)
     end = sample(task, lambda x, sigma: noise - clean, *given)
     assert torch.allclose(end, clean, atol=1e-5)

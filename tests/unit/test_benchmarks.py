@@ -7,7 +7,7 @@ import torch
 
 from majicflux.benchmarks import precision
 from majicflux.benchmarks.random_flux import normal
-from majicflux.engine.flux_dit import FluxGeometry
+from majicflux.engine.flux.geometry import FluxGeometry
 
 TINY = FluxGeometry(
     hidden=256, double_blocks=1, single_blocks=1, text_width=64, pooled_width=64, out_channels=16

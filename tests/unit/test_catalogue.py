@@ -1,6 +1,5 @@
 """What the catalogue says of the published files, and which of them a command means."""
 
-import ast
 import json
 import math
 import shutil
@@ -8,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rooms import FILES, ROOT, imported_packages
 
 from majicflux import cli
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
-from majicflux.loaders import demo_models, download
-from majicflux.loaders.catalogue import (
+from majicflux.downloads import download
+from majicflux.downloads.catalogue import (
     AE,
     CLIP_L,
     GROUPS,
@@ -23,9 +21,10 @@ from majicflux.loaders.catalogue import (
     T5_XXL,
     KnownFile,
 )
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
-ROOT = Path(__file__).parents[2]
 MOST_HEADER_BYTES = 200_000
 
 
@@ -101,18 +100,5 @@ def test_a_command_lists_its_files_and_begins_only_if_all_fit(
 
 def test_no_other_file_of_the_pack_opens_connections() -> None:
     network = {"modelscope", "huggingface_hub", "requests", "urllib", "http", "socket", "httpx"}
-    folders = ("nodes", "loaders", "engine", "host")
-    files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).glob("*.py"))]
-    found = {path.name for path in files if imported(path) & network}
+    found = {path.name for path in FILES if imported_packages(path) & network}
     assert found == {"hubs.py"}
-
-
-def imported(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    names = []
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.append(node.module or "")
-    return {name.split(".")[0] for name in names}

@@ -190,7 +190,7 @@ def test_the_plan_tells_a_time_from_both_rates_only(tmp_path: Path) -> None:
         ["run", "gone.json"],
         ["run", "text.json"],
         ["run", WORKFLOW],
-        ["run", WORKFLOW, "--models", "MODELS", "--set", "width=17"],
+        ["run", WORKFLOW, "--models", "MODELS", "--set", "size=huge"],
         ["run", WORKFLOW, "--set", "sed=1"],
         ["plan", "--vram", "4"],
         ["plan", "--vram", "0.1"],

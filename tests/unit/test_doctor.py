@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from majicflux.engine import card, kernels
+from majicflux.downloads.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
 from majicflux.engine.allocator import Allocator
-from majicflux.engine.plan import GB
-from majicflux.engine.plan_alone import plan_alone
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.kernels import dispatch
+from majicflux.engine.plan import measure
+from majicflux.engine.plan.estimate import estimate_plan
+from majicflux.engine.plan.units import GB
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.host import standalone
+from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import demo_models
-from majicflux.loaders.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
 from majicflux.loaders.recognise import FLUX_DIT
-from majicflux.nodes.diagnosis import diagnosis
 
 ROOT = Path(__file__).parents[2]
 BEGINNINGS = [
@@ -175,7 +176,7 @@ def nowhere(name):
 importlib.metadata.version = nowhere
 from majicflux.host import standalone
 from majicflux.loaders.recognise import FLUX_DIT
-from majicflux.nodes.diagnosis import diagnosis
+from majicflux.lab.doctor import diagnosis
 standalone.models_folder = Path({str(models)!r})
 print(diagnosis())
 """
@@ -204,7 +205,7 @@ def test_a_package_of_another_pytorch_is_told(
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
-from majicflux.nodes.diagnosis import diagnosis
+from majicflux.lab.doctor import diagnosis
 print(diagnosis().partition("packages:")[0])
 import transformers
 class Lazy:
@@ -250,15 +251,15 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(standalone, "compute_device", lambda: device)
     monkeypatch.setattr(standalone, "compute_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(standalone, "free_memory", lambda _: free)
-    monkeypatch.setattr(kernels, "capability", lambda _: (8, 6))
+    monkeypatch.setattr(dispatch, "capability", lambda _: (8, 6))
     for name in ("triton_works", "int8_product_works"):
-        monkeypatch.setattr(kernels, name, lambda _: True)
+        monkeypatch.setattr(dispatch, name, lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
-    monkeypatch.setattr(card, "copy_rate", lambda _: 12e9)
+    monkeypatch.setattr(measure, "copy_rate", lambda _: 12e9)
     rates = {torch.int8: 100e12, torch.bfloat16: 50e12}
-    monkeypatch.setattr(card, "_product_rate", lambda _, dtype: rates[dtype])
-    monkeypatch.setattr(card, "_attention_rate", lambda *_: 25e12)
-    monkeypatch.setattr(card, "allocator_of", lambda _: Allocator(torch.device("cpu")))
+    monkeypatch.setattr(measure, "_product_rate", lambda _, dtype: rates[dtype])
+    monkeypatch.setattr(measure, "_attention_rate", lambda *_: 25e12)
+    monkeypatch.setattr(measure, "allocator_of", lambda _: Allocator(torch.device("cpu")))
     total = type("Properties", (), {"total_memory": 8 * GB})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
     found = parts(diagnosis())
@@ -270,7 +271,7 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
         "float8_e4m3fn weights: computes in bfloat16 (float8_e4m3fn matrix units begin with "
         "compute capability 8.9, int8 rotated weights would be faster), 50 TFLOP/s"
     ) in auto
-    plan = plan_alone(None, PRECISIONS["float8_e4m3fn"], (1024, 1024, 1, 20), 6.0, False, 12, 50)
+    plan = estimate_plan(None, PRECISIONS["float8_e4m3fn"], (1024, 1024, 1, 20), 6.0, False, 12, 50)
     shown = found["plan of a FLUX.1 transformer"]
     assert [x.removeprefix("- ") for x in shown.splitlines()[1:]] == str(plan).splitlines()
     assert "predicted: " in shown
@@ -278,7 +279,7 @@ def test_a_card_is_measured_and_planned_for(folder: Path, monkeypatch) -> None:
     def full(*_: object) -> float:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(card, "_product_rate", full)
+    monkeypatch.setattr(measure, "_product_rate", full)
     found = parts(diagnosis())
     assert "int8 rotated weights: computes in int8" in found["compute_precision auto"]
     assert "TFLOP/s" not in found["compute_precision auto"]

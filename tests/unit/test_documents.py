@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from majicflux.engine import plan_alone
-from majicflux.engine.plan import GB, Plan, in_gb_above
-from majicflux.engine.precision import PRECISIONS
-from majicflux.nodes import NODES, sampling
+from majicflux.engine.plan import estimate
+from majicflux.engine.plan.plan import Plan
+from majicflux.engine.plan.units import GB, in_gb_above
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.sampling.schedules import SCHEDULES
+from majicflux.engine.sampling.solvers import SOLVERS
+from majicflux.nodes import NODES
 from majicflux.nodes.pipeline import COMPUTE_PRECISIONS
 
 ROOT = Path(__file__).parents[2]
@@ -122,12 +125,12 @@ def test_every_choice_is_explained() -> None:
             text(ROOT / "docs" / f"{n}{suffix}") for n in ("settings", "sampling")
         )
         assert all(f" `{name}` |" in settings for name in [*PRECISIONS, *COMPUTE_PRECISIONS])
-        assert all(f"`{n}`" in about_sampling for n in [*sampling.SOLVERS, *sampling.SCHEDULES])
+        assert all(f"`{n}`" in about_sampling for n in [*SOLVERS, *SCHEDULES])
 
 
 def planned(gb: float, side: int = 1024) -> Plan:
     job = (side, side, 1, 20)
-    return plan_alone.plan_alone(None, PRECISIONS["float8_e4m3fn"], job, gb, True, None, None)
+    return estimate.estimate_plan(None, PRECISIONS["float8_e4m3fn"], job, gb, True, None, None)
 
 
 def in_gb(size: int) -> str:
@@ -135,7 +138,7 @@ def in_gb(size: int) -> str:
 
 
 def travelling(gb: float, side: int) -> str:
-    return in_gb(planned(gb, side).phases[1].visiting)
+    return in_gb(planned(gb, side).stages[1].visiting)
 
 
 def rows(*cells: list[object]) -> str:
@@ -168,8 +171,8 @@ def test_the_figures_for_each_card_are_the_planners(page: str) -> None:
         plan = planned(gb)
         plan.require_budget()
         steps = [travelling(gb, side) for side in SIDES]
-        return [f"{card} GB", gb, in_gb(plan.peak_bytes), *steps, in_gb(plan.phases[1].once)]
+        return [f"{card} GB", gb, in_gb(plan.peak_bytes), *steps, in_gb(plan.stages[1].once)]
 
     found = text(ROOT / "docs" / page)
     assert rows(*map(row, CARDS)) in found
-    assert in_gb(planned(max(CARDS) - LEFT_TO_OTHERS).phases[0].visiting) in found
+    assert in_gb(planned(max(CARDS) - LEFT_TO_OTHERS).stages[0].visiting) in found

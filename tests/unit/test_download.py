@@ -20,11 +20,11 @@ from filelock import FileLock
 from hub_server import Hub, running_hub
 from safetensors.torch import save
 
-import majicflux.loaders.download as module
-from majicflux.loaders import hubs
-from majicflux.loaders.catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, KnownFile, Place
-from majicflux.loaders.download import PARTIAL_FOLDER, DownloadError, download, require_space
-from majicflux.loaders.hubs import WRITTEN_AT_ONCE
+import majicflux.downloads.download as module
+from majicflux.downloads import hubs
+from majicflux.downloads.catalogue import HUB_NAMES, HUGGINGFACE, MODELSCOPE, KnownFile, Place
+from majicflux.downloads.download import PARTIAL_FOLDER, DownloadError, download, require_space
+from majicflux.downloads.hubs import WRITTEN_AT_ONCE
 
 CHUNK = 2**14  # the clients write so much at a time, here
 CUT = 5 * CHUNK + 100
@@ -438,7 +438,7 @@ def test_the_command_says_what_it_will_fetch_first(server: Hub, hub: str, tmp_pa
     code = f"""
 import sys
 from majicflux import cli
-from majicflux.loaders.catalogue import KnownFile, Place
+from majicflux.downloads.catalogue import KnownFile, Place
 cli.files_of = lambda group, hub: [{SMALL!r}]
 sys.exit(cli.main(sys.argv[1:]))
 """

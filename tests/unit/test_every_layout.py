@@ -22,9 +22,9 @@ from file_layouts import (
     to_diffusers,
     vae_to_diffusers,
 )
-from majicflux.engine.pipeline import Pipeline
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.stored_linear import rotate
+from majicflux.engine.kernels.hadamard import rotate
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.run.pipeline import Pipeline
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from majicflux.engine.geometry import FluxGeometry
+from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout

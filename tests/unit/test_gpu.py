@@ -11,26 +11,27 @@ import torch
 
 from comfyui_server import Server
 from file_layouts import sparse_file
-from majicflux.engine import kernels
-from majicflux.engine import pipeline as pipeline_module
-from majicflux.engine.flux_dit import FluxGeometry
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.kernels import dispatch
 from majicflux.engine.latents import to_vae_space
-from majicflux.engine.pipeline import paint
-from majicflux.engine.plan import Job
-from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
-from majicflux.engine.products import Dequantized, EightBit
-from majicflux.engine.request import Request
-from majicflux.engine.stored_linear import StoredLinear, quantize_rows
+from majicflux.engine.plan.plan import Workload
+from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.methods import Dequantized, EightBit
+from majicflux.engine.quant.quantize import quantize_rows
+from majicflux.engine.run import pipeline_run
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
+from majicflux.loaders.convert_on_device import DeviceQuantizer
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
-from majicflux.loaders.on_card import OnCard
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
 )
 CUDA = torch.device("cuda", 0)
-REQUEST = Request("a cat", seed=1, steps=4, guidance=3.5, width=256, height=256)
+REQUEST = GenerationRequest("a cat", seed=1, steps=4, guidance=3.5, width=256, height=256)
 
 
 def picture(make_pipeline, **options) -> torch.Tensor:
@@ -39,7 +40,7 @@ def picture(make_pipeline, **options) -> torch.Tensor:
 
 
 def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
-    job = REQUEST.job
+    job = REQUEST.workload
     pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], device=CUDA)
     smallest = pipeline.plan(job).smallest_bytes
     _, resident, _ = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
@@ -49,7 +50,7 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline) -> None:
         )
         if pinned:
             for block in pipeline.dit.weights.all_blocks:
-                block.live_in(block.home.pin_memory())
+                block.live_in(block.host_buffer.pin_memory())
         _, streamed, report = paint(pipeline, REQUEST, lambda *_: None, lambda: None)
         assert torch.equal(resident, streamed)
         assert report.peak_bytes <= smallest
@@ -104,7 +105,7 @@ def test_every_precision_paints_on_the_card_what_it_paints_on_the_cpu(
 )
 def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, lacking) -> None:
     for name in lacking:
-        monkeypatch.setattr(kernels, name, lambda *_: False)
+        monkeypatch.setattr(dispatch, name, lambda *_: False)
     storage = PRECISIONS[precision].mlp
     layer = StoredLinear(512, 384, True, storage).to_empty(device=CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
@@ -113,7 +114,7 @@ def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, l
     layer.bias.data.normal_(generator=generator)
     x = torch.randn(1, 40, 512, device=CUDA, dtype=torch.bfloat16, generator=generator)
     plain = Dequantized([layer], CUDA, x.dtype)
-    layer.product = EightBit([layer.weight.dtype], CUDA, plain)
+    layer.method = EightBit([layer.weight.dtype], CUDA, plain)
     rows = layer.rows(x)
     found = layer(rows)
     exact = (rows.values.double() * rows.scale.double()) @ (
@@ -129,7 +130,7 @@ def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
     quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
     layer.bias.data.zero_()
     x = torch.randn(1, 64, 24, device=CUDA, dtype=torch.bfloat16)
-    layer.product = EightBit([torch.int8], CUDA, Dequantized([layer], CUDA, x.dtype))
+    layer.method = EightBit([torch.int8], CUDA, Dequantized([layer], CUDA, x.dtype))
     layer(layer.rows(x))
     found = layer(layer.rows(x))
     exact = x.double() @ weight.double().T
@@ -163,7 +164,7 @@ def test_the_card_converts_to_the_weights_of_the_cpu(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2])
 def test_rows_in_pinned_memory_come_back_as_the_cpu_quantizes_them(dtype: torch.dtype) -> None:
-    card = OnCard(CUDA)
+    card = DeviceQuantizer(CUDA)
     exact = (torch.randn(1000, 3072) * torch.logspace(-9, 2, 1000)[:, None]).to(dtype)
     expected, scale = torch.empty(1000, 3072, dtype=torch.float8_e4m3fn), torch.empty(1000)
     quantize_rows(exact, expected, scale)
@@ -197,7 +198,7 @@ def test_converting_takes_little_of_the_card_and_gives_it_back(
 
 def test_streaming_holds_less_of_the_card(make_pipeline) -> None:
     peaks = []
-    smallest = make_pipeline(device=CUDA).plan(REQUEST.job).smallest_bytes
+    smallest = make_pipeline(device=CUDA).plan(REQUEST.workload).smallest_bytes
     for budget in (None, smallest):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -208,12 +209,12 @@ def test_streaming_holds_less_of_the_card(make_pipeline) -> None:
 
 def test_fifty_runs_of_mixed_sizes_leave_the_card_as_they_found_it(make_pipeline) -> None:
     pipeline = make_pipeline(precision=PRECISIONS["float8_e4m3fn"], mode="auto", device=CUDA)
-    budget = int(1.2 * pipeline.plan(Job(512, 512, 2, 2)).smallest_bytes)
+    budget = int(1.2 * pipeline.plan(Workload(512, 512, 2, 2)).smallest_bytes)
     pipeline = dataclasses.replace(pipeline, budget_bytes=budget)
     held = []
     for run in range(50):
         side, batch = (128, 256, 384, 512)[run % 4], 1 + run % 2
-        request = Request(f"cat {run % 3}", run, 2, 3.5, side, side, batch)
+        request = GenerationRequest(f"cat {run % 3}", run, 2, 3.5, side, side, batch)
         report = paint(pipeline, request, lambda *_: None, lambda: None)[2]
         assert report.peak_bytes <= budget
         if run % 8 == 7:  # the same sizes have run since
@@ -226,7 +227,7 @@ def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline,
     options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
     expected = paint(make_pipeline(**options), REQUEST, lambda *_: None, lambda: None)[1]
     pipeline = make_pipeline(**options)
-    smallest = pipeline.plan(REQUEST.job).smallest_bytes
+    smallest = pipeline.plan(REQUEST.workload).smallest_bytes
     everything = pipeline.dit.weights.travelling_bytes
     pipeline = dataclasses.replace(pipeline, budget_bytes=smallest + everything)
     taken: list[torch.Tensor] = []
@@ -265,9 +266,9 @@ def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(monkeypatch, mak
     """Within a picture that has more tokens than the smallest chunks."""
     request = dataclasses.replace(REQUEST, width=1024, height=1024, steps=1)
     options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
-    made, found = pipeline_module.Work, []
+    made, found = pipeline_run.Chunking, []
     for tokens, groups in ((0, 1), (2048, 1), (256, 1), (256, 2)):
         forced = functools.partial(made, tokens, groups)
-        monkeypatch.setattr(pipeline_module, "Work", lambda *rest, forced=forced: forced(rest[2]))
+        monkeypatch.setattr(pipeline_run, "Chunking", lambda *rest, forced=forced: forced(rest[2]))
         found.append(paint(make_pipeline(**options), request, lambda *_: None, lambda: None)[1])
     assert all(torch.equal(latents, found[0]) for latents in found)

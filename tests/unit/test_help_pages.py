@@ -3,13 +3,12 @@
 import ast
 import json
 import re
-from pathlib import Path
 
 import pytest
+from rooms import FILES, ROOT
 
 from majicflux.nodes import NODES
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "web" / "docs"
 LANGUAGES = ["en", "zh"]
 NAMES = [node.define_schema().node_id for node in NODES]
@@ -30,11 +29,10 @@ def texts(node: str, language: str) -> dict:
 def said_by_the_code() -> str:
     """Every string literal of the pack, those in several pieces as one."""
     strings = []
-    for folder in ("engine", "loaders", "host", "nodes"):
-        for path in (ROOT / folder).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    strings.append(node.value)
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
     return "\n".join(strings)
 
 

@@ -6,44 +6,67 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from rooms import FILES, LINE, ROOT, imported_packages, room_of
 
-ROOT = Path(__file__).parents[2]
-ALLOWED = {
-    "nodes": {"nodes", "loaders", "engine", "host", "messages"},
-    "loaders": {"loaders", "engine", "messages"},
-    "engine": {"engine", "messages"},
-    "host": {"host", "engine", "messages"},
-}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "execution"}
-FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).glob("*.py"))]
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """The pack's folders and the outside packages that a file imports."""
-    inside, outside = set(), set()
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_files(path: Path) -> Iterator[Path]:
+    """The pack's files that a file imports, anywhere in it and for its types too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            inside.add(path.parent.name)
-        elif isinstance(node, ast.ImportFrom) and node.level == 2:
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            inside |= {name.split(".")[0] for name in names}
-        elif isinstance(node, ast.ImportFrom):
-            outside.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.Import):
-            outside |= {alias.name.split(".")[0] for alias in node.names}
-    return inside, outside
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        place = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        names = [place / alias.name for alias in node.names]
+        for module in [place] if place.with_suffix(".py").is_file() else names:
+            ways = module.with_suffix(".py"), module / "__init__.py", module.parent / "__init__.py"
+            yield next(way for way in ways if way.is_file())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_one_way(path: Path) -> None:
-    inside, outside = imports(path)
-    assert inside <= ALLOWED[path.parent.name]
-    assert "majicflux" not in outside, "the pack's name in ComfyUI is another one"
+    own = room_of(path)
+    for file in imported_files(path):
+        room = room_of(file)
+        assert room == own or LINE[room] < LINE[own], f"{own} may not import {name_of(file)}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    imports = {name_of(path): {*map(name_of, imported_files(path))} for path in FILES}
+    TopologicalSorter(imports).prepare()  # its CycleError names the files
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_one_file_knows_comfyui(path: Path) -> None:
+    packages = imported_packages(path)
+    assert "majicflux" not in packages, "the pack's name in ComfyUI is another one"
     if path != ROOT / "host" / "comfyui.py":
-        assert not outside & COMFYUI
+        assert not packages & COMFYUI
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_says_what_it_is(path: Path) -> None:
+    assert re.match(r'"""[\w`]', path.read_text(encoding="utf-8")), "in its first line"
+
+
+def test_every_folder_is_a_room_and_a_package() -> None:
+    found = {name_of(path.parent) for path in FILES if path.name == "__init__.py"} - {"."}
+    there = {name_of(path.parent) for n in ("*", "*/*") for path in ROOT.glob(f"{n}/__init__.py")}
+    assert found == there - {"benchmarks"}
+    assert {name_of(path.parent) for path in FILES} == {*found, "."}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^packages = (\[.*?\])", project, re.DOTALL | re.MULTILINE)
+    names = ["majicflux", *(f"majicflux.{name.replace('/', '.')}" for name in found)]
+    assert sorted(ast.literal_eval(listed)) == sorted(names)
 
 
 def test_both_doors_offer_the_same_names() -> None:
@@ -107,8 +130,8 @@ text = TextEncodersNode.execute("clip_l.safetensors", "t5xxl_fp16.safetensors", 
 vae = VAELoader.execute("ae.safetensors").args[0]
 pipeline = PipelineNode.execute(dit, text, vae, 0.0, "auto").args[0]
 Sample.execute(pipeline, "a cat", 0, 1, 3.5, 32, 32, 1)
-from majicflux.engine.blocks import JointBlock
-print(*JointBlock.__mro__[1].forward.__code__.co_filename.rpartition("diffsynth")[1:])
+from majicflux.engine.flux.blocks import DoubleBlock
+print(*DoubleBlock.__mro__[1].forward.__code__.co_filename.rpartition("diffsynth")[1:])
 print(*{{"diffsynth", "modelscope", "torch._dynamo", "torch._inductor"}} & {{*sys.modules}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

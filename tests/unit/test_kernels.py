@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
-from majicflux.engine import kernels
-from majicflux.engine.rows import Rows, Wanted, add_gated_, prepare, rms_rope_
-from majicflux.engine.stored_linear import LIMITS, StoredNorm, hadamard, rotate
+from majicflux.engine.kernels import dispatch
+from majicflux.engine.kernels.hadamard import hadamard, rotate
+from majicflux.engine.kernels.ops import add_gated_, norm_modulate_quantize, rms_rope_
+from majicflux.engine.kernels.row_format import LIMITS, ActivationFormat, QuantizedActivations
+from majicflux.engine.quant.linear import StoredNorm
 
 CUDA = pytest.param(
     torch.device("cuda", 0),
@@ -24,16 +26,16 @@ def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "of comfy-kitchen":
         if not torch.cuda.is_available():
             pytest.skip("NOT TESTED ON A CARD: no CUDA device")
-        monkeypatch.setattr(kernels, "triton_works", lambda _: False)
-        assert kernels.kitchen_works(torch.device("cuda", 0))
+        monkeypatch.setattr(dispatch, "triton_works", lambda _: False)
+        assert dispatch.kitchen_works(torch.device("cuda", 0))
 
 
 WIDTH, TOKENS, BATCH = 512, 37, 2
 FORMATS = [
     None,
-    Wanted(torch.int8, LIMITS[torch.int8], 256),
-    Wanted(torch.int8, LIMITS[torch.int8], 0),
-    Wanted(torch.float8_e4m3fn, LIMITS[torch.float8_e4m3fn], 0),
+    ActivationFormat(torch.int8, LIMITS[torch.int8], 256),
+    ActivationFormat(torch.int8, LIMITS[torch.int8], 0),
+    ActivationFormat(torch.float8_e4m3fn, LIMITS[torch.float8_e4m3fn], 0),
 ]
 # What is prepared: rows alone, normed rows, GELU alone, rows beside GELU.
 CASES = {"plain": (1, 0, 0), "norm": (1, 1, 0), "gelu": (0, 0, 1), "beside": (1, 0, 1)}
@@ -69,16 +71,18 @@ def in_float64(x, norm, gelu, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("case", "wanted"), list(itertools.product(CASES, FORMATS)))
-def test_prepared_rows_are_those_of_float64(device, case: str, wanted: Wanted | None) -> None:
+def test_prepared_rows_are_those_of_float64(
+    device, case: str, wanted: ActivationFormat | None
+) -> None:
     x, norm, gelu = inputs(case, device)
     exact = in_float64(x, norm, gelu, wanted.group if wanted else 0)
-    found = prepare(x, norm, gelu, wanted)
+    found = norm_modulate_quantize(x, norm, gelu, wanted)
     if wanted is None:
         assert isinstance(found, torch.Tensor)
         assert found.dtype == torch.bfloat16
         assert (found.double() - exact).norm() <= 5e-3 * exact.norm()
         return
-    assert isinstance(found, Rows)
+    assert isinstance(found, QuantizedActivations)
     assert found.values.dtype == wanted.dtype
     # Every row uses the whole range of its format, and each value is off by half a step at most.
     assert (found.values.float().abs().amax(-1) >= 0.99 * wanted.limit).all()
@@ -91,14 +95,14 @@ def test_prepared_rows_are_those_of_float64(device, case: str, wanted: Wanted | 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("wanted", [*FORMATS, Wanted(None, 0.0, 256)])
-def test_a_float32_residual_is_rounded_once(device, wanted: Wanted | None) -> None:
+@pytest.mark.parametrize("wanted", [*FORMATS, ActivationFormat(None, 0.0, 256)])
+def test_a_float32_residual_is_rounded_once(device, wanted: ActivationFormat | None) -> None:
     """To the rows of a product in another dtype, and when what that gives is added."""
     x, norm, _ = inputs("norm", device)
     x, norm = 1.01 * x.float(), tuple(1.01 * part.float() for part in norm)
     exact = in_float64(x, norm, None, wanted.group if wanted else 0)
-    rows = prepare(x, norm, wanted=wanted, dtype=torch.bfloat16)
-    if isinstance(rows, Rows):
+    rows = norm_modulate_quantize(x, norm, wanted=wanted, dtype=torch.bfloat16)
+    if isinstance(rows, QuantizedActivations):
         assert rows.dtype == torch.bfloat16
         values, scale = rows.values.double(), 1 if rows.scale is None else rows.scale.double()
     else:
@@ -119,8 +123,8 @@ def test_rows_of_zeros_and_outliers(device) -> None:
     for wanted in FORMATS[1:]:
         x = torch.zeros(1, 3, WIDTH, device=device, dtype=torch.bfloat16)
         x[0, 1, 7] = 1e4
-        rows = prepare(x, wanted=wanted)
-        assert isinstance(rows, Rows)
+        rows = norm_modulate_quantize(x, wanted=wanted)
+        assert isinstance(rows, QuantizedActivations)
         back = rotate(rows.values.float() * rows.scale, wanted.group)
         assert torch.isfinite(back).all()
         assert not back[0, 0].any()
@@ -149,7 +153,7 @@ def test_norm_and_rope_are_those_of_float64(device, batch: int) -> None:
         turned = (cos * x[..., 0] - sin * x[..., 1], sin * x[..., 0] + cos * x[..., 1])
         exact.append(torch.stack(turned, -1).flatten(2))
     values = qkv.chunk(3, dim=-1)[2].clone()
-    rms_rope_(qkv, *norms, rope, heads)
+    rms_rope_(qkv, *(norm.weight for norm in norms), rope, heads)
     q, k, v = qkv.double().chunk(3, dim=-1)
     for found, right in ((q, exact[0]), (k, exact[1])):
         assert (found - right).norm() <= 5e-3 * right.norm()
@@ -168,7 +172,7 @@ def test_the_hadamard_matrix_is_its_own_inverse_and_comfyuis() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
 def test_every_byte_is_dequantized_as_pytorch_does() -> None:
-    from majicflux.engine.triton_kernels import dequantize
+    from majicflux.engine.kernels.fused_triton import dequantize
 
     every = torch.arange(256, dtype=torch.uint8, device="cuda").view(2, 128)
     scale = torch.tensor([0.3, 7.0], device="cuda")
@@ -182,9 +186,9 @@ def test_every_byte_is_dequantized_as_pytorch_does() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device")
 def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None:
     """Aligned, then a little beside; one row and many; strides of 16 and of other numbers."""
-    from majicflux.engine import triton_kernels
+    from majicflux.engine.kernels import fused_triton
 
-    if not kernels.triton_works(torch.device("cuda", 0)):
+    if not dispatch.triton_works(torch.device("cuda", 0)):
         pytest.skip("tested with our own kernels")
     x = random(1, 40, WIDTH + 64, device=torch.device("cuda", 0))
     for rows, first, row in itertools.product(
@@ -192,5 +196,5 @@ def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None
     ):
         for _ in range(2):
             some = x.flatten()[first:].as_strided((1, rows, WIDTH), (0, row, 1))
-            found, _ = triton_kernels.prepare(some, None, None, 0.0, torch.float32)
+            found, _ = fused_triton.norm_modulate_quantize(some, None, None, 0.0, torch.float32)
             assert torch.equal(found, some.float())

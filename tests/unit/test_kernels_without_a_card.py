@@ -10,31 +10,35 @@ from threading import Event, Timer
 import pytest
 import torch
 
-from majicflux.engine import kernel_trials, kernels, products
+from majicflux.engine.kernels import dispatch, libraries, probe
 
 INTERPRETED = """
 import torch
-from majicflux.engine import products, triton_kernels as fused
-from majicflux.engine.rows import Wanted, prepare
-from majicflux.engine.stored_linear import LIMITS
+from majicflux.engine.kernels import reference
+from majicflux.engine.kernels import fused_triton as fused
+from majicflux.engine.kernels.row_format import ActivationFormat
+from majicflux.engine.kernels.ops import norm_modulate_quantize
+from majicflux.engine.kernels.row_format import LIMITS
 generator = torch.Generator().manual_seed(0)
 wide = torch.randn(2, 5, 1536, generator=generator).bfloat16().float()
 x, gelu = wide[..., :512], wide[..., 512:]
 norm = tuple(torch.randn(2, 1, 512, generator=generator) for _ in range(2))
 for case in ((x, None, None), (x, norm, None), (None, None, gelu), (x, None, gelu)):
     def plainly(wanted=None):  # which uses the input of GELU up
-        return prepare(case[0], case[1], None if case[2] is None else case[2].clone(), wanted)
+        gelu = None if case[2] is None else case[2].clone()
+        return norm_modulate_quantize(case[0], case[1], gelu, wanted)
 
-    assert (fused.prepare(*case, 1e-6, torch.float32)[0] - plainly()).abs().max() < 1e-4
+    found = fused.norm_modulate_quantize(*case, 1e-6, torch.float32)[0]
+    assert (found - plainly()).abs().max() < 1e-4
     for group in (0, 256):
-        rows = plainly(Wanted(torch.int8, 127.0, group))
-        values, scale = fused.prepare(*case, 1e-6, torch.int8, 127.0, group)
+        rows = plainly(ActivationFormat(torch.int8, 127.0, group))
+        values, scale = fused.norm_modulate_quantize(*case, 1e-6, torch.int8, 127.0, group)
         assert torch.allclose(scale, rows.scale, rtol=1e-5)
         # A value halfway between two steps may go either way.
         assert (values.int() - rows.values.int()).abs().max() <= 1
         assert (values != rows.values).float().mean() < 0.01
-rows, _ = fused.prepare(x, norm, None, 1e-6, torch.bfloat16)
-assert torch.allclose(rows.float(), prepare(x, norm), rtol=0.01)
+rows, _ = fused.norm_modulate_quantize(x, norm, None, 1e-6, torch.bfloat16)
+assert torch.allclose(rows.float(), norm_modulate_quantize(x, norm), rtol=0.01)
 gate, y = torch.randn(2, 1, 512, generator=generator), torch.randn(2, 5, 512, generator=generator)
 sums = x.clone()
 fused.add_gated_(sums, gate, y)
@@ -44,7 +48,7 @@ for bias in (None, gate[0, 0]):
     found, right = y.clone(), y * of_row * of_column + (0 if bias is None else bias)
     fused.rescale_(found, of_row, of_column, bias)
     assert torch.allclose(found, right, atol=1e-6)
-    products.rescale_(y_plain := y.clone(), of_row, of_column, bias)
+    reference.rescale_(y_plain := y.clone(), of_row, of_column, bias)
     assert torch.allclose(y_plain, right, atol=1e-6)
 every = torch.arange(256, dtype=torch.uint8).view(2, 128)
 scale, found = torch.tensor([0.3, 7.0]), torch.empty(2, 128)
@@ -76,9 +80,9 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
 
 TRIALS = """
 import torch
-from majicflux.engine import kernel_trials
-trials = list(kernel_trials.fused(torch.device("cpu"), False))
-print(len(trials), all(kernel_trials.same(*trial) for trial in trials))
+from majicflux.engine.kernels import probe
+trials = list(probe.fused(torch.device("cpu"), False))
+print(len(trials), all(probe.same(*trial) for trial in trials))
 """
 
 
@@ -103,13 +107,13 @@ def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixt
         yield right, right
         raise torch.OutOfMemoryError
 
-    assert kernels._tried("It", lambda: iter([(right, right)]))
+    assert dispatch._tried("It", lambda: iter([(right, right)]))
     with pytest.raises(torch.OutOfMemoryError):
-        kernels._tried("It", short_of_memory)
+        dispatch._tried("It", short_of_memory)
     assert not caplog.messages
-    assert not kernels._tried("It", wrong_when_started_again)
-    assert not kernels._tried("It", refused)
-    assert not kernels._tried("It", lambda: iter([(right * torch.nan, right)]))
+    assert not dispatch._tried("It", wrong_when_started_again)
+    assert not dispatch._tried("It", refused)
+    assert not dispatch._tried("It", lambda: iter([(right * torch.nan, right)]))
     assert [message.split("; ")[0] for message in caplog.messages] == [
         "It does not work here (wrong results)",
         "It does not work here (KeyError: 'no compiler')",
@@ -128,16 +132,16 @@ def test_kernels_are_tried_while_something_else_is_done(monkeypatch) -> None:
         yield torch.ones(3), torch.ones(3)
 
     device = torch.device("cuda", 7)  # which nothing else asks for
-    monkeypatch.setattr(kernels, "capability", lambda _: (8, 9))
-    monkeypatch.setattr(kernel_trials, "fused", trial)
+    monkeypatch.setattr(dispatch, "capability", lambda _: (8, 9))
+    monkeypatch.setattr(probe, "fused", trial)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    kernels.try_ahead(torch.device("cpu"))
+    dispatch.try_ahead(torch.device("cpu"))
     assert not trials
-    kernels.try_ahead(device)
+    dispatch.try_ahead(device)
     assert begun.wait(30)
     Timer(0.1, go_on.set).start()
-    assert kernels.triton_works(device)
-    kernels.try_ahead(device)
+    assert dispatch.triton_works(device)
+    dispatch.try_ahead(device)
     assert len(trials) == 2, "of which the second takes a kernel's shorter way"
 
 
@@ -154,8 +158,8 @@ def test_row_scales_are_taken_only_where_the_product_is_right(monkeypatch) -> No
         multiply(x, weight, x_scale[:1], scale[:, :1], **options)
 
     for product, right in ((refuse, False), (multiply, True), (with_one_scale, False)):
-        monkeypatch.setattr(products, "_scaled_mm", product)
-        found = kernels.float8_takes_row_scales.__wrapped__(torch.device("cpu"))
+        monkeypatch.setattr(libraries, "_scaled_mm", product)
+        found = dispatch.float8_takes_row_scales.__wrapped__(torch.device("cpu"))
         assert found == right, product
 
 
@@ -166,7 +170,7 @@ FLOAT8_UNITS = 89  # compute capability times 10
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monkeypatch) -> None:
     """At the widths of Flux.1, into machine code by Triton's own assembler."""
-    fused = pytest.importorskip("majicflux.engine.triton_kernels")
+    fused = pytest.importorskip("majicflux.engine.kernels.fused_triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import ASTSource, compile
 
@@ -207,8 +211,8 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     if capability >= FLOAT8_UNITS:
         formats.append((torch.float8_e4m3fn, 448.0, 0))
     for wanted in formats:
-        fused.prepare(residual, (modulation, modulation), None, 1e-6, *wanted)
-        fused.prepare(*beside, 1e-6, *wanted)
+        fused.norm_modulate_quantize(residual, (modulation, modulation), None, 1e-6, *wanted)
+        fused.norm_modulate_quantize(*beside, 1e-6, *wanted)
     head, rope = empty(128), empty(1, 1, 64, 64, 2, 2, dtype=torch.float32)
     fused.rms_rope_(empty(1, 64, 9216), head, head, rope, 24, 1e-6)
     fused.add_gated_(residual, modulation, empty(1, 64, 3072))
@@ -216,17 +220,17 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     for dtype in (torch.int8, torch.float8_e4m3fn):
         fused.dequantize(empty(3072, 64, dtype=dtype), scale, empty(3072, 64))
     rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
-    products = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
+    methods = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
     for bias in (None, empty(3072)):
-        if products:
+        if methods:
             fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
         fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
-    assert len(compiled) == 2 * len(formats) + 6 + 2 * products
+    assert len(compiled) == 2 * len(formats) + 6 + 2 * methods
 
 
 def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
-    triton_kernels = pytest.importorskip("majicflux.engine.triton_kernels")
-    monkeypatch.setattr(triton_kernels, "_compiled", {})
+    fused_triton = pytest.importorskip("majicflux.engine.kernels.fused_triton")
+    monkeypatch.setattr(fused_triton, "_compiled", {})
     started = []
 
     class Kernel:
@@ -247,13 +251,13 @@ def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> N
     for given in cases:
         for constant in (1, 2):
             for _ in range(2):
-                triton_kernels._start(Kernel(), x.device, (3, 1, 1), given, WIDTH=constant)
+                fused_triton._start(Kernel(), x.device, (3, 1, 1), given, WIDTH=constant)
     # The first of two through Triton, which is told the warps too; the second as it was compiled.
     assert started == [(0, (3, 1, 1), 4), (1, (3, 1, 1), 3)] * 2 * len(cases)
-    triton_kernels._start(Kernel(), x.device, (5, 1, 1), (x[4:], 32), WIDTH=1)
+    fused_triton._start(Kernel(), x.device, (5, 1, 1), (x[4:], 32), WIDTH=1)
     assert started[-1] == (1, (5, 1, 1), 3), "another tensor and number of the same kind"
 
 
 def test_a_cpu_has_no_fused_kernels() -> None:
-    assert not kernels.fused(torch.zeros(1))
-    assert kernels.capability(torch.device("cpu")) is None
+    assert not dispatch.fused(torch.zeros(1))
+    assert dispatch.capability(torch.device("cpu")) is None

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from majicflux.engine import stored_linear
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.quant import quantize as quantizing
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.host import standalone
 from majicflux.loaders import demo_models
+from majicflux.loaders.convert_on_device import DeviceQuantizer
 from majicflux.loaders.flux_dit import load_flux_dit
-from majicflux.loaders.on_card import OnCard
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
@@ -91,9 +91,9 @@ def test_another_device_can_convert(models: Path, precision: str, short_of_memor
     path = models / demo_models.DIT_FILE
     device = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
     there = 0
-    quantize, convert = OnCard.quantize, stored_linear.quantize_rows
+    quantize, convert = DeviceQuantizer.quantize, quantizing.quantize_rows
 
-    def watched(card: OnCard, values: torch.Tensor, *into: torch.Tensor) -> None:
+    def watched(card: DeviceQuantizer, values: torch.Tensor, *into: torch.Tensor) -> None:
         nonlocal there
         there += 1
         refuse = [short_of_memory]
@@ -104,12 +104,12 @@ def test_another_device_can_convert(models: Path, precision: str, short_of_memor
             convert(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stored_linear, "quantize_rows", refused_once)
+            patch.setattr(quantizing, "quantize_rows", refused_once)
             quantize(card, values, *into)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnCard, "quantize", watched)
-        patch.setattr("majicflux.loaders.fill.MOST_WORKERS", 1)  # what is patched is shared
+        patch.setattr(DeviceQuantizer, "quantize", watched)
+        patch.setattr("majicflux.loaders.convert.MOST_WORKERS", 1)  # what is patched is shared
         elsewhere = load_flux_dit(path, PRECISIONS[precision], device=device)[0]
     assert there
     here = parameters(load_flux_dit(path, PRECISIONS[precision])[0])

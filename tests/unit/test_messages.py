@@ -13,26 +13,25 @@ from string import Formatter
 
 import pytest
 import torch
+from rooms import FILES, ROOT
 
 from majicflux import messages
-from majicflux.engine.memory import PhaseReport, Report
-from majicflux.engine.pipeline import paint
-from majicflux.engine.plan import GB, BudgetError, Job, Phase, Plan
-from majicflux.engine.prompts import TokenCounts
-from majicflux.engine.request import Request
+from majicflux.engine.errors import BudgetError
+from majicflux.engine.flux.prompts import TokenCounts
+from majicflux.engine.plan.plan import Plan, StagePlan, Workload
+from majicflux.engine.plan.units import GB
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.report import Report, StageReport
+from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import standalone
+from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.messages import later, say
 from majicflux.nodes import DiTLoader
-from majicflux.nodes.diagnosis import diagnosis
+from majicflux.nodes.advice import advise
 
-ROOT = Path(__file__).parents[2]
-FILES = [
-    ROOT / "cli.py",
-    *(f for name in ("engine", "host", "loaders", "nodes") for f in (ROOT / name).glob("*.py")),
-]
 LANGUAGES = ["ja", "zh", "zh-TW"]
 WORD = re.compile("[A-Za-z]{3}")
 HAN_OR_KANA = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
@@ -51,11 +50,11 @@ NEVER_SHOWN = {
     "the weight holds an infinity or a NaN",
 }
 PLAN = Plan(
-    Job(64, 48, 2, 4, words=768),
+    Workload(64, 48, 2, 4, text_tokens=768),
     2 * GB,
     (
-        Phase("text encoders", GB // 2, 0, 0, GB, 0, 0, 0, GB),
-        Phase("denoising", GB, 0, GB, 0, 8 * GB, 0, 0, 3 * GB),
+        StagePlan("text", None, GB // 2, 0, 0, GB, 0, 0, 0, GB),
+        StagePlan("denoise", None, GB, 0, GB, 0, 8 * GB, 0, 0, 3 * GB),
     ),
     1.5,
 )
@@ -200,6 +199,7 @@ def test_a_plan_and_its_refusal_are_in_chinese(chinese: None) -> None:
     ]
     with pytest.raises(BudgetError) as refused:
         PLAN.require_budget()
+    advise(refused.value)
     assert str(refused.value) == (
         "2.00 GB 显存不够画 2 x 64x48：“去噪”阶段需要 3.00 GB。"
         "请把显存预算（vram_budget_gb）设为 3.0 或更大，或减小图片尺寸或批量，或缩短提示词。"
@@ -208,7 +208,7 @@ def test_a_plan_and_its_refusal_are_in_chinese(chinese: None) -> None:
 
 
 def test_a_report_is_shown_in_chinese_and_kept_in_english(chinese: None) -> None:
-    report = Report(2 * GB, [PhaseReport("VAE decode", GB, GB // 2, 3.0, 5 * GB)])
+    report = Report(2 * GB, [StageReport("decode", GB, GB // 2, 3.0, 5 * GB)])
     assert str(report).splitlines() == [
         "显存：用了 0.50 GB（上限 2.00 GB，计划 1.00 GB），传输 5.0 GB",
         "VAE 解码 3.0 秒",
@@ -218,7 +218,7 @@ def test_a_report_is_shown_in_chinese_and_kept_in_english(chinese: None) -> None
 
 
 def test_a_run_paints_in_chinese_as_in_english(make_pipeline, monkeypatch) -> None:
-    pipeline, request = make_pipeline(), Request("a cat", 1, 1, 3.5, 32, 32)
+    pipeline, request = make_pipeline(), GenerationRequest("a cat", 1, 1, 3.5, 32, 32)
     expected = paint(pipeline, request, lambda _: None, lambda: None)[0]
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     pipeline.text_encoders.forget()

@@ -6,27 +6,27 @@ from collections import Counter
 import pytest
 import torch
 
-from majicflux.engine import model_sizes
-from majicflux.engine.flux_dit import build_flux_dit
-from majicflux.engine.geometry import (
+from majicflux.engine.flux import model_sizes
+from majicflux.engine.flux.geometry import (
     VAE_DECODER,
     VAE_ENCODER,
     ClipGeometry,
     FluxGeometry,
     T5Geometry,
 )
-from majicflux.engine.model_sizes import (
+from majicflux.engine.flux.model_sizes import (
     conversion_bytes,
     flux_dit_sizes,
     text_encoder_sizes,
     vae_sizes,
 )
-from majicflux.engine.precision import FLOAT8, FLOAT8_UNSCALED, FLOAT32, PRECISIONS, uniform
-from majicflux.engine.products import Computing
-from majicflux.engine.stored_linear import LIMITS
-from majicflux.engine.text_encoders import build_text_encoders
-from majicflux.engine.vae import build_vae
-from majicflux.engine.weight_sizes import WeightSizes
+from majicflux.engine.flux.text_encoders import build_text_encoders
+from majicflux.engine.flux.transformer import build_flux_dit
+from majicflux.engine.flux.vae import build_vae
+from majicflux.engine.kernels.row_format import LIMITS
+from majicflux.engine.offload.weight_sizes import WeightSizes
+from majicflux.engine.quant.compute import ComputePrecision
+from majicflux.engine.quant.formats import FLOAT8, FLOAT8_UNSCALED, FLOAT32, PRECISIONS, uniform
 from majicflux.loaders import demo_models
 
 GEOMETRIES = [
@@ -61,7 +61,7 @@ def test_a_transformer_is_as_large_as_its_geometry_says(
     assert told(weights.sizes) == told(flux_dit_sizes(geometry, stored))
     for dtype in DTYPES:
         for formats in (frozenset(LIMITS), frozenset()):
-            computing = Computing(getattr(torch, dtype), formats)
+            computing = ComputePrecision(getattr(torch, dtype), formats)
             found = computing.conversion_bytes(weights.module)
             assert found == conversion_bytes(geometry, stored, dtype, bool(formats))
 

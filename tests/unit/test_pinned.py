@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from majicflux.engine.pinned import RAM_LEFT, RAM_WANTED, Pinned
+from majicflux.engine.offload.pinned import RAM_LEFT, RAM_WANTED, PinnedWeights
 
 SIZE = 1000
 RAM = 100 * SIZE
@@ -42,8 +42,8 @@ def free(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
 
 
-def pinned_of(homes: list[Tensor], host: Host, mapped: bool) -> Pinned:
-    pinned = Pinned(homes, mapped, host.pin, host.unpin)
+def pinned_of(homes: list[Tensor], host: Host, mapped: bool) -> PinnedWeights:
+    pinned = PinnedWeights(homes, mapped, host.pin, host.unpin)
     pinned.begin()
     return pinned
 

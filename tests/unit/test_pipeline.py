@@ -7,21 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from majicflux.engine import pipeline as pipeline_module
-from majicflux.engine import vae_bands
-from majicflux.engine.memory import Memory
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import BudgetError, Card
-from majicflux.engine.planning import step_seconds
-from majicflux.engine.request import Request
-from majicflux.engine.solvers import heun
+from majicflux.engine.errors import BudgetError
+from majicflux.engine.flux import vae_bands
+from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
+from majicflux.engine.offload.vram import HeldVram
+from majicflux.engine.plan.denoising import step_seconds
+from majicflux.engine.plan.device import DeviceProfile
+from majicflux.engine.run import pipeline as pipeline_module
+from majicflux.engine.run import pipeline_run, stages
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.solvers import heun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-REQUEST = Request("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
+REQUEST = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 
 
-def run(pipeline: Pipeline, request: Request = REQUEST) -> torch.Tensor:
+def run(pipeline: Pipeline, request: GenerationRequest = REQUEST) -> torch.Tensor:
     return paint(pipeline, request, lambda _: None, lambda: None)[0]
 
 
@@ -36,10 +39,10 @@ def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> No
         module = pipeline.text_encoders.weights.module[name]
         module.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     run(pipeline)
-    run(pipeline, Request("a cat", seed=1, steps=3, guidance=2.0, width=48, height=64))
+    run(pipeline, GenerationRequest("a cat", seed=1, steps=3, guidance=2.0, width=48, height=64))
     assert runs == ["clip", "t5"]
     assert len(pipeline.text_encoders.patcher.loads) == 1
-    run(pipeline, Request("a dog", seed=0, steps=2, guidance=3.5, width=64, height=64))
+    run(pipeline, GenerationRequest("a dog", seed=0, steps=2, guidance=3.5, width=64, height=64))
     assert runs == ["clip", "t5"] * 2
 
 
@@ -79,7 +82,7 @@ def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
 
 def test_a_batch_has_one_noise_per_picture_and_one_prompt(make_pipeline) -> None:
     pipeline = make_pipeline()
-    batch = run(pipeline, Request("a cat", 0, 2, 3.5, 64, 64, batch_size=2))
+    batch = run(pipeline, GenerationRequest("a cat", 0, 2, 3.5, 64, 64, batch_size=2))
     assert batch.shape == (2, 64, 64, 3)
     assert not torch.equal(batch[0], batch[1])
     assert (batch[0] - run(pipeline)[0]).abs().mean() < 0.02
@@ -113,7 +116,7 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
     make_pipeline, budget_mb: float
 ) -> None:
     """budget_mb: more than the smallest that works."""
-    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.job).smallest_bytes
+    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.workload).smallest_bytes
     budget = smallest + budget_mb * 2**20
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
     most = 0
@@ -126,7 +129,7 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
         for module in component.weights.module.modules():
             module.register_forward_pre_hook(look)
     run(pipeline)
-    run(pipeline, Request("a dog", 0, 2, 3.5, 64, 64))
+    run(pipeline, GenerationRequest("a dog", 0, 2, 3.5, 64, 64))
     assert 0 < most <= budget
     everything = sum(c.weights.travelling_bytes for c in components(pipeline))
     if budget_mb == 2000:
@@ -140,7 +143,7 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, share: float) -> None:
-    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.job).smallest_bytes
+    smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.workload).smallest_bytes
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=int(share * smallest))
     with pytest.raises(BudgetError) as caught:
         run(pipeline)
@@ -158,7 +161,7 @@ def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, shar
 
 def test_without_a_budget_the_host_decides(make_pipeline) -> None:
     pipeline = make_pipeline()
-    phases = pipeline.plan(REQUEST.job).phases
+    phases = pipeline.plan(REQUEST.workload).stages
     run(pipeline)
     for component, phase in zip(
         (pipeline.text_encoders, pipeline.dit, pipeline.vae), phases, strict=True
@@ -172,7 +175,7 @@ def test_without_a_budget_the_host_decides(make_pipeline) -> None:
 def test_working_memory_grows_with_the_picture(make_pipeline) -> None:
     pipeline = make_pipeline()
     run(pipeline)
-    run(pipeline, Request("a cat", 0, 1, 3.5, 128, 128))
+    run(pipeline, GenerationRequest("a cat", 0, 1, 3.5, 128, 128))
     for component in (pipeline.dit, pipeline.vae):
         (small, _), (large, _) = component.patcher.loads
         assert large > small
@@ -185,10 +188,10 @@ def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
     vae = make_pipeline(dtype=torch.float32).vae
     decoder = vae.weights.module["decoder"]
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
-    taken: list[vae_bands.Bands] = []
+    taken: list[BandPlan] = []
     decode = vae_bands.decode
     whole = decoder.forward
-    smallest, planned = (vae_bands.plan_decode(8, 8, 4, size) for size in (0, limit))
+    smallest, planned = (plan_decode(8, 8, 4, size) for size in (0, limit))
     assert smallest != planned
 
     def short_of_memory(*_: object) -> torch.Tensor:
@@ -205,7 +208,7 @@ def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
         )
         monkeypatch.setattr(decoder, "forward", short_of_memory)
         monkeypatch.setattr(vae_bands, "decode", in_bands)
-        found, _ = vae.decode(latents, limit_bytes=limit)
+        found, _ = vae.decode(latents, bands=planned if limit < float("inf") else None)
     # The second picture does not try again what failed for the first.
     assert taken == [planned] * (limit < float("inf")) + [smallest] * 2
     assert (found - expected).abs().max() < 1e-4
@@ -216,7 +219,7 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=100 * 2**20)
     events: list[str] = []
 
-    class Noted(Memory):
+    class Noted(HeldVram):
         def __init__(self, *given: Any):
             events.append("base")
             super().__init__(*given)
@@ -225,7 +228,7 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
             events.append("limit")
             return super().held_to(*given)
 
-    monkeypatch.setattr(pipeline_module, "Memory", Noted)
+    monkeypatch.setattr(pipeline_run, "HeldVram", Noted)
     for component in components(pipeline):
         load, release = component.patcher.load, component.patcher.release
         monkeypatch.setattr(
@@ -272,7 +275,7 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
     """As with --novram: all were planned to stay, and none, or fewer, are let in."""
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30)
     expected = run(pipeline)
-    planned = {phase.name: phase for phase in pipeline.plan(REQUEST.job).phases}
+    planned = {phase.name: phase for phase in pipeline.plan(REQUEST.workload).stages}
     assert all(phase.ring == 0 for phase in planned.values())
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30)
     taken: list[tuple[int, int, int]] = []
@@ -307,19 +310,19 @@ def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     request = replace(REQUEST, picture=picture)
     nothing = lambda *_: None  # noqa: E731
     tell = lambda *phase: told.append(phase)  # noqa: E731
-    _, latents, report = paint(pipeline, request, nothing, nothing, on_phase=tell)
+    _, latents, report = paint(pipeline, request, nothing, nothing, on_stage=tell)
     whole = [(name, None) for name in ("text encoders", "VAE encode", "denoising", "VAE decode")]
-    assert told == [(phase.name, None) for phase in report.phases] == whole, "no rates are known"
+    assert told == [(stage.label, None) for stage in report.stages] == whole, "no rates are known"
     told.clear()
     pipeline.text_encoders.forget()
     prompts, _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing, tell)
     latents, _ = pipeline_module.encode_pictures(pipeline, picture, nothing, tell)
     request = replace(REQUEST, prompt=prompts[0], latents=latents, solver=heun)
-    card = Card(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
-    monkeypatch.setattr(pipeline_module, "measured_card", lambda *_: card)
-    (denoising,) = pipeline.plan(request.job, ["denoising"]).phases
-    a_step = step_seconds(denoising, pipeline.dit.geometry, request.job, card)
-    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_phase=tell)
+    card = DeviceProfile(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
+    monkeypatch.setattr(stages, "measured_profile", lambda *_: card)
+    (denoising,) = pipeline.plan(request.workload, [pipeline.denoise]).stages
+    a_step = step_seconds(denoising, pipeline.dit.geometry, request.workload, card)
+    latents, _ = pipeline_module.denoise(pipeline, request, nothing, nothing, on_stage=tell)
     pipeline_module.decode(pipeline, latents, nothing, tell)
     assert told == [*whole[:2], ("denoising", request.passes * a_step), whole[3]]
     assert request.passes == 3, "of two steps, the last of which has one"

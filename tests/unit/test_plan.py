@@ -14,39 +14,37 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from majicflux import engine
 from majicflux.cli import main
-from majicflux.engine import (
-    blocks,
-    conditioning,
-    denoise,
-    kernels,
-    plan_alone,
-    planning,
-    products,
-    vae_bands,
-)
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import flux_velocity
-from majicflux.engine.flux_dit import FluxGeometry, build_flux_dit
-from majicflux.engine.offload import OffloadedModule
-from majicflux.engine.plan import GB, MB, BudgetError, Card, Job, Phase, Plan
-from majicflux.engine.planning import plan_decode, plan_denoising, plan_text, step_seconds
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.products import Computing
-from majicflux.engine.prompts import CLIP_TOKENS, T5_TOKENS
-from majicflux.engine.sampling import Task, sample
-from majicflux.engine.schedule import diffsynth_sigmas
-from majicflux.engine.stored_linear import LIMITS
-from majicflux.engine.text_encoders import (
-    ClipGeometry,
-    T5Geometry,
-    TextEmbedding,
-    build_text_encoders,
-)
-from majicflux.engine.vae import build_vae
-from majicflux.engine.work import GROUPS, Work
+from majicflux.engine import kernels
+from majicflux.engine.errors import BudgetError
+from majicflux.engine.flux import blocks, conditioning, vae_bands, velocity
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.prompts import CLIP_TOKENS, T5_TOKENS
+from majicflux.engine.flux.text_encoders import TextEmbedding, build_text_encoders
+from majicflux.engine.flux.transformer import build_flux_dit
+from majicflux.engine.flux.vae import build_vae
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.kernels import dispatch, matmul
+from majicflux.engine.kernels.row_format import LIMITS
+from majicflux.engine.offload.chunking import GROUPS, Chunking
+from majicflux.engine.offload.chunking import split as split_tokens
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.plan import denoising, estimate, split
+from majicflux.engine.plan.denoising import plan_denoising, step_seconds
+from majicflux.engine.plan.device import DeviceProfile
+from majicflux.engine.plan.plan import Plan, StagePlan, Workload
+from majicflux.engine.plan.text import plan_text
+from majicflux.engine.plan.units import GB, MB
+from majicflux.engine.plan.vae import plan_decode
+from majicflux.engine.quant import methods
+from majicflux.engine.quant.compute import ComputePrecision
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.sampling.inputs import SamplerInputs
+from majicflux.engine.sampling.loop import sample
+from majicflux.engine.sampling.schedules import diffsynth_sigmas
 from majicflux.loaders import demo_models
+from majicflux.nodes.advice import advise
 
 META = torch.device("meta")
 FULL = FluxGeometry()
@@ -64,7 +62,7 @@ COMPUTED = {
 CASES = [("bfloat16", size) for size in SIZES[:4]]
 CASES += [(name, size) for name in [*COMPUTED][1:] for size in ((512, 512), (1024, 1024))]
 CASES += [("int8 rotated", (1536, 640)), ("float8", (2048, 2048))]
-CARDS = {"plain": Card(), "fused": Card(128 * 2**20, True)}
+CARDS = {"plain": DeviceProfile(), "fused": DeviceProfile(128 * 2**20, True)}
 
 
 @cache
@@ -88,21 +86,23 @@ def autoencoder() -> OffloadedModule:
     return weights
 
 
-def computing_of(name: str) -> tuple[str, Computing]:
+def computing_of(name: str) -> tuple[str, ComputePrecision]:
     precision, eight_bit = COMPUTED[name]
-    return precision, Computing(torch.bfloat16, frozenset(LIMITS) if eight_bit else frozenset())
+    return precision, ComputePrecision(
+        torch.bfloat16, frozenset(LIMITS) if eight_bit else frozenset()
+    )
 
 
-def denoising(
-    name: str, job: Job, budget: int | None, card: Card, geometry: FluxGeometry = FULL
-) -> Phase:
+def plan_of(
+    name: str, job: Workload, budget: int | None, card: DeviceProfile, geometry: FluxGeometry = FULL
+) -> StagePlan:
     precision, computing = computing_of(name)
     weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
     eight_bit = bool(computing.eight_bit)
     return plan_denoising(weights.sizes, geometry, job, 2, eight_bit, converted, budget, card)
 
 
-rope_once = cache(denoise._rope)
+rope_once = cache(velocity._rope)
 
 
 @pytest.fixture
@@ -112,34 +112,35 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     Two chunks stand for all, of which none is longer than the first.
     """
 
-    def first_two(work: Work, tokens: slice, part: Callable[[slice], object]) -> None:
-        for some in islice(work.chunks(tokens), 2):
+    def first_two(chunking: Chunking, tokens: slice, part: Callable[[slice], object]) -> None:
+        for some in islice(split_tokens(tokens, chunking.tokens), 2):
             part(some)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, tokens, dim = q.shape
         return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
-    def float8_product(layer, x, out, columns) -> Tensor:
-        weight, scale, _ = layer.matrix(columns)
-        products._flat(x)
+    def float8_product(x, weight, scale, bias, out) -> Tensor:
+        matmul._flat(x)
         if scale is None:
             scale = torch.ones(len(weight), device=weight.device)
-        return products._result(weight, x, out)
+        return matmul._result(weight, x, out)
 
     functional = SimpleNamespace(scaled_dot_product_attention=attention)
-    monkeypatch.setattr(Work, "each", first_two)
-    monkeypatch.setattr(denoise, "_rope", rope_once)
+    monkeypatch.setattr(Chunking, "for_each", first_two)
+    monkeypatch.setattr(velocity, "_rope", rope_once)
     monkeypatch.setattr(conditioning, "_on_host", lambda x: torch.empty(x.shape))
     monkeypatch.setattr(blocks, "F", functional)
-    monkeypatch.setattr(products, "_float8_product", float8_product)
+    monkeypatch.setattr(methods, "float8_product", float8_product)
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that compute nothing and allocate what ours in Triton do."""
 
-    def prepare(x, norm, gelu, eps, dtype, limit=0.0, group=0) -> tuple[Tensor, Tensor | None]:
+    def norm_modulate_quantize(
+        x, norm, gelu, eps, dtype, limit=0.0, group=0
+    ) -> tuple[Tensor, Tensor | None]:
         source = x if x is not None else gelu
         batch, tokens, _ = source.shape
         width = sum(part.shape[-1] for part in (x, gelu) if part is not None)
@@ -154,13 +155,13 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
         y.contiguous()
 
     stand_in = SimpleNamespace(
-        prepare=prepare, rms_rope_=rms_rope_, add_gated_=add_gated_,
+        norm_modulate_quantize=norm_modulate_quantize, rms_rope_=rms_rope_, add_gated_=add_gated_,
         int8_product=lambda *_: None, dequantize=lambda *_: None,
     )  # fmt: skip
-    monkeypatch.setattr(kernels, "fused", lambda x: x.device == META)
-    monkeypatch.setattr(kernels, "int8_product_works", lambda _: True)
-    monkeypatch.setitem(sys.modules, "majicflux.engine.triton_kernels", stand_in)  # type: ignore
-    monkeypatch.setattr(engine, "triton_kernels", stand_in, raising=False)
+    monkeypatch.setattr(dispatch, "fused", lambda x: x.device == META)
+    monkeypatch.setattr(dispatch, "int8_product_works", lambda _: True)
+    monkeypatch.setitem(sys.modules, "majicflux.engine.kernels.fused_triton", stand_in)  # type: ignore
+    monkeypatch.setattr(kernels, "fused_triton", stand_in, raising=False)
 
 
 @cache
@@ -170,35 +171,35 @@ def conversion_bytes(name: str, geometry: FluxGeometry) -> int:
 
 
 @cache
-def denoised(name: str, job: Job, tokens: int, groups: int, is_fused: bool) -> int:
+def denoised(name: str, job: Workload, tokens: int, groups: int, is_fused: bool) -> int:
     """The most bytes that are alive at once, besides the weights."""
     del is_fused  # for the cache: the fixture says it to the engine
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
     text = TextEmbedding(
-        torch.empty(1, job.words, FULL.text_width), torch.empty(1, FULL.pooled_width)
+        torch.empty(1, job.text_tokens, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
     noise = torch.empty(job.batch_size, 16, *job.latent_size)
-    task = Task(diffsynth_sigmas(job.steps, job.width, job.height), noise)
+    task = SamplerInputs(diffsynth_sigmas(job.steps, job.width, job.height), noise)
     with torch.inference_mode(), LiveBytes() as live:
         with computing.applied_to(module, META):
             given = (torch.bfloat16, META, torch.float32, task.sigmas)
             prompts = conditions_of(module, [text] * job.prompts, 3.5, *given)
         with computing.applied_to(module, META):
             positive, negative = [*prompts, None][:2]
-            velocity = flux_velocity(module, positive, Work(tokens, groups), negative, 2.0)
+            velocity = flux_velocity(module, positive, Chunking(tokens, groups), negative, 2.0)
             sample(task, velocity, lambda _: None, META, torch.float32)
     return live.peak
 
 
-def assert_planned(name: str, job: Job, card: str) -> set[tuple[int, int]]:
+def assert_planned(name: str, job: Workload, card: str) -> set[tuple[int, int]]:
     """Every plan for up to 24 GB is kept, and not much too large; returns the tokens at once and
     the groups of heads."""
     wrong: list[str] = []
     found: set[tuple[int, int]] = set()
-    smallest = denoising(name, job, None, CARDS[card]).smallest
+    smallest = plan_of(name, job, None, CARDS[card]).smallest
     for budget in (*(smallest + n * smallest // 16 for n in range(16)), *range(GB, 25 * GB, GB)):
-        phase = denoising(name, job, budget, CARDS[card])
+        phase = plan_of(name, job, budget, CARDS[card])
         size = (phase.tokens, phase.groups)
         if smallest > budget or size in found:
             continue
@@ -215,7 +216,7 @@ def assert_planned(name: str, job: Job, card: str) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_a_picture_holds_what_was_planned(as_cuda, name: str, size: tuple[int, int]) -> None:
-    found = assert_planned(name, Job(*size, steps=1 + (size == SIZES[0])), "plain")
+    found = assert_planned(name, Workload(*size, steps=1 + (size == SIZES[0])), "plain")
     assert len({tokens for tokens, _ in found}) > 1 or min(size) < 1024, "in chunks and at once"
     assert max(groups for _, groups in found) > 1 or min(size) < 1024, "and in groups of heads"
 
@@ -224,7 +225,7 @@ def test_a_picture_holds_what_was_planned(as_cuda, name: str, size: tuple[int, i
 def test_fused_kernels_hold_what_was_planned(
     as_cuda, fused, name: str, size: tuple[int, int]
 ) -> None:
-    found = assert_planned(name, Job(*size, steps=1 + (size == SIZES[0])), "fused")
+    found = assert_planned(name, Workload(*size, steps=1 + (size == SIZES[0])), "fused")
     assert max(groups for _, groups in found) > 1
     if size == (2048, 2048):
         assert max(groups for _, groups in found) == GROUPS[-1]
@@ -234,7 +235,7 @@ def test_fused_kernels_hold_what_was_planned(
     ("name", "side", "batch"), [("bfloat16", 1024, 2), ("int8 rotated", 512, 4)]
 )
 def test_a_batch_holds_what_was_planned(as_cuda, name: str, side: int, batch: int) -> None:
-    assert_planned(name, Job(side, side, batch, 1), "plain")
+    assert_planned(name, Workload(side, side, batch, 1), "plain")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_a_batch_holds_what_was_planned(as_cuda, name: str, side: int, batch: in
 def test_a_fused_batch_holds_what_was_planned(
     as_cuda, fused, name: str, side: int, batch: int
 ) -> None:
-    assert_planned(name, Job(side, side, batch, 1), "fused")
+    assert_planned(name, Workload(side, side, batch, 1), "fused")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8 rotated"])
@@ -254,14 +255,14 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
     monkeypatch: pytest.MonkeyPatch, name: str, side: int, saved_mb: int, least_tokens: int
 ) -> None:
     """Queries, keys and values of 2048x2048 pixels are 311 MB, and what they mix to 104 MB."""
-    job, card = Job(side, side), CARDS["fused"]
+    job, card = Workload(side, side), CARDS["fused"]
 
-    def found(budget: int | None) -> tuple[Phase, Phase]:
+    def found(budget: int | None) -> tuple[StagePlan, StagePlan]:
         """With groups, and as it would be without."""
-        grouped = denoising(name, job, budget, card)
+        grouped = plan_of(name, job, budget, card)
         with monkeypatch.context() as without:
-            without.setattr(planning, "GROUPS", ())
-            return grouped, denoising(name, job, budget, card)
+            without.setattr(denoising, "GROUPS", ())
+            return grouped, plan_of(name, job, budget, card)
 
     grouped, plain = found(None)
     assert plain.smallest - grouped.smallest > saved_mb * 1e6
@@ -271,7 +272,7 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
     groups = []
     step = (plain.smallest - grouped.smallest) // 12
     for budget in range(plain.smallest - 1, grouped.smallest, -step):
-        phase = denoising(name, job, budget, card)
+        phase = plan_of(name, job, budget, card)
         assert phase.peak <= budget
         assert phase.tokens >= least_tokens, "larger chunks cost nothing beside the attention"
         groups.append(phase.groups)
@@ -280,17 +281,17 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
 
 
 def test_two_prompts_side_by_side_are_planned(as_cuda) -> None:
-    assert_planned("bfloat16", Job(1024, 1024, steps=1, prompts=2), "plain")
+    assert_planned("bfloat16", Workload(1024, 1024, steps=1, prompts=2), "plain")
 
 
 def test_two_prompts_side_by_side_are_planned_with_fused_kernels(as_cuda, fused) -> None:
-    assert_planned("float8", Job(512, 512, 2, 1, prompts=2), "fused")
+    assert_planned("float8", Workload(512, 512, 2, 1, prompts=2), "fused")
 
 
 def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:
-    job, card = Job(1024, 1024), CARDS["fused"]
+    job, card = Workload(1024, 1024), CARDS["fused"]
     plain, small, large = (
-        denoising("float8", replace(job, preview_bytes=size), 24 * GB, card)
+        plan_of("float8", replace(job, preview_bytes=size), 24 * GB, card)
         for size in (0, 100 * MB, GB)
     )
     assert small == plain
@@ -299,7 +300,7 @@ def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:
 
 
 def test_a_long_prompt_is_planned(as_cuda) -> None:
-    assert_planned("bfloat16", Job(512, 512, steps=1, words=2048), "plain")
+    assert_planned("bfloat16", Workload(512, 512, steps=1, text_tokens=2048), "plain")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn unscaled"])
@@ -311,13 +312,13 @@ def test_conditions_hold_what_was_planned(as_cuda, precision: str, steps: int) -
         torch.empty(1, T5_TOKENS, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
     given = (torch.bfloat16, META, torch.float32, diffsynth_sigmas(steps, 64, 64))
-    computing = Computing(torch.bfloat16)
+    computing = ComputePrecision(torch.bfloat16)
     with torch.inference_mode(), computing.applied_to(module, META), LiveBytes() as live:
         kept = conditions_of(module, [text, text], 3.5, *given)
     assert [len(of_prompt.modulation) for of_prompt in kept] == [steps] * 2
     assert live.now == 2 * T5_TOKENS * FULL.hidden * 4, "only the words stay"
-    job = Job(64, 64, steps=steps, prompts=2)
-    planned = min(denoising("bfloat16", job, None, card).values for card in CARDS.values())
+    job = Workload(64, 64, steps=steps, prompts=2)
+    planned = min(plan_of("bfloat16", job, None, card).values for card in CARDS.values())
     assert live.peak <= planned
     assert live.peak >= 0.85 * planned or steps == 1, "a step takes more"
 
@@ -336,7 +337,9 @@ def test_the_text_encoders_hold_what_was_planned(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     weights = encoders(2)
-    phase = plan_text(weights.sizes, T5Geometry(layers=2), 2, None, Card(), words=words)
+    phase = plan_text(
+        weights.sizes, T5Geometry(layers=2), 2, None, DeviceProfile(), text_tokens=words
+    )
     with torch.inference_mode(), LiveBytes() as live:
         clip_ids = torch.zeros(1, CLIP_TOKENS, dtype=torch.int64, device=META)
         t5_ids = torch.zeros(1, words, dtype=torch.int64, device=META)
@@ -369,24 +372,19 @@ def test_the_decoder_holds_what_was_planned(
     monkeypatch.setattr(vae_bands, "host_map", elsewhere)
     decoder = autoencoder().module["decoder"]
     for batch_size in (1, 4):
-        job = Job(*size, batch_size)
+        job = Workload(*size, batch_size)
         found = set()
         for gb in (1, 2, 4, 8, 24):
             phase = plan_decode(autoencoder().sizes, job, 2, gb * GB, CARDS["fused"])
             if phase.smallest > gb * GB:
                 continue
-            latents_bytes = batch_size * 16 * job.latent_size[0] * job.latent_size[1] * 4
-            limit = phase.values - latents_bytes  # as `paint` and `VAE.decode` have it
-            beside = 2 * 2 * 16 * job.latent_size[0] * job.latent_size[1]
-            bands = vae_bands.plan_decode(*job.latent_size, 2, limit - beside)
-            if bands in found:
+            if phase.bands in found:
                 continue
-            found.add(bands)
+            found.add(phase.bands)
+            latents = torch.empty(1, 16, *job.latent_size)
             with torch.inference_mode(), LiveBytes() as live:
-                latents = torch.empty(batch_size, 16, *job.latent_size, device=META)
-                for latent in latents[:1]:
-                    latent = latent[None].to(META, torch.bfloat16)
-                    vae_bands.decode(decoder, latent, bands)
+                latent = latents.to(META, torch.bfloat16)
+                vae_bands.decode(decoder, latent, phase.bands)
             assert 0.85 * phase.values <= live.peak <= phase.values, (gb, batch_size)
         assert host
         assert found
@@ -395,7 +393,7 @@ def test_the_decoder_holds_what_was_planned(
 def planned(name: str, size: tuple[int, int], batch: int, gb: float | None) -> Plan:
     precision, eight_bit = COMPUTED[name]
     job = (*size, batch, 20)
-    return plan_alone.plan_alone(FULL, PRECISIONS[precision], job, gb, eight_bit, None, None)
+    return estimate.estimate_plan(FULL, PRECISIONS[precision], job, gb, eight_bit, None, None)
 
 
 @pytest.mark.parametrize(("name", "batch"), [*zip(COMPUTED, (1, 2, 4, 1, 4), strict=True)])
@@ -405,13 +403,13 @@ def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: st
         plan = planned(name, size, batch, gb)
         assert plan.budget_bytes == int(gb * GB)
         if plan.smallest_bytes > int(gb * GB):
-            worst = max(plan.phases, key=lambda phase: phase.smallest)
+            worst = max(plan.stages, key=lambda phase: phase.smallest)
             with pytest.raises(BudgetError) as refused:
                 plan.require_budget()
             said = str(refused.value)
             assert f"{batch} x {size[0]}x{size[1]}" in said
-            assert f"phase '{worst.name}' needs {worst.smallest / GB:.2f} GB" in said
-            (named,) = re.findall(r"Set vram_budget_gb to ([\d.]+) or more", said)
+            assert f"phase '{worst.label}' needs {worst.smallest / GB:.2f} GB" in said
+            named = refused.value.values["enough"]
             enough = planned(name, size, batch, float(named))
             enough.require_budget()
             assert enough.peak_bytes <= float(named) * GB
@@ -420,7 +418,7 @@ def test_a_budget_is_kept_or_refused(size: tuple[int, int], batch: int, name: st
             plan.require_budget()
             assert plan.peak_bytes <= int(gb * GB)
             weights = (encoders(24), transformer(FULL, COMPUTED[name][0]), autoencoder())
-            for phase, module in zip(plan.phases, weights, strict=True):
+            for phase, module in zip(plan.stages, weights, strict=True):
                 somewhere = phase.resident + phase.visiting + phase.once
                 everything = sum(block.nbytes for block in module.travelling)
                 assert everything <= somewhere <= module.travelling_bytes
@@ -449,7 +447,7 @@ def test_more_budget_never_means_more_visits(size: tuple[int, int], name: str) -
     unnoticed = sum(block.nbytes for block in weights.blocks) / 2 + weights.largest_bytes
     found: list[tuple[float, int, float]] = []
     for gb in [n / 50 for n in range(15, 75)] + [n / 5 for n in range(8, 120)]:
-        phase = denoising(name, Job(*size), int(gb * GB), CARDS["fused"])
+        phase = plan_of(name, Workload(*size), int(gb * GB), CARDS["fused"])
         if phase.smallest <= gb * GB:
             found.append((gb, phase.visiting, phase.tokens or float("inf")))
     rises = [
@@ -474,21 +472,21 @@ def test_what_chunks_repeat_is_done_for_all_tokens_at_once(name: str, card: str,
     """Conversions of weights, and many small operations; for less than a GB of more visits."""
     largest = transformer(FULL, computing_of(name)[0]).largest_bytes
     for gb in (2, 4, 8):
-        phase = denoising(name, Job(1024, 1024), gb * GB, CARDS[card])
-        least = denoising(name, Job(1024, 1024), gb * GB, CARDS["fused"])
+        phase = plan_of(name, Workload(1024, 1024), gb * GB, CARDS[card])
+        least = plan_of(name, Workload(1024, 1024), gb * GB, CARDS["fused"])
         assert phase.tokens == (0 if gb == 8 else tokens), "most weights stay with 8 GB"
         assert phase.visiting <= least.visiting + GB
         assert phase.peak <= gb * GB
-        assert phase.ring == planning.RING_BLOCKS * largest
+        assert phase.ring == split.RING_BLOCKS * largest
 
 
 def test_without_a_budget_everything_stays() -> None:
     plan = planned("float8", (1024, 1024), 1, None)
     plan.require_budget()
-    assert all(phase.ring == phase.visiting == phase.once == 0 for phase in plan.phases)
-    assert all(phase.tokens == 0 for phase in plan.phases)
+    assert all(phase.ring == phase.visiting == phase.once == 0 for phase in plan.stages)
+    assert all(phase.tokens == 0 for phase in plan.stages)
     roomy = planned("float8", (1024, 1024), 1, plan.peak_bytes / GB + 24)
-    assert [phase.resident for phase in roomy.phases] == [p.resident for p in plan.phases]
+    assert [phase.resident for phase in roomy.stages] == [p.resident for p in plan.stages]
 
 
 def test_encoders_stay_only_where_the_others_fit_too() -> None:
@@ -507,18 +505,18 @@ def test_encoders_stay_only_where_the_others_fit_too() -> None:
 
 def test_seconds_of_a_step_are_the_longer_of_copies_and_arithmetic() -> None:
     geometry = FluxGeometry(hidden=128, double_blocks=2, single_blocks=3)
-    job = Job(32, 48, batch_size=2)  # 2 x 3 tokens and 512 words
-    card = Card(0, True, copy_rate=1e9, product_rate=4e12, attention_rate=2e12)
+    job = Workload(32, 48, batch_size=2)  # 2 x 3 tokens and 512 words
+    card = DeviceProfile(0, True, copy_rate=1e9, product_rate=4e12, attention_rate=2e12)
     products_of = 2 * 12 * 128 * 128 * 5 * 518 * 2
     attention = 4 * 128 * 518 * 518 * 5 * 2
     arithmetic = products_of / 4e12 + attention / 2e12
-    phase = Phase("denoising", 0, 0, 10, 0, 3_000_000, 50_000_000, 0, 0)
+    phase = StagePlan("denoise", None, 0, 0, 10, 0, 3_000_000, 50_000_000, 0, 0)
     assert step_seconds(phase, geometry, job, card) == pytest.approx(3e6 / 1e9)
-    resident = Phase("denoising", 0, 0, 0, 0, 0, 0, 0, 0)
+    resident = StagePlan("denoise", None, 0, 0, 0, 0, 0, 0, 0, 0)
     assert step_seconds(resident, geometry, job, card) == pytest.approx(arithmetic)
     assert arithmetic < 3e-3
-    assert step_seconds(phase, geometry, job, Card(0, True, 1e9, 4e12)) is None
-    longer = replace(job, words=1024)
+    assert step_seconds(phase, geometry, job, DeviceProfile(0, True, 1e9, 4e12)) is None
+    longer = replace(job, text_tokens=1024)
     assert step_seconds(resident, geometry, longer, card) > 1030 / 518 * arithmetic
 
 
@@ -563,10 +561,10 @@ def test_plan_says_everything_to_programs(capsys) -> None:
         "batch_size": 1,
         "steps": 20,
         "prompts": 1,
-        "words": T5_TOKENS,
+        "text_tokens": T5_TOKENS,
         "preview_bytes": 0,
     }
-    assert found["job"] == job
+    assert found["workload"] == job
     assert found["budget_bytes"] == 6 * GB
     assert found["peak_bytes"] == max(phase["peak"] for phase in found["phases"]) <= 6 * GB
     assert found["smallest_bytes"] == max(phase["smallest"] for phase in found["phases"])
@@ -584,7 +582,7 @@ def test_plan_refuses_a_budget_that_is_too_small(capsys) -> None:
     assert text.startswith("1 x 2048x2048"), "the plan is shown all the same"
     said_so = r"error: 0\.20 GB of VRAM are too little for 1 x 2048x2048: the phase '[\w ]+' needs "
     assert re.match(said_so, errors)
-    (named,) = re.findall(r"Set vram_budget_gb to ([\d.]+) or more", errors)
+    (named,) = re.findall(r"Give --vram ([\d.]+) or more", errors)
     assert f"smallest budget that works: {named} GB" in text
     assert said(capsys, "--vram", named, "--size", "2048x2048")[0] == 0
 
@@ -622,20 +620,21 @@ def test_plan_takes_the_sizes_of_a_file(models, capsys) -> None:
 
 
 def test_a_fused_8_bit_plan_needs_less_than_a_plain_one() -> None:
-    job = Job(1024, 1024)
+    job = Workload(1024, 1024)
 
     def found(name: str, card: str) -> int:
-        return denoising(name, job, None, CARDS[card]).values
+        return plan_of(name, job, None, CARDS[card]).values
 
     assert found("int8 rotated", "fused") < 0.6 * found("int8 rotated", "plain")
     assert found("float8", "fused") < found("float8 dequantized", "fused")
 
 
 def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small() -> None:
-    phase = Phase("denoising", 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB + 1)
-    plan = Plan(Job(64, 48, 2), 2 * GB, (phase,), None, chosen=False)
+    phase = StagePlan("denoise", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB + 1)
+    plan = Plan(Workload(64, 48, 2), 2 * GB, (phase,), None, chosen=False)
     with pytest.raises(BudgetError, match=r"Only 2\.00 GB of VRAM can be had") as refused:
         plan.require_budget()
+    advise(refused.value)
     assert "2 x 64x48: the phase 'denoising' needs 3.1 GB. Close other programs" in str(
         refused.value
     )
@@ -644,18 +643,19 @@ def test_a_card_that_has_too_little_left_is_told_from_a_budget_that_is_too_small
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_a_shorter_prompt_is_advised_where_the_prompt_is_long(chosen: bool) -> None:
-    phase = Phase("text encoders", 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
+    phase = StagePlan("text", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
     for words, advised in ((T5_TOKENS, False), (T5_TOKENS + 256, True)):
-        plan = Plan(Job(64, 48, words=words), 2 * GB, (phase,), None, chosen)
+        plan = Plan(Workload(64, 48, text_tokens=words), 2 * GB, (phase,), None, chosen)
         with pytest.raises(BudgetError) as refused:
             plan.require_budget()
+        advise(refused.value)
         assert ("a shorter prompt" in str(refused.value)) == advised
 
 
 @pytest.mark.parametrize("gb", [0.5, 3, 7, 100])
 def test_the_parts_of_a_budget_fill_it_and_a_browser_can_read_them(gb: float) -> None:
     job = (1024, 1024, 1, 20)
-    plan = plan_alone.plan_alone(None, PRECISIONS["float8_e4m3fn"], job, gb, True, 25.0, 200.0)
+    plan = estimate.estimate_plan(None, PRECISIONS["float8_e4m3fn"], job, gb, True, 25.0, 200.0)
     parts = [size for _, size in plan.bar()]
     assert sum(parts) == gb * GB
     assert sum(parts[:-1]) == plan.peak_bytes

@@ -7,15 +7,15 @@ from itertools import chain
 import pytest
 import torch
 
-from majicflux.engine import text_encoders
-from majicflux.engine.prompts import (
+from majicflux.engine.flux import text_encoders
+from majicflux.engine.flux.prompts import (
     MOST_CHARACTERS,
     MOST_T5_TOKENS,
     TokenCounts,
     tokenize,
     weighted_segments,
 )
-from majicflux.engine.text_encoders import TextEncoders
+from majicflux.engine.flux.text_encoders import TextEncoders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHINESE = "赛博朋克风格的猫，屋顶上，月光"
@@ -201,7 +201,7 @@ def test_t5_reads_a_long_prompt_to_its_end(
 ) -> None:
     prompt = "a" * (letters - 2) + "b"  # besides the mark of a word
     assert encoders.count(prompt).t5 == letters
-    assert encoders.count(prompt).words == words
+    assert encoders.count(prompt).text_tokens == words
     found = encode(encoders, prompt)
     assert found.tokens.shape[1] == words
     other = encode(encoders, prompt[:-1] + "c")
@@ -212,12 +212,11 @@ def test_t5_reads_a_long_prompt_to_its_end(
 def test_a_prompt_beyond_all_measure_is_refused(encoders: TextEncoders, caplog) -> None:
     longest = "a" * (MOST_T5_TOKENS - 2)
     with caplog.at_level(logging.WARNING):
-        assert encoders.count(longest).words == MOST_T5_TOKENS
+        assert encoders.count(longest).text_tokens == MOST_T5_TOKENS
     assert not caplog.records, "no warning of the tokenizers"
     for refuse in (encoders.count, encoders.encode):
-        with pytest.raises(ValueError, match="has 4096 T5 tokens, more than the 4095") as refused:
+        with pytest.raises(ValueError, match="has 4096 T5 tokens, more than the 4095"):
             refuse(longest + "a")
-        assert "Shorten it" in str(refused.value)
 
 
 @pytest.mark.parametrize(

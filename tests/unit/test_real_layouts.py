@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from file_layouts import sparse_file
-from majicflux.engine.flux_dit import FluxGeometry
-from majicflux.engine.precision import INT8_ROTATED, PRECISIONS
-from majicflux.engine.text_encoders import ClipGeometry, T5Geometry
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 from majicflux.loaders.text_encoders import inspect_clip, inspect_t5
@@ -75,8 +74,8 @@ def test_a_full_size_t5_in_two_shards_is_recognised(tmp_path: Path) -> None:
 
 def test_full_size_modules_hold_exactly_the_parameters_of_the_files() -> None:
     """DiffSynth's modules at full size, on the meta device until they are given memory."""
-    from majicflux.engine.flux_dit import build_flux_dit
-    from majicflux.engine.text_encoders import build_text_encoders
+    from majicflux.engine.flux.text_encoders import build_text_encoders
+    from majicflux.engine.flux.transformer import build_flux_dit
 
     dit = build_flux_dit(FluxGeometry(), PRECISIONS["float8_e4m3fn"])
     encoders = build_text_encoders(ClipGeometry(), T5Geometry(), torch.bfloat16)

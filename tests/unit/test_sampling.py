@@ -11,22 +11,22 @@ from diffsynth_pipeline import diffsynth_pipeline
 from PIL import Image
 from torch import Tensor
 
-from majicflux.engine import pipeline as parts
 from majicflux.engine.latents import latent_mask
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.request import Request
-from majicflux.engine.schedule import (
+from majicflux.engine.run import pipeline as parts
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.schedules import (
     SCHEDULES,
     bfl_sigmas,
     diffsynth_sigmas,
     given_sigmas,
     some_steps,
 )
-from majicflux.engine.solvers import SOLVERS, euler, heun, passes
+from majicflux.engine.sampling.solvers import SOLVERS, euler, heun, passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT = torch.float32
-REQUEST = Request("a cat", seed=0, steps=4, guidance=3.5, width=64, height=48)
+REQUEST = GenerationRequest("a cat", seed=0, steps=4, guidance=3.5, width=64, height=48)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def exact(make_pipeline) -> Pipeline:
     return make_pipeline(dtype=FLOAT)
 
 
-def latents_of(pipeline: Pipeline, request: Request, **options: object) -> Tensor:
+def latents_of(pipeline: Pipeline, request: GenerationRequest, **options: object) -> Tensor:
     if request.picture is not None:
         return paint(pipeline, request, lambda _: None, lambda: None, **options)[1]
     names = ["prompt", "negative"][: len(request.prompts)]
@@ -146,7 +146,7 @@ def test_the_strength_of_diffsynth_is_ours() -> None:
     "levels", [[1.0], [0.5, 1.0], [14.6, 0.0], [1.0, 0.5, 0.5, 0.0], [1.0, -0.1], [math.nan, 0.0]]
 )
 def test_levels_that_a_flow_model_cannot_follow_are_refused(levels: list[float]) -> None:
-    with pytest.raises(ValueError, match="SIGMAS must"):
+    with pytest.raises(ValueError, match="Noise levels must"):
         given_sigmas(torch.tensor(levels))
 
 
@@ -322,7 +322,10 @@ def test_progress_counts_passes_and_shows_the_estimate(exact) -> None:
         ({"strength": 1.1}, "Strength must be"),
         ({"strength": 0.5}, "needs a picture to begin from"),
         ({"mask": torch.ones(1, 6, 8)}, "mask needs a picture"),
-        ({"latents": torch.ones(1, 16, 6, 8), "picture": picture_of()}, "not both"),
+        (
+            {"latents": torch.ones(1, 16, 6, 8), "picture": picture_of()},
+            "both a picture and latents",
+        ),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(change: dict, words: str) -> None:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from majicflux.engine.pipeline import Pipeline, Run
-from majicflux.engine.plan import Job
-from majicflux.engine.schedule import SCHEDULES
-from majicflux.engine.solvers import SOLVERS
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.plan.plan import Workload
+from majicflux.engine.run.pipeline import Pipeline
+from majicflux.engine.run.stages import DecodeStage
+from majicflux.engine.sampling.schedules import SCHEDULES
+from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.host import current as host
 from majicflux.host import native
-from majicflux.nodes import NODES, sampling
+from majicflux.nodes import NODES
 from majicflux.nodes.decode import Decode
 from majicflux.nodes.denoise import Denoise
 from majicflux.nodes.encode_image import EncodeImage
@@ -57,15 +58,19 @@ def picture(rows: int = 48, columns: int = 64) -> Tensor:
     return torch.rand(1, rows, columns, 3, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_names_of_the_combos_are_the_engines() -> None:
-    assert [*SOLVERS] == sampling.SOLVERS
-    assert [*SCHEDULES] == sampling.SCHEDULES
+@pytest.mark.parametrize("node", [Sample, Denoise])
+def test_the_names_of_the_combos_are_the_engines_and_stay(node: Any) -> None:
+    """They are part of saved workflows."""
+    inputs = {socket.id: socket.options for socket in node.define_schema().inputs}
+    assert inputs["solver"]["options"] == [*SOLVERS] == ["euler", "deis_2m", "deis_3m", "heun"]
+    names = ["DiffSynth (shift 3)", "resolution-aware (BFL)"]
+    assert inputs["schedule"]["options"] == [*SCHEDULES] == names
 
 
 @pytest.fixture
 def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the latents are looked at."""
-    monkeypatch.setattr(Run, "decode", lambda *_: torch.zeros(1, 48, 64, 3))
+    monkeypatch.setattr(DecodeStage, "run", lambda *_: torch.zeros(1, 48, 64, 3))
 
 
 @pytest.mark.usefixtures("undecoded")
@@ -79,7 +84,7 @@ def test_every_option_changes_the_picture(pipeline: Pipeline) -> None:
         "negative_prompt": ({"cfg": 2.0}, {"cfg": 2.0, "negative_prompt": "fog"}),
         "cfg": ({}, {"cfg": 2.0}),
         "solver": ({"steps": 3}, {"steps": 3, "solver": "deis_2m"}),
-        "schedule": ({}, {"schedule": sampling.SCHEDULES[1]}),
+        "schedule": ({}, {"schedule": [*SCHEDULES][1]}),
         "image": ({"strength": 0.5, "image": 1 - picture()}, {"strength": 0.5, **image}),
         "strength": ({"strength": 0.5, **image}, {"strength": 0.8, **image}),
         "mask": ({"strength": 0.5, **image}, half),
@@ -95,8 +100,8 @@ def test_every_option_changes_the_picture(pipeline: Pipeline) -> None:
 
 @pytest.mark.usefixtures("undecoded")
 def test_a_solver_and_a_schedule_are_found_by_each_name(pipeline: Pipeline) -> None:
-    options = [{"solver": name} for name in sampling.SOLVERS]
-    options += [{"schedule": name} for name in sampling.SCHEDULES[1:]]
+    options = [{"solver": name} for name in SOLVERS]
+    options += [{"schedule": name} for name in [*SCHEDULES][1:]]
     found = [sampled(pipeline, steps=4, **option)[1] for option in options]
     for index, one in enumerate(found):
         for other in found[:index]:
@@ -193,6 +198,39 @@ def test_a_size_that_a_picture_overrules_is_told(pipeline: Pipeline, monkeypatch
         assert said in output(pipeline, **begin, width=32).ui
         assert said in output(pipeline, **begin, size="1024x1024 (1:1)").ui
         assert said not in output(pipeline, **begin).ui
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [((63, 48), (64, 48)), ((70, 41), (64, 48)), ((72, 40), (80, 48)), ((16, 23), (16, 16))],
+)
+def test_a_size_is_rounded_to_one_that_flux_paints(
+    pipeline: Pipeline, monkeypatch, asked: tuple[int, int], size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
+    done = output(pipeline, width=asked[0], height=asked[1], steps=1)
+    said = "The size was rounded from {} x {} to {} x {}: Flux paints multiples of 16."
+    assert said.format(*asked, *size) in done.ui
+    assert done.args[0].shape == (1, size[1], size[0], 3)
+    exact = output(pipeline, width=size[0], height=size[1], steps=1)
+    assert torch.equal(done.args[0], exact.args[0])
+    assert "rounded" not in exact.ui
+
+
+def test_only_a_size_that_is_used_is_rounded(pipeline: Pipeline, monkeypatch) -> None:
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
+    monkeypatch.setattr("majicflux.nodes.sample.SIZES", ["48x32 (3:2)"])
+    assert "rounded" not in output(pipeline, width=63, size="48x32 (3:2)", steps=1).ui
+    said = output(pipeline, width=63, image=picture(), steps=1).ui
+    assert "The size is that of the image or latent: 64 x 48." in said
+    assert "rounded" not in said
+
+
+def test_the_rounded_size_is_told_in_chinese(pipeline: Pipeline, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    with caplog.at_level("INFO", "majicflux"):
+        output(pipeline, width=63, steps=1)
+    assert "尺寸已从 63 x 48 取整为 64 x 48：Flux 只画 16 的倍数。" in caplog.text
 
 
 def test_a_new_seed_is_drawn_once_and_told(pipeline: Pipeline, monkeypatch) -> None:
@@ -322,7 +360,7 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_input(
             sampled(pipeline, **change)
     with pytest.raises(ValueError, match="guidance in the CONDITIONING of positive must be a num"):
         sampled(pipeline, positive=[[tokens, {**options, "guidance": value}]])
-    with pytest.raises(ValueError, match="SIGMAS must"):
+    with pytest.raises(ValueError, match="Noise levels must"):
         sampled(pipeline, sigmas=torch.tensor([1.0, value, 0.0]))
     for node, given in ((Decode, latent), (EncodeImage, spoiled(picture()))):
         with pytest.raises(ValueError, match="no numbers"):
@@ -511,7 +549,7 @@ def test_a_pipeline_without_encoders_and_vae_does_what_needs_none(pipeline: Pipe
     given = (positive, empty, 0, 2, 3.5)
     expected = Denoise.execute(pipeline, *given).args[0]["samples"]
     assert torch.equal(Denoise.execute(bare, *given).args[0]["samples"], expected)
-    assert [phase.name for phase in bare.plan(Job(64, 48)).phases] == ["denoising"]
+    assert [stage.name for stage in bare.plan(Workload(64, 48)).stages] == ["denoise"]
 
     unread = replace(pipeline, text_encoders=None)
     assert torch.equal(sampled(unread, positive=positive)[0], sampled(pipeline)[0])

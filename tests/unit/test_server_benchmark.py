@@ -146,7 +146,10 @@ def test_each_fault_is_seen(tmp_path: Path, kind: str) -> None:
     ("change", "right"),
     [
         ({}, True),
-        ({"status": "error", "picture": None, "error": "majicflux.BudgetError: too little"}, True),
+        (
+            {"status": "error", "picture": None, "error": "majicflux.OutOfVramError: too little"},
+            True,
+        ),
         ({"status": "error", "picture": None, "error": "torch.OutOfMemoryError: "}, False),
         ({"picture": None}, False),
     ],

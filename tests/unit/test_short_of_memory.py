@@ -14,28 +14,33 @@ from live_bytes import LiveBytes
 from same_bits import same
 from torch import Tensor
 
-from majicflux.engine import blocks, products, streaming, vae_bands
-from majicflux.engine.flux_dit import DiT
-from majicflux.engine.offload import OffloadedModule, WeightBlock
-from majicflux.engine.pipeline import Pipeline, paint
-from majicflux.engine.plan import BudgetError, Job
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.request import Request
-from majicflux.engine.stored_linear import StoredLinear
-from majicflux.engine.vae import VAE
-from majicflux.engine.work import Work
+from majicflux.engine.errors import BudgetError
+from majicflux.engine.flux import blocks, vae_bands
+from majicflux.engine.flux.transformer import DiT
+from majicflux.engine.flux.vae import VAE
+from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
+from majicflux.engine.offload import prefetch
+from majicflux.engine.offload.chunking import Chunking
+from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.offload.weight_block import WeightBlock
+from majicflux.engine.plan.plan import Workload
+from majicflux.engine.quant import methods
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
-REQUEST = Request("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
+REQUEST = GenerationRequest("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
 ROOMY = 2**31
 PHASES = ["text encoders", "denoising", "VAE decode"]
 
 
 def run(
     pipeline: Pipeline,
-    request: Request = REQUEST,
+    request: GenerationRequest = REQUEST,
     on_pass: Callable[[Tensor | None], None] = lambda _: None,
     before_block: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -48,7 +53,11 @@ def resident(pipeline: Pipeline) -> int:
 
 
 def homes(weights: OffloadedModule) -> list[int]:
-    return [block.home.data_ptr() for block in weights.all_blocks if block.home is not None]
+    return [
+        block.host_buffer.data_ptr()
+        for block in weights.all_blocks
+        if block.host_buffer is not None
+    ]
 
 
 def assert_at_rest(pipeline: Pipeline) -> None:
@@ -57,13 +66,13 @@ def assert_at_rest(pipeline: Pipeline) -> None:
         weights = component.weights
         for block in weights.all_blocks:
             assert block.visitors == 0
-            assert block.home is not None
-            home = block.home.untyped_storage().data_ptr()
+            assert block.host_buffer is not None
+            home = block.host_buffer.untyped_storage().data_ptr()
             at = {getattr(v.owner, v.name).untyped_storage().data_ptr() for v in block._views}
             assert (home not in at) if block.resident else at <= {home}
         for module in weights.module.modules():
-            assert not {"visit"} & module.__dict__.keys()
-            assert getattr(module, "product", None) is None
+            assert not {"onload"} & module.__dict__.keys()
+            assert getattr(module, "method", None) is None
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in _blocks_of(weights))
 
 
@@ -71,7 +80,7 @@ def _blocks_of(weights: OffloadedModule) -> list[torch.nn.Module]:
     return [module for modules in weights._modules for module in modules]
 
 
-def streaming_budget(pipeline: Pipeline, share: float = 0.0, job=REQUEST.job) -> int:
+def streaming_budget(pipeline: Pipeline, share: float = 0.0, job=REQUEST.workload) -> int:
     """Which lets about `share` of the transformer stay, and never all components."""
     smallest = pipeline.plan(job).smallest_bytes
     return int(smallest + share * pipeline.dit.weights.travelling_bytes)
@@ -133,7 +142,7 @@ def no_memory_for(
     def where(_: object, called: StoredLinear, *__: object) -> bool:
         return called is layer
 
-    return Shortage(monkeypatch, products.Dequantized, "__call__", short, after=True, where=where)
+    return Shortage(monkeypatch, methods.Dequantized, "__call__", short, after=True, where=where)
 
 
 PLACES: dict[str, tuple[object, str]] = {
@@ -225,7 +234,7 @@ def test_a_shortage_in_the_text_encoders_costs_one_layer(
         return True
 
     with torch.inference_mode():
-        found, _ = encoders.encode("a cat", work=Work(relieve=relieve))
+        found, _ = encoders.encode("a cat", work=Chunking(relieve=relieve))
         monkeypatch.undo()
         expected, _ = encoders.encode("a cat")
     assert (shortage.calls, len(relieved)) == (5, 2)
@@ -305,7 +314,7 @@ def test_a_shortage_of_the_ring_is_survived(unseen, make_pipeline, monkeypatch, 
 
     monkeypatch.setattr(pipeline.dit.patcher, "load", some_stay)
     monkeypatch.setattr(pipeline.vae.patcher, "load", lambda *_, **__: None)
-    shortage = Shortage(monkeypatch, streaming.Stream, "_new_ring", lambda call: call == 0)
+    shortage = Shortage(monkeypatch, prefetch.PrefetchRing, "_new_ring", lambda call: call == 0)
     before = 0.6 * weights.travelling_bytes - 2 * weights.largest_bytes
     caplog.clear()
     assert same(run(pipeline), expected)
@@ -322,7 +331,7 @@ def test_a_shortage_in_the_decoder_is_survived(
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
     picture = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
     decoder = pipeline.vae.weights.module["decoder"]
-    bands: list[vae_bands.Bands | None] = []  # None: no bands
+    bands: list[BandPlan | None] = []  # None: no bands
     decode = vae_bands.decode
     whole = decoder.forward
 
@@ -342,7 +351,7 @@ def test_a_shortage_in_the_decoder_is_survived(
     monkeypatch.setattr(vae_bands, "decode", in_bands)
     before = resident(pipeline)
     found = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
-    smallest = vae_bands.plan_decode(*REQUEST.job.latent_size, 2, 0)
+    smallest = plan_decode(*REQUEST.workload.latent_size, 2, 0)
     assert len(bands) == failures + 1
     assert (bands[0] is None) == (budget is None)
     assert bands[1:] == [smallest] * failures
@@ -369,7 +378,7 @@ def test_when_nothing_is_left_to_free_the_run_ends(
         with pytest.raises(BudgetError) as ended:
             run(pipeline, dog)
     said = str(ended.value)
-    smallest = pipeline.plan(REQUEST.job).phases[PHASES.index(phase)].smallest
+    smallest = pipeline.plan(REQUEST.workload).stages[PHASES.index(phase)].smallest
     assert f"the phase '{phase}', which needs {smallest / 2**30:.2f} GB at least" in said
     assert "Close other programs that use the card, or choose a smaller picture or batch." in said
     assert shortage.failures == shortage.calls > 1
@@ -468,15 +477,16 @@ def test_a_run_may_be_stopped_at_every_visit(
 def test_a_decode_may_be_stopped_at_every_band(make_pipeline) -> None:
     pipeline = make_pipeline(device=ACCELERATOR)
     latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(1))
+    bands = plan_decode(2, 4, pipeline.vae.dtype.itemsize, 0)
     with torch.inference_mode():
-        expected, moved = pipeline.vae.decode(latents, every := Stop(), 0)
+        expected, moved = pipeline.vae.decode(latents, every := Stop(), bands)
         assert every.visits > 60
         assert moved == pipeline.vae.weights.blocks[0].nbytes
         for stop in range(0, every.visits, 5):
             with pytest.raises(Cancelled):
-                pipeline.vae.decode(latents, Stop(stop), 0)
+                pipeline.vae.decode(latents, Stop(stop), bands)
             assert_at_rest(pipeline)
-        assert torch.equal(pipeline.vae.decode(latents, None, 0)[0], expected)
+        assert torch.equal(pipeline.vae.decode(latents, None, bands)[0], expected)
 
 
 def test_two_pipelines_share_a_transformer(make_pipeline) -> None:
@@ -509,7 +519,7 @@ def test_many_runs_with_changing_budgets_leave_as_much_as_one(make_pipeline) -> 
     expected = run(first)
     home = [homes(c.weights) for c in first.components]
     sizes = [(32, 48), (64, 16), (48, 48)]
-    jobs = [Job(*size, batch_size=2) for size in sizes]
+    jobs = [Workload(*size, batch_size=2) for size in sizes]
     small = max(streaming_budget(first, job=job) for job in jobs)
     budgets = [ROOMY, small, int(1.2 * small), small + 10**6]
     kept: list[dict[str, int]] = []

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from majicflux.engine.geometry import T5Geometry
-from majicflux.engine.t5 import T5Encoder
-from majicflux.engine.text_encoders import HomeEmbedding
+from majicflux.engine.flux.geometry import T5Geometry
+from majicflux.engine.flux.t5 import T5Encoder
+from majicflux.engine.flux.text_encoders import HostEmbedding
 
 SMALL = T5Geometry(width=96, mlp_width=160, layers=3, heads=6, head_dim=24, vocabulary=50)
 
@@ -31,7 +31,7 @@ def theirs(g: T5Geometry, dtype: torch.dtype) -> T5EncoderModel:
 
 
 def ours(g: T5Geometry, model: T5EncoderModel) -> T5Encoder:
-    encoder = T5Encoder(g, HomeEmbedding(g.vocabulary, g.width)).to(model.dtype).eval()
+    encoder = T5Encoder(g, HostEmbedding(g.vocabulary, g.width)).to(model.dtype).eval()
     encoder.load_state_dict(model.state_dict())
     return encoder
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from rooms import FILES
 from torch import Tensor
 
-from majicflux.engine.precision import PRECISIONS
+from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.torch_state import own_state
 from majicflux.host import standalone
+from majicflux.loaders.convert_on_device import DeviceQuantizer
 from majicflux.loaders.flux_dit import load_flux_dit
-from majicflux.loaders.on_card import OnCard
 from majicflux.nodes.dit_loader import DiTLoader
 from majicflux.nodes.pipeline import PipelineNode
 from majicflux.nodes.sample import Sample
@@ -22,7 +23,6 @@ from majicflux.nodes.text_encoders import TextEncodersNode
 from majicflux.nodes.vae_loader import VAELoader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[2]
 # Those that take PyTorch's default dtype or device unless they are told others.
 MAKERS = ("empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
 
@@ -88,7 +88,7 @@ def test_scales_made_on_a_card_are_not_rounded() -> None:
     into, scale = torch.empty(4, 64, dtype=torch.float8_e4m3fn), torch.empty(4)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        OnCard(torch.device("cpu")).quantize(given, into, scale, 0)
+        DeviceQuantizer(torch.device("cpu")).quantize(given, into, scale, 0)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(scale, weight.abs().amax(dim=1) / 448)
@@ -103,8 +103,8 @@ def test_the_state_is_restored_after_an_error() -> None:
 
 
 def test_what_is_made_names_its_dtype() -> None:
-    for file in [*(ROOT / "engine").glob("*.py"), *(ROOT / "loaders").glob("*.py")]:
-        if file.name in ("flux_dit.py", "t5.py", "text_encoders.py", "demo_models.py"):
+    for file in FILES:
+        if file.name in ("t5.py", "text_encoders.py", "demo_models.py"):
             continue  # modules, which are cast, or made on the meta device
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):

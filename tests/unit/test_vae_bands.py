@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from majicflux.engine import vae_bands
-from majicflux.engine.vae_bands import Bands, decode, encode, plan_decode, plan_encode
+from majicflux.engine.flux import vae_bands
+from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode, plan_encode
+from majicflux.engine.flux.vae_bands import decode, encode
 
 ROOMY = float("inf")
 META = torch.device("meta")
@@ -113,7 +114,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(7))
 
 
-def narrow(plan: Callable[[float], Bands]) -> Iterator[Bands]:
+def narrow(plan: Callable[[float], BandPlan]) -> Iterator[BandPlan]:
     """Bands of several sizes, with maps in either memory; small pictures get none by themselves."""
     yield replace(plan(0), passes=tuple((5, *rest) for _, *rest in plan(0).passes))
     some = plan(0.4 * plan(ROOMY).peak_bytes)

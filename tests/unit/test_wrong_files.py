@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from file_layouts import int8_tensorwise, scaled, to_diffusers
-from majicflux.engine.precision import PRECISIONS
-from majicflux.engine.text_encoders import ClipGeometry
+from majicflux.engine.flux.geometry import ClipGeometry
+from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.lab.precision import measure
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
-from majicflux.loaders.inspection import measure
 from majicflux.loaders.layouts import clip_layout
 from majicflux.loaders.recognise import FLUX_DIT
 from majicflux.loaders.safetensors_file import ModelFileError, SafetensorsFile

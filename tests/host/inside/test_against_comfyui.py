@@ -20,12 +20,13 @@ from file_layouts import (
     to_diffusers,
     vae_to_diffusers,
 )
-from majicflux.engine.conditioning import conditions_of
-from majicflux.engine.denoise import Velocity, flux_velocity
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.prompts import weighted_segments
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_model_space, to_vae_space
-from majicflux.engine.precision import FLOAT32, uniform
-from majicflux.engine.prompts import weighted_segments
-from majicflux.engine.text_encoders import TextEmbedding
+from majicflux.engine.quant.formats import FLOAT32, uniform
+from majicflux.engine.sampling.solvers import Velocity
 from majicflux.loaders import demo_models
 from majicflux.loaders.demo_models import CLIP, DIT, T5
 from majicflux.loaders.flux_dit import load_flux_dit

@@ -11,7 +11,7 @@ import torch
 MB = 2**20
 GB = 2**30
 RESERVED = 100 * MB  # by the manager, for other programs
-PHASES = ["text encoders", "denoising", "VAE decode"]
+STAGES = ["text", "denoise", "decode"]
 
 
 @pytest.fixture
@@ -21,33 +21,33 @@ def graph(small_graph: dict, on_the_card) -> dict:
 
 @dataclass
 class Held:
-    """Bytes of weights and of a ring that were on the card at once, in one phase."""
+    """Bytes of weights and of a ring that were on the card at once, in one stage."""
 
     budget: int | None
-    phase: str
+    stage: str
     most: int = 0
 
 
 @pytest.fixture
 def held(comfy, card, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
-    """The phases that ran."""
-    streaming = comfy.pack("engine.streaming")
-    run = comfy.pack("engine.pipeline").Run
-    phases: list[Held] = []
-    phase, enter = run.phase, streaming.Stream.enter
+    """The stages that ran."""
+    prefetch = comfy.pack("engine.offload.prefetch")
+    run = comfy.pack("engine.run.pipeline_run").PipelineRun
+    stages: list[Held] = []
+    memory_of, enter = run.memory_of, prefetch.PrefetchRing.enter
 
-    def noted(self, name: str, *predicted: float | None):
-        phases.append(Held(self.pipeline.budget_bytes, name))
-        return phase(self, name, *predicted)
+    def noted(self, stage, *predicted: float | None):
+        stages.append(Held(self.plan.budget_bytes if self.plan.chosen else None, stage.name))
+        return memory_of(self, stage, *predicted)
 
     def watched(self, block: Any) -> None:
         enter(self, block)
         ring = 0 if self._ring is None else len(self._ring)
-        phases[-1].most = max(phases[-1].most, card.total - card.free + ring)
+        stages[-1].most = max(stages[-1].most, card.total - card.free + ring)
 
-    monkeypatch.setattr(run, "phase", noted)
-    monkeypatch.setattr(streaming.Stream, "enter", watched)
-    return phases
+    monkeypatch.setattr(run, "memory_of", noted)
+    monkeypatch.setattr(prefetch.PrefetchRing, "enter", watched)
+    return stages
 
 
 def succeed(comfy, executor, graph: dict) -> dict[str, Any]:
@@ -63,20 +63,22 @@ def error_of(comfy, executor, graph: dict) -> dict[str, Any]:
     return data
 
 
-def job(comfy, graph: dict):
+def workload(comfy, graph: dict):
     chosen = graph["5"]["inputs"]
     of_node = (chosen[name] for name in ("width", "height", "batch_size", "steps"))
-    return comfy.pack("engine.plan").Job(*of_node)
+    return comfy.pack("engine.plan.plan").Workload(*of_node)
 
 
 def smallest_budget(comfy, found: dict) -> int:
     """That the pipeline node accepts, with a little left for what is resident."""
-    return found["4"].plan(comfy.pack("engine.plan").Job(256, 256)).smallest_bytes + 4 * MB
+    return (
+        found["4"].plan(comfy.pack("engine.plan.plan").Workload(256, 256)).smallest_bytes + 4 * MB
+    )
 
 
 def plan_of(comfy, found: dict, graph: dict):
     """Of the pipeline node for the graph's picture."""
-    return found["4"].plan(job(comfy, graph))
+    return found["4"].plan(workload(comfy, graph))
 
 
 def with_budget(graph: dict, budget_bytes: float, seed: int = 0) -> dict:
@@ -92,8 +94,8 @@ def test_without_a_budget_the_plan_uses_what_the_host_grants(
     found = succeed(comfy, comfy.executor(), graph)
     plan = plan_of(comfy, found, graph)
     assert plan.budget_bytes == card.total - RESERVED
-    assert [phase.name for phase in plan.phases] == PHASES
-    assert not any(phase.ring for phase in plan.phases), "everything fits"
+    assert [stage.name for stage in plan.stages] == STAGES
+    assert not any(stage.ring for stage in plan.stages), "everything fits"
     assert len(on_the_card()) == 3
     for component in found["4"].components:
         assert component.weights.resident_bytes == component.weights.travelling_bytes
@@ -119,16 +121,16 @@ def test_on_a_small_card_weights_visit_and_the_picture_is_the_same(
     small = succeed(comfy, comfy.executor(), graph)
     plan = plan_of(comfy, small, graph)
     assert plan.budget_bytes == tight
-    assert any(phase.ring for phase in plan.phases)
+    assert any(stage.ring for stage in plan.stages)
     keeps_to(plan, held, tight)
     assert (small["5"] - roomy["5"]).abs().mean() < 0.01
 
 
 def keeps_to(plan, held: list[Held], budget: int) -> None:
-    planned = {phase.name: phase for phase in plan.phases}
-    assert [phase.phase for phase in held][-2:] == PHASES[1:]
-    for phase in held:
-        assert 0 < phase.most <= budget - planned[phase.phase].values
+    planned = {stage.name: stage for stage in plan.stages}
+    assert [stage.stage for stage in held][-2:] == STAGES[1:]
+    for stage in held:
+        assert 0 < stage.most <= budget - planned[stage.stage].values
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def test_a_new_budget_reloads_no_weights(comfy, graph, tight, held) -> None:
         assert after[node] is before[node]
     assert after["4"] is not before["4"]
     assert after["4"].budget_bytes == pytest.approx(tight, abs=1)
-    assert 0 < max(phase.most for phase in held) <= tight
+    assert 0 < max(stage.most for stage in held) <= tight
     again = succeed(comfy, executor, with_budget(graph, 0, seed=2))
     assert again["4"].components == before["4"].components
     weights = again["3"].weights
@@ -164,9 +166,9 @@ def test_two_budgets_over_one_loader_in_one_graph(comfy, graph, tight, held) -> 
     assert found["14"].dit is found["4"].dit
     assert found["14"].budget_bytes == pytest.approx(tight, abs=1)
     assert found["4"].budget_bytes is None
-    of_tight = [phase.most for phase in held if phase.budget == found["14"].budget_bytes]
+    of_tight = [stage.most for stage in held if stage.budget == found["14"].budget_bytes]
     assert 0 < max(of_tight) <= tight
-    assert max(phase.most for phase in held if phase.budget is None) > tight
+    assert max(stage.most for stage in held if stage.budget is None) > tight
     assert (found["15"] - found["5"]).abs().mean() < 0.01
 
 
@@ -188,7 +190,7 @@ def test_a_budget_that_is_too_small_for_anything_stops_at_the_pipeline(comfy, ca
     executor = comfy.executor()
     error = error_of(comfy, executor, with_budget(graph, 0.05 * GB))
     assert error["node_type"] == "MajicFluxPipeline"
-    assert error["exception_type"].endswith("BudgetError")
+    assert error["exception_type"] == "majicflux.BudgetTooSmallError"
     said = error["exception_message"]
     assert said.startswith("0.05 GB of VRAM are too little for 1 x 64x64: the phase 'VAE decode'")
     assert "Set vram_budget_gb to 0." in said
@@ -211,7 +213,7 @@ def test_a_picture_too_large_for_the_budget_stops_at_sample_before_it_begins(
     large["5"]["inputs"].update(width=8192, height=8192, batch_size=4)
     error = error_of(comfy, executor, large)
     assert error["node_type"] == "MajicFluxSample"
-    assert error["exception_type"] == "majicflux.BudgetError"
+    assert error["exception_type"] == "majicflux.BudgetTooSmallError"
     assert "0.30 GB of VRAM are too little for 4 x 8192x8192" in error["exception_message"]
     assert "choose a smaller picture or batch" in error["exception_message"]
     assert card.free == card.total, "nothing was moved"
@@ -233,7 +235,7 @@ def test_what_runs_on_the_cpu_needs_nothing_of_the_budget(
     monkeypatch.setattr(comfy.pack("host.comfyui"), "vae_device", lambda: torch.device("cpu"))
     found = succeed(comfy, comfy.executor(), with_budget(graph, 0.06 * GB))
     plan = plan_of(comfy, found, graph)
-    assert plan.smallest_bytes == max(phase.smallest for phase in plan.phases[:2])
+    assert plan.smallest_bytes == max(stage.smallest for stage in plan.stages[:2])
 
 
 def test_a_run_that_finds_less_than_was_planned_says_so_and_the_next_works(

@@ -47,7 +47,7 @@ def driver(manager, monkeypatch: pytest.MonkeyPatch) -> Driver:
 @pytest.fixture
 def moves(comfy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each block that went to the card. Whole modules may not move at all."""
-    block = comfy.pack("engine.offload").WeightBlock
+    block = comfy.pack("engine.offload.weight_block").WeightBlock
     stay_on, sizes = block.stay_on, []
 
     def watched(self, device: torch.device, transfers: Any) -> Any:
@@ -68,12 +68,13 @@ def travel(patcher) -> None:
     pinned = patcher.weights._pinned
     pinned.begin()
     for block in patcher.weights.blocks:
-        pinned.of(block.home)
+        pinned.of(block.host_buffer)
 
 
 def component(comfy, blocks: int, block_mb: int, device: torch.device = ACCELERATOR):
     """A patcher over a chain of equal blocks."""
-    offload, door = comfy.pack("engine.offload"), comfy.pack("host.comfyui")
+    offload = comfy.pack("engine.offload.offloaded_module")
+    door = comfy.pack("host.comfyui")
     with torch.device("meta"):
         width = int((block_mb * MB / 4) ** 0.5)
         chain = torch.nn.Sequential(

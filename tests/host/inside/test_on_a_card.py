@@ -51,7 +51,7 @@ def graph(small_graph: dict) -> dict[str, Any]:
 
 
 def test_in_turns_with_comfyuis_own_flux(comfy, graph: dict, arguments: Any) -> None:
-    manager, plan = comfy.manager, comfy.pack("engine.plan")
+    manager, plan = comfy.manager, comfy.pack("engine.plan.plan")
     executor, turns = comfy.executor(), itertools.count()
 
     def latents(of: str, output: int) -> Tensor:
@@ -77,7 +77,7 @@ def test_in_turns_with_comfyuis_own_flux(comfy, graph: dict, arguments: Any) -> 
     first, of_native = ours(), theirs()
     found = comfy.outputs(executor, graph)
     pipeline, native = found["4"], found["unet"]
-    little = pipeline.plan(plan.Job(256, 256, 1, 4)).smallest_bytes / plan.GB + 0.001
+    little = pipeline.plan(plan.Workload(256, 256, 1, 4)).smallest_bytes / 2**30 + 0.001
     # What ComfyUI does on NVIDIA, where comfy-aimdo pages its own models' weights.
     assert ("Dynamic" in type(native).__name__) != arguments.disable_dynamic_vram
     assert torch.equal(ours(), first)

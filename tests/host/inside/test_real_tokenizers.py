@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from majicflux.engine.prompts import tokenize, weighted_segments
+from majicflux.engine.flux.prompts import tokenize, weighted_segments
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
 PROMPT = "赛博朋克 a cat, (masterpiece) on the roof's edge!"
@@ -55,5 +55,5 @@ def test_weighted_texts_are_split_as_by_comfyui(comfy, tmp_path: Path) -> None:
         expected = theirs.tokenize_with_weights(prompt, tokenizer_options=options)
         assert ours.clip == [token for token, _ in expected["l"][0]]
         assert [*zip(ours.t5, ours.weights, strict=True)] == expected["t5xxl"][0]
-        longest = max(longest, ours.counts.words)
+        longest = max(longest, ours.counts.text_tokens)
     assert longest > 512

@@ -10,7 +10,7 @@ import torch
 from comfyui_encoders import their_clip, their_t5
 from torch import Tensor
 
-from majicflux.engine.solvers import SOLVERS
+from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.loaders.demo_models import CLIP_FILE, DIT_FILE, VAE_FILE
 
 SIZE = 64

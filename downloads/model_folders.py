@@ -1,0 +1,89 @@
+"""Models in the host's folders: which there are, where one is, and why it cannot be used."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..host import current as host
+from ..loaders.safetensors_file import ModelFileError
+from ..loaders.shards import SHARD, hidden, model_parts
+from ..messages import say
+from .catalogue import GROUPS
+
+CHECKPOINTS = "checkpoints"
+MAJICFLUS = [file.name for file in GROUPS["majicflus"]]
+
+
+def choices(category: str) -> list[str]:
+    """The models of `category`; a folder of shards is one."""
+    return sorted({_folder_of_shard(name) or name for name in names(category)})
+
+
+def names(category: str) -> list[str]:
+    return [name for name in host.model_names(category) if not hidden(name)]
+
+
+def resolve(category: str, name: str) -> Path:
+    """The file, or the folder of shards, that a choice stands for.
+
+    Of majicflus each hub has another file: the one that is there stands in for the other.
+    Raises ModelFileError when none is in the host's folders.
+    """
+    for other in (name, *(MAJICFLUS if name in MAJICFLUS else ())):
+        path = host.model_path(category, other) or host.model_path(CHECKPOINTS, other)
+        if path is not None:
+            return path
+    for shard in names(category):
+        if _folder_of_shard(shard) == name:
+            path = host.model_path(category, shard)
+            if path is not None:
+                return path.parent
+    said = say(
+        "{file} is not in models/{folder}. Put it there and press R, or choose another file.",
+        file=name,
+        folder=category,
+    )
+    raise ModelFileError("\n".join([said, *_long_form(category, name)]))
+
+
+def _long_form(category: str, name: str) -> list[str]:
+    """Where the file is published, and where it was looked for."""
+    known = [file for file in GROUPS["all"] if file.name == name]
+    pages = [place.page for file in known for place in file.places]
+    folders = [str(path) for path in host.model_folders(category)]
+    if pages and folders:
+        models = Path(folders[0]).parent
+        command = f'python -m majicflux.cli download all --models "{models}"'
+        fetch = say("Or run {command} in ComfyUI's custom_nodes.", command=command)
+        pages = [say("It is published at:"), *pages, fetch]
+    return [*pages, say("It was looked for in:"), *folders]
+
+
+def problem(category: str, name: Any, inspect: Callable[[Path], Any]) -> str | None:
+    """Why the choice cannot be used, told from the header alone; None when it can.
+
+    A name of None is one that will come over a link, and is looked for when it has come.
+    """
+    if name is None:
+        return None
+    try:
+        inspect(resolve(category, str(name)))
+    except ModelFileError as error:
+        return str(error)
+    return None
+
+
+def fingerprint(category: str, name: str | None) -> list[tuple[str, int, int]] | None:
+    """Changes when the file behind a choice is replaced: path, bytes and time of each part.
+
+    None for a name that will come over a link.
+    """
+    if name is None:
+        return None
+    parts = model_parts(resolve(category, name))
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+
+
+def _folder_of_shard(name: str) -> str | None:
+    path = Path(name)
+    return str(path.parent) if SHARD.match(path.name) and len(path.parts) > 1 else None

@@ -1,0 +1,151 @@
+"""Sizes of the weights of models that are not here, from their geometry alone.
+
+They are what `build_flux_dit` and its likes would give blocks of; a test compares them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+from ..offload.weight_sizes import BlockSize, WeightSizes, aligned
+from ..quant.formats import Precision, itemsize, rotation_group
+from .geometry import (
+    HEAD_DIM,
+    MLP_RATIO,
+    TIMESTEP_CHANNELS,
+    VAE_DECODER,
+    VAE_ENCODER,
+    ClipGeometry,
+    FluxGeometry,
+    T5Geometry,
+    VAEPart,
+)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    kind: str  # a field of Precision
+    out: int
+    inputs: int
+
+    def nbytes(self, precision: Precision) -> int:
+        storage = getattr(precision, self.kind)
+        return (
+            aligned(self.out * self.inputs * itemsize(storage.dtype))
+            + aligned(self.out * itemsize(storage.vector_dtype))  # the bias
+            + aligned(self.out * 4 if storage.scaled else 0)
+        )
+
+
+@dataclass(frozen=True)
+class _FluxLayers:
+    blocks: list[list[_Linear]]
+    once: list[list[_Linear]]
+    root: list[_Linear]
+
+    def __iter__(self) -> Iterator[_Linear]:
+        for part in (*self.blocks, *self.once, self.root):
+            yield from part
+
+
+def _flux_layers(g: FluxGeometry) -> _FluxLayers:
+    d, wide = g.hidden, MLP_RATIO * g.hidden
+    qkv, out = _Linear("attention", 3 * d, d), _Linear("attention", d, d)
+    stream = [out, _Linear("mlp", wide, d), _Linear("mlp", d, wide)]
+    single = [_Linear("mlp", 3 * d + wide, d), _Linear("mlp", d, d + wide)]
+    timestep = [_Linear("rest", d, TIMESTEP_CHANNELS), _Linear("rest", d, d)]
+    pooled = [_Linear("rest", d, g.pooled_width), _Linear("rest", d, d)]
+    text = _Linear("rest", d, g.text_width)
+    return _FluxLayers(
+        [[qkv, qkv], stream, stream] * g.double_blocks + [single] * g.single_blocks,
+        [
+            [text, *pooled, *timestep, *(timestep if g.guidance else [])],
+            *[[_Linear("modulation", 6 * d, d)]] * (2 * g.double_blocks),
+            *[[_Linear("modulation", 3 * d, d)]] * g.single_blocks,
+            [_Linear("rest", 2 * d, d)],
+        ],
+        [_Linear("rest", d, g.in_channels), _Linear("rest", g.out_channels, d)],
+    )
+
+
+def flux_dit_sizes(g: FluxGeometry, precision: Precision) -> WeightSizes:
+    layers = _flux_layers(g)
+
+    def norm(kind: str) -> int:
+        """Of the queries or keys."""
+        return aligned(HEAD_DIM * itemsize(getattr(precision, kind).vector_dtype))
+
+    def size(part: Iterable[_Linear], beside: int = 0) -> BlockSize:
+        return BlockSize(sum(layer.nbytes(precision) for layer in part) + beside)
+
+    norms = 4 * g.double_blocks * norm("attention") + 2 * g.single_blocks * norm("mlp")
+    storages = {layer: getattr(precision, layer.kind) for layer in layers}
+    return WeightSizes(
+        size(layers.root, norms),
+        [*map(size, layers.blocks)],
+        [*map(size, layers.once)],
+        any(rotation_group(layer.inputs, storage.rotated) for layer, storage in storages.items()),
+        any(storage.dtype == "int8" for storage in storages.values()),
+    )
+
+
+def conversion_bytes(g: FluxGeometry, precision: Precision, dtype: str, eight_bit: bool) -> int:
+    """Of the buffer for matrices that are multiplied in `dtype`, but kept in another.
+
+    eight_bit: whether those that are kept in 8 bits are multiplied so.
+    """
+    converted = (
+        layer.out * layer.inputs
+        for layer in _flux_layers(g)
+        if (storage := getattr(precision, layer.kind)).dtype != dtype
+        and not (eight_bit and storage.eight_bit)
+    )
+    return max(converted, default=0) * itemsize(dtype)
+
+
+def text_encoder_sizes(clip: ClipGeometry, t5: T5Geometry, dtype: str) -> WeightSizes:
+    def size(*shapes: tuple[int, ...]) -> int:
+        return _nbytes(shapes, dtype)
+
+    width, wide, inner = clip.width, clip.mlp_width, t5.heads * t5.head_dim
+    layer = size(
+        *[(width, width)] * 4, (wide, width), (width, wide), (wide,), *[(width,)] * 9
+    )  # CLIP's
+    attention = [size((inner, t5.width))] * 3 + [size((t5.width, inner))]
+    mlp = [size((t5.mlp_width, t5.width))] * 2 + [size((t5.width, t5.mlp_width))]
+    root = size((clip.positions, width), (width,), (width,), (t5.buckets, t5.heads))
+    norms = size((t5.width,)) * (2 * t5.layers + 1)
+    blocks = [layer] * clip.layers + (attention + mlp) * t5.layers
+    return WeightSizes(BlockSize(root + norms), [*map(BlockSize, blocks)], [])
+
+
+def vae_sizes(dtype: str) -> WeightSizes:
+    decoder, encoder = (
+        BlockSize(_nbytes(_vae_shapes(part), dtype)) for part in (VAE_DECODER, VAE_ENCODER)
+    )
+    return WeightSizes(BlockSize(0), [decoder], [encoder])
+
+
+def _vae_shapes(part: VAEPart) -> Iterator[tuple[int, ...]]:
+    before = part.first
+    yield from _convolution(part.channels_in, before)
+    for kind, after in part.steps:
+        if kind == "attention":
+            yield from (*[(after,)] * 2, *_convolution(after, after, side=1) * 4)
+        elif kind == "residual":
+            yield from (*[(before,)] * 2, *_convolution(before, after))
+            yield from (*[(after,)] * 2, *_convolution(after, after))
+            if before != after:
+                yield from _convolution(before, after, side=1)
+        else:
+            yield from _convolution(before, after)
+        before = after
+    yield from (*[(before,)] * 2, *_convolution(before, part.channels_out))
+
+
+def _convolution(before: int, after: int, side: int = 3) -> list[tuple[int, ...]]:
+    return [(after, before, side, side), (after,)]
+
+
+def _nbytes(shapes: Iterable[tuple[int, ...]], dtype: str) -> int:
+    return sum(aligned(prod(shape) * itemsize(dtype)) for shape in shapes)

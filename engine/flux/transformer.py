@@ -1,0 +1,84 @@
+"""DiffSynth's Flux transformer, built from a geometry instead of fixed sizes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..diffsynth_files import diffsynth_module
+from ..offload.offloaded_module import OffloadedModule
+from ..offload.patcher import Patcher
+from ..quant.formats import Precision, Storage
+from ..quant.linear import StorageOf, store
+from .conditioning import LastConditions
+from .geometry import ROPE_AXES, TIMESTEP_CHANNELS, FluxGeometry, kind_of_layer
+
+ROPE_THETA = 10000
+
+
+@dataclass(frozen=True)
+class DiT:
+    """A Flux.1 transformer with its weights in CPU memory."""
+
+    weights: OffloadedModule
+    patcher: Patcher
+    geometry: FluxGeometry
+    precision: Precision
+    last_conditions: LastConditions = field(default_factory=LastConditions, repr=False)
+
+
+def build_flux_dit(
+    geometry: FluxGeometry, precision: Precision, storage_of: StorageOf | None = None
+) -> OffloadedModule:
+    """The transformer with uninitialised weights, each stored as its kind in `precision` or as
+    `storage_of` its name."""
+    from .blocks import DoubleBlock, SingleBlock
+
+    def stored_as(name: str) -> Storage:
+        return getattr(precision, kind_of_layer(name))
+
+    dit = sized_flux_dit(geometry, DoubleBlock, SingleBlock)
+    store(dit, storage_of or stored_as)
+    blocks = [*dit.blocks, *dit.single_blocks]
+    passes = [part for block in blocks for part in block.weight_blocks()]
+    modulation = [[layer] for block in blocks for layer in block.modulation_layers()]
+    embedders = [dit.context_embedder, dit.pooled_text_embedder, dit.time_embedder]
+    if dit.guidance_embedder is not None:
+        embedders.append(dit.guidance_embedder)
+    once = [embedders, *modulation, [dit.final_norm_out.linear]]
+    return OffloadedModule(dit, passes, once, scoped=True)
+
+
+def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) -> Any:
+    """DiffSynth's FluxDiT of this geometry, with these classes for its blocks, on the meta device.
+
+    FluxDiT's own constructor builds one size only.
+    """
+    theirs, g = diffsynth_module("models.flux_dit"), geometry
+
+    class SizedFluxDiT(theirs.FluxDiT):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.pos_embedder = theirs.RoPEEmbedding(g.hidden, ROPE_THETA, ROPE_AXES)
+            self.time_embedder = theirs.TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden)
+            self.guidance_embedder = (
+                theirs.TimestepEmbeddings(TIMESTEP_CHANNELS, g.hidden) if g.guidance else None
+            )
+            self.pooled_text_embedder = nn.Sequential(
+                nn.Linear(g.pooled_width, g.hidden), nn.SiLU(), nn.Linear(g.hidden, g.hidden)
+            )
+            self.context_embedder = nn.Linear(g.text_width, g.hidden)
+            self.x_embedder = nn.Linear(g.in_channels, g.hidden)
+            self.blocks = nn.ModuleList(
+                joint_block(g.hidden, g.heads) for _ in range(g.double_blocks)
+            )
+            self.single_blocks = nn.ModuleList(
+                single_block(g.hidden, g.heads) for _ in range(g.single_blocks)
+            )
+            self.final_norm_out = theirs.AdaLayerNormContinuous(g.hidden)
+            self.final_proj_out = nn.Linear(g.hidden, g.out_channels)
+            self.input_dim = g.in_channels
+
+    with torch.device("meta"):
+        return SizedFluxDiT()

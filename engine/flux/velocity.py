@@ -1,0 +1,118 @@
+"""The forward of the Flux transformer, as a velocity for solvers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.ops import norm_modulate_quantize
+from ..offload.chunking import Chunking, split
+from ..offload.weight_block import CPU
+from ..sampling.guidance import classifier_free
+from ..sampling.solvers import Velocity
+from .blocks import TokenSequence
+from .conditioning import Conditions, blocks_of, modulation_layers
+
+# The first and the last layer take as many tokens at once whatever the memory: one of their sides
+# is so narrow that a card adds up in another order for fewer of them, and the picture would differ.
+TOKENS_OF_ENDS = 1024
+
+# For each prompt what the modulation layers gave, in their order.
+Modulations = Sequence[Iterator[Tensor]]
+# How the sequences pass through the blocks, in place: here a step is left out that need not be
+# computed, or what a control net found is added.
+Blocks = Callable[[Any, Sequence[TokenSequence], Modulations, Chunking], None]
+
+
+def all_blocks(
+    dit: Any, sequences: Sequence[TokenSequence], modulations: Modulations, chunking: Chunking
+) -> None:
+    for block in blocks_of(dit):
+        layers = block.modulation_layers()
+        of_block = [[next(of_prompt) for _ in layers] for of_prompt in modulations]
+        block(sequences, of_block, chunking)
+
+
+def flux_velocity(
+    dit: Any,
+    positive: Conditions,
+    chunking: Chunking | None = None,
+    negative: Conditions | None = None,
+    cfg: float = 1.0,
+    through_blocks: Blocks = all_blocks,
+) -> Velocity:
+    """The transformer as a function of the latents and one of the sigmas of its conditions.
+
+    With a negative prompt: classifier-free guidance. Both prompts go through the blocks side by
+    side, so that each block of weights travels once. The arithmetic is that of DiffSynth's
+    `model_fn_flux_image`.
+    """
+    chunking = chunking or Chunking()
+    prompts = [each for each in (positive, negative) if each is not None]
+    rope: dict[tuple[int, int, int], Tensor] = {}  # the same at every step
+    widths = [len(layer.weight) for layer in modulation_layers(dit)]
+
+    def rope_of(text_tokens: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        size = (text_tokens, rows, columns)
+        if size not in rope:
+            rope[size] = _rope(dit, *size).to(device)
+        return rope[size]
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        height, width = latents.shape[2:]
+        sequences, modulations = [], []
+        for prompt in prompts:
+            on_host = prompt.modulation[sigma.item()]
+            modulation = chunking.retry(partial(on_host.to, latents.device, non_blocking=True))
+            modulations.append(iter(modulation.split(widths, dim=-1)))
+            text_tokens = prompt.text.shape[1]
+            rows, columns = height // 2, width // 2
+            turned = rope_of(text_tokens, rows, columns, latents.device)
+            x = chunking.retry(partial(_embedded, dit, latents, prompt.text))
+            sequences.append(TokenSequence(x, text_tokens, rows * columns, turned))
+        through_blocks(dit, sequences, modulations, chunking)
+        slopes = []
+        for sequence, modulation in zip(sequences, modulations, strict=True):
+            out = chunking.retry(partial(_final, dit, sequence.image, next(modulation)))
+            slopes.append(dit.unpatchify(out, height, width).to(latents.dtype))
+        return slopes[0] if negative is None else classifier_free(slopes[0], slopes[1], cfg)
+
+    return velocity
+
+
+def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
+    """The last layer, for [batch, tokens, width]."""
+    layer, (shift, scale) = dit.final_proj_out, modulation.chunk(2, dim=-1)
+    out = modulation.new_empty(*image.shape[:2], len(layer.weight))
+    for picture, tokens in zip(out, image.split(1), strict=True):
+        for some in split(slice(0, out.shape[1]), TOKENS_OF_ENDS):
+            picture[some] = layer(norm_modulate_quantize(tokens[:, some], (shift, scale)))[0]
+    return out
+
+
+def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
+    """The text, then the latents, as tokens of the transformer: [batch, tokens, width]."""
+    patches = dit.patchify(latents.to(text.dtype))
+    text_tokens = text.shape[1]
+    x = text.new_empty(len(latents), text_tokens + patches.shape[1], text.shape[2])
+    x[:, :text_tokens] = text
+    for picture, mine in enumerate(patches):
+        for some in split(slice(0, len(mine)), TOKENS_OF_ENDS):
+            x[picture, text_tokens:][some] = dit.x_embedder(mine[some])
+    return x
+
+
+def _rope(dit: Any, text_tokens: int, rows: int, columns: int) -> Tensor:
+    """RoPE of the text, at (0, 0, 0), and of each 2x2 latent patch, at (0, row, column).
+
+    Its sines are computed in float64, which not every device has. The positions are float32:
+    DiffSynth's own take the latents' dtype, and bfloat16 skips integers above 256, which a side
+    of 4096 pixels reaches.
+    """
+    ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=CPU)
+    ids[..., 1] = torch.arange(rows, device=CPU)[:, None]
+    ids[..., 2] = torch.arange(columns, device=CPU)
+    everything = torch.cat([ids.new_zeros(text_tokens, 3), ids.reshape(rows * columns, 3)])
+    return dit.pos_embedder(everything[None])

@@ -1,0 +1,1 @@
+"""The arithmetic of one operation: plain PyTorch, Triton, and which one a device gets."""

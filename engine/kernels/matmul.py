@@ -1,0 +1,76 @@
+"""Products of rows and weights that are both in 8 bits.
+
+Weights are [columns, depth], their scale float32 [columns], the bias [columns]. The result has the
+dtype that the rows were made from, and is `out` if that could be written.
+"""
+
+import torch
+from torch import Tensor, _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn import functional as F
+
+from . import dispatch
+from .libraries import row_scaled_product
+from .ops import rescale_
+from .row_format import QuantizedActivations
+
+ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
+FEWEST_ROWS = 32  # of the same: cuBLAS wants more than 16
+
+
+def float8_product(
+    x: QuantizedActivations, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    values, row_scale = _flat(x)
+    if scale is None:
+        scale = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
+    if not values.is_cuda:  # the same arithmetic without the units
+        y = (values.float() @ weight.float().T).mul_(row_scale).mul_(scale)
+        y = y if bias is None else y.add_(bias.float())
+        return y.to(x.dtype).view(*x.values.shape[:-1], -1)
+    y = _result(weight, x, out)
+    flat = y.flatten(0, -2)
+    bias = None if bias is None else bias.to(y.dtype)  # unscaled files keep it in float8 too
+    if dispatch.float8_takes_row_scales(y.device):
+        row_scaled_product(values, row_scale, weight, scale, bias, flat)
+        return y
+    one = torch.ones((), dtype=torch.float32, device=y.device)
+    _scaled_mm(values, weight.T, one, one, out_dtype=flat.dtype, use_fast_accum=True, out=flat)
+    rescale_(flat, row_scale, scale, bias)
+    return y
+
+
+def int8_product(
+    x: QuantizedActivations, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    assert scale is not None, "int8 weights have a scale"
+    values, row_scale = _flat(x)
+    y = _result(weight, x, out)
+    if dispatch.fused(values) and dispatch.int8_product_works(values.device):
+        from . import fused_triton
+
+        fused_triton.int8_product(values, row_scale, weight, scale, bias, y.flatten(0, -2))
+        return y
+    for first in range(0, len(values), ROWS_AT_ONCE):
+        rows = values[first : first + ROWS_AT_ONCE]
+        some = slice(first, first + len(rows))
+        more = max(0, FEWEST_ROWS - len(rows))
+        padded = F.pad(rows, (0, 0, 0, more)) if more else rows
+        sums = _int_mm(padded, weight.T)[: len(rows)].float()
+        sums.mul_(row_scale[some]).mul_(scale)
+        y.flatten(0, -2)[some] = sums if bias is None else sums.add_(bias)
+    return y
+
+
+def _flat(x: QuantizedActivations) -> tuple[Tensor, Tensor]:
+    """The values [rows, n] and their scale [rows, 1]."""
+    assert x.scale is not None, "these rows have not been quantized"
+    return x.values.flatten(0, -2), x.scale.reshape(-1, 1)
+
+
+def _result(weight: Tensor, x: QuantizedActivations, out: Tensor | None) -> Tensor:
+    """Memory for the product: `out` if its rows lie one after the other, or new."""
+    if out is not None and out.is_contiguous():
+        return out
+    return x.values.new_empty(*x.values.shape[:-1], len(weight), dtype=x.dtype)

@@ -1,0 +1,135 @@
+"""The plan of the denoising loop, and the time of a step."""
+
+from ..flux.geometry import HEAD_DIM, MLP_RATIO, FluxGeometry
+from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
+from ..offload.weight_sizes import WeightSizes
+from ..quant.formats import CONVERTED_AT_ONCE
+from ..sizes import CHANNELS
+from .device import DeviceProfile
+from .plan import DENOISE, StagePlan, Workload
+from .split import split_budget
+
+
+def plan_denoising(
+    weights: WeightSizes,
+    geometry: FluxGeometry,
+    workload: Workload,
+    itemsize: int,
+    eight_bit: bool,
+    conversion_bytes: int,
+    budget: int | None,
+    profile: DeviceProfile,
+) -> StagePlan:
+    """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
+    the buffer in which weights are converted."""
+    pictures, text_tokens = workload.batch_size, workload.text_tokens
+    tokens = workload.image_tokens + text_tokens
+    width = geometry.hidden
+    rows, columns = workload.latent_size
+    latents = pictures * CHANNELS * rows * columns
+    modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
+    side_by_side = pictures * workload.prompts
+    fixed = (
+        (side_by_side * tokens + workload.prompts * (modulation + text_tokens)) * width * 4
+        + workload.prompts * tokens * HEAD_DIM * 2 * 4  # RoPE, which prompts of one length share
+        + latents * 10 * 4
+        + conversion_bytes
+    )
+    one_of_width = tokens * width * itemsize
+    # Before the first step, in float32 too: the embedding of the text, or what a modulation layer
+    # gives for all steps, made in pieces that are joined.
+    given = [
+        (text_tokens * (geometry.text_width + (workload.prompts - 1) * width), text_tokens * width),
+        (workload.prompts * (text_tokens + workload.steps) * width, workload.steps * 6 * width),
+    ]
+    piece = min(CONVERTED_AT_ONCE, max(6 * width, geometry.text_width) * width)
+    conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
+
+    def values(chunk: int, groups: int = 1) -> int:
+        all_at_once, *each_at_once = (
+            next(split(some, chunk)).stop - some.start
+            for some in (slice(0, tokens), slice(0, text_tokens), slice(text_tokens, tokens))
+        )
+        one_at_once = max(each_at_once)  # of picture and text
+        share = (
+            Chunking(chunk, groups).heads_at_once(geometry.heads) / geometry.heads
+        )  # of the heads at once
+        before_row, joint_row, single_row = _row_bytes(
+            geometry, itemsize, eight_bit, weights, profile, share
+        )
+        # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
+        # copies queries, keys or values that do not lie one after the other.
+        waiting = 0 if chunk or share < 1 else MLP_RATIO * one_of_width
+        others = (side_by_side - 1) * one_of_width  # what they mix to, in a joint block
+        qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
+        step = fixed + max(
+            others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
+            others + qkv + one_at_once * before_row,
+            qkv + waiting + all_at_once * before_row,
+            others + one_of_width + one_at_once * joint_row,
+            (5 if waiting else 1) * one_of_width + all_at_once * single_row,
+        )
+        return max(step, conditions)
+
+    chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
+    # Between two steps there is a preview, which is left out where it finds no room.
+    choices = [(chunk, max(values(chunk), fixed + workload.preview_bytes)) for chunk in chunks]
+    grouped = []
+    for groups in GROUPS:  # with the largest chunks that take no more than the smallest
+        least = values(chunks[-1], groups)
+        chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
+        grouped.append((chunk, least, groups))
+    # Every chunk converts the weights again, or takes many small operations.
+    repeating = conversion_bytes > 0 or not profile.fused
+    return split_budget(
+        DENOISE, weights, choices, budget, profile, grouped=grouped, repeating=repeating
+    )
+
+
+def _row_bytes(
+    geometry: FluxGeometry,
+    itemsize: int,
+    eight_bit: bool,
+    weights: WeightSizes,
+    profile: DeviceProfile,
+    share: float,
+) -> tuple[int, int, int]:
+    """Bytes for each token that is computed at once: before the attention, after it in a joint
+    block and in a single one. share: of the heads that attend at once."""
+    width, hidden = geometry.hidden, MLP_RATIO * geometry.hidden
+    joined = width + hidden  # the input of a single block's last layer
+    if profile.fused:  # straight into the format that the product takes
+        row = 1 if eight_bit else itemsize
+        before = row * width
+        if share < 1:  # a product, on its way to where it belongs
+            before += int(itemsize * share * width)
+        return before, (itemsize + row) * hidden, itemsize * hidden + row * joined
+    # Normed rows in float32 and as the product takes them, or float32 queries or keys as they are
+    # turned.
+    before = int(max(4 + itemsize, 20 * share) * width)
+    more = itemsize * weights.rotated
+    if eight_bit and weights.integers:
+        # Float32 rows as they are rotated, or sums in int32 and in float32.
+        before = int(max(11, 27 * share) * width)
+        more = 8  # in float32 before they are rotated, and after
+    elif eight_bit:
+        before = int(max(8, 20 * share) * width)
+        more = 5.3  # in float32, in float8, and what finds the scale
+    # GELU is computed in place; only beside the attention it is copied.
+    joint = int((itemsize + more) * hidden) + 2 * itemsize * width
+    return before, joint, itemsize * hidden + int((itemsize + more) * joined)
+
+
+def step_seconds(
+    phase: StagePlan, geometry: FluxGeometry, workload: Workload, profile: DeviceProfile
+) -> float | None:
+    """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
+    if profile.copy_rate is None or profile.product_rate is None or profile.attention_rate is None:
+        return None
+    tokens, width = workload.image_tokens + workload.text_tokens, geometry.hidden
+    blocks = geometry.double_blocks + geometry.single_blocks
+    passes = workload.batch_size * workload.prompts
+    products = 2 * 12 * width**2 * blocks * tokens * passes
+    attention = 4 * width * tokens**2 * blocks * passes
+    arithmetic = products / profile.product_rate + attention / profile.attention_rate
+    return max(phase.visiting / profile.copy_rate, arithmetic)

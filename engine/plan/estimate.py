@@ -1,0 +1,48 @@
+"""The plan of a card that is not here, for models that are not here either."""
+
+from ..flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from ..flux.model_sizes import conversion_bytes, flux_dit_sizes, text_encoder_sizes, vae_sizes
+from ..quant.formats import BFLOAT16, Precision, itemsize
+from .denoising import plan_denoising, step_seconds
+from .device import WORKSPACE_BYTES, DeviceProfile
+from .plan import Plan, Workload
+from .text import plan_text
+from .units import GB
+from .vae import plan_decode
+
+ATTENTION_SHARE = 0.5  # of the rate of products in 8 bits that attention, in bfloat16, reaches
+
+
+def estimate_plan(
+    geometry: FluxGeometry | None,
+    precision: Precision,
+    picture: tuple[int, int, int, int],
+    vram_gb: float | None,
+    eight_bit: bool,
+    copy_rate: float | None,
+    matrix_rate: float | None,
+) -> Plan:
+    """The plan for an NVIDIA card with fused kernels, CLIP-L, T5-XXL and the VAE in bfloat16.
+
+    picture: width, height, batch size, steps. Rates in GB/s and TFLOP/s, to predict the time.
+    """
+    geometry, workload, dtype = geometry or FluxGeometry(), Workload(*picture), BFLOAT16.dtype
+    dit = flux_dit_sizes(geometry, precision)
+    encoders = text_encoder_sizes(ClipGeometry(), T5Geometry(), dtype)
+    vae = vae_sizes(dtype)
+    rates = () if not (copy_rate and matrix_rate) else (
+        copy_rate * 1e9, matrix_rate * 1e12, matrix_rate * 1e12 * ATTENTION_SHARE
+    )  # fmt: skip
+    profile = DeviceProfile(WORKSPACE_BYTES, True, *rates)
+    budget = None if vram_gb is None else int(vram_gb * GB)
+    others = dit.travelling_bytes + vae.travelling_bytes
+    denoising = plan_denoising(
+        dit, geometry, workload, itemsize(dtype), eight_bit and precision.eight_bit,
+        conversion_bytes(geometry, precision, dtype, eight_bit), budget, profile,
+    )  # fmt: skip
+    stages = (
+        plan_text(encoders, T5Geometry(), itemsize(dtype), budget, profile, others),
+        denoising,
+        plan_decode(vae, workload, itemsize(dtype), budget, profile),
+    )
+    return Plan(workload, budget, stages, step_seconds(denoising, geometry, workload, profile))

@@ -1,0 +1,96 @@
+"""The profile of the device that is here, measured where it can be."""
+
+import time
+from functools import cache
+
+import torch
+from torch import _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..allocator import allocator_of, is_out_of_memory
+from ..kernels import dispatch
+from ..quant.compute import ComputePrecision
+from .device import WORKSPACE_BYTES, DeviceProfile
+from .units import MB
+
+MEASURING_BYTES = 256 * MB
+_measured: dict[tuple[torch.device, ComputePrecision], DeviceProfile] = {}
+ONES = 0x38  # in each byte: a number of about 1 in float8, small ones in other formats
+
+
+def device_profile(
+    device: torch.device, computing: ComputePrecision | None = None, rates: bool = False
+) -> DeviceProfile:
+    """rates: measure them too, for `computing`, which takes a moment and up to MEASURING_BYTES of
+    the device the first time. Where there is no memory for it they stay unknown."""
+    workspace = WORKSPACE_BYTES if device.type == "cuda" else 0
+    fused = device.type == "cuda" and dispatch.triton_works(device)
+    if not rates or device.type != "cuda":
+        return DeviceProfile(workspace, fused)
+    assert computing is not None
+    eight_bit = sorted(computing.eight_bit, key=str)
+    try:
+        product = _product_rate(device, eight_bit[0] if eight_bit else computing.dtype)
+        attention = _attention_rate(device, computing.dtype)
+        profile = DeviceProfile(workspace, fused, copy_rate(device), product, attention)
+        _measured[device, computing] = profile
+        return profile
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return DeviceProfile(workspace, fused)
+    finally:
+        allocator_of(device).give_back()
+
+
+def measured_profile(device: torch.device, computing: ComputePrecision) -> DeviceProfile | None:
+    """With its rates, if they were measured before."""
+    return _measured.get((device, computing))
+
+
+@cache
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s from pinned memory."""
+    home = torch.empty(64 * MB, dtype=torch.uint8, pin_memory=True)
+    place = torch.empty_like(home, device=device)
+    return len(home) / _seconds(lambda: place.copy_(home, non_blocking=True), device)
+
+
+@cache
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two matrices in this dtype."""
+    side = 4096
+    a = torch.empty(side, side, dtype=dtype, device=device)
+    a.view(torch.uint8).fill_(ONES)
+    if dtype == torch.int8:
+        product = lambda: _int_mm(a, a.T)  # noqa: E731
+    elif dtype.itemsize == 1:
+        # Not a scale for each row, which Windows lacks.
+        one = torch.ones((), dtype=torch.float32, device=device)
+        product = lambda: _scaled_mm(  # noqa: E731
+            a, a.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    else:
+        product = lambda: a @ a.T  # noqa: E731
+    return 2 * side**3 / _seconds(product, device)
+
+
+@cache
+def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of an attention of as many heads and about as many tokens as Flux.1's has."""
+    heads, tokens, width = 24, 4096, 128
+    q = torch.zeros(1, heads, tokens, width, dtype=dtype, device=device)
+    seconds = _seconds(lambda: scaled_dot_product_attention(q, q, q), device)
+    return 4 * heads * tokens**2 * width / seconds
+
+
+def _seconds(run, device: torch.device) -> float:
+    """The best of a few runs."""
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,174 @@
+"""A linear layer that stores its weight in one format and multiplies in another."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..diffsynth_files import diffsynth_module
+from ..kernels.hadamard import rotate
+from ..kernels.ops import dequantize, norm_modulate_quantize
+from ..kernels.reference import rms_norm
+from ..kernels.row_format import ActivationFormat, QuantizedActivations
+from .formats import Storage, rotation_group
+
+ALL = slice(None)
+StorageOf = Callable[[str], Storage]  # of the linear layer of that name
+
+
+class LinearMethod(Protocol):
+    """A way to multiply. An object lasts for one run and may keep memory for it.
+
+    dtype: of the run's activations. Rows in another one, a few in float32, are multiplied in
+    theirs.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def wanted(self, layer: "StoredLinear") -> ActivationFormat | None:
+        """The format in which the rows should come; None: as they are."""
+
+    def __call__(
+        self,
+        layer: "StoredLinear",
+        x: Tensor | QuantizedActivations,
+        out: Tensor | None,
+        columns: slice,
+    ) -> Tensor:
+        """These columns of x W^T + b, which are `out` if they could be written there."""
+        ...
+
+
+class StoredLinear(nn.Module):
+    """`y = x W^T + b`, by the method that the run has chosen.
+
+    weight: [out, in] in the dtype of the storage; scale: [out] float32 or absent, with
+    W = weight * scale[:, None], rotated by groups of `group` input channels unless that is 0;
+    bias: [out] or absent. low_rank: None, or (down [rank, in], up [out, rank]), whose product is
+    added to W without rounding W again.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, storage: Storage):
+        super().__init__()
+        dtype = storage.torch_dtype
+        self.weight = _parameter(out_features, in_features, dtype=dtype)
+        self.scale = _parameter(out_features, dtype=torch.float32) if storage.scaled else None
+        vector_dtype = getattr(torch, storage.vector_dtype)
+        self.bias = _parameter(out_features, dtype=vector_dtype) if bias else None
+        self.group = rotation_group(in_features, storage.rotated)
+        self.low_rank: tuple[Tensor, Tensor] | None = None
+        self.method: LinearMethod | None = None
+
+    def rows(
+        self,
+        x: Tensor | None,
+        norm: tuple[Tensor, Tensor] | None = None,
+        gelu: Tensor | None = None,
+    ) -> Tensor | QuantizedActivations:
+        """What `norm_modulate_quantize` gives of the same, in the format that the method wants."""
+        if self.method is None:
+            return norm_modulate_quantize(x, norm, gelu)
+        wanted = None if self.low_rank else self.method.wanted(self)
+        return norm_modulate_quantize(x, norm, gelu, wanted, self.method.dtype)
+
+    def matrix(self, columns: slice = ALL) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, scale and bias of these output columns."""
+        scale, bias = (None if v is None else v[columns] for v in (self.scale, self.bias))
+        return self.weight[columns], scale, bias
+
+    def forward(
+        self, x: Tensor | QuantizedActivations, out: Tensor | None = None, columns: slice = ALL
+    ) -> Tensor:
+        """These columns of the result, written to `out` when that is given.
+
+        x: [..., in], or what `rows` gave.
+        """
+        if self.method is None:
+            y = dequantized_product(self, x, columns=columns)
+        else:
+            y = self.method(self, x, out, columns)
+        if self.low_rank is not None:
+            assert isinstance(x, Tensor), "rows() leaves the input of a low-rank term as it is"
+            down, up = (factor.to(x.dtype) for factor in self.low_rank)
+            y += F.linear(F.linear(x, down), up[columns])
+        if out is not None and y is not out:
+            out.copy_(y)
+        return y
+
+
+class StoredNorm(nn.Module):
+    """DiffSynth's RMSNorm, step by step, with a weight in any dtype."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = _parameter(width, dtype=dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def dequantized_product(
+    layer: StoredLinear,
+    x: Tensor | QuantizedActivations,
+    buffer: Tensor | None = None,
+    out: Tensor | None = None,
+    columns: slice = ALL,
+) -> Tensor:
+    """The product in the dtype of x, the weight converted for its length, into `buffer` if given.
+
+    A rotated weight meets a rotated input: that is the same product, and less to rotate. Rows have
+    been rotated already.
+    The result is `out` where that is given, contiguous, and the layer has a bias.
+    """
+    x = rotate(x, layer.group) if isinstance(x, Tensor) else x.values
+    weight, scale, bias = layer.matrix(columns)
+    if weight.dtype != x.dtype:
+        weight = _converted(weight, scale, x.dtype, buffer)
+    bias = None if bias is None else bias.to(x.dtype)
+    if out is None or bias is None or not out.is_contiguous():
+        return F.linear(x, weight, bias)
+    torch.addmm(bias, x.flatten(0, -2), weight.T, out=out.flatten(0, -2))
+    return out
+
+
+def _converted(
+    stored: Tensor, scale: Tensor | None, dtype: torch.dtype, buffer: Tensor | None
+) -> Tensor:
+    """The weight in another dtype, still rotated."""
+    if buffer is None:
+        buffer = torch.empty(stored.numel(), dtype=dtype, device=stored.device)
+    weight = buffer[: stored.numel()].view(stored.shape)
+    if scale is None:
+        return weight.copy_(stored)
+    dequantize(stored, scale, weight)
+    return weight
+
+
+def store(module: nn.Module, storage_of: StorageOf, prefix: str = "") -> None:
+    """Replace every linear layer and RMS norm below `module`, which is on the meta device."""
+    rms_norm = diffsynth_module("models.general_modules").RMSNorm
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.Linear):
+            stored: nn.Module = StoredLinear(
+                child.in_features, child.out_features, child.bias is not None, storage_of(path)
+            )
+        elif isinstance(child, rms_norm):
+            dtype = getattr(torch, storage_of(path).vector_dtype)
+            stored = StoredNorm(len(child.weight), child.eps, dtype)  # pyright: ignore[reportArgumentType]
+        else:
+            store(child, storage_of, f"{path}.")
+            continue
+        setattr(module, name, stored)
+
+
+def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+def stored_linears(module: nn.Module) -> list[StoredLinear]:
+    return [layer for layer in module.modules() if isinstance(layer, StoredLinear)]

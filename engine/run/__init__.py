@@ -1,0 +1,1 @@
+"""A request through all networks, within a budget."""

@@ -1,0 +1,210 @@
+"""The stages of a run: each plans itself, and runs itself in the memory that it planned."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...messages import say
+from ..errors import NotFiniteError
+from ..flux.conditioning import Conditions, conditions_of
+from ..flux.text_encoders import TextEmbedding, TextEncoders
+from ..flux.transformer import DiT
+from ..flux.vae import VAE
+from ..flux.velocity import flux_velocity
+from ..offload.weight_block import CPU
+from ..plan.denoising import plan_denoising, step_seconds
+from ..plan.measure import MEASURING_BYTES, device_profile, measured_profile
+from ..plan.plan import DECODE, DENOISE, ENCODE, LABELS, TEXT, StagePlan, Workload
+from ..plan.text import plan_text
+from ..plan.vae import plan_decode, plan_encode
+from ..quant.compute import ComputePrecision
+from ..sampling.inputs import SamplerInputs
+from ..sampling.loop import OnPass, sample
+from ..sampling.solvers import passes
+from .pipeline_run import Component, PipelineRun
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """Prompts -> embeddings. others: the pipeline's other components, which may have to stay."""
+
+    encoders: TextEncoders
+    others: Sequence[Component] = ()
+    name: ClassVar[str] = TEXT
+    repeats: ClassVar[bool] = False
+
+    @property
+    def component(self) -> TextEncoders:
+        return self.encoders
+
+    def plan(self, workload: Workload, budget: int | None) -> StagePlan:
+        encoders, device = self.encoders, self.encoders.patcher.device
+        others = sum(other.weights.travelling_bytes for other in self.others)
+        return _on_device(
+            device,
+            plan_text(
+                encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
+                device_profile(device), others, workload.text_tokens,
+            ),
+        )  # fmt: skip
+
+    def run(self, run: PipelineRun, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
+        """The embedding of each, without running an encoder for those that are remembered."""
+        found = [self.encoders.recall(p) if isinstance(p, str) else p for p in prompts]
+        if not all(found):
+            with run.memory_of(self) as (plan, chunking):
+                for index, prompt in enumerate(prompts):
+                    if found[index] is None and isinstance(prompt, str):
+                        given = (prompt, run.before_block, plan.ring, chunking)
+                        found[index], moved = self.encoders.encode(*given)
+                        run.moved(moved)
+        embeddings = [embedding for embedding in found if embedding is not None]
+        for embedding in embeddings:
+            require_numbers(self.name, embedding.tokens, embedding.pooled)
+        return embeddings
+
+
+@dataclass(frozen=True)
+class DenoiseStage:
+    """Noise and embeddings -> latents."""
+
+    dit: DiT
+    compute: ComputePrecision
+    name: ClassVar[str] = DENOISE
+    repeats: ClassVar[bool] = True
+
+    @property
+    def component(self) -> DiT:
+        return self.dit
+
+    def plan(self, workload: Workload, budget: int | None) -> StagePlan:
+        dit, compute, device = self.dit, self.compute, self.dit.patcher.device
+        return _on_device(
+            device,
+            plan_denoising(
+                dit.weights.sizes, dit.geometry, workload, compute.dtype.itemsize,
+                bool(compute.eight_bit), compute.conversion_bytes(dit.weights.module), budget,
+                device_profile(device),
+            ),
+        )  # fmt: skip
+
+    def measure(self) -> None:
+        """Have the rates measured that the seconds of a step are predicted from."""
+        self.dit.patcher.load(MEASURING_BYTES, self.dit.weights.resident_bytes)
+        device_profile(self.dit.patcher.device, self.compute, rates=True)
+
+    def step_seconds(self, plan: StagePlan, workload: Workload) -> float | None:
+        """Predicted, where the rates have been measured."""
+        profile = measured_profile(self.dit.patcher.device, self.compute)
+        return profile and step_seconds(plan, self.dit.geometry, workload, profile)
+
+    def run(
+        self,
+        run: PipelineRun,
+        inputs: SamplerInputs,
+        prompts: Sequence[TextEmbedding],
+        guidance: float,
+        on_pass: OnPass,
+        latents_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The latents, float32 on the CPU; prompts: the positive one, and the negative one unless
+        cfg is 1."""
+        dit, compute = self.dit, self.compute
+        device, module = dit.patcher.device, dit.weights.module
+        through, seconds = passes(inputs.solver, inputs.sigmas), run.plan.seconds
+        predicted = None if seconds is None else seconds * through
+        with run.memory_of(self, predicted) as (plan, chunking):
+            visits = dit.weights.running_on(device, run.before_block, through, plan.ring, chunking)
+
+            def make() -> list[Conditions]:
+                with compute.applied_to(module, device):
+                    return conditions_of(
+                        module, prompts, guidance, compute.dtype, device, latents_dtype,
+                        inputs.sigmas,
+                    )  # fmt: skip
+
+            key = (guidance, compute, latents_dtype, *inputs.sigmas.tolist())
+            with visits as ring:
+                last = partial(dit.last_conditions.of, prompts, make, device, *key)
+                conditions = chunking.retry(last)
+                with compute.applied_to(module, device):  # with a new buffer for conversions
+                    positive, negative = [*conditions, None][:2]
+                    velocity = flux_velocity(module, positive, chunking, negative, inputs.cfg)
+                    latents = sample(inputs, velocity, on_pass, device, latents_dtype)
+                run.moved(ring.moved_bytes)
+        latents = latents.float().cpu()
+        require_numbers(self.name, latents)
+        return latents
+
+
+@dataclass(frozen=True)
+class _VaeStage:
+    vae: VAE
+    repeats: ClassVar[bool] = False
+
+    @property
+    def component(self) -> VAE:
+        return self.vae
+
+
+class EncodeStage(_VaeStage):
+    """RGB [n, height, width, 3] in 0..1 -> float32 latents in model space, on the CPU."""
+
+    name: ClassVar[str] = ENCODE
+
+    def plan(self, workload: Workload, budget: int | None) -> StagePlan:
+        return _plan_vae(plan_encode, self.vae, workload, budget)
+
+    def run(self, run: PipelineRun, pictures: Tensor) -> Tensor:
+        return _through_vae(self, run, self.vae.encode, pictures)
+
+
+class DecodeStage(_VaeStage):
+    """Latents in model space -> float32 RGB [n, height, width, 3] in 0..1, on the CPU."""
+
+    name: ClassVar[str] = DECODE
+
+    def plan(self, workload: Workload, budget: int | None) -> StagePlan:
+        return _plan_vae(plan_decode, self.vae, workload, budget)
+
+    def run(self, run: PipelineRun, latents: Tensor) -> Tensor:
+        return _through_vae(self, run, self.vae.decode, latents)
+
+
+Stage = TextStage | DenoiseStage | EncodeStage | DecodeStage
+
+
+def _plan_vae(
+    plan: Callable[..., StagePlan], vae: VAE, workload: Workload, budget: int | None
+) -> StagePlan:
+    device = vae.patcher.device
+    given = (vae.weights.sizes, workload, vae.dtype.itemsize, budget, device_profile(device))
+    return _on_device(device, plan(*given))
+
+
+def _through_vae(
+    stage: EncodeStage | DecodeStage,
+    run: PipelineRun,
+    through: Callable[..., tuple[Tensor, int]],
+    batch: Tensor,
+) -> Tensor:
+    with run.memory_of(stage) as (plan, chunking):
+        result, moved = through(batch, run.before_block, plan.bands, plan.ring, chunking)
+        run.moved(moved)
+    require_numbers(stage.name, result)
+    return result
+
+
+def _on_device(device: torch.device, plan: StagePlan) -> StagePlan:
+    """On a CPU there is no smallest budget."""
+    return replace(plan, smallest=0) if device == CPU else plan
+
+
+def require_numbers(name: str, *values: Tensor) -> None:
+    """Raise NotFiniteError where a stage gave NaN, which would be saved as black pixels."""
+    if not all(torch.isfinite(each).all() for each in values):
+        raise NotFiniteError(phase=say(LABELS[name]))

@@ -1,0 +1,1 @@
+"""From noise to a latent: schedules, solvers, guidance, masks, the loop."""

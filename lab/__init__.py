@@ -1,0 +1,1 @@
+"""What users measure: a machine, and what a file loses in each precision."""
