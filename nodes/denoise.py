@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..messages import say
+from ..messages import MajicFluxError, say
 from . import run_ui, sampler_inputs
 from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
@@ -121,7 +121,9 @@ class Denoise(Node):
         from ..host import native
 
         if cfg != 1 and negative is None:
-            raise ValueError(say("A cfg other than 1 needs a negative prompt: connect negative."))
+            raise MajicFluxError(
+                say("A cfg other than 1 needs a negative prompt: connect negative.")
+            )
         request, lines = sampler_inputs.generation_request(
             cls,
             pipeline,

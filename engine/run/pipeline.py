@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ class Pipeline:
         encoders = self.checked_text_encoders
         return TextStage(encoders, [c for c in self.components if c is not encoders])
 
-    @cached_property
+    @property
     def denoise(self) -> DenoiseStage:
         return DenoiseStage(self.dit, self.compute)
 
@@ -101,7 +100,9 @@ class Pipeline:
         stages = self.stages if stages is None else stages
         budget = self._budget(stages)
         plans = tuple(
-            stage.plan(workload, None if stage.component.patcher.device == CPU else budget)
+            replace(stage.plan(workload, None), smallest=0)  # nothing is too small for a CPU
+            if stage.component.patcher.device == CPU
+            else stage.plan(workload, budget)
             for stage in stages
         )
         denoising = next((plan for plan in plans if plan.name == DENOISE), None)

@@ -1,7 +1,8 @@
 """The stages of a run: each plans itself, and runs itself in the memory that it planned."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -15,7 +16,6 @@ from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
 from ..flux.velocity import flux_velocity
-from ..offload.weight_block import CPU
 from ..plan.denoising import plan_denoising, step_seconds
 from ..plan.measure import MEASURING_BYTES, device_profile, measured_profile
 from ..plan.plan import DECODE, DENOISE, ENCODE, LABELS, TEXT, StagePlan, Workload
@@ -42,14 +42,11 @@ class TextStage:
         return self.encoders
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
-        encoders, device = self.encoders, self.encoders.patcher.device
+        encoders = self.encoders
         others = sum(other.weights.travelling_bytes for other in self.others)
-        return _on_device(
-            device,
-            plan_text(
-                encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
-                device_profile(device), others, workload.text_tokens,
-            ),
+        return plan_text(
+            encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
+            device_profile(encoders.patcher.device), others, workload.text_tokens,
         )  # fmt: skip
 
     def run(self, run: PipelineRun, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
@@ -82,14 +79,11 @@ class DenoiseStage:
         return self.dit
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
-        dit, compute, device = self.dit, self.compute, self.dit.patcher.device
-        return _on_device(
-            device,
-            plan_denoising(
-                dit.weights.sizes, dit.geometry, workload, compute.dtype.itemsize,
-                bool(compute.eight_bit), compute.conversion_bytes(dit.weights.module), budget,
-                device_profile(device),
-            ),
+        dit, compute = self.dit, self.compute
+        return plan_denoising(
+            dit.weights.sizes, dit.geometry, workload, compute.dtype.itemsize,
+            bool(compute.eight_bit), compute.conversion_bytes(dit.weights.module), budget,
+            device_profile(dit.patcher.device),
         )  # fmt: skip
 
     def measure(self) -> None:
@@ -144,11 +138,30 @@ class DenoiseStage:
 @dataclass(frozen=True)
 class _VaeStage:
     vae: VAE
+    name: ClassVar[str]
     repeats: ClassVar[bool] = False
 
     @property
     def component(self) -> VAE:
         return self.vae
+
+    @abstractmethod
+    def plan(self, workload: Workload, budget: int | None) -> StagePlan: ...
+
+    def _plan(
+        self, plan: Callable[..., StagePlan], workload: Workload, budget: int | None
+    ) -> StagePlan:
+        vae, profile = self.vae, device_profile(self.vae.patcher.device)
+        return plan(vae.weights.sizes, workload, vae.dtype.itemsize, budget, profile)
+
+    def _run(
+        self, run: PipelineRun, through: Callable[..., tuple[Tensor, int]], batch: Tensor
+    ) -> Tensor:
+        with run.memory_of(self) as (plan, chunking):
+            result, moved = through(batch, run.before_block, plan.bands, plan.ring, chunking)
+            run.moved(moved)
+        require_numbers(self.name, result)
+        return result
 
 
 class EncodeStage(_VaeStage):
@@ -157,10 +170,10 @@ class EncodeStage(_VaeStage):
     name: ClassVar[str] = ENCODE
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
-        return _plan_vae(plan_encode, self.vae, workload, budget)
+        return self._plan(plan_encode, workload, budget)
 
     def run(self, run: PipelineRun, pictures: Tensor) -> Tensor:
-        return _through_vae(self, run, self.vae.encode, pictures)
+        return self._run(run, self.vae.encode, pictures)
 
 
 class DecodeStage(_VaeStage):
@@ -169,39 +182,13 @@ class DecodeStage(_VaeStage):
     name: ClassVar[str] = DECODE
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
-        return _plan_vae(plan_decode, self.vae, workload, budget)
+        return self._plan(plan_decode, workload, budget)
 
     def run(self, run: PipelineRun, latents: Tensor) -> Tensor:
-        return _through_vae(self, run, self.vae.decode, latents)
+        return self._run(run, self.vae.decode, latents)
 
 
 Stage = TextStage | DenoiseStage | EncodeStage | DecodeStage
-
-
-def _plan_vae(
-    plan: Callable[..., StagePlan], vae: VAE, workload: Workload, budget: int | None
-) -> StagePlan:
-    device = vae.patcher.device
-    given = (vae.weights.sizes, workload, vae.dtype.itemsize, budget, device_profile(device))
-    return _on_device(device, plan(*given))
-
-
-def _through_vae(
-    stage: EncodeStage | DecodeStage,
-    run: PipelineRun,
-    through: Callable[..., tuple[Tensor, int]],
-    batch: Tensor,
-) -> Tensor:
-    with run.memory_of(stage) as (plan, chunking):
-        result, moved = through(batch, run.before_block, plan.bands, plan.ring, chunking)
-        run.moved(moved)
-    require_numbers(stage.name, result)
-    return result
-
-
-def _on_device(device: torch.device, plan: StagePlan) -> StagePlan:
-    """On a CPU there is no smallest budget."""
-    return replace(plan, smallest=0) if device == CPU else plan
 
 
 def require_numbers(name: str, *values: Tensor) -> None:
