@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from in_chunks import assert_same_in_chunks
 from live_bytes import LiveBytes
-from same_bits import same
 from torch import Tensor
 
 from majicflux.engine.flux import blocks, conditioning, velocity
@@ -80,11 +80,11 @@ def expected(pictures: int = 1) -> Tensor:
         ("float8_e4m3fn", "8-bit"), ("int8 rotated", "bfloat16"), ("int8 rotated", "8-bit"),
     ],
 )  # fmt: skip
-def test_chunks_and_groups_change_no_bit(precision: str, mode: str) -> None:
+def test_chunks_and_groups_change_nothing(precision: str, mode: str) -> None:
     at_once = run(Chunking(), precision, mode)
     assert at_once.isfinite().all()
     for size in ((256, 1), (256, 2), TIGHTEST, (0, 4), (64, 1)):
-        assert same(run(Chunking(*size), precision, mode), at_once), size
+        assert_same_in_chunks(run(Chunking(*size), precision, mode), at_once, size)
 
 
 @pytest.mark.parametrize("groups", [1, *GROUPS])
@@ -137,7 +137,7 @@ def test_any_allocation_may_fail(size: tuple[int, int], step: int) -> None:
         chunking = Chunking(*size)
         found, live = through_blocks(chunking, lambda number, *_, both=both: number not in both)
         assert live.made > both[1]
-        assert same(found, whole), failing
+        assert_same_in_chunks(found, whole, failing)
         if size == (0, 1):
             assert (chunking.tokens, chunking.groups) != size, "less at once from then on"
 
@@ -153,7 +153,7 @@ def test_weights_leave_before_less_is_computed_at_once() -> None:
     chunking = Chunking(relieve=relieve)
     found, _ = through_blocks(chunking, lambda number, *_: number not in (5, 9, 13))
     assert (left, chunking.tokens, chunking.groups) == ([0], 0, 1)
-    assert same(found, whole)
+    assert torch.equal(found, whole)
     through_blocks(chunking, lambda number, *_: number != 5)
     assert (left, chunking.tokens, chunking.groups) == ([-1], 256, 1)
 
@@ -174,7 +174,7 @@ def test_a_run_that_is_short_of_memory_computes_as_little_at_once_as_it_must(
                 through_blocks(chunking, lambda *numbers, limit=limit: numbers[2] <= limit)
             continue
         found, _ = through_blocks(chunking, lambda *numbers, limit=limit: numbers[2] <= limit)
-        assert same(found, whole)
+        assert_same_in_chunks(found, whole)
         assert (chunking.tokens, chunking.groups) == enough
 
 
@@ -205,7 +205,7 @@ def test_a_layer_that_is_short_of_memory_takes_fewer_tokens(
 
     monkeypatch.setattr(methods.Dequantized, "__call__", short)
     chunking = Chunking()
-    assert same(run(chunking, pictures=pictures), whole)
+    assert_same_in_chunks(run(chunking, pictures=pictures), whole)
     assert (chunking.tokens, chunking.groups) == (256, 1)
     assert caplog.text.count("less memory than planned; from here on 256 tokens are computed") == 1
 
@@ -228,7 +228,7 @@ def test_a_step_whose_modulation_finds_no_room_makes_some() -> None:
     dit = transformer("bfloat16")
     with torch.inference_mode(), BFLOAT16.applied_to(dit, CPU):
         found = flux_velocity(dit, far, Chunking(relieve=relieve))(latents, torch.tensor(1.0))
-    assert same(found, expected())
+    assert torch.equal(found, expected())
 
 
 def test_what_cannot_be_pinned_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
         with pytest.raises(torch.OutOfMemoryError):
             run(chunking, pictures=2)
         return
-    assert same(run(chunking, pictures=2), whole)
+    assert_same_in_chunks(run(chunking, pictures=2), whole)
     assert (chunking.tokens, chunking.groups) == (512, GEOMETRY.heads // most)
     assert "from here on heads attend in 2 groups" in caplog.text
     # Two pictures in two blocks, and no group of heads twice.

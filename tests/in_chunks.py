@@ -1,5 +1,6 @@
-"""Whether two results are the same, on any processor."""
+"""Results of which one was multiplied in fewer rows or columns at a time than the other."""
 
+import warnings
 from functools import cache
 
 import torch
@@ -7,18 +8,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LAYERS = [(512, 1536), (512, 2048), (2048, 512), (512, 3584), (2560, 512)]  # (in, out)
+# Relative L2. With the sums of every product in another order for each of its sizes, it was 0.003
+# at most where rows are quantized, and 0.001 elsewhere.
+ROUNDING = 0.005
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
-    """Equal. Where a product of some rows is not bit for bit that part of the product of all rows,
-    as on processors with AMX: as near as rounding leaves it."""
-    if rows_are_independent():
-        return torch.equal(found, expected)
-    return bool((found - expected).norm() <= 0.02 * expected.norm())
+def assert_same_in_chunks(found: Tensor, whole: Tensor, what: object = None) -> None:
+    """Bit for bit, where this processor's products are so for any number of rows and columns.
+
+    Elsewhere, as with AMX, no further apart than ROUNDING, which a warning says.
+    """
+    if sizes_change_no_bit():
+        assert torch.equal(found, whole), what
+        return
+    warnings.warn(
+        "products of fewer rows have other bits here: compared up to rounding", stacklevel=2
+    )
+    assert (found - whole).norm() <= ROUNDING * whole.norm(), what
 
 
 @cache
-def rows_are_independent() -> bool:
+def sizes_change_no_bit() -> bool:
     """Whether this processor's products have the same bits with any number of rows or columns."""
     drawn = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
