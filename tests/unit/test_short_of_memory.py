@@ -29,6 +29,7 @@ from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
+from majicflux.nodes.advice import advise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,7 +235,7 @@ def test_a_shortage_in_the_text_encoders_costs_one_layer(
         return True
 
     with torch.inference_mode():
-        found, _ = encoders.encode("a cat", work=Chunking(relieve=relieve))
+        found, _ = encoders.encode("a cat", chunking=Chunking(relieve=relieve))
         monkeypatch.undo()
         expected, _ = encoders.encode("a cat")
     assert (shortage.calls, len(relieved)) == (5, 2)
@@ -377,6 +378,7 @@ def test_when_nothing_is_left_to_free_the_run_ends(
         shortage = Shortage(context, owner, name, lambda _: True)
         with pytest.raises(BudgetError) as ended:
             run(pipeline, dog)
+    advise(ended.value)  # as the nodes do
     said = str(ended.value)
     smallest = pipeline.plan(REQUEST.workload).stages[PHASES.index(phase)].smallest
     assert f"the phase '{phase}', which needs {smallest / 2**30:.2f} GB at least" in said
