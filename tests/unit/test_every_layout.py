@@ -367,7 +367,7 @@ def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipe
     assert geometry.in_channels == 384
     pipeline = make_pipeline()
     fill = type(pipeline.dit)(weights, pipeline.dit.patcher, geometry, FLOAT8)
-    with pytest.raises(ValueError, match="takes 384 input channels, so it is a fill"):
+    with pytest.raises(ValueError, match="takes 384 channels, so it is a fill"):
         Pipeline(fill, pipeline.text_encoders, pipeline.vae, None, torch.bfloat16)
 
 

@@ -560,5 +560,5 @@ def test_a_pipeline_without_encoders_and_vae_does_what_needs_none(pipeline: Pipe
         (lambda: Decode.execute(bare, empty), "no VAE"),
         (lambda: EncodeImage.execute(bare, picture()), "no VAE"),
     ):
-        with pytest.raises(ValueError, match=f"The pipeline has {lacks}: connect"):
+        with pytest.raises(ValueError, match=rf"The pipeline has {lacks}\. Connect"):
             node()

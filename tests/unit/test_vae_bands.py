@@ -238,10 +238,10 @@ def test_the_limit_is_kept_and_made_use_of(
 
 
 def test_little_memory_is_enough() -> None:
-    assert vae_bands.plan_decode(128, 128, 2, 0).peak_bytes < 0.07e9
-    assert vae_bands.plan_decode(256, 256, 2, 0).peak_bytes < 0.25e9
-    assert vae_bands.plan_encode(1024, 1024, 2, 0).peak_bytes < 0.07e9
-    assert vae_bands.plan_encode(2048, 2048, 2, 0).peak_bytes < 0.27e9
+    assert plan_decode(128, 128, 2, 0).peak_bytes < 0.07e9
+    assert plan_decode(256, 256, 2, 0).peak_bytes < 0.25e9
+    assert plan_encode(1024, 1024, 2, 0).peak_bytes < 0.07e9
+    assert plan_encode(2048, 2048, 2, 0).peak_bytes < 0.27e9
     assert plan_decode(256, 256, 2, ROOMY).peak_bytes < 6e9, "no scores of all pairs of tokens"
     # At the most 256 channels at the size of the picture and 128 beside them.
     assert plan_decode(128, 128, 2, 0).host_bytes == 3 * 128 * 1024 * 1024 * 2
