@@ -47,14 +47,14 @@ def test_texts_change_with_the_setting_and_without_a_restart(chinese: Server, gr
 
     refusal, error, plan = said(7.0)
     assert "language.safetensors 是 CLIP 文本编码器，不是 Flux.1 的 Transformer。" in refusal
-    assert error == ("重绘强度为 0.5 时需要一张起始图：请接上图像或 Latent，或把重绘强度设为 1。")
+    assert error == ("重绘强度为 0.5 时需要一张起始图。请接上图像或 Latent，或把重绘强度设为 1。")
     assert plan.startswith("Transformer 部分：用 float32 计算，设备 CPU")
     assert plan.endswith("\n在 CPU 上计算，不用显存")
 
     chinese.post("/settings/Comfy.Locale", "en")
     refusal, error, plan = said(8.0)
     assert "language.safetensors is a CLIP text encoder, not a Flux.1 transformer." in refusal
-    assert error.startswith("A strength of 0.5 needs a picture to begin from: ")
+    assert error.startswith("A strength of 0.5 needs a picture to begin from. Connect an image")
     assert plan.endswith("\non the CPU: no VRAM is used")
     wrong.unlink()
 

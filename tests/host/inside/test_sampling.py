@@ -210,15 +210,16 @@ def test_stock_nodes_before_and_after_ours_paint_the_same_picture(comfy, base: G
         comfy, graph, "sample", "parts", "decoded", "ours decoded"
     )
     assert torch.equal(alone, mixed)
-    assert torch.equal(alone, ours_decoded)
-    assert (alone - stock_decoded).abs().mean() <= 1 / 255, "ours decodes in bfloat16"
+    # A LATENT is in the VAE's space, to which and from which its values are rounded.
+    assert (alone - ours_decoded).abs().max() <= 1e-4
+    assert (alone - stock_decoded).abs().max() <= 1e-3
 
 
 def test_our_encoder_gives_the_latents_of_vae_encode(comfy, base: Graph) -> None:
     graph = a_picture(base)
     graph["theirs"] = node("VAEEncode", pixels=["picture", 0], vae=["vae", 0])
     found, expected = outputs(comfy, graph, "encoded", "theirs")
-    assert difference(found["samples"], expected["samples"]) <= 0.02  # ours in bfloat16
+    assert difference(found["samples"], expected["samples"]) <= 1e-4
 
 
 def test_a_zeroed_conditioning_is_taken(comfy, base: Graph) -> None:
