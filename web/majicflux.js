@@ -241,6 +241,9 @@ function followRuns() {
         const graph = app.rootGraph.id;
         const run = { [RUN]: crypto.getRandomValues(new Uint32Array(2)).join("-") };
         for (const owner of ourNodes().length ? [app.rootGraph, prompt.workflow] : []) if (owner) owner.extra = { ...owner.extra, ...run };
+        refused = {};
+        // Now: the answer may come after what a fast run had to say.
+        for (const node of ourNodes()) if (panelOf(node)?.element.classList.contains("wrong")) show(node, "");
         try {
             const queued = await queuePrompt.call(this, number, prompt, ...rest);
             graphs.set(queued.prompt_id, graph);
@@ -255,7 +258,6 @@ function followRuns() {
 
 function showRefused(errorsOfNodes = refused) {
     refused = errorsOfNodes ?? {};
-    for (const node of ourNodes()) if (panelOf(node)?.element.classList.contains("wrong")) show(node, "");
     for (const [id, { errors }] of Object.entries(refused)) {
         const node = nodeOf(id);
         if (node) show(node, [...new Set(errors.map((error) => sentence(node, error)))].join("\n"), true);

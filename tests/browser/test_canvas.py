@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from browser.conftest import READY
 from PIL import Image, ImageColor
-from playwright.sync_api import Page
+from playwright.sync_api import Page, Route
 
 from comfyui_server import Server
 from majicflux.downloads.catalogue import MAJICFLUS_FLOAT8
@@ -188,6 +189,16 @@ def set_value(page: Page, node: int, name: str, value: object) -> None:
     )
 
 
+LATE = 5  # seconds, in which models are loaded and a run has failed
+
+
+def answer_late(route: Route) -> None:
+    """As where a run fails before the canvas has heard that it is queued."""
+    response = route.fetch()
+    time.sleep(LATE)
+    route.fulfill(response=response)
+
+
 def test_what_is_wrong_stands_on_the_node_until_the_next_run(open_canvas) -> None:
     page = open_canvas(made_small(), "zh-CN")
     page.evaluate("app.registerNodes()")  # in its language, which a first visit may come before
@@ -204,9 +215,13 @@ def test_what_is_wrong_stands_on_the_node_until_the_next_run(open_canvas) -> Non
     set_value(page, 2, "t5", "clip_l.safetensors")
     require(2, "clip_l.safetensors 是 CLIP 文本编码器，不是 T5 文本编码器。")
     set_value(page, 2, "t5", "t5xxl_fp16.safetensors")
+    page.route("**/prompt", answer_late)
     set_value(page, 5, "strength", 0.5)
     press_run(page)
     wait_for_text(page, 5, "重绘强度为 0.5 时需要一张起始图")
+    page.wait_for_timeout(1000 * LATE + 1000)
+    wait_for_text(page, 5, "重绘强度为 0.5 时需要一张起始图")
+    page.unroute("**/prompt")
     set_value(page, 5, "strength", 1)
     press_run(page)
     wait_for_text(page, 5, "去噪")
