@@ -21,7 +21,14 @@ from ..torch_state import own_state
 from .pipeline_run import Component, OnStage, PipelineRun, ignore_stage
 from .report import Report
 from .request import GenerationRequest
-from .stages import DecodeStage, DenoiseStage, EncodeStage, Stage, TextStage
+from .stages import (
+    DecodeStage,
+    DenoiseStage,
+    EncodeStage,
+    Stage,
+    TextStage,
+    checked_embeddings,
+)
 
 log = logging.getLogger("majicflux")
 
@@ -197,7 +204,7 @@ def _embedded(
 ) -> list[TextEmbedding]:
     if request.has_texts:
         return pipeline.text.run(run, request.prompts)
-    return [prompt for prompt in request.prompts if isinstance(prompt, TextEmbedding)]
+    return checked_embeddings(request.prompts)
 
 
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.

@@ -59,10 +59,7 @@ class TextStage:
                         given = (prompt, run.before_block, plan.ring, chunking)
                         found[index], moved = self.encoders.encode(*given)
                         run.moved(moved)
-        embeddings = [embedding for embedding in found if embedding is not None]
-        for embedding in embeddings:
-            require_numbers(self.name, embedding.tokens, embedding.pooled)
-        return embeddings
+        return checked_embeddings(found)
 
 
 @dataclass(frozen=True)
@@ -189,6 +186,14 @@ class DecodeStage(_VaeStage):
 
 
 Stage = TextStage | DenoiseStage | EncodeStage | DecodeStage
+
+
+def checked_embeddings(prompts: Sequence[object]) -> list[TextEmbedding]:
+    """Those that are embeddings. Raises NotFiniteError, also for what other nodes have encoded."""
+    embeddings = [prompt for prompt in prompts if isinstance(prompt, TextEmbedding)]
+    for embedding in embeddings:
+        require_numbers(TEXT, embedding.tokens, embedding.pooled)
+    return embeddings
 
 
 def require_numbers(name: str, *values: Tensor) -> None:

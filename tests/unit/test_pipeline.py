@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from majicflux.engine.errors import BudgetError
+from majicflux.engine.errors import BudgetError, NotFiniteError
 from majicflux.engine.flux import vae_bands
 from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
 from majicflux.engine.offload.vram import HeldVram
@@ -326,3 +326,18 @@ def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     pipeline_module.decode(pipeline, latents, nothing, tell)
     assert told == [*whole[:2], ("denoising", request.passes * a_step), whole[3]]
     assert request.passes == 3, "of two steps, the last of which has one"
+
+
+@pytest.mark.parametrize("part", ["tokens", "pooled"])
+def test_an_embedding_of_no_numbers_is_refused_before_anything_runs(
+    make_pipeline, part: str
+) -> None:
+    """Whoever encoded it: the denoising, which gives no numbers either, is not to blame."""
+    pipeline, passes, nothing = make_pipeline(), [], lambda *_: None
+    (prompt,), _ = pipeline_module.encode_prompts(pipeline, ["a cat"], nothing)
+    damaged = replace(prompt, **{part: torch.full_like(getattr(prompt, part), torch.nan)})
+    request = replace(REQUEST, prompt=damaged)
+    for go in (paint, pipeline_module.denoise):
+        with pytest.raises(NotFiniteError, match="The phase 'text encoders' gave"):
+            go(pipeline, request, passes.append, nothing)
+    assert not passes
