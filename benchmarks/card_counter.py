@@ -1,6 +1,7 @@
 """The card as everybody sees it: its own counter, and second processes that hold its memory."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -30,7 +31,8 @@ print(len(taken) / 8, flush=True)
 sys.stdin.readline()
 """
 
-Counter = Callable[[], float]  # GiB in use on the first card, by whomever
+Counter = Callable[[], float]  # GiB in use on the first visible card, by whomever
+CARD = int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])  # a number, not an UUID
 
 
 def card_counter() -> Counter | None:
@@ -40,7 +42,7 @@ def card_counter() -> Counter | None:
 
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            card = pynvml.nvmlDeviceGetHandleByIndex(0)
+            card = pynvml.nvmlDeviceGetHandleByIndex(CARD)
             return lambda: pynvml.nvmlDeviceGetMemoryInfo(card).used / GIB
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         _of_nvidia_smi()
@@ -49,7 +51,12 @@ def card_counter() -> Counter | None:
 
 
 def _of_nvidia_smi() -> float:
-    command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        f"--id={CARD}",
+        "--query-gpu=memory.used",
+        "--format=csv,noheader,nounits",
+    ]
     return int(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)) / 1024
 
 

@@ -241,12 +241,13 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> list[Row]:
             side_by_side(bench, session, budgets, list(filter(None, chosen.peers.split(","))))
         if "turns" in parts:
             rounds = chosen.rounds or (2 if quick else 20)
-            rows += turns.in_turns(session, *scale, rounds, judged=not quick)
             rows += turns.cancelled(session, *scale)
             if bench.counter:
                 rows += turns.under_pressure(session, *scale)
+            rows += turns.in_turns(session, *scale, rounds, not quick, bench.in_time)
         if "soak" in parts:
-            rows += turns.soak(session, bench.side, chosen.prompts or (20 if quick else 200))
+            prompts = chosen.prompts or (20 if quick else 200)
+            rows += turns.soak(session, bench.side, prompts, bench.in_time)
     if "first" in parts and bench.in_time("first prompts", FIRST_SECONDS):
         first_prompts(bench)
     return judged(bench.paintings, quick) + rows

@@ -15,12 +15,14 @@ from .flux_graphs import PROMPT, Graph, native, ours
 from .painting import PROMPT_SECONDS, Painting, Session
 from .table import Row
 
+InTime = Callable[[str, float], bool]  # whether what is named, and takes so many seconds, may begin
 PEER = "fp8_e4m3fn"
 GROWTH_GIB = 0.1
 SLOWER = 1.1  # times as long as alone, at most
 GRAB_GIB = 4
 LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
 SETTLED = 10  # prompts, after which a server may not grow
+ROUND_SECONDS, PROMPT_ENDS = 20, 10  # that must be left for another round, another prompt
 KINDS = {  # of the soak: how often in ten, how it may end
     "plain": (3, {"success"}),
     "batch": (1, {"success"}),
@@ -33,7 +35,9 @@ KINDS = {  # of the soak: how often in ten, how it may end
 }
 
 
-def in_turns(session: Session, steps: int, side: int, rounds: int, judged: bool) -> Iterator[Row]:
+def in_turns(
+    session: Session, steps: int, side: int, rounds: int, judged: bool, in_time: InTime
+) -> Iterator[Row]:
     """Ours and ComfyUI's Flux, twice each in each round; the second as fast as alone."""
     seeds = itertools.count(1000)
 
@@ -55,18 +59,18 @@ def in_turns(session: Session, steps: int, side: int, rounds: int, judged: bool)
         alone[what] = min(painting.seconds for painting in painted)
     again: dict[str, list[float]] = {what: [] for what in alone}
     after: list[tuple[float, float]] = []
-    for _ in range(rounds):
+    while len(after) < rounds and (len(after) < 3 or in_time("more rounds", ROUND_SECONDS)):
         for what, seconds in again.items():
             painted = twice(what)
             failed += sum(painting.status != "success" for painting in painted)
             seconds.append(painted[1].seconds)
         after.append(session.held())
-    place = f"{session.where}, {rounds} rounds in turns"
+    place = f"{session.where}, {len(after)} rounds in turns"
     yield Row(f"{place}: failed", failed, "", bar=0)
     for what, seconds in again.items():
         bar = round(SLOWER * alone[what], 2) if judged else None
         yield Row(f"{place}: {what}", statistics.median(seconds), "s", alone[what], "alone", bar)
-    yield from _growth(place, after[min(2, rounds - 2)], after[-1])
+    yield from _growth(place, after[min(2, len(after) - 2)], after[-1])
 
 
 def _growth(place: str, early: tuple[float, float], late: tuple[float, float]) -> Iterator[Row]:
@@ -131,12 +135,13 @@ def _meanwhile(seconds: float, do: Callable[[], object], paint: Callable[[], Pai
         timer.join()
 
 
-def soak(session: Session, side: int, prompts: int) -> Iterator[Row]:
+def soak(session: Session, side: int, prompts: int, in_time: InTime) -> Iterator[Row]:
     """Mixed prompts, small and short; none lost, and nothing held that was not held before."""
-    chosen, lost = random.Random(0), 0
-    held: dict[int, tuple[float, float]] = {}
+    chosen, lost, number = random.Random(0), 0, 0
+    held: list[tuple[float, float]] = []
     ten = [kind for kind, (times, _) in KINDS.items() for _ in range(times)]
     for number in range(1, prompts + 1):
+        last = number == prompts or not in_time("more prompts", PROMPT_ENDS)
         if number % len(ten) == 1:
             chosen.shuffle(ten)
         kind = ten[number % len(ten)]
@@ -151,12 +156,14 @@ def soak(session: Session, side: int, prompts: int) -> Iterator[Row]:
             lambda graph=graph, kind=kind, number=number: session.paint(graph, kind, number),
         )
         lost += painting.status not in KINDS[kind][1]
-        if number in (SETTLED, prompts):
+        if number == SETTLED or last:
             session.free(forget=True)
-            held[number] = session.held()
-    place = f"{session.where}, {prompts} mixed prompts"
+            held.append(session.held())
+        if last:
+            break
+    place = f"{session.where}, {number} mixed prompts"
     yield Row(f"{place}: lost", lost, "", bar=0)
-    yield from _growth(place, held[min(SETTLED, prompts)], held[prompts])
+    yield from _growth(place, held[0], held[-1])
 
 
 def _mixed(kind: str, seed: int, chosen: random.Random, side: int) -> Graph:
