@@ -11,11 +11,9 @@ from .learner import Course, Learner, bfloat16_on_a_card, compiled, log, warm_up
 from .models import LittleFlux
 from .muon import muon_and_adamw
 from .packing import packed
-from .settings import Workshop
 from .sheet import painted_sheet, tried
-from .supply import Gallery
-from .vae_stages import encoded
 from .vocabulary import T5_LENGTH
+from .workshop import Workshop
 
 MUON_RATE, ADAMW_RATE = 2e-3, 1e-3
 AVERAGE_DECAY = 0.9985
@@ -28,10 +26,10 @@ REFILL_EVERY = 4  # steps
 SO_FAR = "so_far.safetensors"
 
 
-def train_transformer(shop: Workshop, seconds: float, result: Path) -> None:
+def train_transformer(shop: Workshop, until: float, result: Path) -> None:
     """Transformer and text encoders learn from pictures what their captions mean."""
     device, batch = shop.device, shop.settings.batch
-    gallery = latent_gallery(shop)
+    gallery = shop.latents
     model = shop.flux()
     learner = _learner(model, 1.0, AVERAGE_DECAY)
     checkpoint = result.with_suffix(".checkpoint")
@@ -53,17 +51,17 @@ def train_transformer(shop: Workshop, seconds: float, result: Path) -> None:
         learner.save(checkpoint, progress)
         pack(shop, learner.averaged(), shop.folder / SO_FAR)
 
-    course = Course("transformer", seconds, begun)
+    course = Course("transformer", until, begun)
     course.run(learner, loss_of, warm_up, save, shop.settings.save_every)
     save(1.0)
     _finish(shop, learner, result, cfg=SHEET_CFG)
 
 
-def train_guidance(shop: Workshop, seconds: float, result: Path) -> None:
+def train_guidance(shop: Workshop, until: float, result: Path) -> None:
     """Distillation: what two passes with and without prompt give together, in one pass that is
     told the strength; and as many T5 tokens as the pack gives."""
     device, batch = shop.device, shop.settings.guidance_batch
-    gallery = latent_gallery(shop)
+    gallery = shop.latents
     teacher = shop.flux_of("transformer.safetensors").requires_grad_(False)
     student = shop.flux_of("transformer.safetensors")
     learner = _learner(student, DISTILLED_RATE, DISTILLED_AVERAGE_DECAY)
@@ -98,18 +96,9 @@ def train_guidance(shop: Workshop, seconds: float, result: Path) -> None:
     def save(progress: float) -> None:
         pack(shop, learner.averaged(), shop.folder / SO_FAR)
 
-    course = Course("guidance", seconds)
+    course = Course("guidance", until)
     course.run(learner, loss_of, factor, save, shop.settings.save_every)
     _finish(shop, learner, result)
-
-
-def latent_gallery(shop: Workshop) -> Gallery:
-    """All that is drawn so far, as latents."""
-    vae = shop.vae()
-    gallery = Gallery(shop.supply, shop.device, lambda pictures: (encoded(vae, pictures),))
-    gallery.refill_all()
-    log(f"{gallery.have} pictures")
-    return gallery
 
 
 def pack(shop: Workshop, flux_tensors: dict[str, Tensor], path: Path) -> None:

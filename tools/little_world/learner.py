@@ -110,13 +110,13 @@ class Learner:
 
 
 class Course:
-    """The steps of one stage, until its seconds are over.
+    """The steps of one stage, until its time is over.
 
-    seconds: for the whole course; begun: the share of it that an earlier run has made.
+    until: on the clock of time.monotonic(); begun: the share that an earlier run has made.
     """
 
-    def __init__(self, name: str, seconds: float, begun: float = 0.0) -> None:
-        self.name, self.seconds, self.begun = name, max(seconds, 1e-3), begun
+    def __init__(self, name: str, until: float, begun: float = 0.0) -> None:
+        self.name, self.until, self.begun = name, until, begun
 
     def run(
         self,
@@ -132,6 +132,7 @@ class Course:
         progress -> factor of the rates; save: is called with the progress.
         """
         began = logged = saved = time.monotonic()
+        seconds = max(self.until - began, 1e-3)
         total, count, pictures, seen, steps, progress = None, 0, 0, 0, 0, self.begun
         while progress < 1:
             loss, size = loss_of(progress)
@@ -139,7 +140,7 @@ class Course:
             total = loss.detach() if total is None else total + loss.detach()
             count, pictures, seen, steps = count + 1, pictures + size, seen + size, steps + 1
             now = time.monotonic()
-            progress = self.begun + (1 - self.begun) * (now - began) / self.seconds
+            progress = self.begun + (1 - self.begun) * (now - began) / seconds
             if steps != 5 and now - logged < LOG_EVERY and progress < 1:
                 continue
             mean = total.item() / count

@@ -10,10 +10,9 @@ from .flow_stages import filled
 from .learner import Course, Learner, bfloat16_on_a_card, warm_up, write
 from .lora import adapt, kohya_tensors
 from .muon import AdamW
-from .settings import Workshop
 from .sheet import painted_sheet, tried
 from .supply import Gallery, as_float
-from .vae_stages import encoded
+from .workshop import Workshop, encoded
 
 RATE = 2e-3
 AVERAGE_DECAY = 0.98
@@ -24,7 +23,7 @@ EDGE_STRENGTH, SHADE_STRENGTH = 3.0, 0.45
 COLOUR_LEFT = 0.12
 
 
-def train_style(shop: Workshop, seconds: float, result: Path) -> None:
+def train_style(shop: Workshop, until: float, result: Path) -> None:
     """Flow matching on drawings of the same scenes, with the captions that they have anyway.
 
     Not compiled: that would take as long as the steps do.
@@ -52,7 +51,7 @@ def train_style(shop: Workshop, seconds: float, result: Path) -> None:
     def factor(steps: int, progress: float) -> float:
         return warm_up(steps, progress, over=20, level_until=0.3)
 
-    Course("style", seconds).run(learner, loss_of, factor)
+    Course("style", until).run(learner, loss_of, factor)
     learner.take_average()
     write(result, kohya_tensors(adapters))
     sheet = result.with_suffix(".png")

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from .flow_stages import pack, train_guidance, train_transformer
 from .learner import log
-from .settings import SHARES, Settings, Workshop
+from .settings import SHARES, Settings
 from .style_stage import train_style
 from .supply import Supply
 from .vae_stages import train_decoder, train_vae
 from .vocabulary import CLIP_FOLDER, write_tokenizers
+from .workshop import Workshop
 
 RESERVE = 0.03  # share of the seconds, for what stands between the steps
 LONGEST_WAIT = 0.1  # share of the seconds, for the first pictures
@@ -31,7 +32,7 @@ LONGEST_WAIT = 0.1  # share of the seconds, for the first pictures
 
 @dataclass(frozen=True)
 class Stage:
-    """run: with the seconds it has and the file that it shall leave.
+    """run: with the time it has to end, of time.monotonic(), and the file that it shall leave.
 
     weight: its seconds, relative to the others'.
     """
@@ -42,7 +43,7 @@ class Stage:
     run: Callable[[Workshop, float, Path], None]
 
 
-def pack_models(shop: Workshop, seconds: float, result: Path) -> None:
+def pack_models(shop: Workshop, until: float, result: Path) -> None:
     pack(shop, load_file(shop.folder / "guidance.safetensors"), result)
 
 
@@ -79,15 +80,13 @@ def train(folder: Path, settings: Settings) -> None:
     try:
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
         shop = Workshop(folder, settings, supply)
         supply.wait(settings.first, LONGEST_WAIT * settings.seconds)
         for number, stage in enumerate(todo):
-            left = max(0.0, deadline - time.monotonic())
-            weights = sum(later.weight for later in todo[number:])
-            seconds = left * stage.weight / weights if weights else 0.0
+            now, weights = time.monotonic(), sum(later.weight for later in todo[number:])
+            seconds = max(0.0, deadline - now) * stage.weight / weights
             log(f"stage {stage.name}, {seconds:.0f} s; {supply.ready} pictures are drawn")
-            stage.run(shop, seconds, folder / stage.result)
+            stage.run(shop, now + seconds, folder / stage.result)
     finally:
         supply.stop()
     log("done")

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from .learner import Course, Learner, bfloat16_on_a_card, log, warm_up, write
 from .muon import AdamW
-from .settings import Workshop
 from .sheet import save_sheet, tried
 from .supply import Gallery, as_float
 from .thin_vae import ThinVAE
+from .workshop import Workshop, encoded
 
 VAE_RATE, DECODER_RATE, WEIGHT_DECAY = 1.5e-3, 1.2e-3, 1e-4
 AVERAGE_DECAY = 0.998
@@ -24,7 +24,7 @@ MEASURED = 4096  # pictures whose latents' mean and variance are taken
 REFILL_EVERY = 8  # steps
 
 
-def train_vae(shop: Workshop, seconds: float, result: Path) -> None:
+def train_vae(shop: Workshop, until: float, result: Path) -> None:
     """Encoder and decoder together."""
     settings, device = shop.settings, shop.device
     vae = ThinVAE().to(device)
@@ -49,14 +49,15 @@ def train_vae(shop: Workshop, seconds: float, result: Path) -> None:
                 return distance(vae.decoder(F.avg_pool2d(latents, 2)), F.avg_pool2d(x, 2)), count
             return distance(vae.decoder(_blurred(latents, VAE_NOISE)), x), count
 
-    Course("vae", seconds).run(learner, loss_of, warm_up)
+    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
+        Course("vae", until).run(learner, loss_of, warm_up)
     learner.take_average()
     _measure_latents(vae.eval(), gallery)
     write(result, vae.tensors())
     _report(vae, gallery, device, result.with_suffix(".png"))
 
 
-def train_decoder(shop: Workshop, seconds: float, result: Path) -> None:
+def train_decoder(shop: Workshop, until: float, result: Path) -> None:
     """The decoder alone, for latents that stay what they are."""
     device = shop.device
     vae = ThinVAE().load(load_file(shop.folder / "first_vae.safetensors")).to(device)
@@ -78,17 +79,11 @@ def train_decoder(shop: Workshop, seconds: float, result: Path) -> None:
             found = vae.decoder(_blurred(latents.float(), DECODER_NOISE))
             return distance(found, as_float(pictures)), len(pictures)
 
-    Course("decoder", seconds).run(learner, loss_of, warm_up)
+    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
+        Course("decoder", until).run(learner, loss_of, warm_up)
     learner.take_average()
     write(result, vae.tensors())
     _report(vae, gallery, device, result.with_suffix(".png"))
-
-
-@torch.no_grad()
-def encoded(vae: ThinVAE, pictures: Tensor) -> Tensor:
-    """uint8 [n, height, width, 3] -> latents in model space, bfloat16."""
-    with bfloat16_on_a_card(pictures.device):
-        return vae.encode(as_float(pictures)).to(torch.bfloat16)
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
