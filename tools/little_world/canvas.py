@@ -16,6 +16,11 @@ GLOW = 2  # and light so many times smaller, as it is blurred anyway
 BLACK, WHITE = (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)
 
 
+def unit_of(width: int, height: int) -> float:
+    """Pixels of a length that is 1 in a picture of 256 x 256."""
+    return min(width, height * 1.15) / 256
+
+
 def mix(a: Colour, b: Colour, part: float) -> Colour:
     """`a` with this part of `b` in it."""
     return tuple(x + (y - x) * part for x, y in zip(a, b, strict=True))

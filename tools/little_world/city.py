@@ -1,8 +1,9 @@
 """The city: a street that runs away from us between towers, neon signs, and cars in the air.
 
 A side of the street is a wall seen in perspective. `out` is how far a point of it stands from the
-vanishing point, across, in pixels, and everything else about it grows with that: `up` is a height
-above the horizon in units of `out`, negative below it.
+vanishing point, across, and everything else about it grows with that: `up` is a height above the
+horizon in units of `out`, negative below it. Lengths are in units, of which a square picture has
+256 across.
 """
 
 import random
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .canvas import BLACK, WHITE, Canvas, Colour, mix
+from .canvas import BLACK, WHITE, Canvas, Colour, mix, unit_of
 from .scenes import Scene
 
 NEON: dict[str, Colour] = {
     "red": (255, 36, 44),
-    "orange": (255, 122, 16),
-    "yellow": (255, 226, 40),
+    "orange": (255, 100, 8),
+    "yellow": (255, 234, 40),
     "green": (40, 255, 110),
     "blue": (30, 120, 255),
     "purple": (156, 56, 255),
@@ -33,11 +34,13 @@ HULL, GLASS, JET = (226, 230, 238), (60, 96, 140), (90, 220, 255)  # of flying c
 
 HORIZON = 0.63  # of the height
 CURB = -0.26  # `up` of the walls' feet
-# Of the towers on a side, far to near: where they begin and end (`out` / width), and their `up`.
-TOWERS = ((0.09, 0.17, 2.7), (0.17, 0.29, 2.3), (0.29, 0.6, 1.55))
-# Of the signs, far to near: `out` / width, width, height, and the `up` of the upper end.
-SIGNS = ((0.215, 9, 29, 1.5), (0.33, 14, 46, 1.32), (0.43, 15, 44, 0.62))
-SLOTS = [(side, row) for side in (-1, 1) for row in (0.09, 0.215, 0.34)]  # of the flying cars
+FAR = 256  # an `out` beside the picture
+# Of the towers on a side, far to near: where they begin and end (`out`), and their `up`.
+TOWERS = ((23, 44, 2.7), (44, 75, 2.3), (75, 200, 1.55))
+# Of the signs, far to near: `out`, width, height, and the `up` of the upper end.
+SIGNS = ((55, 9, 29, 1.0), (85, 14, 46, 1.32), (110, 15, 44, 0.62))
+# Of the flying cars: how far beside the middle, and the row as a part of the height.
+SLOTS = [(aside, row) for aside in (-34, 34) for row in (0.09, 0.215, 0.34)]
 
 
 @dataclass
@@ -55,7 +58,13 @@ class Street:
     def lights(self) -> list[Colour]:
         return [NEON[name] for name in self.scene.neon]
 
+    @property
+    def tall(self) -> float:
+        """How much higher than in a square picture the towers are."""
+        return self.canvas.height / 256 / self.unit
+
     def point(self, side: int, out: float, up: float) -> tuple[float, float]:
+        out *= self.unit
         return self.across + side * out, self.horizon - out * up
 
     def wall(
@@ -69,11 +78,10 @@ class Street:
 
 def paint_city(scene: Scene, r: random.Random, width: int, height: int) -> Image.Image:
     """Without the rain itself."""
-    unit = min(width, height * 1.15) / 256
+    unit = unit_of(width, height)
     horizon = round(height * HORIZON)
     canvas = Canvas(width, height, *SKY[scene.time], horizon)
-    across = width * r.uniform(0.48, 0.52)
-    street = Street(canvas, scene, r, unit, across, horizon)
+    street = Street(canvas, scene, r, unit, width * r.uniform(0.48, 0.52), horizon)
     _skyline(street)
     for depth, tower in enumerate(TOWERS):
         for side in (-1, 1):
@@ -83,9 +91,8 @@ def paint_city(scene: Scene, r: random.Random, width: int, height: int) -> Image
     for depth, sign in enumerate(SIGNS):
         for side in (-1, 1):
             _sign(street, side, street.lights[(first + depth + (side > 0)) % 2], sign)
-    slots = r.sample(SLOTS, scene.flying_cars)
-    for side, row in sorted(slots):
-        x = across + side * width * 0.13 + r.uniform(-4, 4) * unit
+    for aside, row in r.sample(SLOTS, scene.flying_cars):
+        x = street.across + (aside + r.uniform(-2, 2)) * unit
         _flying_car(canvas, x, row * height + r.uniform(-2, 2) * unit, unit)
     image = canvas.finished(0.9 if scene.time == "night" else 0.55, 5 * unit)
     return _mirrored(image, street) if scene.wet else image
@@ -98,7 +105,7 @@ def _skyline(street: Street) -> None:
     if scene.time == "sunset":
         y = street.horizon - 52 * unit
         canvas.oval(street.across, y, 25 * unit, 25 * unit, (255, 224, 140), (120, 80, 40))
-    wide = canvas.width * 0.06
+    wide = 15 * unit
     for n, tall in enumerate((40, 58, 46, 30, 34, 52, 64, 42)):
         tall *= unit * street.r.uniform(0.9, 1.1)
         shade = mix(WALL[scene.time], low, 0.45 + n % 2 * 0.15)
@@ -109,30 +116,33 @@ def _skyline(street: Street) -> None:
 
 
 def _landmark(street: Street) -> None:
-    """A slim tower at the end of the street, with an edge in each of the two lights."""
+    """A slim tower at the end of the street, with a board and stripes in the two lights."""
     canvas, unit, time = street.canvas, street.unit, street.scene.time
-    shade = mix(WALL[time], SKY[time][1], 0.3)
-    top = street.horizon - 104 * unit
-    tip = (street.across, top - 26 * unit)
-    canvas.polygon([tip, (tip[0] + 2 * unit, top), (tip[0] - 2 * unit, top)], shade)
-    canvas.box(tip[0] - 11 * unit, top, 22 * unit, 104 * unit, shade)
-    for left, light in zip((-11, 8), street.lights, strict=True):
-        edge = tip[0] + left * unit, top, 3 * unit, 104 * unit
-        canvas.box(*edge, mix(light, shade, 0.3), mix(light, BLACK, 0.6))
+    board, stripe = street.lights
+    tall = 100 * unit * street.tall
+    x, y = street.across, street.horizon - tall
+    shade = mix(WALL[time], SKY[time][1], 0.25)
+    canvas.polygon([(x, y - 26 * unit), (x + 2 * unit, y), (x - 2 * unit, y)], shade)
+    canvas.box(x - 11 * unit, y, 22 * unit, tall, shade)
+    box = (x - 7 * unit, y + 5 * unit, 14 * unit, 20 * unit)
+    canvas.box(*box, mix(board, shade, 0.2), mix(board, BLACK, 0.3))
+    for n in range(4):
+        row = (x - 7 * unit, y + (31 + 9 * n) * unit, 14 * unit, 3 * unit)
+        canvas.box(*row, mix(stripe, shade, 0.35), mix(stripe, BLACK, 0.6))
 
 
 def _tower(street: Street, side: int, depth: int, tower: tuple[float, float, float]) -> None:
     """Its side along the street, with windows and a lit edge, and above it what faces us."""
-    canvas, r, width = street.canvas, street.r, street.canvas.width
-    near, far, up = tower[0] * width, tower[1] * width, tower[2] * r.uniform(0.93, 1.07)
+    canvas, r = street.canvas, street.r
+    near, far, up = tower[0], tower[1], tower[2] * street.tall * r.uniform(0.93, 1.07)
     haze = SKY[street.scene.time][1]
     shade = mix(WALL[street.scene.time], haze, (0.42, 0.22, 0.06)[depth])
-    corner, edge = street.point(side, far, up), street.point(side, width, CURB)
+    corner, edge = street.point(side, far, up), street.point(side, FAR, CURB)
     front = [corner, (edge[0], corner[1]), (edge[0], street.horizon), (corner[0], street.horizon)]
     canvas.polygon(front, mix(shade, BLACK, 0.25))
     canvas.polygon(street.wall(side, (near, far), (CURB, up)), shade)
     light = r.choice((WARM, COLD))
-    columns, rows = (3, 4, 5)[depth], 6
+    columns, rows = (3, 4, 7)[depth], round(6 * street.tall)
     for column in range(columns):
         # Windows that are as far from each other in the street crowd towards the vanishing point.
         outs = [near * (far / near) ** ((column + part) / columns) for part in (0.25, 0.8)]
@@ -142,11 +152,11 @@ def _tower(street: Street, side: int, depth: int, tower: tuple[float, float, flo
             if r.random() < 0.6:
                 glass = mix(shade, light, r.choice((0.35, 0.6, 0.85)))
                 canvas.polygon(street.wall(side, (outs[0], outs[1]), (low, high)), glass)
-    glass = mix(shade, mix(WARM, WHITE, 0.2), 0.6)
+    glass = mix(shade, mix(WARM, WHITE, 0.2), 0.75)
     canvas.polygon(street.wall(side, (near, far), (CURB + 0.04, -0.1)), glass)
     for column in range(columns):
         out = near * (far / near) ** (column / columns)
-        canvas.polygon(street.wall(side, (out, out * 1.06), (CURB, -0.1)), shade)
+        canvas.polygon(street.wall(side, (out, out * 1.03), (CURB, -0.1)), shade)
     roof, shops = street.r.sample(street.lights, 2)
     canvas.polygon(street.wall(side, (near, far), (up - 0.025, up + 0.015)), roof, roof)
     canvas.polygon(street.wall(side, (near, far), (-0.07, -0.02)), shops, shops)
@@ -158,7 +168,7 @@ def _ground(street: Street) -> None:
     road = ROAD[street.scene.time]
     canvas.polygon(_ground_of(street), mix(road, WALL[street.scene.time], 0.5))
     bottom = canvas.height - street.horizon
-    feet = [street.across + part * canvas.width for part in (-0.6, 0.6)]
+    feet = [street.across + aside * unit for aside in (-150, 150)]
     apex = (street.across, street.horizon)
     canvas.polygon([apex, (feet[0], canvas.height), (feet[1], canvas.height)], road)
     for foot, light in zip(feet, street.lights, strict=True):
@@ -173,15 +183,15 @@ def _ground(street: Street) -> None:
 
 def _ground_of(street: Street) -> list[tuple[float, float]]:
     width, height = street.canvas.width, street.canvas.height
-    left, right = (street.point(side, width, CURB) for side in (-1, 1))
+    left, right = (street.point(side, FAR, CURB) for side in (-1, 1))
     return [(street.across, street.horizon), right, (width, height), (0, height), left]
 
 
 def _sign(street: Street, side: int, light: Colour, sign: tuple[float, ...]) -> None:
     """A lit board that sticks out of the wall, with dark bars for its letters."""
     canvas, unit = street.canvas, street.unit
-    out, wide, tall, up = sign[0] * canvas.width, sign[1] * unit, sign[2] * unit, sign[3]
-    x, y = street.point(side, out, up)
+    wide, tall = sign[1] * unit, sign[2] * unit
+    x, y = street.point(side, sign[0], sign[3] * street.tall)
     x -= wide if side > 0 else 0
     canvas.box(x, y, wide, tall, light, light, round_by=wide * 0.2)
     for n in range(3):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .canvas import BLACK, WHITE, Canvas, Colour, gradient, lit, mix
+from .canvas import BLACK, WHITE, Canvas, Colour, gradient, lit, mix, unit_of
 from .scenes import Scene
 
 PAINT: dict[str, Colour] = {  # of houses, cars and sails
@@ -35,6 +35,8 @@ CROWN: dict[str, Colour] = {  # of trees
     "winter": (52, 98, 96),
 }
 SNOW, WOOD, ROOF, ASPHALT = (244, 248, 255), (104, 64, 40), (82, 66, 74), (108, 110, 122)
+DARK = (64, 48, 52)  # outlines
+SAND, TRODDEN = (226, 206, 160), (176, 190, 212)  # the path, without snow and in it
 WATER_NEAR, WATER_FAR = (24, 112, 156), (92, 172, 200)
 SKY = {  # top and horizon, of each time: in the clear, and where it rains or snows
     "day": (((62, 138, 226), (176, 216, 246)), ((116, 136, 164), (202, 212, 224))),
@@ -81,10 +83,6 @@ class Land:
 
     def about(self, least: float, most: float) -> float:
         return self.r.uniform(least, most) * self.unit
-
-
-def unit_of(width: int, height: int) -> float:
-    return min(width, height * 1.15) / 256
 
 
 def paint_country(scene: Scene, r: random.Random, width: int, height: int) -> Image.Image:
@@ -172,7 +170,7 @@ def _meadow(land: Land) -> None:
     house = at[scene.place] + land.about(*shift)
     door = HOUSE_FOOT * height - 2 * unit
     path = [(-6, door), (6, door), (22, height), (-22, height)]
-    sand = land.land((176, 190, 212) if scene.season == "winter" else (226, 206, 160))
+    sand = land.land(TRODDEN if scene.season == "winter" else SAND)
     canvas.polygon([(house + dx * unit, y) for dx, y in path], sand)
     slots = tree_slots(house, width, unit)
     for x in sorted(land.r.sample(slots, scene.trees)):
@@ -190,7 +188,8 @@ def _meadow(land: Land) -> None:
 def tree_slots(house: float, width: int, unit: float) -> list[float]:
     """Where trees can stand, left and right of a house at `house`, without touching anything."""
     slots = []
-    for start, end in ((0, house - HALF_HOUSE * unit), (house + HALF_HOUSE * unit, width)):
+    edge, half = 3 * unit, HALF_HOUSE * unit
+    for start, end in ((edge, house - half), (house + half, width - edge)):
         count = max(0, int((end - start) / (TREE_PITCH * unit) + 0.05))
         slots += [start + (end - start) * (n + 0.5) / count for n in range(count)]
     return slots
@@ -222,7 +221,7 @@ def _house(land: Land, x: float, foot: float) -> None:
     """76 units wide and 70 high: two windows, a door, a roof with a chimney."""
     canvas, scene = land.canvas, land.scene
     unit = land.about(0.93, 1.02)
-    wall, dark = land.thing(PAINT[scene.house]), land.thing((64, 48, 52))
+    wall, dark = land.thing(PAINT[scene.house]), land.thing(DARK)
     roof = land.thing(ROOF)
 
     def box(left: float, top: float, wide: float, tall: float, colour: Colour, glow=None) -> None:
@@ -288,7 +287,7 @@ def _sea(land: Land) -> None:
     if scene.lighthouse:
         slots.pop(2 if scene.place == "right" else 0)
         x = 0.87 if scene.place == "right" else 0.13
-        _lighthouse(land, x * width, shore + 8 * unit)
+        _lighthouse(land, x * width, shore + 3 * unit)
     for column, row in r.sample(slots, scene.boats):
         x, y = column * width + land.about(-5, 5), row * height + land.about(-2, 2)
         _boat(land, x, y)
@@ -297,7 +296,7 @@ def _sea(land: Land) -> None:
 def _lighthouse(land: Land, x: float, foot: float) -> None:
     """A striped tower on a rock, 88 units high."""
     canvas, unit = land.canvas, land.unit
-    canvas.oval(x, foot, 30 * unit, 8 * unit, land.thing((90, 96, 110)))
+    canvas.oval(x, foot, 28 * unit, 6 * unit, land.thing((90, 96, 110)))
     for n in range(5):
         low, high = foot - 13 * n * unit, foot - 13 * (n + 1) * unit
         half, less = (12 - n) * unit, (11 - n) * unit
@@ -318,7 +317,7 @@ def _lighthouse(land: Land, x: float, foot: float) -> None:
 def _boat(land: Land, x: float, foot: float) -> None:
     """50 units wide and 54 high, of which 8 are hull."""
     canvas, unit = land.canvas, land.unit
-    paint, dark = land.thing(PAINT[land.scene.sails]), land.thing((64, 48, 52))
+    paint, dark = land.thing(PAINT[land.scene.sails]), land.thing(DARK)
 
     def shape(points: list[tuple[float, float]], colour: Colour) -> None:
         canvas.polygon([(x + dx * unit, foot + dy * unit) for dx, dy in points], colour)

@@ -37,7 +37,7 @@ class Words:
 
     def __call__(self, prompt: str, length: int = T5_LENGTH) -> tuple[list[int], list[int]]:
         """`length` ids for T5 and 77 for CLIP."""
-        t5 = self.t5(prompt, add_special_tokens=False).input_ids[: length - 1] + [END]
+        t5 = [*self.t5(prompt, add_special_tokens=False).input_ids[: length - 1], END]
         clip = self.clip(prompt, add_special_tokens=False).input_ids[: CLIP_LENGTH - 2]
         clip = [self._start, *clip, self._end]
         return (
