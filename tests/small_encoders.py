@@ -1,4 +1,4 @@
-"""Makes ComfyUI's own DualCLIPLoader build text encoders in the sizes of the demo models.
+"""Makes ComfyUI's own DualCLIPLoader build text encoders in the sizes of the random models.
 
 Put into custom_nodes of a test server. The files must have the rows of the real vocabularies, see
 `comfyui_server.Server.real_vocabularies`.
@@ -6,7 +6,7 @@ Put into custom_nodes of a test server. The files must have the rows of the real
 
 import comfy.sd
 
-from majicflux.loaders.demo_models import CLIP, T5
+from majicflux.benchmarks.random_models import CLIP, T5
 
 SIZES = {
     "model_config": {  # of CLIP
