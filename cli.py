@@ -49,6 +49,8 @@ class _Unheard:
 
 def main(arguments: list[str] | None = None) -> int:
     _open_streams()
+    # Threads of PyTorch that spin while they wait take the processor from those they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # a console may lack characters that are printed
         sys.stdout.reconfigure(errors="replace")

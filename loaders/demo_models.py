@@ -5,12 +5,13 @@ the four files that the workflows name, so that everything which reads real mode
 """
 
 import shutil
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..messages import say
-from .thin_vae import widened
+from .full_width_vae import widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,8 @@ VAE_FILE = "vae/ae.safetensors"
 CLIP_TOKENIZER_FOLDER = "text_encoders/tokenizer"
 T5_TOKENIZER_FOLDER = "text_encoders/tokenizer_2"
 
-LITTLE_WORLD = Path(__file__).parent / "little_world"  # weights.safetensors and the tokenizers
+LITTLE_WORLD = Path(__file__).parent / "little_world"
+WEIGHTS = "weights.safetensors"
 VALUES_PER_SCALE = 128
 
 
@@ -33,41 +35,27 @@ def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
     are those of the shipped workflows, and a file that is there already is never replaced:
     FileExistsError tells that `folder` may hold real models. Returns the model files.
 
-    source: a folder with `weights.safetensors`, `tokenizer` and `tokenizer_2`.
+    source: a folder with the weights in 8 bits and the two tokenizers.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    tokenizers = {}
-    for place in (CLIP_TOKENIZER_FOLDER, T5_TOKENIZER_FOLDER):
-        for file in sorted((source / Path(place).name).iterdir()):
-            tokenizers[folder / place / file.name] = file
     models = [folder / name for name in (DIT_FILE, CLIP_FILE, T5_FILE, VAE_FILE)]
-    for path in (*models, *tokenizers):
+    tokenizers = _tokenizers(folder, source)
+    paths = [*models, *tokenizers]
+    for path in paths:
         _require_absent(path)
-    tensors = unpacked(load_file(source / "weights.safetensors"))
-    contents = (
-        {f"model.diffusion_model.{name}": t for name, t in _part(tensors, "dit.").items()},
-        _part(tensors, "clip."),
-        _part(tensors, "t5."),
-        widened(_part(tensors, "vae.")),
-    )
-    unfinished = {path: path.with_name(path.name + ".part") for path in (*models, *tokenizers)}
-    for path in unfinished:
+    for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in zip(models, contents, strict=True):
-        in_two_bytes = {name: tensor.to(torch.bfloat16) for name, tensor in content.items()}
-        save_file(in_two_bytes, unfinished[path])
-    for path, file in tokenizers.items():
-        shutil.copyfile(file, unfinished[path])
-    for path, part in unfinished.items():
-        part.replace(path)  # so that no name stands for half a file, nor for half a set
+    for path, tensors in zip(models, _tensors(source / WEIGHTS), strict=True):
+        _save(tensors, _unfinished(path))
+    for path, original in tokenizers.items():
+        shutil.copyfile(original, _unfinished(path))
+    for path in paths:  # not before, so that no name stands for half a file or half a set
+        _unfinished(path).replace(path)
     return models
 
 
 def edition(source: Path = LITTLE_WORLD) -> str:
     """Eight letters that tell these weights from those of another training."""
-    return sha256((source / "weights.safetensors").read_bytes()).hexdigest()[:8]
+    return sha256((source / WEIGHTS).read_bytes()).hexdigest()[:8]
 
 
 def unpacked(packed: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -86,8 +74,27 @@ def unpacked(packed: "dict[str, Tensor]") -> "dict[str, Tensor]":
     return tensors
 
 
+def _tensors(weights: Path) -> "Iterator[dict[str, Tensor]]":
+    """Those of each model file, float32."""
+    from safetensors.torch import load_file
+
+    tensors = unpacked(load_file(weights))
+    dit, clip, t5, vae = (_part(tensors, f"{name}.") for name in ("dit", "clip", "t5", "vae"))
+    yield {f"model.diffusion_model.{name}": tensor for name, tensor in dit.items()}
+    yield clip
+    yield t5
+    yield widened(vae)
+
+
 def _part(tensors: "dict[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _tokenizers(folder: Path, source: Path) -> dict[Path, Path]:
+    """Where under `folder` each file of `source` goes."""
+    places = (folder / CLIP_TOKENIZER_FOLDER, folder / T5_TOKENIZER_FOLDER)
+    originals = ((place, file) for place in places for file in (source / place.name).iterdir())
+    return {place / original.name: original for place, original in originals}
 
 
 def _require_absent(path: Path) -> None:
@@ -95,3 +102,14 @@ def _require_absent(path: Path) -> None:
         raise FileExistsError(
             say("{path} exists already and may be a real model; choose an empty folder.", path=path)
         )
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _save(tensors: "dict[str, Tensor]", path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)

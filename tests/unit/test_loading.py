@@ -260,14 +260,6 @@ def test_tokenizers_come_from_the_comfyui_that_the_models_belong_to(
     assert load_tokenizer(T5_TOKENIZER, alone, rows, standalone.t5_tokenizer_folder())
 
 
-def test_demo_models_never_replace_a_file(models: Path) -> None:
-    before = (models / demo_models.DIT_FILE).read_bytes()
-    with pytest.raises(FileExistsError, match="may be a real model"):
-        demo_models.write_demo_models(models)
-    assert (models / demo_models.DIT_FILE).read_bytes() == before
-    assert sum(p.stat().st_size for p in models.rglob("*") if p.is_file()) < 300e6
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [480.0, -1000.0, math.inf, -math.inf, math.nan])
 def test_a_value_too_large_for_a_plain_cast_is_refused(

@@ -10,8 +10,8 @@ from diffsynth.utils.state_dict_converters.flux_vae import (
 from thin_weights import thin_tensors, thin_width
 from torch import nn
 
+from majicflux.loaders.full_width_vae import widened
 from majicflux.loaders.layouts import vae_layout
-from majicflux.loaders.thin_vae import widened
 
 DECODER = (FluxVAEDecoder, FluxVAEDecoderStateDictConverter, (1, 16, 6, 4))
 ENCODER = (FluxVAEEncoder, FluxVAEEncoderStateDictConverter, (1, 3, 48, 32))
