@@ -59,38 +59,42 @@ def source(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    write_demo_models(folder, source)
+    return folder
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_the_sizes_are_those_of_the_tensors(source: Path, tmp_path: Path) -> None:
-    dit, clip, t5, vae = write_demo_models(tmp_path, source)
-    assert inspect_flux_dit(dit)[0] == DIT
+def test_the_sizes_are_those_of_the_tensors(written: Path) -> None:
+    clip, t5 = written / demo_models.CLIP_FILE, written / demo_models.T5_FILE
+    assert inspect_flux_dit(written / demo_models.DIT_FILE)[0] == DIT
     assert (inspect_clip(clip)[0], inspect_t5(t5)[0]) == (CLIP, T5)
-    assert inspect_vae(vae)
+    assert inspect_vae(written / demo_models.VAE_FILE)
     assert load_tokenizer(CLIP_TOKENIZER, clip, CLIP.vocabulary, None)
     assert load_tokenizer(T5_TOKENIZER, t5, T5.vocabulary, None)
 
 
-def test_values_are_within_half_a_step_of_eight_bits(
-    models: Path, source: Path, tmp_path: Path
-) -> None:
-    for path in write_demo_models(tmp_path, source)[:3]:
-        found, expected = (load_file(at / path.relative_to(tmp_path)) for at in (tmp_path, models))
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            assert tensor.dtype == torch.bfloat16
-            step = expected[name].abs().max() / 127
-            assert (tensor.float() - expected[name].float()).abs().max() <= step
+@pytest.mark.parametrize("file", [demo_models.DIT_FILE, demo_models.CLIP_FILE, demo_models.T5_FILE])
+def test_values_are_near_those_that_were_packed(models: Path, written: Path, file: str) -> None:
+    found, expected = (load_file(folder / file) for folder in (written, models))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16
+        step = expected[name].abs().max() / 127
+        assert (tensor.float() - expected[name].float()).abs().max() <= step
 
 
-def test_two_calls_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        write_demo_models(tmp_path / name, source)
-    written = files_in(tmp_path / "one")
-    assert written == files_in(tmp_path / "other")
-    assert not [name for name in written if name.endswith(".part")]
+def test_two_calls_write_the_same_bytes(written: Path, source: Path, tmp_path: Path) -> None:
+    assert len(write_demo_models(tmp_path, source)) == 4
+    found = files_in(tmp_path)
+    assert found == files_in(written)
+    assert not [name for name in found if name.endswith(".part")]
 
 
 @pytest.mark.parametrize(
