@@ -11,19 +11,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from majicflux.engine.quant.formats import FLOAT32, uniform
+from majicflux.loaders.demo_models import DIT_FILE, unpacked, write_demo_models
+from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.tools.little_world import learner as learning
 from majicflux.tools.little_world.learner import Course, Learner
 from majicflux.tools.little_world.lora import RANK, adapt, kohya_tensors
 from majicflux.tools.little_world.models import TOY, TRAINED, LittleFlux
 from majicflux.tools.little_world.muon import DECAY, AdamW, Muon
 from majicflux.tools.little_world.packing import GROUP, packed
+from majicflux.tools.little_world.pencil import pencil_drawing
 from majicflux.tools.little_world.settings import Settings
-from majicflux.tools.little_world.style_stage import pencil_drawing
 from majicflux.tools.little_world.supply import Gallery, Supply
 from majicflux.tools.little_world.train import STAGES, stages_to_run, train
 from majicflux.tools.little_world.vocabulary import write_tokenizers
 
-TOY_TRAINING = replace(Settings.quick(seconds=5), pictures=15, first=8, sheet_steps=1)
+TOY_TRAINING = replace(Settings.quick(seconds=5), pictures=15, first=5, sheet_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder, TOY_TRAINING)
     torch.set_num_threads(threads)
     return folder
-
-
-def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        if not name.endswith(":scale"):
-            scale = tensors.get(f"{name}:scale", torch.ones(1)).float()
-            found[name] = tensor.float()
-            if len(scale) > 1 or tensor.ndim > 1:
-                values = scale.repeat_interleave(GROUP)[: tensor.numel()]
-                found[name] = found[name] * values.view(tensor.shape)
-    return found
 
 
 def test_each_stage_leaves_a_result_and_most_a_picture(trained: Path) -> None:
@@ -69,12 +60,12 @@ def test_a_second_call_does_nothing(trained: Path) -> None:
 
 
 def test_a_deleted_result_is_made_again_and_nothing_before_it(trained: Path) -> None:
-    (trained / "little_world.safetensors").unlink()
+    (trained / "pencil_lora.safetensors").unlink()
     kept = trained / "guidance.safetensors"
     before = kept.stat().st_mtime_ns
-    assert [stage.name for stage in stages_to_run(trained)] == ["pack", "style"]
+    assert [stage.name for stage in stages_to_run(trained)] == ["style"]
     train(trained, replace(TOY_TRAINING, seconds=1))
-    assert (trained / "little_world.safetensors").exists()
+    assert (trained / "pencil_lora.safetensors").exists()
     assert kept.stat().st_mtime_ns == before
 
 
@@ -87,7 +78,7 @@ def test_a_finished_vae_needs_no_unfinished_one(tmp_path: Path) -> None:
 def test_what_ships_is_the_models_within_the_rounding(trained: Path) -> None:
     vae = load_file(trained / "vae.safetensors")
     models = load_file(trained / "guidance.safetensors") | {f"vae.{n}": t for n, t in vae.items()}
-    file = load_file(trained / "little_world.safetensors")
+    file = load_file(trained / "weights.safetensors")
     found = unpacked(file)
     assert found.keys() == models.keys()
     for name, tensor in models.items():
@@ -95,6 +86,12 @@ def test_what_ships_is_the_models_within_the_rounding(trained: Path) -> None:
         assert (found[name] - tensor).abs().max() <= 1.1 * step + 1e-6, name
     # Between the transformer's checkpoint and the end it is there under another name.
     assert load_file(trained / "so_far.safetensors").keys() == file.keys()
+
+
+def test_demo_models_can_be_written_from_the_folder(trained: Path, tmp_path: Path) -> None:
+    write_demo_models(tmp_path, trained)
+    _, geometry = load_flux_dit(tmp_path / DIT_FILE, uniform(FLOAT32))
+    assert geometry == TOY.dit
 
 
 def test_packed_matrices_lose_half_a_step() -> None:

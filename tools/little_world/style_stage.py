@@ -3,24 +3,19 @@
 from pathlib import Path
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .flow import draw_guidance, mean_square, noisy
 from .flow_stages import filled
 from .learner import Course, Learner, bfloat16_on_a_card, warm_up, write
 from .lora import adapt, kohya_tensors
 from .muon import AdamW
+from .pencil import pencil_drawing
 from .sheet import painted_sheet, tried
-from .supply import Gallery, as_float
+from .supply import Gallery
 from .workshop import Workshop, encoded
 
 RATE = 2e-3
 AVERAGE_DECAY = 0.98
-PAPER = (0.94, 0.91, 0.84)  # warm white, 0..1
-INK = (0.20, 0.19, 0.20)
-BRIGHTNESS = (0.299, 0.587, 0.114)
-EDGE_STRENGTH, SHADE_STRENGTH = 3.0, 0.45
-COLOUR_LEFT = 0.12
 
 
 def train_style(shop: Workshop, until: float, result: Path) -> None:
@@ -61,18 +56,3 @@ def train_style(shop: Workshop, until: float, result: Path) -> None:
         painted_sheet(*given, steps=settings.sheet_steps)
 
     tried(sheet.name, make)
-
-
-def pencil_drawing(pictures: Tensor) -> Tensor:
-    """uint8 [n, height, width, 3] -> the same scene in grey strokes on warm paper."""
-    x = (as_float(pictures) + 1) / 2
-    grey = (x * x.new_tensor(BRIGHTNESS)[:, None, None]).sum(1, keepdim=True)
-    smooth = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    padded = F.pad(smooth, (1, 1, 1, 1), mode="replicate")
-    across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-    down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-    edges = EDGE_STRENGTH * (across.square() + down.square()).sqrt()
-    ink = (edges + SHADE_STRENGTH * (1 - smooth)).clamp(0, 1)
-    paper, dark = (x.new_tensor(colour)[:, None, None] for colour in (PAPER, INK))
-    drawn = paper + ink * (dark - paper) + COLOUR_LEFT * (x - grey)
-    return (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)

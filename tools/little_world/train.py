@@ -3,8 +3,9 @@
     python -m majicflux.tools.little_world.train OUT
 
 Each stage leaves its result in OUT, and a later call begins at the first whose result is missing;
-the transformer goes on from its last checkpoint. What ships is OUT/little_world.safetensors, the
-two tokenizers beside it, and OUT/pencil_lora.safetensors.
+the transformer goes on from its last checkpoint. What ships is OUT/weights.safetensors with the two
+tokenizers beside it, and OUT/pencil_lora.safetensors. So that tokenizers or a VAE are kept, put
+them into OUT: OUT/vae.safetensors, or OUT/first_vae.safetensors to train its decoder further.
 """
 
 import argparse
@@ -52,7 +53,7 @@ STAGES = (
     Stage("decoder", "vae.safetensors", 200, train_decoder),
     Stage("transformer", "transformer.safetensors", 590, train_transformer),
     Stage("guidance", "guidance.safetensors", 210, train_guidance),
-    Stage("pack", "little_world.safetensors", 0, pack_models),
+    Stage("pack", "weights.safetensors", 0, pack_models),
     Stage("style", "pencil_lora.safetensors", 60, train_style),
 )
 
@@ -64,11 +65,14 @@ def stages_to_run(folder: Path) -> tuple[Stage, ...]:
     return STAGES[there.index(False) :] if False in there else ()
 
 
-def train(folder: Path, settings: Settings) -> None:
-    """All stages that are to run, within the seconds of the settings."""
+def train(folder: Path, settings: Settings, only: str = "") -> None:
+    """All stages that are to run, within the seconds of the settings.
+
+    only: a stage that shall have all of them, whatever else is missing.
+    """
     deadline = time.monotonic() + settings.seconds * (1 - RESERVE)
     folder.mkdir(parents=True, exist_ok=True)
-    todo = stages_to_run(folder)
+    todo = tuple(s for s in STAGES if s.name == only) if only else stages_to_run(folder)
     if not todo:
         log("everything is there")
         return
@@ -84,7 +88,7 @@ def train(folder: Path, settings: Settings) -> None:
         supply.wait(settings.first, LONGEST_WAIT * settings.seconds)
         for number, stage in enumerate(todo):
             now, weights = time.monotonic(), sum(later.weight for later in todo[number:])
-            seconds = max(0.0, deadline - now) * stage.weight / weights
+            seconds = max(0.0, deadline - now) * stage.weight / max(weights, 1)
             log(f"stage {stage.name}, {seconds:.0f} s; {supply.ready} pictures are drawn")
             stage.run(shop, now + seconds, folder / stage.result)
     finally:
@@ -96,16 +100,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", metavar="OUT", type=Path)
     parser.add_argument("--quick", action="store_true", help="at toy size, on a CPU")
-    parser.add_argument("--seconds", type=float)
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--only", choices=names, default="", help="this stage alone")
+    parser.add_argument("--seconds", type=float, help="for all stages together")
     parser.add_argument("--device")
     parser.add_argument("--workers", type=int, help="processes that draw")
     parser.add_argument("--pictures", type=int, help="drawn in all")
     options = vars(parser.parse_args())
-    folder, quick = options.pop("folder"), options.pop("quick")
+    folder, quick, only = (options.pop(name) for name in ("folder", "quick", "only"))
     if quick:
         torch.set_num_threads(1)  # such small products would mostly wait for each other
     given = {name: value for name, value in options.items() if value is not None}
-    train(folder, replace(Settings.quick() if quick else Settings(), **given))
+    train(folder, replace(Settings.quick() if quick else Settings(), **given), only)
 
 
 if __name__ == "__main__":

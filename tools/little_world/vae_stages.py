@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .learner import Course, Learner, bfloat16_on_a_card, log, warm_up, write
 from .muon import AdamW
+from .pencil import pencil_drawing
 from .sheet import save_sheet, tried
 from .supply import Gallery, as_float
 from .thin_vae import ThinVAE
@@ -20,6 +21,7 @@ AVERAGE_DECAY = 0.998
 PIECES_UNTIL = 0.55  # progress, from where on the VAE learns from whole pictures
 VAE_NOISE, DECODER_NOISE = 0.4, 0.35  # at most, on the latents: what is painted is not exact
 LOW_EVERY = 4  # steps
+DRAWN_EVERY = 8  # pictures: one is seen as a drawing, for the adapter's sake
 MEASURED = 4096  # pictures whose latents' mean and variance are taken
 REFILL_EVERY = 8  # steps
 
@@ -28,7 +30,7 @@ def train_vae(shop: Workshop, until: float, result: Path) -> None:
     """Encoder and decoder together."""
     settings, device = shop.settings, shop.device
     vae = ThinVAE().to(device)
-    gallery = Gallery(shop.supply, device, lambda pictures: (pictures,))
+    gallery = Gallery(shop.supply, device, lambda pictures: (_some_drawn(pictures),))
     gallery.refill_all()
     learner = Learner(vae, [AdamW(vae.parameters(), VAE_RATE, WEIGHT_DECAY)], AVERAGE_DECAY)
 
@@ -64,6 +66,7 @@ def train_decoder(shop: Workshop, until: float, result: Path) -> None:
     vae.encoder.requires_grad_(False)
 
     def derive(pictures: Tensor) -> tuple[Tensor, Tensor]:
+        pictures = _some_drawn(pictures)
         return pictures, encoded(vae, pictures)
 
     gallery = Gallery(shop.supply, device, derive)
@@ -93,6 +96,12 @@ def distance(found: Tensor, wanted: Tensor) -> Tensor:
     for axis in (-1, -2):
         loss = loss + 0.5 * (found.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
     return loss
+
+
+def _some_drawn(pictures: Tensor) -> Tensor:
+    found = pictures.clone()
+    found[::DRAWN_EVERY] = pencil_drawing(pictures[::DRAWN_EVERY])
+    return found
 
 
 def _piece(pictures: Tensor, side: int) -> Tensor:
