@@ -23,7 +23,7 @@ from majicflux.tools.little_world.packing import GROUP, packed
 from majicflux.tools.little_world.pencil import pencil_drawing
 from majicflux.tools.little_world.settings import Settings
 from majicflux.tools.little_world.supply import Gallery, Supply
-from majicflux.tools.little_world.train import STAGES, stages_to_run, train
+from majicflux.tools.little_world.train import STAGES, main, stages_to_run, train
 from majicflux.tools.little_world.vocabulary import write_tokenizers
 
 TOY_TRAINING = replace(Settings.quick(seconds=5), pictures=15, first=5, sheet_steps=1)
@@ -57,6 +57,15 @@ def test_a_second_call_does_nothing(trained: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     train(trained, TOY_TRAINING)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_command_finds_everything_there(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", str(trained), "--quick", "--seconds", "1"])
+    main()
+    assert "everything is there" in capsys.readouterr().out
 
 
 def test_a_deleted_result_is_made_again_and_nothing_before_it(trained: Path) -> None:

@@ -55,6 +55,7 @@ def train_transformer(shop: Workshop, until: float, result: Path) -> None:
     course.run(learner, loss_of, warm_up, save, shop.settings.save_every)
     save(1.0)
     _finish(shop, learner, result, cfg=SHEET_CFG)
+    checkpoint.unlink()  # if the result is deleted, it is trained anew
 
 
 def train_guidance(shop: Workshop, until: float, result: Path) -> None:

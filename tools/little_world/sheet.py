@@ -43,7 +43,7 @@ def save_sheet(pictures: Sequence[Tensor], path: Path, columns: int) -> None:
         place = number % columns * width, number // columns * height
         sheet.paste(Image.fromarray(np.ascontiguousarray(values.permute(1, 2, 0))), place)
     partial = path.with_name(path.name + ".part")
-    sheet.save(partial, "PNG")
+    sheet.save(partial, "PNG", optimize=True)
     partial.replace(path)
 
 
