@@ -151,6 +151,7 @@ def test_steps_that_give_no_number_are_taken_back(monkeypatch: pytest.MonkeyPatc
 
     Course("toy", time.monotonic() + 0.1).run(learner, loss_of, lambda steps, progress: 1.0)
     assert learner.steps > 2
+    assert learner.healthy()
     assert all(tensor.isfinite().all() for tensor in [*learner.average, *learner.parameters])
 
 

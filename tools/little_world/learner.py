@@ -15,6 +15,7 @@ from .muon import AdamW, Muon, of_lists
 
 LOG_EVERY = 10.0  # seconds
 LARGEST_NORM = 1.0  # of all gradients together
+Loss = Callable[[float], tuple[Tensor, int]]  # progress 0..1 -> loss of a batch, its pictures
 _start = time.monotonic()
 
 
@@ -77,6 +78,11 @@ class Learner:
         of_lists._foreach_copy_(self.parameters, self.average)
 
     @torch.no_grad()
+    def healthy(self) -> bool:
+        """Whether all weights are numbers."""
+        return bool(torch.stack(of_lists._foreach_norm(self.average)).isfinite().all())
+
+    @torch.no_grad()
     def keep(self) -> None:
         """Remember this state as a good one."""
         self._kept = [tensor.detach().clone() for tensor in [*self.parameters, *self.average]]
@@ -121,15 +127,14 @@ class Course:
     def run(
         self,
         learner: Learner,
-        loss_of: Callable[[float], tuple[Tensor, int]],
+        loss_of: Loss,
         factor: Callable[[int, float], float],
         save: Callable[[float], None] = lambda progress: None,
         save_every: float = math.inf,
     ) -> None:
         """One step at least.
 
-        loss_of: progress 0..1 -> the loss of a batch, and its pictures; factor: steps made and
-        progress -> factor of the rates; save: is called with the progress.
+        factor: steps made and progress -> factor of the rates; save: is called with the progress.
         """
         began = logged = saved = time.monotonic()
         seconds = max(self.until - began, 1e-3)
@@ -149,10 +154,10 @@ class Course:
                 f"{self.name}: step {steps}, {min(progress, 1):.1%}, loss {mean:.4f}, "
                 f"{speed:.0f} pictures/s, {seen} seen"
             )
-            if math.isfinite(mean):
+            if math.isfinite(mean) and learner.healthy():
                 learner.keep()
             else:
-                log(f"{self.name}: the loss is no number; back to the last good weights")
+                log(f"{self.name}: there are values that are no numbers; back to the last good weights")
                 learner.take_back()
             total, count, pictures, logged = None, 0, 0, time.monotonic()
             if now - saved > save_every:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .learner import Course, Learner, bfloat16_on_a_card, log, warm_up, write
+from .learner import Course, Learner, Loss, bfloat16_on_a_card, log, warm_up, write
 from .muon import AdamW
 from .pencil import pencil_drawing
 from .sheet import save_sheet, tried
@@ -51,8 +51,7 @@ def train_vae(shop: Workshop, until: float, result: Path) -> None:
                 return distance(vae.decoder(F.avg_pool2d(latents, 2)), F.avg_pool2d(x, 2)), count
             return distance(vae.decoder(_blurred(latents, VAE_NOISE)), x), count
 
-    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
-        Course("vae", until).run(learner, loss_of, warm_up)
+    _run("vae", until, learner, loss_of)
     learner.take_average()
     _measure_latents(vae.eval(), gallery)
     write(result, vae.tensors())
@@ -82,8 +81,7 @@ def train_decoder(shop: Workshop, until: float, result: Path) -> None:
             found = vae.decoder(_blurred(latents.float(), DECODER_NOISE))
             return distance(found, as_float(pictures)), len(pictures)
 
-    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
-        Course("decoder", until).run(learner, loss_of, warm_up)
+    _run("decoder", until, learner, loss_of)
     learner.take_average()
     write(result, vae.tensors())
     _report(vae, gallery, device, result.with_suffix(".png"))
@@ -114,6 +112,12 @@ def _blurred(latents: Tensor, most: float) -> Tensor:
     """With noise, of another strength for each picture."""
     strength = torch.rand(len(latents), 1, 1, 1, device=latents.device) * most
     return latents + strength * torch.randn_like(latents)
+
+
+def _run(name: str, until: float, learner: Learner, loss_of: Loss) -> None:
+    torch.backends.cudnn.benchmark = True  # few shapes, again and again
+    Course(name, until).run(learner, loss_of, warm_up)
+    torch.backends.cudnn.benchmark = False
 
 
 @torch.no_grad()
