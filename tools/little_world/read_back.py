@@ -156,8 +156,10 @@ class Country:
     def boats(self) -> int:
         """By their hulls."""
         hulls = self._named(self._rows(country.SHORE, 1))["wood"]
-        whole = Image.fromarray(hulls).convert("L").filter(ImageFilter.MaxFilter(5))
-        return _count(np.asarray(whole) > 0, least=250 * self.unit**2)
+        thick = Image.fromarray(hulls).convert("L").filter(ImageFilter.MinFilter(5))  # no outlines
+        return _count(
+            np.asarray(thick.filter(ImageFilter.MaxFilter(7))) > 0, least=150 * self.unit**2
+        )
 
     def sails(self) -> str:
         below_the_lighthouse = country.SHORE + 10 * self.unit / self.height
