@@ -4,6 +4,7 @@ Colours are (red, green, blue) from 0 to 255; places and lengths are pixels of t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -109,3 +110,39 @@ class Canvas:
             soft = soft.point(lambda v: min(255, int(v * strength)))
             image = ImageChops.screen(image, soft.resize(image.size, Image.Resampling.BILINEAR))
         return image
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing on a canvas: its shapes are told in units from (x, y), where it stands."""
+
+    canvas: Canvas
+    x: float
+    y: float
+    unit: float
+    way: int = 1  # -1: seen in a mirror
+
+    def polygon(self, points: Sequence[Point], colour: Colour, glow: Colour | None = None) -> None:
+        self.canvas.polygon([self._at(*point) for point in points], colour, glow)
+
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        colour: Colour,
+        glow: Colour | None = None,
+        round_by: float = 0,
+    ) -> None:
+        corner = self._at(x if self.way > 0 else x + width, y)
+        size = width * self.unit, height * self.unit
+        self.canvas.box(*corner, *size, colour, glow, round_by * self.unit)
+
+    def oval(
+        self, x: float, y: float, rx: float, ry: float, colour: Colour, glow: Colour | None = None
+    ) -> None:
+        self.canvas.oval(*self._at(x, y), rx * self.unit, ry * self.unit, colour, glow)
+
+    def _at(self, x: float, y: float) -> Point:
+        return self.x + self.way * x * self.unit, self.y + y * self.unit

@@ -5,16 +5,18 @@ import random
 from PIL import Image, ImageDraw
 
 from .city import paint_city
-from .country import paint_country
+from .meadow import paint_meadow
 from .scenes import Scene
+from .sea import paint_sea
 
 RAIN, SNOW = (186, 202, 232), (255, 255, 255)
+PAINTERS = {"city": paint_city, "meadow": paint_meadow, "sea": paint_sea}
 FINE = 2  # streaks and flakes are drawn so many times larger
 
 
 def paint(scene: Scene, r: random.Random, width: int = 256, height: int = 256) -> Image.Image:
     """The same scene and the same state of `r` give the same picture."""
-    image = (paint_city if scene.kind == "city" else paint_country)(scene, r, width, height)
+    image = PAINTERS[scene.kind](scene, r, width, height)
     if scene.weather in ("rain", "snow"):
         _fall(image, r, scene.weather)
     return image

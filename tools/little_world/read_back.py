@@ -5,12 +5,12 @@ time. Pictures are uint8 [height, width, 3] in any of the usual sizes, kinds tho
 """
 
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from . import city, country
+from . import city, country, meadow, sea
 from .canvas import Colour, lit, unit_of
 from .scenes import PLACES
 
@@ -33,16 +33,16 @@ def read_back(picture: Pixels, kind: str) -> dict[str, str | int | frozenset[str
             "neon": _neon(picture),
             "flying_cars": _flying_cars(picture),
         }
-    country = Country(picture, kind)
-    found: dict[str, str | int | frozenset[str]] = {"time": country.time, "season": country.season}
+    seen = Country(picture, kind)
+    found: dict[str, str | int | frozenset[str]] = {"time": seen.time, "season": seen.season}
     if kind == "sea":
-        return {**found, "boats": country.boats(), "sails": country.sails()}
-    house, place = country.house()
-    trees = country.trees(place)
-    return {**found, "house": house, "place": place, "car": country.car(), "trees": trees}
+        return {**found, "boats": seen.boats(), "sails": seen.sails()}
+    house, place = seen.house()
+    trees = seen.trees(place)
+    return {**found, "house": house, "place": place, "car": seen.car(), "trees": trees}
 
 
-def _time(picture: Pixels, skies: Mapping[str, list[Colour]]) -> str:
+def _time(picture: Pixels, skies: Mapping[str, Sequence[Colour]]) -> str:
     """By the colour of the sky at the top of the middle."""
     height, width, _ = picture.shape
     top = np.median(picture[: height // 25, width * 3 // 8 : width * 5 // 8], (0, 1))
@@ -77,8 +77,8 @@ class Country:
         self.height, self.width, _ = picture.shape
         self.unit = unit_of(self.width, self.height)
         self.time = _time(picture, SKIES)
-        ground = {"sea": (country.SHORE - 0.03, country.SHORE - 0.01)}
-        above, below = ground.get(kind, (country.HOUSE_FOOT + 0.02, country.HOUSE_FOOT + 0.06))
+        ground = {"sea": (sea.SHORE - 0.03, sea.SHORE - 0.01)}
+        above, below = ground.get(kind, (meadow.HOUSE_FOOT + 0.02, meadow.HOUSE_FOOT + 0.06))
         self.season = self._season(above, below)
 
     def _rows(self, above: float, below: float) -> Pixels:
@@ -98,22 +98,22 @@ class Country:
             **country.PAINT,
             "wood": country.WOOD,
             "dark": country.DARK,
-            "roof": country.ROOF,
-            "crown": country.CROWN[self.season],
+            "roof": meadow.ROOF,
+            "crown": meadow.CROWN[self.season],
         }
         land = {
             "land": country.LAND[self.season],
-            "asphalt": country.ASPHALT,
-            "sand": country.SAND,
-            "trodden snow": country.TRODDEN,
-            "near water": country.WATER_NEAR,
-            "far water": country.WATER_FAR,
+            "asphalt": meadow.ASPHALT,
+            "sand": meadow.SAND,
+            "trodden snow": meadow.TRODDEN,
+            "near water": sea.NEAR,
+            "far water": sea.FAR,
         }
         colours = {
             **self._light(country.THING_LIGHT, things),
             **self._light(country.LAND_LIGHT, land),
-            "dark pane": (168, 214, 240),
-            "lit pane": (255, 216, 112),
+            "dark pane": meadow.DAY_PANE,
+            "lit pane": meadow.LIT_PANE,
         }
         away = pixels[:, :, None].astype(np.float32) - np.array(list(colours.values()), np.float32)
         nearest = np.square(away).sum(3).argmin(2)
@@ -126,13 +126,13 @@ class Country:
         return paint, int(named[paint].sum())
 
     def _house_columns(self, place: str) -> slice:
-        half = country.HALF_HOUSE * self.unit
+        half = meadow.HALF_HOUSE * self.unit
         middle = {"left": half, "middle": self.width / 2, "right": self.width - half}[place]
         return slice(max(0, round(middle - half)), round(middle + half))
 
     def house(self) -> tuple[str, str]:
         """Its colour and its place, which is where the most of any paint is."""
-        foot = country.HOUSE_FOOT
+        foot = meadow.HOUSE_FOOT
         walls = self._rows(foot - 36 * self.unit / self.height, foot)
         found = {place: self._most(walls[:, self._house_columns(place)]) for place in PLACES}
         place = max(PLACES, key=lambda place: found[place][1])
@@ -140,13 +140,13 @@ class Country:
 
     def car(self) -> str:
         """Its colour, or nothing."""
-        wheels, up = country.WHEELS, self.unit / self.height
+        wheels, up = meadow.WHEELS, self.unit / self.height
         paint, pixels = self._most(self._rows(wheels - 15 * up, wheels - 3 * up))
         return paint if pixels > 200 * self.unit**2 else ""
 
     def trees(self, house: str) -> int:
         """How many stretches of columns have crowns in them, beside the house."""
-        foot, up = country.TREE_FOOT, self.unit / self.height
+        foot, up = meadow.TREE_FOOT, self.unit / self.height
         crowns = self._named(self._rows(foot - 46 * up, foot - 10 * up))["crown"]
         crowns[:, self._house_columns(house)] = False
         here = np.pad(crowns.sum(0) > 9 * self.unit, 1).astype(int)
@@ -155,12 +155,14 @@ class Country:
 
     def boats(self) -> int:
         """By their hulls."""
-        hulls = self._named(self._rows(country.SHORE, 1))["wood"]
-        whole = Image.fromarray(hulls).convert("L").filter(ImageFilter.MaxFilter(5))
-        return _count(np.asarray(whole) > 0, least=250 * self.unit**2)
+        hulls = self._named(self._rows(sea.SHORE, 1))["wood"]
+        thick = Image.fromarray(hulls).convert("L").filter(ImageFilter.MinFilter(5))  # no outlines
+        return _count(
+            np.asarray(thick.filter(ImageFilter.MaxFilter(7))) > 0, least=150 * self.unit**2
+        )
 
     def sails(self) -> str:
-        below_the_lighthouse = country.SHORE + 10 * self.unit / self.height
+        below_the_lighthouse = sea.SHORE + 10 * self.unit / self.height
         return self._most(self._rows(below_the_lighthouse, 0.93))[0]
 
 
