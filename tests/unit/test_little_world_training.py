@@ -26,7 +26,7 @@ from majicflux.tools.little_world.supply import Gallery, Supply
 from majicflux.tools.little_world.train import STAGES, main, stages_to_run, train
 from majicflux.tools.little_world.vocabulary import write_tokenizers
 
-TOY_TRAINING = replace(Settings.quick(seconds=5), pictures=15, first=5, sheet_steps=1)
+TOY_TRAINING = replace(Settings.quick(seconds=5), workers=1, pictures=15, first=5, sheet_steps=1)
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ class Course:
             if math.isfinite(mean) and learner.healthy():
                 learner.keep()
             else:
-                log(f"{self.name}: there are values that are no numbers; back to the last good weights")
+                log(f"{self.name}: no number any more; back to the last good weights")
                 learner.take_back()
             total, count, pictures, logged = None, 0, 0, time.monotonic()
             if now - saved > save_every:
