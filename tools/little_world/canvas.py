@@ -32,6 +32,10 @@ def lit(colour: Colour, light: Colour) -> Colour:
     return tuple(x * y for x, y in zip(colour, light, strict=True))
 
 
+def brightened(image: Image.Image, times: float) -> Image.Image:
+    return image.point([min(255, int(v * times)) for v in range(256)] * 3)
+
+
 def gradient(size: tuple[int, int], top: Colour, bottom: Colour) -> Image.Image:
     part = np.linspace(0, 1, size[1])[:, None, None]
     column = np.asarray(top) * (1 - part) + np.asarray(bottom) * part
@@ -107,7 +111,7 @@ class Canvas:
         image = self.shapes.reduce(FINE)
         for reach in (radius, radius * 2.8):
             soft = self.light.filter(ImageFilter.GaussianBlur(reach / GLOW))
-            soft = soft.point(lambda v: min(255, int(v * strength)))
+            soft = brightened(soft, strength)
             image = ImageChops.screen(image, soft.resize(image.size, Image.Resampling.BILINEAR))
         return image
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .canvas import BLACK, WHITE, Canvas, Colour, mix, unit_of
+from .canvas import BLACK, WHITE, Canvas, Colour, Figure, brightened, mix, unit_of
 from .scenes import Scene
 
 NEON: dict[str, Colour] = {
@@ -55,8 +55,9 @@ class Street:
     horizon: int
 
     @property
-    def lights(self) -> list[Colour]:
-        return [NEON[name] for name in self.scene.neon]
+    def lights(self) -> tuple[Colour, Colour]:
+        one, other = self.scene.neon
+        return NEON[one], NEON[other]
 
     @property
     def tall(self) -> float:
@@ -93,7 +94,8 @@ def paint_city(scene: Scene, r: random.Random, width: int, height: int) -> Image
             _sign(street, side, street.lights[(first + depth + (side > 0)) % 2], sign)
     for aside, row in r.sample(SLOTS, scene.flying_cars):
         x = street.across + (aside + r.uniform(-2, 2)) * unit
-        _flying_car(canvas, x, row * height + r.uniform(-2, 2) * unit, unit)
+        y = row * height + r.uniform(-2, 2) * unit
+        _flying_car(Figure(canvas, x, y, unit))
     image = canvas.finished(0.9 if scene.time == "night" else 0.55, 5 * unit)
     return _mirrored(image, street) if scene.wet else image
 
@@ -117,18 +119,15 @@ def _skyline(street: Street) -> None:
 
 def _landmark(street: Street) -> None:
     """A slim tower at the end of the street, with a board and stripes in the two lights."""
-    canvas, unit, time = street.canvas, street.unit, street.scene.time
-    board, stripe = street.lights
-    tall = 100 * unit * street.tall
-    x, y = street.across, street.horizon - tall
-    shade = mix(WALL[time], SKY[time][1], 0.25)
-    canvas.polygon([(x, y - 26 * unit), (x + 2 * unit, y), (x - 2 * unit, y)], shade)
-    canvas.box(x - 11 * unit, y, 22 * unit, tall, shade)
-    box = (x - 7 * unit, y + 5 * unit, 14 * unit, 20 * unit)
-    canvas.box(*box, mix(board, shade, 0.2), mix(board, BLACK, 0.3))
+    wall, low = WALL[street.scene.time], SKY[street.scene.time][1]
+    shade, (board, stripe) = mix(wall, low, 0.25), street.lights
+    tall = 100 * street.tall
+    top = Figure(street.canvas, street.across, street.horizon - tall * street.unit, street.unit)
+    top.polygon([(0, -26), (2, 0), (-2, 0)], shade)
+    top.box(-11, 0, 22, tall, shade)
+    top.box(-7, 5, 14, 20, mix(board, shade, 0.2), mix(board, BLACK, 0.3))
     for n in range(4):
-        row = (x - 7 * unit, y + (31 + 9 * n) * unit, 14 * unit, 3 * unit)
-        canvas.box(*row, mix(stripe, shade, 0.35), mix(stripe, BLACK, 0.6))
+        top.box(-7, 31 + 9 * n, 14, 3, mix(stripe, shade, 0.35), mix(stripe, BLACK, 0.6))
 
 
 def _tower(street: Street, side: int, depth: int, tower: tuple[float, float, float]) -> None:
@@ -189,45 +188,37 @@ def _ground_of(street: Street) -> list[tuple[float, float]]:
 
 def _sign(street: Street, side: int, light: Colour, sign: tuple[float, ...]) -> None:
     """A lit board that sticks out of the wall, with dark bars for its letters."""
-    canvas, unit = street.canvas, street.unit
-    wide, tall = sign[1] * unit, sign[2] * unit
-    x, y = street.point(side, sign[0], sign[3] * street.tall)
-    x -= wide if side > 0 else 0
-    canvas.box(x, y, wide, tall, light, light, round_by=wide * 0.2)
+    out, wide, tall, up = sign
+    board = Figure(street.canvas, *street.point(side, out, up * street.tall), street.unit, -side)
+    board.box(0, 0, wide, tall, light, light, round_by=wide * 0.2)
     for n in range(3):
-        bar = (x + wide * 0.26, y + tall * (0.12 + 0.28 * n), wide * 0.48, tall * 0.17)
-        canvas.box(*bar, mix(light, (10, 0, 30), 0.75))
+        bar = (wide * 0.26, tall * (0.12 + 0.28 * n), wide * 0.48, tall * 0.17)
+        board.box(*bar, mix(light, (10, 0, 30), 0.75))
 
 
-def _flying_car(canvas: Canvas, x: float, y: float, unit: float) -> None:
-    """42 by 18 units around (x, y), looking right: a car whose wheels are jets."""
-
-    def shape(points: list[tuple[float, float]], colour: Colour) -> None:
-        canvas.polygon([(x + dx * unit, y + dy * unit) for dx, dy in points], colour)
-
-    shape([(-14, -1), (-9, -9), (7, -9), (14, -1)], HULL)
-    shape([(-10.5, -2), (-7.5, -7), (-1.5, -7), (-1.5, -2)], GLASS)
-    shape([(0.5, -2), (0.5, -7), (6, -7), (10.5, -2)], GLASS)
-    canvas.box(x - 21 * unit, y - 2.5 * unit, 42 * unit, 8 * unit, HULL, round_by=3 * unit)
+def _flying_car(car: Figure) -> None:
+    """42 by 18 units, looking right: a car whose wheels are jets."""
+    car.polygon([(-14, -1), (-9, -9), (7, -9), (14, -1)], HULL)
+    car.polygon([(-10.5, -2), (-7.5, -7), (-1.5, -7), (-1.5, -2)], GLASS)
+    car.polygon([(0.5, -2), (0.5, -7), (6, -7), (10.5, -2)], GLASS)
+    car.box(-21, -2.5, 42, 8, HULL, round_by=3)
     for left in (-15, 5):
-        canvas.box(x + left * unit, y + 5.5 * unit, 10 * unit, 3 * unit, JET, (50, 150, 190))
-    canvas.oval(
-        x + 19.5 * unit, y + 0.5 * unit, 2 * unit, 2 * unit, (255, 236, 150), (180, 160, 90)
-    )
-    canvas.oval(x - 19.5 * unit, y + 0.5 * unit, 2 * unit, 2 * unit, (255, 60, 50), (160, 20, 20))
+        car.box(left, 5.5, 10, 3, JET, (50, 150, 190))
+    car.oval(19.5, 0.5, 2, 2, (255, 236, 150), (180, 160, 90))
+    car.oval(-19.5, 0.5, 2, 2, (255, 60, 50), (160, 20, 20))
 
 
 def _mirrored(image: Image.Image, street: Street) -> Image.Image:
     """The same street when it is wet: its ground shows what stands above it, upside down."""
     width, height = image.size
-    horizon = round(street.horizon)
+    horizon = street.horizon
     depth = height - horizon
     above = image.crop((0, max(0, horizon - 2 * depth), width, horizon))
     above = above.transpose(Image.Transpose.FLIP_TOP_BOTTOM).resize((width, depth))
     above = above.filter(ImageFilter.BoxBlur((1.5, 5)))
-    dull = image.crop((0, horizon, width, height)).point(lambda v: int(v * 0.7))
+    dull = image.crop((0, horizon, width, height))
     wet = image.copy()
-    wet.paste(ImageChops.add(dull, above.point(lambda v: int(v * 0.72))), (0, horizon))
+    wet.paste(ImageChops.add(brightened(dull, 0.7), brightened(above, 0.72)), (0, horizon))
     mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).polygon(_ground_of(street), 255)
     return Image.composite(wet, image, mask)

@@ -25,7 +25,8 @@ HUES = {name: colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for name, rgb in c
 def read_back(picture: Pixels, kind: str) -> dict[str, str | int | frozenset[str]]:
     """Attributes of `Scene` by name, as far as they can be read from a picture of this kind.
 
-    `neon` is a set, and `car` is empty where there is none. Snow lies on the ground in winter.
+    `neon` is a set, and a colour is empty where the thing is not there. Snow lies on the ground in
+    winter.
     """
     if kind == "city":
         return {
@@ -33,7 +34,7 @@ def read_back(picture: Pixels, kind: str) -> dict[str, str | int | frozenset[str
             "neon": _neon(picture),
             "flying_cars": _flying_cars(picture),
         }
-    seen = Country(picture, kind)
+    seen = CountryPicture(picture, kind)
     found: dict[str, str | int | frozenset[str]] = {"time": seen.time, "season": seen.season}
     if kind == "sea":
         return {**found, "boats": seen.boats(), "sails": seen.sails()}
@@ -69,7 +70,7 @@ def _flying_cars(picture: Pixels) -> int:
     return _count(pale, least=90 * unit_of(picture.shape[1], len(picture)) ** 2)
 
 
-class Country:
+class CountryPicture:
     """A picture of the country; its rows are told as parts of the height."""
 
     def __init__(self, picture: Pixels, kind: str):
@@ -119,11 +120,14 @@ class Country:
         nearest = np.square(away).sum(3).argmin(2)
         return {name: nearest == n for n, name in enumerate(colours)}
 
-    def _most(self, pixels: Pixels) -> tuple[str, int]:
-        """The paint that most pixels have, and how many these are."""
+    def _most(self, pixels: Pixels, least: float = 150) -> tuple[int, str]:
+        """How many pixels the most frequent paint has, and its name if these are enough.
+
+        least: square units of it.
+        """
         named = self._named(pixels)
-        paint = max(country.PAINT, key=lambda name: named[name].sum())
-        return paint, int(named[paint].sum())
+        most, paint = max((int(named[name].sum()), name) for name in country.PAINT)
+        return most, paint if most > least * self.unit**2 else ""
 
     def _house_columns(self, place: str) -> slice:
         half = meadow.HALF_HOUSE * self.unit
@@ -131,18 +135,16 @@ class Country:
         return slice(max(0, round(middle - half)), round(middle + half))
 
     def house(self) -> tuple[str, str]:
-        """Its colour and its place, which is where the most of any paint is."""
+        """Its colour, and its place, which is where the most of any paint is."""
         foot = meadow.HOUSE_FOOT
         walls = self._rows(foot - 36 * self.unit / self.height, foot)
         found = {place: self._most(walls[:, self._house_columns(place)]) for place in PLACES}
-        place = max(PLACES, key=lambda place: found[place][1])
-        return found[place][0], place
+        place = max(PLACES, key=lambda place: found[place])
+        return found[place][1], place
 
     def car(self) -> str:
-        """Its colour, or nothing."""
         wheels, up = meadow.WHEELS, self.unit / self.height
-        paint, pixels = self._most(self._rows(wheels - 15 * up, wheels - 3 * up))
-        return paint if pixels > 200 * self.unit**2 else ""
+        return self._most(self._rows(wheels - 15 * up, wheels - 3 * up))[1]
 
     def trees(self, house: str) -> int:
         """How many stretches of columns have crowns in them, beside the house."""
@@ -157,13 +159,12 @@ class Country:
         """By their hulls."""
         hulls = self._named(self._rows(sea.SHORE, 1))["wood"]
         thick = Image.fromarray(hulls).convert("L").filter(ImageFilter.MinFilter(5))  # no outlines
-        return _count(
-            np.asarray(thick.filter(ImageFilter.MaxFilter(7))) > 0, least=150 * self.unit**2
-        )
+        whole = np.asarray(thick.filter(ImageFilter.MaxFilter(11))) > 0
+        return _count(whole, least=200 * self.unit**2)
 
     def sails(self) -> str:
         below_the_lighthouse = sea.SHORE + 10 * self.unit / self.height
-        return self._most(self._rows(below_the_lighthouse, 0.93))[0]
+        return self._most(self._rows(below_the_lighthouse, 0.95), least=50)[1]
 
 
 def _calm(picture: Pixels, size: int) -> Pixels:

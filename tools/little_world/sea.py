@@ -11,7 +11,7 @@ from .scenes import Scene
 NEAR, FAR = (24, 112, 156), (92, 172, 200)  # the water
 SHORE = 0.57  # of the height
 # Parts of width and height where a boat can be; a lighthouse takes the place of one behind.
-BOAT_SLOTS = ((0.17, 0.69), (0.5, 0.69), (0.83, 0.69), (0.33, 0.92), (0.67, 0.92))
+BOAT_SLOTS = ((0.17, 0.7), (0.5, 0.7), (0.83, 0.7), (0.33, 0.93), (0.67, 0.93))
 
 
 def paint_sea(scene: Scene, r: random.Random, width: int, height: int) -> Image.Image:

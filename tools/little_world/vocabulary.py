@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...loaders.tokenizers import CLIP_TOKENIZER, PADDING_ROWS, T5_TOKENIZER, load_tokenizer
 from .captions import caption, phrases
 from .scenes import draw_scene
 
-CLIP_FOLDER, T5_FOLDER = "tokenizer", "tokenizer_2"
 CLIP_ROWS, T5_ROWS = 1024, 512
 CLIP_LENGTH, T5_LENGTH = 77, 64  # tokens in training; the pack fills up T5's to 512
 SAMPLES = 8000  # scenes that are told of to find every word
@@ -26,13 +26,12 @@ PAD, END, UNKNOWN = 0, 1, 2  # T5's
 
 
 class Words:
-    """Prompt -> ids, as the pack makes them."""
+    """Prompt -> ids, as the pack makes them, from the files of `write_tokenizers`."""
 
     def __init__(self, folder: Path):
-        from transformers import CLIPTokenizer, T5TokenizerFast
-
-        self.clip = CLIPTokenizer.from_pretrained(str(folder / CLIP_FOLDER), local_files_only=True)
-        self.t5 = T5TokenizerFast.from_pretrained(str(folder / T5_FOLDER), local_files_only=True)
+        beside = folder / "model.safetensors"  # which need not be there
+        self.clip = load_tokenizer(CLIP_TOKENIZER, beside, CLIP_ROWS, bundled=None)
+        self.t5 = load_tokenizer(T5_TOKENIZER, beside, T5_ROWS, bundled=None)
         self._start, self._end = self.clip("").input_ids
 
     def __call__(self, prompt: str, length: int = T5_LENGTH) -> tuple[list[int], list[int]]:
@@ -48,8 +47,8 @@ class Words:
 
 def write_tokenizers(folder: Path) -> None:
     """The same files at every call."""
-    _write_t5(folder / T5_FOLDER)
-    _write_clip(folder / CLIP_FOLDER)
+    _write_t5(folder / T5_TOKENIZER.folder)
+    _write_clip(folder / CLIP_TOKENIZER.folder)
 
 
 def _words() -> tuple[set[str], set[str]]:
@@ -77,7 +76,7 @@ def _write_t5(folder: Path) -> None:
         *sorted(chinese),
     ]
     scored = [*((piece, 0.0) for piece in special), *((piece, -2.0) for piece in pieces)]
-    if not T5_ROWS - 128 < len(scored) <= T5_ROWS:  # 128: see loaders/tokenizers.py
+    if not T5_ROWS - PADDING_ROWS < len(scored) <= T5_ROWS:
         raise ValueError(f"{len(scored)} pieces do not fit {T5_ROWS} rows")
     folder.mkdir(parents=True, exist_ok=True)
     Tokenizer(models.Unigram(scored, unk_id=UNKNOWN)).save(str(folder / "tokenizer.json"))
