@@ -24,7 +24,7 @@ from .settings import SHARES, Settings
 from .style_stage import train_style
 from .supply import Supply
 from .vae_stages import train_decoder, train_vae
-from .vocabulary import CLIP_FOLDER, write_tokenizers
+from .vocabulary import write_tokenizers
 from .workshop import Workshop
 
 RESERVE = 0.03  # share of the seconds, for what stands between the steps
@@ -77,7 +77,7 @@ def train(folder: Path, settings: Settings, only: str = "") -> None:
         log("everything is there")
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads do not survive the fork
-    if not (folder / CLIP_FOLDER).exists():
+    if not (folder / "tokenizer").exists():
         write_tokenizers(folder)
     given = (settings.sizes, SHARES, settings.pictures, settings.workers, folder)
     supply = Supply(*given)
