@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from majicflux.engine.quant.formats import FLOAT32, uniform
 from majicflux.loaders.demo_models import DIT_FILE, unpacked, write_demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.tools.little_world import learner as learning
+from majicflux.tools.little_world import supply as drawing
 from majicflux.tools.little_world.learner import Course, Learner
 from majicflux.tools.little_world.lora import RANK, adapt, kohya_tensors
 from majicflux.tools.little_world.models import TOY, TRAINED, LittleFlux
@@ -27,6 +29,14 @@ from majicflux.tools.little_world.train import STAGES, main, stages_to_run, trai
 from majicflux.tools.little_world.vocabulary import write_tokenizers
 
 TOY_TRAINING = replace(Settings.quick(seconds=5), workers=1, pictures=15, first=5, sheet_steps=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_important_as_others() -> Iterator[None]:
+    """What draws does not wait until a busy machine has nothing else to do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "NICENESS", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +181,6 @@ def test_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_scene_that_cannot_be_drawn_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from majicflux.tools.little_world import supply as drawing
-
     paint = drawing.paint
 
     def paint_some(scene, r, width, height):
