@@ -28,6 +28,7 @@ from majicflux.tools.little_world.supply import Gallery, Supply
 from majicflux.tools.little_world.train import STAGES, main, stages_to_run, train
 from majicflux.tools.little_world.vocabulary import write_tokenizers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOY_TRAINING = replace(Settings.quick(seconds=5), workers=1, pictures=15, first=5, sheet_steps=1)
 
 
@@ -69,7 +70,6 @@ def test_a_second_call_does_nothing(trained: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_command_finds_everything_there(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
