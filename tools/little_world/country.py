@@ -37,7 +37,7 @@ SKY = {  # top and horizon, of each time: in the clear, and where it rains or sn
 LIGHT = {"day": (255, 236, 120), "sunset": (255, 124, 66), "night": (250, 244, 214)}
 CLOUD = {"day": (250, 250, 252), "sunset": (236, 190, 190), "night": (92, 100, 140)}
 LAND_LIGHT = {"day": (1, 1, 1), "sunset": (0.9, 0.78, 0.82), "night": (0.44, 0.48, 0.72)}
-THING_LIGHT = {"day": (1, 1, 1), "sunset": (1, 0.91, 0.87), "night": (0.74, 0.74, 0.9)}
+THING_LIGHT = {"day": (1, 1, 1), "sunset": (1, 0.91, 0.87), "night": (0.84, 0.82, 0.94)}
 HORIZON = 0.52  # of the height
 
 
@@ -107,6 +107,8 @@ def _sky(country: Country) -> None:
             place = r.random() * width, r.random() * height * 0.4
             canvas.oval(*place, size, size, (226, 230, 250))
     slots = [0.14, 0.38, 0.62, 0.86]
+    if scene.lighthouse:
+        slots.remove(0.14 if scene.place == "left" else 0.86)
     r.shuffle(slots)
     if scene.light:
         y = height * (0.27 if scene.time == "sunset" else 0.15)
