@@ -61,7 +61,7 @@ def test_every_file_says_what_it_is(path: Path) -> None:
 def test_every_folder_is_a_room_and_a_package() -> None:
     found = {name_of(path.parent) for path in FILES if path.name == "__init__.py"} - {"."}
     there = {name_of(path.parent) for n in ("*", "*/*") for path in ROOT.glob(f"{n}/__init__.py")}
-    assert found == there - {"benchmarks", "tools", "tools/little_world"}
+    assert found == there - {"benchmarks"}
     assert {name_of(path.parent) for path in FILES} == {*found, "."}
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (listed,) = re.findall(r"^packages = (\[.*?\])", project, re.DOTALL | re.MULTILINE)
