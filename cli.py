@@ -24,7 +24,7 @@ from .nodes import NODES
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
 DEMO_FOLDER = Path("majicflux-demo")
-DEMO_SIDE = 256
+DEMO_SIZE = (256, 256)  # that the demo models know best
 MOST = 1_000_000  # that any number of an option may be
 
 
@@ -49,6 +49,8 @@ class _Unheard:
 
 def main(arguments: list[str] | None = None) -> int:
     _open_streams()
+    # Threads of PyTorch that spin while they wait take the processor from those they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # a console may lack characters that are printed
         sys.stdout.reconfigure(errors="replace")
@@ -103,13 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", parents=[common], help="paint with small random models, to see that all works"
+        "demo", parents=[common], help="paint with the toy models that come with the pack"
     )
+    demo.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="what to paint, in English or Chinese, such as 'a red house by day, falling snow'",
+    )
+    demo.add_argument("--seed", type=int, metavar="N", help="another one, another picture")
+    demo.add_argument("--size", type=_size, default=DEMO_SIZE, metavar="WIDTHxHEIGHT")
     demo.add_argument("--workflow", type=Path, default=DEMO_WORKFLOW, help="API-format JSON")
     demo.set_defaults(command=_demo)
 
     models = commands.add_parser(
-        "demo-models", parents=[common], help="write the small random models into a folder"
+        "demo-models", parents=[common], help="write these toy models as files for ComfyUI"
     )
     models.add_argument("folder", type=Path)
     models.set_defaults(command=_demo_models)
@@ -265,34 +274,50 @@ def _cache(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .loaders.demo_models import write_demo_models
-
-    models = DEMO_FOLDER / "models"
-    if not models.is_dir():
-        print(say("Writing small random models to {folder} ...", folder=models))
-        partial = DEMO_FOLDER / "models.part"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
-        write_demo_models(partial)
-        partial.rename(models)
     graph = _read_graph(options.workflow)
+    width, height = options.size
+    chosen = {"prompt": options.prompt, "seed": options.seed, "width": width, "height": height}
     for node in graph.values():
-        for name in ("width", "height"):
-            if name in node["inputs"]:
-                node["inputs"][name] = DEMO_SIDE
-    _paint(options.workflow, graph, models, DEMO_FOLDER / "output", DEMO_FOLDER / "input")
+        for name, value in chosen.items():
+            given = node["inputs"].get(name)
+            if value is not None and given is not None and not isinstance(given, list):
+                node["inputs"][name] = value
+    models = _models_of_the_demo()
+    folders = (DEMO_FOLDER / "output", DEMO_FOLDER / "input")
+    for path in _paint(options.workflow, graph, models, *folders):
+        print(say("The picture: {path}", path=path))
+    program = Path(sys.executable).parent / "majicflux"
     print(
         "",
         say(
-            "The weights of this demo are random, so the picture is noise; that it is there shows "
-            "that everything works."
+            "A toy model painted it, which knows a little world only: neon cities, houses, trees, "
+            "hills, snow, the sea with boats, sun and moon. Tell it what to paint, in English or "
+            "Chinese:"
         ),
+        f"  {program} demo --prompt TEXT",
+        "",
         say(
-            "For a real picture, download the four model files that the README names into a "
-            "models folder, then:"
+            "For pictures of everything else, download the real models, which take 34 GB of disk, "
+            "and run the same workflow with them:"
         ),
-        f"  {Path(sys.executable).parent / 'majicflux'} run {options.workflow} --models FOLDER",
+        f"  {program} download all --models FOLDER",
+        f"  {program} run {options.workflow} --models FOLDER",
         sep="\n",
     )
+
+
+def _models_of_the_demo() -> Path:
+    """A folder with the toy models, written where this is the first demo with these weights."""
+    from .loaders.demo_models import edition, write_demo_models
+
+    models = DEMO_FOLDER / f"models-{edition()}"
+    if not models.is_dir():
+        print(say("Writing the toy models to {folder} ...", folder=models), flush=True)
+        partial = models.with_suffix(".part")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+        write_demo_models(partial)
+        partial.rename(models)
+    return models
 
 
 def _demo_models(options: argparse.Namespace) -> None:
@@ -300,7 +325,19 @@ def _demo_models(options: argparse.Namespace) -> None:
 
     for path in write_demo_models(options.folder):
         print(path)
-    print(say("These weights are random: they paint noise."))
+    print(
+        "",
+        say(
+            "These are toy models of a little world, not the real ones whose names they have. If "
+            "{folder} is not the models folder of ComfyUI, copy what is in it there. Then open a "
+            "template of MajicFlux, set the size to {width} x {height}, and press Run.",
+            folder=options.folder,
+            width=DEMO_SIZE[0],
+            height=DEMO_SIZE[1],
+        ),
+        say("Delete these files before you download the real ones, which have the same names."),
+        sep="\n",
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -337,7 +374,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     graph = _read_graph(options.workflow)
-    _paint(options.workflow, graph, options.models, options.output, options.input, options.set)
+    folders = (options.output, options.input)
+    for path in _paint(options.workflow, graph, options.models, *folders, options.set):
+        print(path)
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -360,7 +399,8 @@ def _paint(
     output: Path,
     input_folder: Path,
     settings: Sequence[str] = (),
-) -> None:
+) -> list[Any]:
+    """Run the graph; returns the paths of its pictures."""
     standalone.models_folder = models
     metadata: dict[str, Any] = {"prompt": graph}
     ComfyNode.hidden.extra_pnginfo = metadata
@@ -373,9 +413,7 @@ def _paint(
         types = {key: node["class_type"] for key, node in graph.items()}
         if canvas is not None and types == node_types(canvas):
             metadata["workflow"] = with_values(canvas, graph, schemas)
-    for shown in run_graph(graph, classes):
-        for path in shown:
-            print(path)
+    return [path for shown in run_graph(graph, classes) for path in shown]
 
 
 def _canvas_of(workflow: Path) -> dict[str, Any] | None:

@@ -12,6 +12,8 @@ from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometr
 from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
+from . import random_models
+
 PREFIX = "model.diffusion_model."
 
 
@@ -35,14 +37,14 @@ def write_majicflus(
 def write_models(folder: Path, small: bool = False, sparse: bool = False) -> None:
     """All files of the documented graph under `folder`, 34 GB, random; those there are kept.
 
-    small: in the sizes of the demo models, but with a row for every token of the real vocabularies.
+    small: in the sizes of `random_models`, but with a row for every token of the real vocabularies.
     sparse: their headers alone are real.
     """
     clip, t5 = ClipGeometry(), T5Geometry()
-    dit = demo_models.DIT if small else FluxGeometry()
+    dit = random_models.DIT if small else FluxGeometry()
     if small:
-        clip = replace(demo_models.CLIP, vocabulary=clip.vocabulary)
-        t5 = replace(demo_models.T5, vocabulary=t5.vocabulary)
+        clip = replace(random_models.CLIP, vocabulary=clip.vocabulary)
+        t5 = replace(random_models.T5, vocabulary=t5.vocabulary)
     for file, layout, prefix in (
         (demo_models.DIT_FILE, flux_dit_layout(dit), PREFIX),
         (demo_models.CLIP_FILE, clip_layout(clip), ""),

@@ -2,8 +2,8 @@
 
 Full-size files without content are made in --folder (26 GB of disk for the prepared weights, which
 stay there). The graph runs in a process of its own, twice: the first converts the weights and
-keeps them, the second maps them. --quick takes the demo models. Linux only: told from RssAnon and
-RssShmem of /proc.
+keeps them, the second maps them. --quick takes small random models. Linux only: told from RssAnon
+and RssShmem of /proc.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 from majicflux.loaders import demo_models, tokenizers
 
+from . import random_models
 from .budget import Letters
 from .full_size import write_models
 from .table import Row, report
@@ -28,7 +29,7 @@ STEPS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the demo models, for any CPU")
+    parser.add_argument("--quick", action="store_true", help="small random models, for any CPU")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
     parser.add_argument("--budget", type=float, default=6.0, help="vram_budget_gb")
@@ -42,7 +43,7 @@ def main() -> None:
         if not chosen.quick:
             write_models(folder, sparse=True)
         elif not (folder / demo_models.DIT_FILE).exists():
-            demo_models.write_demo_models(folder)
+            random_models.write_random_models(folder)
         first, second = (_measured(folder, chosen.quick, chosen.budget) for _ in range(2))
     rows = [
         Row("anonymous memory, first run", first["anonymous"] / 1e9, "GB"),

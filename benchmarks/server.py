@@ -4,8 +4,8 @@ For each set of flags and each amount of memory left on the card by a second pro
 paints the documented graph without a budget and with several, and ComfyUI's own graph, each twice
 with new seeds. Then fresh servers paint their first picture: ours while it converts the weights,
 ours with prepared weights, ComfyUI's. --turns and --soak: see `turns.py`. Every prompt is printed
-as it ends. Needs ComfyUI (COMFYUI_PATH) and 34 + 22 GB in --scratch. --quick paints with the demo
-models on the CPU, where times and the card are not judged.
+as it ends. Needs ComfyUI (COMFYUI_PATH) and 34 + 22 GB in --scratch. --quick paints with small
+random models on the CPU, where times and the card are not judged.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def judged(paintings: Sequence[Painting], quick: bool = False) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the demo models on the CPU")
+    parser.add_argument("--quick", action="store_true", help="small random models on the CPU")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--scratch", type=Path, help="a folder for models and pictures, reused")
     parser.add_argument("--cards", help=f"GiB left of the card; default: {CARDS}, or {TURNS_CARDS}")

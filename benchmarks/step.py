@@ -30,10 +30,10 @@ from majicflux.engine.quant.compute import ComputePrecision, choose_compute
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.quantize import quantize_rows
-from majicflux.loaders.demo_models import random_tensors
 from majicflux.loaders.layouts import flux_dit_layout
 
 from .measuring import device_name, relative_error, wait_for
+from .random_models import random_tensors
 from .table import Row, options, report
 
 WARM_UP, STEPS = 3, 7

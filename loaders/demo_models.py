@@ -1,16 +1,20 @@
-"""A small set of random models in the real layouts, for a first try without downloads."""
+"""The demo models: small trained ones in the real layouts, for a first try without downloads.
 
-import json
-import math
+They know a little world of simple scenes, and ship with the pack in 8 bits. They are written as
+the four files that the workflows name, so that everything which reads real models reads them.
+"""
+
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from ..messages import say
-from .layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
+from .full_width_vae import widened
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 DIT_FILE = "diffusion_models/majicflus_v134.safetensors"
 CLIP_FILE = "text_encoders/clip_l.safetensors"
@@ -19,98 +23,93 @@ VAE_FILE = "vae/ae.safetensors"
 CLIP_TOKENIZER_FOLDER = "text_encoders/tokenizer"
 T5_TOKENIZER_FOLDER = "text_encoders/tokenizer_2"
 
-CLIP_VOCABULARY = 2 * 256 + 2  # each byte inside a word and at its end, start and end of text
-T5_VOCABULARY = 128  # three special pieces, the word mark and the letters of ASCII, padded
-
-CLIP = ClipGeometry(width=128, mlp_width=256, layers=3, vocabulary=CLIP_VOCABULARY)
-T5 = T5Geometry(width=192, mlp_width=256, layers=3, heads=3, vocabulary=T5_VOCABULARY)
-DIT = FluxGeometry(
-    hidden=256, double_blocks=2, single_blocks=4, text_width=T5.width, pooled_width=CLIP.width
-)
+LITTLE_WORLD = Path(__file__).parent / "little_world"
+WEIGHTS = "weights.safetensors"
+VALUES_PER_SCALE = 128
 
 
-def write_demo_models(folder: Path) -> list[Path]:
+def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
     """Write the four model files and two tokenizers under `folder`, in ComfyUI's subfolders.
 
-    Random weights, the same at every call, about 170 MB, most of it the VAE, which has one size.
-    The names are those of the shipped workflows, and a file that is there already is never
-    replaced: FileExistsError tells that `folder` may hold real models. Returns the files.
+    The same bytes at every call, about 190 MB, most of it the VAE, which has one size. The names
+    are those of the shipped workflows, and a file that is there already is never replaced:
+    FileExistsError tells that `folder` may hold real models. Returns the model files.
+
+    source: a folder with the weights in 8 bits and the two tokenizers.
     """
-    import torch
-
-    layouts: dict[str, Layout] = {
-        DIT_FILE: {f"model.diffusion_model.{k}": s for k, s in flux_dit_layout(DIT).items()},
-        CLIP_FILE: clip_layout(CLIP),
-        T5_FILE: t5_layout(T5),
-        VAE_FILE: vae_layout(),
-    }
-    paths = [folder / name for name in layouts]
+    models = [folder / name for name in (DIT_FILE, CLIP_FILE, T5_FILE, VAE_FILE)]
+    tokenizers = _tokenizers(folder, source)
+    paths = [*models, *tokenizers]
     for path in paths:
-        if path.exists():
-            raise FileExistsError(
-                say(
-                    "{path} exists already and may be a real model; choose an empty folder.",
-                    path=path,
-                )
-            )
-    for seed, (path, layout) in enumerate(zip(paths, layouts.values(), strict=True)):
-        _write(path, random_tensors(layout, seed, torch.bfloat16))
-    _write_clip_tokenizer(folder / CLIP_TOKENIZER_FOLDER)
-    _write_t5_tokenizer(folder / T5_TOKENIZER_FOLDER)
-    return paths
+        _require_absent(path)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for path, tensors in zip(models, _tensors(source / WEIGHTS), strict=True):
+        _save(tensors, _unfinished(path))
+    for path, original in tokenizers.items():
+        shutil.copyfile(original, _unfinished(path))
+    for path in paths:  # not before, so that no name stands for half a file or half a set
+        _unfinished(path).replace(path)
+    return models
 
 
-def random_tensors(layout: Layout, seed: int, dtype: "torch.dtype") -> dict[str, "torch.Tensor"]:
-    """Weights that keep the size of what passes through them, as trained ones do."""
-    import torch
+def edition(source: Path = LITTLE_WORLD) -> str:
+    """Eight letters that tell these weights from those of another training."""
+    return sha256((source / WEIGHTS).read_bytes()).hexdigest()[:8]
 
-    generator = torch.Generator().manual_seed(seed)
+
+def unpacked(packed: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """float32 from 8 bits: each 128 values of NAME in their order share a scale of `NAME:scale`.
+
+    Tensors without scales, vectors, are float16.
+    """
     tensors = {}
-    for name, shape in layout.items():
-        if len(shape) == 1:
-            is_norm = "norm" in name and not name.endswith("bias")
-            tensor = torch.full(shape, 1.0 if is_norm else 0.0)
-            tensor += 0.02 * torch.randn(shape, generator=generator)
-        else:
-            fan_in = math.prod(shape[1:])
-            tensor = torch.randn(shape, generator=generator) / math.sqrt(fan_in)
-        tensors[name] = tensor.to(dtype)
+    for name, tensor in packed.items():
+        if name.endswith(":scale"):
+            continue
+        tensors[name] = tensor.float()
+        if f"{name}:scale" in packed:
+            scales = packed[f"{name}:scale"].float().repeat_interleave(VALUES_PER_SCALE)
+            tensors[name] *= scales[: tensor.numel()].view(tensor.shape)
     return tensors
 
 
-def _write(path: Path, tensors: dict[str, "torch.Tensor"]) -> None:
+def _tensors(weights: Path) -> "Iterator[dict[str, Tensor]]":
+    """Those of each model file, float32."""
+    from safetensors.torch import load_file
+
+    tensors = unpacked(load_file(weights))
+    dit, clip, t5, vae = (_part(tensors, f"{name}.") for name in ("dit", "clip", "t5", "vae"))
+    yield {f"model.diffusion_model.{name}": tensor for name, tensor in dit.items()}
+    yield clip
+    yield t5
+    yield widened(vae)
+
+
+def _part(tensors: "dict[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _tokenizers(folder: Path, source: Path) -> dict[Path, Path]:
+    """Where under `folder` each file of `source` goes."""
+    places = (folder / CLIP_TOKENIZER_FOLDER, folder / T5_TOKENIZER_FOLDER)
+    originals = ((place, file) for place in places for file in (source / place.name).iterdir())
+    return {place / original.name: original for place, original in originals}
+
+
+def _require_absent(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(
+            say("{path} exists already and may be a real model; choose an empty folder.", path=path)
+        )
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _save(tensors: "dict[str, Tensor]", path: Path) -> None:
+    import torch
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial)
-    partial.replace(path)  # so that a name never stands for half a file
-
-
-def _write_clip_tokenizer(folder: Path) -> None:
-    """CLIP's byte-level BPE without a single merge: every byte is a token."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    # CLIP pools at the highest id, so the end of the text must come last.
-    vocabulary = [*words, "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = {token: index for index, token in enumerate(vocabulary)}
-    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP.positions}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def _write_t5_tokenizer(folder: Path) -> None:
-    """T5's SentencePiece model with single letters only; like the real one it knows no Chinese."""
-    from tokenizers import Tokenizer, models
-
-    special = ["<pad>", "</s>", "<unk>"]
-    letters = ["\u2581", *(chr(code) for code in range(0x21, 0x7F))]  # word mark, printable ASCII
-    pieces = [*((token, 0.0) for token in special), *((letter, -2.0) for letter in letters)]
-    folder.mkdir(parents=True, exist_ok=True)
-    Tokenizer(models.Unigram(pieces, unk_id=2)).save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)

@@ -1,6 +1,6 @@
 """Names and shapes of the tensors in the real model files.
 
-They are what the loaders demand of a file and what the demo models are made of. At full size
+They are what the loaders demand of a file and what demo and random models are made of. At full size
 their key-and-shape hash is the one by which DiffSynth knows the real files (see the tests).
 """
 

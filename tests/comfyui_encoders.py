@@ -1,4 +1,4 @@
-"""ComfyUI's own text encoders with the weights of the demo models, in float32."""
+"""ComfyUI's own text encoders with the weights of the random models, in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from majicflux.benchmarks.random_models import CLIP, T5
 from majicflux.loaders import demo_models
-from majicflux.loaders.demo_models import CLIP, T5
 
 FLOAT = torch.float32
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from comfyui_server import Server
 from file_layouts import Tensors
+from majicflux.benchmarks import random_models
 from majicflux.engine.flux.text_encoders import TextEncoders
 from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.flux.vae import VAE
@@ -59,7 +60,7 @@ def build_pipeline(
     device: torch.device = CPU,
     budget_bytes: int | None = None,
 ) -> Pipeline:
-    """The demo models as a pipeline, every component on `device`."""
+    """The random models as a pipeline, every component on `device`."""
     clip_path, t5_path = models / demo_models.CLIP_FILE, models / demo_models.T5_FILE
     dit_weights, geometry = load_flux_dit(models / demo_models.DIT_FILE, precision)
     text_weights = load_text_encoders(clip_path, t5_path, dtype)
@@ -83,15 +84,15 @@ def build_pipeline(
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo models, in ComfyUI's subfolders."""
+    """A folder with small random models, in ComfyUI's subfolders."""
     folder = tmp_path_factory.mktemp("models")
-    demo_models.write_demo_models(folder)
+    random_models.write_random_models(folder)
     return folder
 
 
 @pytest.fixture
 def plain(models: Path) -> Tensors:
-    """The demo transformer under the names of Black Forest Labs."""
+    """Its transformer under the names of Black Forest Labs."""
     tensors = load_file(models / demo_models.DIT_FILE)
     return {name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()}
 
@@ -146,7 +147,7 @@ def make_pipeline(models: Path):
 
 @pytest.fixture(scope="session")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI with the pack and the demo models."""
+    """A running ComfyUI with the pack and the random models."""
     comfyui = Path(os.environ["COMFYUI_PATH"])
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), models)
     yield server

@@ -27,6 +27,7 @@ ORDER = [
     ["lab"],
     ["nodes"],
     ["cli.py", "__init__.py"],
+    ["tools"],
 ]
 LINE = {room: line for line, rooms in enumerate(ORDER) for room in rooms}
 FOLDERS = [ROOT / room for room in LINE if not room.endswith(".py")]

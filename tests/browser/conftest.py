@@ -44,7 +44,7 @@ def newest(request: pytest.FixtureRequest) -> bool:
 def server(
     newest: bool, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A running ComfyUI with the pack and the demo models."""
+    """A running ComfyUI with the pack and the random models."""
     flags = ["--cpu", *(["--front-end-root", str(NEWEST_CANVAS)] if newest else [])]
     server = Server(Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("c"), models, flags)
     yield server

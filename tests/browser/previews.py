@@ -67,8 +67,7 @@ def main() -> None:
                 picture.save(server.base / "input" / "example.png")
                 server.post("/free", {"unload_models": True, "free_memory": True})
                 page = opened(browser, server)
-                with server.real_vocabularies():
-                    photograph(page, name)
+                photograph(page, name)
                 page.close()
     finally:
         server.stop()

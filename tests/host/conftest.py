@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from comfyui_server import Server
-from majicflux.loaders.demo_models import write_demo_models
+from majicflux.benchmarks.random_models import write_random_models
 
 INSIDE = Path(__file__).parent / "inside"
 IN_COMFYUI = "comfy.cli_args" in sys.modules  # this process is such a server
@@ -22,7 +22,7 @@ def runs_elsewhere(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session")
 def server_inside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("inside")
-    write_demo_models(folder / "models")  # to these tests the fixture `models` is the server's
+    write_random_models(folder / "models")  # to these tests the fixture `models` is the server's
     comfyui = Path(os.environ["COMFYUI_PATH"])
     server = Server(comfyui, folder / "base", folder / "models", runs_tests=True)
     yield server

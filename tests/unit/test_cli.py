@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -30,24 +31,38 @@ def majicflux(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
 
 
-def test_demo_paints_offline_and_says_that_it_is_noise(tmp_path: Path) -> None:
-    half = tmp_path / "majicflux-demo" / "models.part" / demo_models.DIT_FILE
-    half.parent.mkdir(parents=True)
-    half.write_bytes(b"half")  # as a run that was stopped leaves it
+def painted(demo: subprocess.CompletedProcess) -> Path:
+    """The picture that it says it has painted."""
+    assert demo.returncode == 0, demo.stderr
+    lines = (line.partition("The picture: ") for line in demo.stdout.splitlines())
+    return Path(next(path for _, said, path in lines if said))
+
+
+def test_demo_paints_a_city_offline_and_says_that_it_is_a_toy(tmp_path: Path) -> None:
+    half = f"models-{demo_models.edition()}.part/{demo_models.DIT_FILE}"
+    left = tmp_path / "majicflux-demo" / half
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")  # as a run that was stopped leaves it
     done = majicflux(tmp_path, "demo")
-    assert done.returncode == 0, done.stderr
-    assert not half.exists()
-    assert "weights of this demo are random" in done.stdout
-    path = Path(next(line for line in done.stdout.splitlines() if line.endswith(".png")))
-    with Image.open(path) as picture:
+    with Image.open(painted(done)) as picture:
         assert picture.size == (256, 256)
         prompt, workflow = (json.loads(picture.text[key]) for key in ("prompt", "workflow"))
+        values = np.asarray(picture, dtype=np.float32)
+    assert not left.parent.parent.exists()
+    assert "A toy model painted it" in done.stdout
+    assert values.mean() < 100 < values.max() - 100, "a night with lights in it"
+    assert np.abs(np.diff(values, axis=0)).mean() < 10, "no noise"
     assert prompt["5"]["inputs"]["width"] == 256
     sample = next(node for node in workflow["nodes"] if node["type"] == "MajicFluxSample")
     assert 256 in sample["widgets_values"]
-    again = majicflux(tmp_path, "demo", "--workflow", WORKFLOW)
-    assert "_00002_.png" in again.stdout
+    words = ("--prompt", "一座红色的房子", "--seed", "5", "--size", "64x48")
+    again = majicflux(tmp_path, "demo", "--workflow", WORKFLOW, *words)
     assert "Writing" not in again.stdout
+    assert painted(again).name.endswith("_00002_.png")
+    with Image.open(painted(again)) as other:
+        inputs = json.loads(other.text["prompt"])["5"]["inputs"]
+        assert other.size == (64, 48)
+    assert (inputs["prompt"], inputs["seed"]) == ("一座红色的房子", 5)
 
 
 def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> None:
@@ -257,6 +272,8 @@ def test_prepared_weights_are_listed_and_cleared(models: Path, tmp_path: Path) -
 def test_demo_models_are_written_once(tmp_path: Path) -> None:
     first = majicflux(tmp_path, "demo-models", "set")
     assert first.returncode == 0, first.stderr
+    assert f"set/{demo_models.VAE_FILE}\n" in first.stdout
+    assert "not the real ones whose names they have" in first.stdout
     assert (tmp_path / "set" / demo_models.VAE_FILE).is_file()
     second = majicflux(tmp_path, "demo-models", "set")
     assert second.returncode == 1

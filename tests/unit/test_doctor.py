@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from majicflux.benchmarks import random_models
 from majicflux.downloads.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
 from majicflux.engine.allocator import Allocator
 from majicflux.engine.kernels import dispatch
@@ -89,7 +90,7 @@ def test_a_file_that_no_loader_takes_does_not_count(folder: Path) -> None:
     for name in ("a", "b"):
         (folder / f"vae/{name}.safetensors").write_bytes(b"PK\x03\x04")
     (folder / "vae/gone.safetensors").symlink_to(folder / "nothing")
-    demo_models.write_demo_models(folder.parent / "demo")
+    random_models.write_random_models(folder.parent / "demo")
     t5 = folder / "vae/t5.safetensors"
     (folder.parent / "demo" / demo_models.T5_FILE).rename(t5)
     found = parts(diagnosis())["models"]

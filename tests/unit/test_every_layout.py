@@ -22,6 +22,7 @@ from file_layouts import (
     to_diffusers,
     vae_to_diffusers,
 )
+from majicflux.benchmarks import random_models
 from majicflux.engine.kernels.hadamard import rotate
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.run.pipeline import Pipeline
@@ -227,7 +228,7 @@ def test_a_clip_in_other_names(models: Path, saved, written: str, prefix: str) -
 def test_a_clip_as_transformers_saves_it(models: Path, tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    g = demo_models.CLIP
+    g = random_models.CLIP
     config = CLIPTextConfig(
         vocab_size=g.vocabulary, hidden_size=g.width, intermediate_size=g.mlp_width,
         num_hidden_layers=g.layers, num_attention_heads=2,
@@ -360,7 +361,7 @@ def test_fewer_blocks_are_seen_in_the_names(plain: Tensors, saved) -> None:
 
 
 def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipeline) -> None:
-    wide = torch.zeros(demo_models.DIT.hidden, 384, dtype=torch.bfloat16)
+    wide = torch.zeros(random_models.DIT.hidden, 384, dtype=torch.bfloat16)
     weights, geometry = load_flux_dit(
         saved(plain | {"img_in.weight": wide}), PRECISIONS["float8_e4m3fn"]
     )

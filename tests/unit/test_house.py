@@ -104,13 +104,13 @@ def test_torch_is_no_requirement() -> None:
     assert not [line for line in lines if line.startswith("torch")]
 
 
-def test_the_package_has_its_workflows_translations_and_help_pages() -> None:
+def test_the_package_has_what_it_is_shipped_with() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (listed,) = re.findall(r"package-data\]\nmajicflux = (\[.*?\])", project, re.DOTALL)
     packaged = {path for pattern in ast.literal_eval(listed) for path in ROOT.glob(pattern)}
     there = {
         path
-        for folder in ("workflows", "locales", "web")
+        for folder in ("workflows", "locales", "web", "loaders/little_world")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }

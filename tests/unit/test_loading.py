@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from majicflux.benchmarks import random_models
 from majicflux.engine.quant import quantize as quantizing
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.host import standalone
@@ -38,7 +39,7 @@ def test_prefixed_and_unprefixed_files_load_alike(models: Path, tmp_path: Path) 
     plain = {n.removeprefix("model.diffusion_model."): t for n, t in load_file(prefixed).items()}
     one, geometry = load_flux_dit(prefixed, PRECISIONS["bfloat16"])
     other, other_geometry = load_flux_dit(dit_with(tmp_path, plain), PRECISIONS["bfloat16"])
-    assert geometry == other_geometry == demo_models.DIT
+    assert geometry == other_geometry == random_models.DIT
     theirs = parameters(other)
     assert all(torch.equal(p, theirs[name]) for name, p in parameters(one).items())
 
@@ -202,7 +203,7 @@ def test_loading_keeps_no_second_copy(models: Path) -> None:
 def test_a_tokenizer_with_another_vocabulary_is_passed_over(models: Path) -> None:
     """The demo's tokenizer lies beside the file, but a real T5 has 32128 entries."""
     t5 = models / demo_models.T5_FILE
-    assert load_tokenizer(T5_TOKENIZER, t5, demo_models.T5.vocabulary, None)
+    assert load_tokenizer(T5_TOKENIZER, t5, random_models.T5.vocabulary, None)
     with pytest.raises(ModelFileError, match=r"No T5 tokenizer with 32128 entries .* tokenizer_2"):
         load_tokenizer(T5_TOKENIZER, t5, 32128, None)
 
@@ -228,7 +229,7 @@ def test_a_damaged_tokenizer_is_named_or_works(models: Path, tmp_path: Path) -> 
     chance, said = Random(0), []
     for case in range(120):
         kind, geometry = chance.choice(
-            [(CLIP_TOKENIZER, demo_models.CLIP), (T5_TOKENIZER, demo_models.T5)]
+            [(CLIP_TOKENIZER, random_models.CLIP), (T5_TOKENIZER, random_models.T5)]
         )
         rows = geometry.vocabulary
         folder = tmp_path / str(case) / kind.folder
@@ -255,16 +256,8 @@ def test_tokenizers_come_from_the_comfyui_that_the_models_belong_to(
     assert standalone.t5_tokenizer_folder() == bundle
     assert standalone.clip_tokenizer_folder() is None
     alone = tmp_path / "models" / "text_encoders" / "t5.safetensors"
-    rows = demo_models.T5.vocabulary
+    rows = random_models.T5.vocabulary
     assert load_tokenizer(T5_TOKENIZER, alone, rows, standalone.t5_tokenizer_folder())
-
-
-def test_demo_models_never_replace_a_file(models: Path) -> None:
-    before = (models / demo_models.DIT_FILE).read_bytes()
-    with pytest.raises(FileExistsError, match="may be a real model"):
-        demo_models.write_demo_models(models)
-    assert (models / demo_models.DIT_FILE).read_bytes() == before
-    assert sum(p.stat().st_size for p in models.rglob("*") if p.is_file()) < 300e6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from majicflux.benchmarks import random_models
 from majicflux.engine.flux import model_sizes
 from majicflux.engine.flux.geometry import (
     VAE_DECODER,
@@ -27,12 +28,11 @@ from majicflux.engine.kernels.row_format import LIMITS
 from majicflux.engine.offload.weight_sizes import WeightSizes
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import FLOAT8, FLOAT8_UNSCALED, FLOAT32, PRECISIONS, uniform
-from majicflux.loaders import demo_models
 
 GEOMETRIES = [
     FluxGeometry(),
     FluxGeometry(guidance=False),
-    demo_models.DIT,
+    random_models.DIT,
     FluxGeometry(hidden=640, double_blocks=1, single_blocks=0, in_channels=384, pooled_width=33),
 ]
 # Those that are offered, float32, and each kind in a storage of its own.
@@ -71,7 +71,7 @@ def test_a_transformer_is_as_large_as_its_geometry_says(
     ("clip", "t5"),
     [
         (ClipGeometry(), T5Geometry()),
-        (demo_models.CLIP, demo_models.T5),
+        (random_models.CLIP, random_models.T5),
         (ClipGeometry(64, 100, 1, 9, 5), T5Geometry(72, 31, 2, 3, 17, 40, 6)),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 
+from majicflux.benchmarks import random_models
 from majicflux.cli import main
 from majicflux.engine import kernels
 from majicflux.engine.errors import BudgetError
@@ -614,7 +615,7 @@ def test_plan_refuses_what_is_no_number(capsys, arguments: list[str]) -> None:
 def test_plan_takes_the_sizes_of_a_file(models, capsys) -> None:
     file = models / demo_models.DIT_FILE
     code, text, _ = said(capsys, "--json", "--file", file, "--precision", "bfloat16")
-    weights = transformer(demo_models.DIT, "bfloat16")
+    weights = transformer(random_models.DIT, "bfloat16")
     assert code == 0
     assert json.loads(text)["phases"][1]["resident"] == weights.travelling_bytes
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageColor
 
 from file_layouts import FLOAT8, Tensors, scaled, sparse_file, to_diffusers
 from majicflux import cli
+from majicflux.benchmarks import random_models
 from majicflux.engine.flux.geometry import FluxGeometry, kind_of_layer
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.quant.formats import FLOAT32, PRECISIONS, STORAGES, uniform
@@ -168,7 +169,7 @@ def dequantized(module: torch.nn.Module) -> Tensors:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_memory_of_each_kind_is_that_of_the_built_transformer(models, storage: str) -> None:
     found = inspected(models / demo_models.DIT_FILE, rows=1)
-    module = build_flux_dit(demo_models.DIT, uniform(STORAGES[storage])).module
+    module = build_flux_dit(random_models.DIT, uniform(STORAGES[storage])).module
     built = Counter()
     for name, parameter in module.named_parameters():
         built[kind_of_layer(name)] += parameter.nbytes

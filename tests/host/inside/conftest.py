@@ -73,7 +73,7 @@ def comfy() -> Iterator[Comfy]:
 
 @pytest.fixture(scope="session")
 def models(comfy: Comfy) -> Path:
-    """The server's own folder of the demo models."""
+    """The server's own folder of the random models."""
     return comfy.base / "models"
 
 

@@ -20,6 +20,7 @@ from file_layouts import (
     to_diffusers,
     vae_to_diffusers,
 )
+from majicflux.benchmarks.random_models import CLIP, DIT, T5
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.prompts import weighted_segments
 from majicflux.engine.flux.text_encoders import TextEmbedding
@@ -28,7 +29,6 @@ from majicflux.engine.latents import SCALE, SHIFT, draw_noise, to_model_space, t
 from majicflux.engine.quant.formats import FLOAT32, uniform
 from majicflux.engine.sampling.solvers import Velocity
 from majicflux.loaders import demo_models
-from majicflux.loaders.demo_models import CLIP, DIT, T5
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.text_encoders import load_text_encoders
 from majicflux.loaders.vae import load_vae

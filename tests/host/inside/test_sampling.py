@@ -229,7 +229,7 @@ def test_a_zeroed_conditioning_is_taken(comfy, base: Graph) -> None:
 
 
 class SmallClip:
-    """What CLIPTextEncode asks of a CLIP, with ComfyUI's encoders of the demo models."""
+    """What CLIPTextEncode asks of a CLIP, with ComfyUI's encoders of the random models."""
 
     def __init__(self, models: Path, words: int):
         self.models, self.words = models, words
