@@ -75,9 +75,9 @@ def test_attributes_are_read_back(size: tuple[int, int], softly: bool) -> None:
 
 
 def test_a_picture_of_nothing_shows_no_things() -> None:
-    nothing = np.full((256, 256, 3), (64, 138, 226), np.uint8)
+    nothing = np.full((256, 256, 3), (108, 110, 122), np.uint8)  # a road
     found = read_back(nothing, "meadow") | read_back(nothing, "sea") | read_back(nothing, "city")
-    assert {found[name] for name in ("house", "car", "sails")} <= {"", "blue"}
+    assert {found[name] for name in ("house", "car", "sails")} == {""}
     assert [found[name] for name in ("trees", "boats", "flying_cars")] == [0, 0, 0]
 
 

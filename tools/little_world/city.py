@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .canvas import BLACK, WHITE, Canvas, Colour, Figure, brightened, mix, unit_of
+from .canvas import BLACK, FINE, WHITE, Canvas, Colour, Figure, brightened, mix, unit_of
 from .scenes import Scene
 
 NEON: dict[str, Colour] = {
@@ -219,6 +219,7 @@ def _mirrored(image: Image.Image, street: Street) -> Image.Image:
     dull = image.crop((0, horizon, width, height))
     wet = image.copy()
     wet.paste(ImageChops.add(brightened(dull, 0.7), brightened(above, 0.72)), (0, horizon))
-    mask = Image.new("L", image.size)
-    ImageDraw.Draw(mask).polygon(_ground_of(street), 255)
-    return Image.composite(wet, image, mask)
+    mask = Image.new("L", (width * FINE, height * FINE))
+    ground = [(x * FINE, y * FINE) for x, y in _ground_of(street)]
+    ImageDraw.Draw(mask).polygon(ground, 255)
+    return Image.composite(wet, image, mask.reduce(FINE))

@@ -160,7 +160,7 @@ class CountryPicture:
         hulls = self._named(self._rows(sea.SHORE, 1))["wood"]
         thick = Image.fromarray(hulls).convert("L").filter(ImageFilter.MinFilter(5))  # no outlines
         whole = np.asarray(thick.filter(ImageFilter.MaxFilter(11))) > 0
-        return _count(whole, least=200 * self.unit**2)
+        return _count(whole, least=600 * self.unit**2)
 
     def sails(self) -> str:
         below_the_lighthouse = sea.SHORE + 10 * self.unit / self.height

@@ -77,7 +77,7 @@ def _write_t5(folder: Path) -> None:
     ]
     scored = [*((piece, 0.0) for piece in special), *((piece, -2.0) for piece in pieces)]
     if not T5_ROWS - PADDING_ROWS < len(scored) <= T5_ROWS:
-        raise ValueError(f"{len(scored)} pieces do not fit {T5_ROWS} rows")
+        raise RuntimeError(f"{len(scored)} pieces do not fit {T5_ROWS} rows")
     folder.mkdir(parents=True, exist_ok=True)
     Tokenizer(models.Unigram(scored, unk_id=UNKNOWN)).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0}
