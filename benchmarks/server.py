@@ -204,15 +204,18 @@ def main() -> None:
         steps, side = chosen.steps or (2 if quick else 20), 64 if quick else 1024
         scratch = scratch.absolute() / ("small" if quick else "full")
         bench = Bench(comfyui, scratch, quick, steps, side, chosen.seconds)
+        rows: list[Row] = []
         try:
-            rows = _measure(bench, chosen)
+            for row in _measure(bench, chosen):
+                rows.append(row)
+                print(row, flush=True)  # what is known, should this be cut off
         finally:
             if chosen.out:
                 shown = [dataclasses.asdict(painting) for painting in bench.paintings]
                 chosen.out.write_text(json.dumps(shown, indent=1, default=str))
     if not bench.paintings:
         sys.exit("Nothing was measured.")
-    report(rows, chosen.check)
+    report(judged(bench.paintings, quick) + rows, chosen.check)
 
 
 def _servers(bench: Bench, cards: str, all_flags: Sequence[str]) -> Iterator[tuple[str, Session]]:
@@ -227,8 +230,8 @@ def _servers(bench: Bench, cards: str, all_flags: Sequence[str]) -> Iterator[tup
             bench.note(Painting(where(card, flags), OURS, 1, "lost", error=str(error)))
 
 
-def _measure(bench: Bench, chosen: argparse.Namespace) -> list[Row]:
-    rows: list[Row] = []
+def _measure(bench: Bench, chosen: argparse.Namespace) -> Iterator[Row]:
+    """What `turns` finds; the rest is judged by what was painted."""
     scale, quick = (bench.steps, bench.side), bench.quick
     parts = {part for part in PARTS if getattr(chosen, part)} or {"speeds", "first"}
     cards = "free" if quick else chosen.cards or (CARDS if "speeds" in parts else TURNS_CARDS)
@@ -241,16 +244,16 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> list[Row]:
             side_by_side(bench, session, budgets, list(filter(None, chosen.peers.split(","))))
         if "turns" in parts:
             rounds = chosen.rounds or (2 if quick else 20)
-            rows += turns.cancelled(session, *scale)
+            yield from turns.cancelled(session, *scale)
             if bench.counter:
-                rows += turns.under_pressure(session, *scale)
-            rows += turns.in_turns(session, *scale, rounds, not quick, bench.in_time)
+                yield from turns.under_pressure(session, *scale)
+            given = (rounds, not quick, bench.in_time)
+            yield from turns.in_turns(session, *scale, *given)
         if "soak" in parts:
             prompts = chosen.prompts or (20 if quick else 200)
-            rows += turns.soak(session, bench.side, prompts, bench.in_time)
+            yield from turns.soak(session, bench.side, prompts, bench.in_time)
     if "first" in parts and bench.in_time("first prompts", FIRST_SECONDS):
         first_prompts(bench)
-    return judged(bench.paintings, quick) + rows
 
 
 if __name__ == "__main__":

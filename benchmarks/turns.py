@@ -138,7 +138,7 @@ def _meanwhile(seconds: float, do: Callable[[], object], paint: Callable[[], Pai
 def soak(session: Session, side: int, prompts: int, in_time: InTime) -> Iterator[Row]:
     """Mixed prompts, small and short; none lost, and nothing held that was not held before."""
     chosen, lost, number = random.Random(0), 0, 0
-    held: list[tuple[float, float]] = []
+    held: dict[int, tuple[float, float]] = {}
     ten = [kind for kind, (times, _) in KINDS.items() for _ in range(times)]
     for number in range(1, prompts + 1):
         last = number == prompts or not in_time("more prompts", PROMPT_ENDS)
@@ -156,14 +156,15 @@ def soak(session: Session, side: int, prompts: int, in_time: InTime) -> Iterator
             lambda graph=graph, kind=kind, number=number: session.paint(graph, kind, number),
         )
         lost += painting.status not in KINDS[kind][1]
-        if number == SETTLED or last:
+        if number in (SETTLED, prompts // 2) or last:
             session.free(forget=True)
-            held.append(session.held())
+            held[number] = session.held()
         if last:
             break
     place = f"{session.where}, {number} mixed prompts"
     yield Row(f"{place}: lost", lost, "", bar=0)
-    yield from _growth(place, held[0], held[-1])
+    for early in [*held][:-1]:
+        yield from _growth(f"{place}, since the {early}th", held[early], held[number])
 
 
 def _mixed(kind: str, seed: int, chosen: random.Random, side: int) -> Graph:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,12 +188,13 @@ def test_converting_takes_little_of_the_card_and_gives_it_back(
     layout = flux_dit_layout(FluxGeometry(double_blocks=1, single_blocks=2))
     path = sparse_file(tmp_path / "wide.safetensors", layout)
     torch.empty(1, device=CUDA)
+    gc.collect()  # what other tests have left
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     load_flux_dit(path, PRECISIONS[precision], device=CUDA)
     # cudaMallocAsync reserves more than it uses
-    assert 2**20 < torch.cuda.max_memory_allocated() < 200e6
+    assert 2**20 < torch.cuda.max_memory_allocated() - allocated < 200e6
     assert torch.cuda.memory_reserved() <= before + 2 * 2**20
 
 

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from majicflux.benchmarks import server, turns
 from majicflux.benchmarks.card_counter import peak_of
 from majicflux.benchmarks.painting import Painting
+from majicflux.benchmarks.table import Row
 
 CARD = server.where("8", "")
 OURS = Painting(CARD, "ours", 2, "success", seconds=4.0, peak=7.7, budget=7.0)
@@ -103,14 +104,24 @@ class Made:
         return 1.0, 2.0 + self.grows * len(self.painted)
 
 
+def rows_of(session: Made, in_time: turns.InTime = lambda *_: True) -> list[Row]:
+    return [
+        *turns.in_turns(session, 2, 64, 5, True, in_time),
+        *turns.cancelled(session, 2, 64),
+        *turns.soak(session, 64, 20, in_time),
+    ]
+
+
 def in_use(session: Made) -> list[str]:
     """The bars that are missed."""
-    rows = [
-        *turns.in_turns(session, 2, 64, 3, judged=True),
-        *turns.cancelled(session, 2, 64),
-        *turns.soak(session, 64, 20),
-    ]
-    return [row.name for row in rows if row.missed]
+    return [row.name for row in rows_of(session) if row.missed]
+
+
+def test_rounds_and_prompts_end_with_the_time_and_say_how_many(tmp_path: Path) -> None:
+    session = Made(tmp_path, lambda painting: painting)
+    names = [row.name for row in rows_of(session, lambda *_: False)]
+    assert any("3 rounds in turns: failed" in name for name in names)
+    assert any("1 mixed prompts: lost" in name for name in names)
 
 
 def test_a_server_that_is_as_it_was_passes(tmp_path: Path) -> None:
