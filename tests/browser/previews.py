@@ -1,7 +1,7 @@
 """The previews of the templates: `python tests/browser/previews.py [name ...]`. Set COMFYUI_PATH.
 
-Each template is opened, run with the demo models and photographed. The name `help` stands for the
-pictures of the help pages. Needs what the browser tests need.
+Each template is opened, run with the demo models at the size that they know, and photographed. The
+name `help` stands for the pictures of the help pages. Needs what the browser tests need.
 """
 
 import os
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from io import BytesIO
 from pathlib import Path
+from random import Random
 
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -29,7 +30,24 @@ from browser.test_screens import DONE, outputs
 from comfyui_server import Server
 from majicflux.loaders.demo_models import write_demo_models
 from majicflux.messages import speak
+from majicflux.tools.little_world.painting import paint
+from majicflux.tools.little_world.scenes import Scene
 
+PAINTED = {  # as the demo models can
+    "steps": 20, "width": 256, "height": 256, "cell_width": 256, "cell_height": 256,
+    "guidance": 3.5,
+}  # fmt: skip
+PAINTED_HERE = {  # prompts of the little world, where the template's own is of another
+    "image_to_image": {
+        "prompt": "a white house in the middle, a red car, two pine trees, night, winter",
+        "strength": 0.9,
+    },
+    "inpainting": {
+        "prompt": "a purple house in the middle, a red car, two pine trees, a sunny day, summer",
+        "strength": 1.0,
+    },
+}
+HOUSE = (70, 110, 186, 215)  # and around it
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
 DOCS = Path(__file__).parents[2] / "web" / "docs"
 PLANNED_GB = 8.0  # as in a_real_plan
@@ -45,7 +63,8 @@ def main() -> None:
     write_demo_models(base / "models")
     server = Server(Path(os.environ["COMFYUI_PATH"]), base / "comfyui", base / "models")
     try:
-        example = Image.open(Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png")
+        house = paint(Scene("meadow", "day", "summer", "clear", house="white", place="middle",
+                            car="red", trees=2, tree="pine"), Random(0))  # fmt: skip
         with sync_playwright() as playwright:
             chromium = shutil.which("chromium") or shutil.which("google-chrome")
             browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
@@ -59,10 +78,10 @@ def main() -> None:
                         page.close()
                         server.forget_settings()
                     continue
-                picture = example.convert("RGBA").resize((192, 192))
+                picture = house.convert("RGBA")
                 if name == "inpainting":
                     hole = Image.new("L", picture.size, 255)
-                    ImageDraw.Draw(hole).ellipse((40, 20, 150, 120), fill=0)
+                    ImageDraw.Draw(hole).rectangle(HOUSE, fill=0)
                     picture.putalpha(hole)
                 picture.save(server.base / "input" / "example.png")
                 server.post("/free", {"unload_models": True, "free_memory": True})
@@ -99,9 +118,10 @@ def photograph_plan(page: Page, path: Path) -> None:
 
 
 def photograph(page: Page, name: str) -> None:
-    page.evaluate("workflow => app.loadGraphData(workflow)", made_small(name))
+    workflow = made_small(name, PAINTED | PAINTED_HERE.get(name, {}))
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.get_by_role("button", name="Run").first.click()
-    page.wait_for_function(ALL_SHOWN, timeout=60_000)
+    page.wait_for_function(ALL_SHOWN, timeout=300_000)
     boxes = [box for _, box in page.evaluate(BOXES)]
     left, top = (min(box[side] for box in boxes) - EDGE for side in (0, 1))
     right, bottom = (max(box[side] for box in boxes) + EDGE for side in (2, 3))
