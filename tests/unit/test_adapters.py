@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -93,13 +94,13 @@ def test_error_with_adapters_is_that_without(storage: Storage, eight_bit: bool) 
     terms = [(term(8), term(5, columns=32, first=48, seed=1)), (term(16, seed=2),)]
     adapters = [
         (Adapter({"layer": some}), strength)
-        for some, strength in zip(terms, strengths, strict=False)
+        for some, strength in zip(terms, strengths, strict=True)
     ]
     x = torch.randn(1, 160, WIDTH, generator=torch.Generator().manual_seed(1))
     bias = layer.bias.double()
     without = relative(layer(layer.rows(x)) - bias, x.double() @ model.exact.T)
     weight = model.exact.clone()
-    for some, strength in zip(terms, strengths, strict=False):
+    for some, strength in zip(terms, strengths, strict=True):
         weight += sum(delta(each, COLUMNS, strength) for each in some)
     stored = layer.weight.clone().view(torch.uint8)
     exact = x.double() @ weight.T
@@ -166,7 +167,7 @@ LAYERS = {  # of DiffSynth's names, with those of Black Forest Labs
 }
 
 
-def adapter_of(module: torch.nn.Module, rank: int = 4, seed: int = 0) -> Adapter:
+def adapter_of(module: Any, rank: int = 4, seed: int = 0) -> Adapter:
     terms = {}
     for number, name in enumerate(LAYERS):
         rows, width = module.get_submodule(name).weight.shape
@@ -243,13 +244,13 @@ def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit:
         weights.module, adapters, names, compute.method(weights.module, CPU)
     )
     assert ranks == 32
-    with compute.applied_to(weights.module, CPU):
-        with adapted(weights.module, adapters, names, torch.bfloat16, CPU):
-            bound = [weights.module.get_submodule(name).adapted for name in names]
-            tensors = [up for each in bound for _, _, up in each.ups]
-            for each in bound:
-                tensors += list(each.down.parameters())
-            assert sum(tensor.nbytes for tensor in tensors) == planned
+    module = weights.module
+    given = (module, adapters, names, torch.bfloat16, CPU)
+    with compute.applied_to(module, CPU), adapted(*given):
+        bound = [module.get_submodule(name).adapted for name in names]
+        tensors = [up for each in bound for _, _, up in each.ups]
+        tensors += [weight for each in bound for weight in each.down.parameters()]
+        assert sum(tensor.nbytes for tensor in tensors) == planned
 
 
 def test_the_smallest_budget_grows_with_adapters(make_pipeline) -> None:
