@@ -4,6 +4,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from ..engine.flux.geometry import ClipGeometry, FluxGeometry
 from ..engine.torch_state import own_state
 from ..messages import later
 from .convert import LARGEST, Progress, convert_into, damaged
+from .lora_changes import BIAS, DIFF, NORM, SET, Change
 from .lora_factors import factors
-from .lora_file import BIAS, DIFF, NORM, SET, Change, LoraFile, inspect_lora
-from .safetensors_file import DTYPES
+from .lora_file import LoraFile, inspect_lora
+from .recognise import is_lora
+from .safetensors_file import DTYPES, SafetensorsFile
 from .tensor_sources import Part, Source
 
 if TYPE_CHECKING:
@@ -52,17 +55,7 @@ def load_lora(
 
     lora = inspect_lora(path, flux, clip)
     dtype = dtype or torch.bfloat16
-    layers: dict[str, list[Change]] = defaultdict(list)
-    for change in lora.changes:
-        layers[change.target.layer].append(change)
-    baking: dict[str, list[str]] = defaultdict(list)
-    kept: dict[str, list[Change]] = {}
-    for layer, changes in layers.items():
-        reason = why_baked(changes)
-        if reason is None:
-            kept[layer] = changes
-        else:
-            baking[reason].append(layer)
+    kept, _ = _sorted(lora)
     values = _read([change for changes in kept.values() for change in changes], dtype, progress)
     terms: dict[str, tuple[LowRankTerm, ...]] = {}
     of_text: dict[str, tuple[LowRankTerm, ...]] = {}
@@ -84,30 +77,49 @@ def load_lora(
             if change.magnitude is not None:
                 whole = magnitudes.setdefault(layer, torch.full((target.outputs,), math.nan))
                 whole[rows] = _vector(change, change.magnitude, values)
-    reached = {*terms, *biases, *norms}
-    report = report_of(lora, len(reached), len(of_text), baking)
+    report = _report(lora)
     log.info(report)
     return Adapter(terms, biases, norms, magnitudes, report, of_text)
 
 
-def report_of(
-    lora: LoraFile,
-    layers: int,
-    text_layers: int,
-    baking: Mapping[str, Iterable[str]] | None = None,
-) -> "AdapterReport":
+def describe_lora(path: Path) -> "AdapterReport | None":
+    """What a LoRA holds, from its header; None when the file seems to be something else.
+
+    Raises ModelFileError when it is for another model, or damaged.
+    """
+    if path.is_dir() or not is_lora(SafetensorsFile(path).tensors):
+        return None
+    return _report(inspect_lora(path))
+
+
+def _report(lora: LoraFile) -> "AdapterReport":
     from ..engine.quant.low_rank import AdapterReport
 
+    kept, baking = _sorted(lora)
+    of_text = sum(changes[0].target.of_text for changes in kept.values())
     return AdapterReport(
         lora.path.name,
         lora.dialect,
         lora.methods,
         lora.ranks,
-        layers,
-        text_layers,
+        len(kept) - of_text,
+        of_text,
         lora.unused,
-        {reason: tuple(names) for reason, names in (baking or {}).items()},
+        {reason: tuple(layers) for reason, layers in baking.items()},
     )
+
+
+def _sorted(lora: LoraFile) -> tuple[dict[str, list[Change]], dict[str, list[str]]]:
+    """Changes by the layer, of those that terms can express; and the other layers by the reason."""
+    layers: dict[str, list[Change]] = defaultdict(list)
+    for change in lora.changes:
+        layers[change.target.layer].append(change)
+    reasons = {layer: why_baked(changes) for layer, changes in layers.items()}
+    baking: dict[str, list[str]] = defaultdict(list)
+    for layer, reason in reasons.items():
+        if reason is not None:
+            baking[reason].append(layer)
+    return {n: changes for n, changes in layers.items() if reasons[n] is None}, baking
 
 
 def why_baked(changes: Sequence[Change]) -> str | None:
@@ -211,17 +223,18 @@ def _joined(terms: Sequence["LowRankTerm"]) -> tuple["LowRankTerm", ...]:
     """
     import torch
 
-    from ..engine.quant.low_rank import LowRankTerm
-
     joined: list[LowRankTerm] = []
     for term in terms:
         down = next((t.down for t in joined if torch.equal(t.down, term.down)), term.down)
         last = joined[-1] if joined else None
-        follows = last is not None and last.first + len(last.up) == term.first
-        if follows and last.down is down and last.scale == term.scale:
-            joined[-1] = LowRankTerm(down, torch.cat([last.up, term.up]), last.scale, last.first)
+        if (
+            last is not None
+            and (last.first + len(last.up), last.scale) == (term.first, term.scale)
+            and last.down is down
+        ):
+            joined[-1] = replace(last, up=torch.cat([last.up, term.up]))
         else:
-            joined.append(LowRankTerm(down, term.up, term.scale, term.first))
+            joined.append(replace(term, down=down))
     return tuple(joined)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .lora_file import LOHA, LOKR
+from .lora_changes import LOHA, LOKR
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -144,6 +144,11 @@ def kind_of(names: Collection[str]) -> Kind | None:
     return _first(whole, names)
 
 
+def is_lora(names: Collection[str]) -> bool:
+    """Whether these are the names of a LoRA, for any model."""
+    return bool(_shown([LORA], names)) and not parts_in(names)
+
+
 def parts_in(names: Collection[str]) -> list[Kind]:
     """The kinds of PARTS that seem to be in the file; what is not needed does not count.
 

@@ -57,7 +57,7 @@ def to_xlabs(factors: Factors) -> Tensors:
         match = re.fullmatch(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)", layer)
         if match is None:
             block, which = re.fullmatch(r"(single_blocks\.\d+)\.(linear\d)", layer).groups()
-            name = f"{block}.processor.{ {'linear1': 'qkv', 'linear2': 'proj'}[which]}_lora"
+            name = f"{block}.processor.{ {'linear1': 'qkv', 'linear2': 'proj'}[which] }_lora"
         else:
             number = {"img": 1, "txt": 2}[match[2]]
             name = f"{match[1]}.processor.{match[3]}_lora{number}"
