@@ -6,41 +6,44 @@ change of it lost. The input meets `down` in the format in which it meets the we
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.hadamard import rotate
-from .formats import BFLOAT16
+from .formats import BFLOAT16, CONVERTED_AT_ONCE
 from .linear import LinearMethod, StoredLinear
 from .low_rank import Adapter, LowRankTerm
-from .quantize import quantize_rows
+from .quantize import float32_of, quantize_rows
 
 RANK_MULTIPLE = 16  # of the rows of a matrix that units multiply in 8 bits
 
 Adapters = Sequence[tuple[Adapter, float]]  # each with its strength
 
 
+@dataclass(frozen=True)
 class BoundTerms:
     """What adapters add to the products of one layer: y[:, columns] += (x down^T)[:, ranks] up^T.
 
     down: [ranks of all terms, in], in the format of the layer's rows; ups: for each term its
-    columns, its ranks and up [columns, rank], scale and strength included; bias: [out] or None.
+    columns, its ranks and up [columns, rank], scale and strength included; gain, bias: float32
+    [out] or None, y * gain + bias comes before the terms.
     """
 
-    def __init__(
-        self,
-        down: StoredLinear | None,
-        ups: Sequence[tuple[slice, slice, Tensor]],
-        bias: Tensor | None,
-    ):
-        self.down, self.ups, self.bias = down, ups, bias
+    down: StoredLinear | None
+    ups: Sequence[tuple[slice, slice, Tensor]]
+    gain: Tensor | None = None
+    bias: Tensor | None = None
 
     def add_to(self, y: Tensor, x: Any, columns: slice, method: LinearMethod | None) -> None:
         """Add to y [..., these columns], contiguous, what the rows x of the layer give."""
         first = columns.start or 0
         last, flat = first + y.shape[-1], y.flatten(0, -2)
+        if self.gain is not None:
+            flat.mul_(self.gain[columns])
         if self.bias is not None:
             flat += self.bias[columns].to(y.dtype)
         if self.down is None:
@@ -87,7 +90,7 @@ def adapted(
 
 def touched(adapters: Adapters) -> list[str]:
     """The names of the linear layers that something is added to."""
-    names = [[*adapter.terms, *adapter.biases] for adapter, _ in adapters]
+    names = [[*a.terms, *a.biases, *a.gains] for a, _ in adapters]
     return list(dict.fromkeys(name for some in names for name in some))
 
 
@@ -105,10 +108,70 @@ def bound_bytes(
         itemsize = 1 if quantized else method.dtype.itemsize
         in_features, out_features = layer.weight.shape[1], layer.weight.shape[0]
         nbytes += ranks * (in_features * itemsize + 4 * quantized)
-        nbytes += sum(term.up.numel() for term, _, _ in ups) * method.dtype.itemsize
-        nbytes += out_features * 4 * any(name in adapter.biases for adapter, _ in adapters)
+        nbytes += sum(term.up.numel() for term, *_ in ups) * method.dtype.itemsize
+        vectors = any(name in {*a.biases, *a.gains} for a, _ in adapters)
+        nbytes += 2 * 4 * out_features * vectors
         most = max(most, ranks)
     return nbytes, most
+
+
+@contextmanager
+def beside_plain_layers(
+    module: nn.Module, adapters: Adapters, device: torch.device
+) -> Iterator[None]:
+    """Let CLIP's layers, which are PyTorch's own, add the terms that adapters have for them."""
+    hooks = []
+    try:
+        for adapter, strength in adapters:
+            for name, terms in adapter.text_encoder.items():
+                layer: Any = module.get_submodule(name)
+                dtype = layer.weight.dtype
+                on_device = [
+                    (
+                        term.down.to(device, dtype),
+                        (term.up * (term.scale * strength)).to(device, dtype),
+                    )
+                    for term in terms
+                ]
+                hooks.append(layer.register_forward_hook(partial(_with_terms, on_device)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def plain_bytes(adapters: Adapters, itemsize: int) -> int:
+    """Of memory for what `beside_plain_layers` makes."""
+    terms = [term for a, _ in adapters for some in a.text_encoder.values() for term in some]
+    return itemsize * sum(term.down.numel() + term.up.numel() for term in terms)
+
+
+def _with_terms(terms: Sequence[tuple[Tensor, Tensor]], _: Any, given: Any, y: Tensor) -> Tensor:
+    for down, up in terms:
+        y = y + (given[0] @ down.T) @ up.T
+    return y
+
+
+def row_gains(layer: StoredLinear, adapter: Adapter, name: str) -> Tensor:
+    """What DoRA multiplies the columns of a layer's product by, float32 [out]: its magnitude over
+    the norm of that row of weight and terms together; 1 for rows that keep their norm."""
+    magnitude, terms = adapter.magnitudes[name], adapter.terms.get(name, ())
+    gains = torch.ones_like(magnitude)
+    step = max(1, CONVERTED_AT_ONCE // layer.weight.shape[1])
+    for start in range(0, len(magnitude), step):
+        rows = slice(start, min(start + step, len(magnitude)))
+        weight, scale, _ = layer.matrix(rows)
+        whole = float32_of(weight.cpu())
+        if scale is not None:
+            whole *= scale.cpu()[:, None]
+        whole = rotate(whole, layer.group)
+        for term in terms:
+            begin, end = max(rows.start, term.first), min(rows.stop, term.first + len(term.up))
+            if begin < end:
+                up = term.up[begin - term.first : end - term.first].float()
+                whole[begin - rows.start : end - rows.start] += term.scale * up @ term.down.float()
+        gains[rows] = magnitude[rows] / whole.norm(dim=1)
+    return torch.where(magnitude.isnan(), 1.0, gains)
 
 
 def _norms(adapters: Adapters) -> dict[str, Tensor]:
@@ -118,8 +181,9 @@ def _norms(adapters: Adapters) -> dict[str, Tensor]:
 
 def _stacked(
     name: str, adapters: Adapters
-) -> tuple[list[Tensor], list[tuple[LowRankTerm, float, slice]]]:
-    """The downs of a layer, each once, and its terms with their strengths and places among them."""
+) -> tuple[list[Tensor], list[tuple[LowRankTerm, float, Tensor | None, slice]]]:
+    """The downs of a layer, each once; and its terms with their strengths, the gains of their rows
+    and their places among the downs."""
     downs: list[Tensor] = []
     places: dict[int, slice] = {}
     ups, ranks = [], 0
@@ -129,7 +193,7 @@ def _stacked(
                 places[id(term.down)] = slice(ranks, ranks + len(term.down))
                 downs.append(term.down)
                 ranks += len(term.down)
-            ups.append((term, strength, places[id(term.down)]))
+            ups.append((term, strength, adapter.gains.get(name), places[id(term.down)]))
     return downs, ups
 
 
@@ -141,25 +205,37 @@ def _bound(
     layer: StoredLinear, name: str, adapters: Adapters, dtype: torch.dtype, device: torch.device
 ) -> BoundTerms:
     downs, terms = _stacked(name, adapters)
-    biases = [
-        strength * adapter.biases[name].to(device, torch.float32)
-        for adapter, strength in adapters
-        if name in adapter.biases
-    ]
-    bias = torch.stack(biases).sum(0) if biases else None
+    gain, bias = _gain_and_bias(layer, name, adapters, device)
     if not downs:
-        return BoundTerms(None, (), bias)
+        return BoundTerms(None, (), gain, bias)
     stacked = downs[0].new_zeros(_padded(sum(map(len, downs))), layer.weight.shape[1])
     torch.cat(downs, out=stacked[: sum(map(len, downs))])
-    ups = [
-        (
-            slice(term.first, term.first + len(term.up)),
-            ranks,
-            (term.up.to(device, torch.float32) * (term.scale * strength)).to(dtype),
-        )
-        for term, strength, ranks in terms
-    ]
-    return BoundTerms(_as_rows_come(layer, stacked.to(device), dtype), ups, bias)
+    ups = []
+    for term, strength, gains, ranks in terms:
+        columns = slice(term.first, term.first + len(term.up))
+        up = term.up.to(device, torch.float32) * (term.scale * strength)
+        if gains is not None:
+            up *= gains[columns, None].to(device)
+        ups.append((columns, ranks, up.to(dtype)))
+    return BoundTerms(_as_rows_come(layer, stacked.to(device), dtype), ups, gain, bias)
+
+
+def _gain_and_bias(
+    layer: StoredLinear, name: str, adapters: Adapters, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the layer's own product: DoRA gives each column the part t of its gain."""
+    gain = bias = None
+    for adapter, strength in adapters:
+        if name in adapter.gains:
+            own = 1 + strength * (adapter.gains[name].to(device) - 1)
+            gain = own if gain is None else gain * own
+        if name in adapter.biases:
+            added = strength * adapter.biases[name].to(device)
+            bias = added if bias is None else bias + added
+    if gain is not None and layer.bias is not None:  # which keeps its size
+        kept = layer.bias.to(device, torch.float32) * (1 - gain)
+        bias = kept if bias is None else bias + kept
+    return gain, bias
 
 
 def _as_rows_come(layer: StoredLinear, down: Tensor, dtype: torch.dtype) -> StoredLinear:

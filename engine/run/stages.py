@@ -22,7 +22,7 @@ from ..plan.measure import MEASURING_BYTES, device_profile, measured_profile
 from ..plan.plan import DECODE, DENOISE, ENCODE, LABELS, TEXT, StagePlan, Workload
 from ..plan.text import plan_text
 from ..plan.vae import plan_decode, plan_encode
-from ..quant.adapters import adapted, bound_bytes
+from ..quant.adapters import adapted, bound_bytes, plain_bytes
 from ..quant.compute import ComputePrecision
 from ..sampling.inputs import SamplerInputs
 from ..sampling.loop import OnPass, sample
@@ -49,6 +49,7 @@ class TextStage:
         return plan_text(
             encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
             device_profile(encoders.patcher.device), others, workload.text_tokens,
+            plain_bytes(encoders.adapters, encoders.itemsize),
         )  # fmt: skip
 
     def run(self, run: PipelineRun, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:

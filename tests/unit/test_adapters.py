@@ -9,8 +9,9 @@ import torch
 
 from file_layouts import Tensors
 from majicflux.engine.flux.transformer import DiT, build_flux_dit
+from majicflux.engine.kernels.hadamard import rotate
 from majicflux.engine.offload.weight_block import CPU
-from majicflux.engine.quant.adapters import adapted, bound_bytes, touched
+from majicflux.engine.quant.adapters import adapted, bound_bytes, row_gains, touched
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import (
     BFLOAT16,
@@ -142,15 +143,60 @@ def test_a_bias_is_added_and_a_norm_replaced(make_pipeline) -> None:
     dit = make_pipeline().dit.weights.module
     name, norm = "blocks.0.attn.a_to_out", "blocks.0.attn.norm_q_a"
     layer, weight = dit.get_submodule(name), dit.get_submodule(norm).weight
-    adapter = Adapter({}, {name: torch.arange(256.0)}, {norm: torch.full((128,), 3.0)})
+    both = Adapter({}, {name: torch.arange(256.0)}, {norm: torch.full((128,), 3.0)})
     x = torch.randn(1, 4, 256)
     with ComputePrecision(torch.float32).applied_to(dit, CPU):
         plain = layer(x)
-        names = touched([(adapter, 0.5)])
-        with adapted(dit, [(adapter, 0.5)], names, torch.float32, CPU):
+        names = touched([(both, 0.5)])
+        with adapted(dit, [(both, 0.5)], names, torch.float32, CPU):
             assert torch.allclose(layer(x) - plain, 0.5 * torch.arange(256.0), atol=1e-5)
             assert (dit.get_submodule(norm).weight == 3).all()
     assert dit.get_submodule(norm).weight is weight
+
+
+@pytest.mark.parametrize("storage", [BFLOAT16, FLOAT8, INT8_ROTATED], ids=str)
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_dora_gives_each_row_its_norm(storage: Storage, strength: float) -> None:
+    """On half of the rows; PEFT's W' = m (W + D) / |W + D|, of which `strength` is the share."""
+    model = OneLayer(storage)
+    layer = model.layer
+    use(layer, storage is FLOAT8)
+    magnitude = torch.rand(COLUMNS) + 0.5
+    magnitude[COLUMNS // 2 :] = torch.nan
+    terms = (term(8), term(4, columns=16, first=8, seed=1))
+    dora = Adapter({"layer": terms}, magnitudes={"layer": magnitude})
+    dora = replace(dora, gains={"layer": row_gains(layer, dora, "layer")})
+    weight = stored(layer)
+    whole = weight + sum(delta(each, COLUMNS) for each in terms)
+    normed = whole * (magnitude.double() / whole.norm(dim=1))[:, None]
+    normed = torch.where(magnitude.isnan()[:, None], whole, normed)
+    weight = weight + strength * (normed - weight)
+    x = torch.randn(1, 160, WIDTH)
+    exact = x.double() @ weight.T + layer.bias.double()
+    with adapted(model, [(dora, strength)], ["layer"], torch.float32, CPU):
+        assert relative(layer(layer.rows(x)), exact) < (0.05 if storage is FLOAT8 else 1e-3)
+
+
+def stored(layer: StoredLinear) -> torch.Tensor:
+    scale = 1 if layer.scale is None else layer.scale.double()[:, None]
+    return rotate(layer.weight.double() * scale, layer.group)
+
+
+def test_clip_adds_its_terms(make_pipeline) -> None:
+    encoders = make_pipeline(dtype=torch.float32).text_encoders
+    module = encoders.weights.module
+    name = "clip.encoders.0.attn.to_q"
+    layer: Any = module.get_submodule(name)
+    rows, width = layer.weight.shape
+    low = term(4, rows, width)
+    lora = Adapter({}, text_encoder={name: (low,)})
+    plain, _ = encoders.encode("a cat")
+    found, _ = replace(encoders, adapters=((lora, 0.5),)).encode("a cat")
+    layer.weight.data += delta(low, rows, 0.5).float()
+    merged, _ = replace(encoders).encode("a cat")
+    assert torch.equal(found.tokens, plain.tokens)
+    assert relative(found.pooled, merged.pooled.double()) < 1e-5
+    assert relative(plain.pooled, merged.pooled.double()) > 1e-4
 
 
 # Whole pictures
