@@ -1,6 +1,7 @@
 """One LoRA as each program would write it, made from factors under Black Forest Labs' names."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -66,17 +67,19 @@ def to_xlabs(factors: Factors) -> Tensors:
     return tensors
 
 
-def to_engine_names(factors: Factors) -> Factors:
+def engine_names(layers: Iterable[str]) -> dict[str, str]:
+    """The engine's name of each layer."""
     from majicflux.engine.diffsynth_files import diffsynth_module
 
     convert = diffsynth_module("utils.state_dict_converters.flux_dit").FluxDiTStateDictConverter
-    names = convert({f"{layer}.weight": layer for layer in factors})
-    return {name.removesuffix(".weight"): factors[layer] for name, layer in names.items()}
+    names = convert({f"{layer}.weight": layer for layer in layers})
+    return {layer: name.removesuffix(".weight") for name, layer in names.items()}
 
 
 def dialects(factors: Factors) -> dict[str, Tensors]:
     """Every dialect that can name all layers."""
     apart = to_diffusers_names(factors)
+    ours = {name: factors[layer] for layer, name in engine_names(factors).items()}
     return {
         "kohya": written(factors, "lora_unet_", DOWN_UP, underscores=True),
         "kohya, Diffusers' names": written(apart, "lora_unet_", DOWN_UP, underscores=True),
@@ -90,5 +93,5 @@ def dialects(factors: Factors) -> dict[str, Tensors]:
         "LyCORIS": written(apart, "lycoris_", DOWN_UP, underscores=True),
         "PEFT": written(factors, "base_model.model.", alphas=False),
         "PEFT, Diffusers' names": written(apart, "base_model.model.", alphas=False),
-        "DiffSynth": written(to_engine_names(factors), "", DEFAULT, alphas=False),
+        "DiffSynth": written(ours, "", DEFAULT, alphas=False),
     }

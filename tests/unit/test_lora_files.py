@@ -22,12 +22,12 @@ from lora_dialects import (
     DOWN_UP,
     Factors,
     dialects,
+    engine_names,
     to_diffusers_names,
     to_xlabs,
     written,
 )
 from majicflux import cli
-from majicflux.engine.diffsynth_files import diffsynth_module
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry
 from majicflux.engine.flux.text_encoders import build_text_encoders
 from majicflux.engine.flux.transformer import build_flux_dit
@@ -126,10 +126,8 @@ def test_one_change_in_every_dialect_gives_the_same_terms(saved: Save, dialect: 
 
 def test_the_terms_are_those_of_the_file_by_the_names_of_the_engines_layers(saved: Save) -> None:
     adapter = load(saved(dialects(FACTORS)["kohya"]))
-    convert = diffsynth_module("utils.state_dict_converters.flux_dit").FluxDiTStateDictConverter
     module = build_flux_dit(DIT, uniform(BFLOAT16)).module
-    for name, layer in convert({f"{layer}.weight": layer for layer in LAYERS}).items():
-        name = name.removesuffix(".weight")
+    for layer, name in engine_names(LAYERS).items():
         down, up, alpha = FACTORS[layer]
         assert tuple(module.get_submodule(name).weight.shape) == LAYERS[layer]
         expected = alpha / 4 * up.double() @ down.double()
@@ -549,10 +547,10 @@ def test_what_is_not_used_is_told_with_its_reason(saved: Save) -> None:
     lines = str(adapter.report).splitlines()
     assert len(lines) == 6
     assert lines[0] == (
-        "model.safetensors: LoRA in the names of Black Forest Labs, rank 4, 1 layers of the "
-        "transformer, 0 of CLIP-L"
+        "model.safetensors: LoRA in the names of Black Forest Labs, rank 4; layers of the "
+        "transformer: 1, of CLIP-L: 0"
     )
-    assert "3 tensors not used (T5): lora_te3_encoder_block_0" in str(adapter.report)
+    assert "tensors not used (T5): 3, as lora_te3_encoder_block_0" in str(adapter.report)
 
 
 ATTN2 = "attentions{}0{}transformer_blocks{}0{}attn2{}to_k"
@@ -841,8 +839,8 @@ def test_inspect_tells_what_is_in_a_lora(saved: Save, capsys: pytest.CaptureFixt
     tensors = {**dialects(FACTORS)["kohya"], **of_clip("lora_te1_text_model_")}
     assert cli.main(["inspect", str(saved(tensors, "style.safetensors"))]) == 0
     assert capsys.readouterr().out == (
-        "style.safetensors: LoRA in the names of kohya, rank 2 – 4, 42 layers of the transformer, "
-        "4 of CLIP-L\n"
+        "style.safetensors: LoRA in the names of kohya, rank 2 – 4; layers of the transformer: "
+        "42, of CLIP-L: 4\n"
     )
     path = saved({n: torch.zeros(shape) for n, shape in OTHERS["SDXL"].items()})
     assert cli.main(["inspect", str(path)]) == 1
