@@ -73,7 +73,7 @@ def load_lora(
                 norms[layer] = values[change.tensors[NORM].name].flatten()
             elif change.method == BIAS:
                 bias = biases.setdefault(layer, torch.zeros(target.outputs))
-                bias[rows] = _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
+                bias[rows] += _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
             if change.magnitude is not None:
                 whole = magnitudes.setdefault(layer, torch.full((target.outputs,), math.nan))
                 whole[rows] = _vector(change, change.magnitude, values)

@@ -12,7 +12,11 @@ from file_layouts import Tensors
 from lora_dialects import (
     AB,
     DOWN_UP,
+    LAYERS,
+    PROJ,
+    QKV,
     Factors,
+    H,
     dialects,
     engine_names,
     to_xlabs,
@@ -21,20 +25,12 @@ from lora_dialects import (
 from majicflux.engine.quant.low_rank import LowRankTerm
 from majicflux.loaders import demo_models
 from majicflux.loaders.demo_models import CLIP, DIT
-from majicflux.loaders.layouts import flux_dit_layout
 from majicflux.loaders.lora import load_lora
 
 pytestmark = pytest.mark.usefixtures("comfy")
-H = DIT.hidden
-LAYERS = {
-    name.removesuffix(".weight"): shape
-    for name, shape in flux_dit_layout(DIT).items()
-    if name.endswith(".weight")
-}
 READ = ["kohya", "Diffusers", "Diffusers, alphas", "Diffusers, old", "Diffusers, bare",
         "ai-toolkit", "OneTrainer", "LyCORIS"]  # fmt: skip
 XLABS = [f"double_blocks.1.{s}_attn.{part}" for s in ("img", "txt") for part in ("qkv", "proj")]
-PROJ, QKV = "double_blocks.0.txt_attn.proj", "double_blocks.1.img_attn.qkv"
 
 
 def random_of(*shape: int) -> torch.Tensor:
