@@ -73,7 +73,7 @@ def load_lora(
                 norms[layer] = values[change.tensors[NORM].name].flatten()
             elif change.method == BIAS:
                 bias = biases.setdefault(layer, torch.zeros(target.outputs))
-                bias[rows] = _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
+                bias[rows] += _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
             if change.magnitude is not None:
                 whole = magnitudes.setdefault(layer, torch.full((target.outputs,), math.nan))
                 whole[rows] = _vector(change, change.magnitude, values)
@@ -114,7 +114,7 @@ def _sorted(lora: LoraFile) -> tuple[dict[str, list[Change]], dict[str, list[str
     layers: dict[str, list[Change]] = defaultdict(list)
     for change in lora.changes:
         layers[change.target.layer].append(change)
-    reasons = {layer: why_baked(changes) for layer, changes in layers.items()}
+    reasons = {layer: _why_baked(changes) for layer, changes in layers.items()}
     baking: dict[str, list[str]] = defaultdict(list)
     for layer, reason in reasons.items():
         if reason is not None:
@@ -122,7 +122,7 @@ def _sorted(lora: LoraFile) -> tuple[dict[str, list[Change]], dict[str, list[str
     return {n: changes for n, changes in layers.items() if reasons[n] is None}, baking
 
 
-def why_baked(changes: Sequence[Change]) -> str | None:
+def _why_baked(changes: Sequence[Change]) -> str | None:
     """Why the changes of a layer cannot be low-rank terms beside its weight; None when they can."""
     for change in changes:
         whole = any(role in change.tensors for role in ("lokr_w1", "lokr_w2"))

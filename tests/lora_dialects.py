@@ -1,17 +1,56 @@
-"""One LoRA as each program would write it, made from factors under Black Forest Labs' names."""
+"""Small LoRAs for the demo models, and one LoRA as each program would write it."""
 
+import json
+import math
 import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
 from file_layouts import Tensors, to_diffusers
+from majicflux.engine.diffsynth_files import diffsynth_module
+from majicflux.loaders.demo_models import CLIP, DIT
+from majicflux.loaders.layouts import flux_dit_layout
 
+Save = Callable[..., Path]
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # layer -> down, up, alpha
 
 AB = (".lora_A.weight", ".lora_B.weight")
 DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
 OLD = (".lora.down.weight", ".lora.up.weight")
+
+H = DIT.hidden
+LAYERS = {
+    name.removesuffix(".weight"): shape
+    for name, shape in flux_dit_layout(DIT).items()
+    if name.endswith(".weight")
+}
+QKV, PROJ = "double_blocks.1.img_attn.qkv", "double_blocks.0.txt_attn.proj"
+CLIP_LAYERS = {
+    "self_attn.q_proj": (CLIP.width, CLIP.width),
+    "self_attn.out_proj": (CLIP.width, CLIP.width),
+    "mlp.fc1": (CLIP.mlp_width, CLIP.width),
+    "mlp.fc2": (CLIP.width, CLIP.mlp_width),
+}
+
+
+def random_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Values that bfloat16 holds, and their products too."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-7, 8, shape, generator=generator) / 8
+
+
+def random_factors(layers: Iterable[str] = LAYERS, rank: int = 4, alpha: float = 2.0) -> Factors:
+    return {
+        layer: (
+            random_of(rank, LAYERS[layer][1], seed=index),
+            random_of(LAYERS[layer][0], rank, seed=1000 + index),
+            alpha,
+        )
+        for index, layer in enumerate(layers)
+    }
 
 
 def to_diffusers_names(factors: Factors) -> Factors:
@@ -66,17 +105,17 @@ def to_xlabs(factors: Factors) -> Tensors:
     return tensors
 
 
-def to_engine_names(factors: Factors) -> Factors:
-    from majicflux.engine.diffsynth_files import diffsynth_module
-
+def engine_names(layers: Iterable[str]) -> dict[str, str]:
+    """The engine's name of each layer."""
     convert = diffsynth_module("utils.state_dict_converters.flux_dit").FluxDiTStateDictConverter
-    names = convert({f"{layer}.weight": layer for layer in factors})
-    return {name.removesuffix(".weight"): factors[layer] for name, layer in names.items()}
+    names = convert({f"{layer}.weight": layer for layer in layers})
+    return {layer: name.removesuffix(".weight") for name, layer in names.items()}
 
 
 def dialects(factors: Factors) -> dict[str, Tensors]:
     """Every dialect that can name all layers."""
     apart = to_diffusers_names(factors)
+    ours = {name: factors[layer] for layer, name in engine_names(factors).items()}
     return {
         "kohya": written(factors, "lora_unet_", DOWN_UP, underscores=True),
         "kohya, Diffusers' names": written(apart, "lora_unet_", DOWN_UP, underscores=True),
@@ -90,5 +129,40 @@ def dialects(factors: Factors) -> dict[str, Tensors]:
         "LyCORIS": written(apart, "lycoris_", DOWN_UP, underscores=True),
         "PEFT": written(factors, "base_model.model.", alphas=False),
         "PEFT, Diffusers' names": written(apart, "base_model.model.", alphas=False),
-        "DiffSynth": written(to_engine_names(factors), "", DEFAULT, alphas=False),
+        "DiffSynth": written(ours, "", DEFAULT, alphas=False),
     }
+
+
+def of_clip(prefix: str, index: int = 2) -> Tensors:
+    factors = {
+        f"encoder.layers.{index}.{name}": (random_of(2, shape[1]), random_of(shape[0], 2), 1.0)
+        for name, shape in CLIP_LAYERS.items()
+    }
+    return written(factors, prefix, underscores="." not in prefix)
+
+
+def kronecker(whole: tuple[bool, bool], first: tuple[int, int], rank: int) -> Tensors:
+    """The parts of a LoKr of PROJ, whose first matrix is of this shape."""
+    second = H // first[0], H // first[1]
+    parts: Tensors = {}
+    for number, (shape, as_one) in enumerate(zip((first, second), whole, strict=True), start=1):
+        if as_one:
+            parts[f"lokr_w{number}"] = random_of(*shape, seed=number)
+        else:
+            parts[f"lokr_w{number}_a"] = random_of(shape[0], rank, seed=10 + number)
+            parts[f"lokr_w{number}_b"] = random_of(rank, shape[1], seed=20 + number)
+    return parts
+
+
+def full_size(tensors: dict[str, tuple[int, ...]], path: Path, dtype: str = "BF16") -> Path:
+    """A file of zeros of the real size, which takes no place on the disk."""
+    header, at = {}, 0
+    for name, shape in tensors.items():
+        size = math.prod(shape) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    return path

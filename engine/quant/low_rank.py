@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 SOME = 3  # names that stand for all in a report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankTerm:
     """scale * up @ down, added to the weight's output columns [first, first + len(up)).
 
@@ -54,8 +54,8 @@ class AdapterReport:
         ranks = [str(rank) for rank in self.ranks]
         lines = [
             say(
-                "{file}: {methods} in the names of {dialect}, rank {ranks}, {layers} layers of the "
-                "transformer, {text} of CLIP-L",
+                "{file}: {methods} in the names of {dialect}, rank {ranks}; layers of the "
+                "transformer: {layers}, of CLIP-L: {text}",
                 file=self.file,
                 methods=" + ".join(self.methods),
                 dialect=self.dialect,
@@ -67,7 +67,7 @@ class AdapterReport:
         for reason, names in self.unused.items():
             lines.append(
                 say(
-                    "{count} tensors not used ({reason}): {names}",
+                    "tensors not used ({reason}): {count}, as {names}",
                     count=len(names),
                     reason=say(reason),
                     names=_some(names),
@@ -76,7 +76,7 @@ class AdapterReport:
         for reason, names in self.baking.items():
             lines.append(
                 say(
-                    "{count} layers would have to be baked in ({reason}): {names}",
+                    "layers that need baking in ({reason}): {count}, as {names}",
                     count=len(names),
                     reason=say(reason),
                     names=_some(names),
