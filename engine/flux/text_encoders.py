@@ -108,6 +108,10 @@ class TextEncoders:
         return self.weights.module.clip.position_embeds.shape[2]
 
     @property
+    def clip_geometry(self) -> ClipGeometry:
+        return self.weights.module.clip.geometry
+
+    @property
     def t5_geometry(self) -> T5Geometry:
         return self.weights.module.t5.geometry
 
@@ -229,6 +233,7 @@ def _sized_clip(g: ClipGeometry) -> Any:
                 for _ in range(g.layers)
             )
             self.final_layer_norm = nn.LayerNorm(g.width)
+            self.geometry = g
 
     return SizedClip()
 

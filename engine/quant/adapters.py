@@ -6,7 +6,7 @@ change of it lost. The input meets `down` in the format in which it meets the we
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,12 @@ def _with_terms(terms: Sequence[tuple[Tensor, Tensor]], _: Any, given: Any, y: T
     for down, up in terms:
         y = y + (given[0] @ down.T) @ up.T
     return y
+
+
+def with_gains(adapter: Adapter, module: nn.Module) -> Adapter:
+    """The same with the gains that its magnitudes mean beside the weights of this module."""
+    layers: dict[str, Any] = {n: module.get_submodule(n) for n in adapter.magnitudes}
+    return replace(adapter, gains={n: row_gains(x, adapter, n) for n, x in layers.items()})
 
 
 def row_gains(layer: StoredLinear, adapter: Adapter, name: str) -> Tensor:

@@ -104,6 +104,10 @@ class Adapter:
     text_encoder: Mapping[str, tuple[LowRankTerm, ...]] = field(default_factory=dict)
     gains: Mapping[str, "Tensor"] = field(default_factory=dict)
 
+    @property
+    def reaches_transformer(self) -> bool:
+        return bool(self.terms or self.biases or self.norms or self.magnitudes)
+
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:SOME]) + (" ..." if len(names) > SOME else "")
