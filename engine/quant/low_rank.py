@@ -57,7 +57,7 @@ class AdapterReport:
                 "{file}: {methods} in the names of {dialect}, rank {ranks}; layers of the "
                 "transformer: {layers}, of CLIP-L: {text}",
                 file=self.file,
-                methods=" + ".join(self.methods),
+                methods=" + ".join(self.methods) or "–",
                 dialect=self.dialect,
                 ranks=" – ".join(ranks if len(ranks) < 3 else [ranks[0], ranks[-1]]) or "–",
                 layers=self.layers,
