@@ -200,7 +200,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "--models",
         type=Path,
         default=standalone.models_folder,
-        help="folder with diffusion_models, text_encoders and vae in it (default: %(default)s)",
+        help="folder with diffusion_models, loras, text_encoders and vae in it "
+        "(default: %(default)s)",
     )
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
 from ..engine.torch_state import own_state
-from ..messages import later
+from ..messages import later, say
 from .convert import LARGEST, Progress, convert_into, damaged
 from .lora_changes import BIAS, DIFF, NORM, SET, Change
 from .lora_factors import factors
 from .lora_file import LoraFile, inspect_lora
 from .recognise import is_lora
-from .safetensors_file import DTYPES, SafetensorsFile
+from .safetensors_file import DTYPES, ModelFileError, SafetensorsFile
 from .tensor_sources import Part, Source
 
 if TYPE_CHECKING:
@@ -90,6 +90,27 @@ def describe_lora(path: Path) -> "AdapterReport | None":
     if path.is_dir() or not is_lora(SafetensorsFile(path).tensors):
         return None
     return _report(inspect_lora(path))
+
+
+def inspect_usable_lora(
+    path: Path, flux: FluxGeometry | None = None, clip: ClipGeometry | None = None
+) -> "AdapterReport":
+    """What a LoRA holds, from its header.
+
+    Raises ModelFileError as `inspect_lora`, and when no layer of it can be changed by terms.
+    """
+    report = _report(inspect_lora(path, flux, clip))
+    if report.layers + report.text_layers == 0:
+        raise ModelFileError(
+            say(
+                "{file} cannot stand beside the weights ({reasons}): it would have to be merged "
+                "into them. ComfyUI's own Load LoRA and ModelSave do that with a bf16 file of the "
+                "model; load what they save.",
+                file=path.name,
+                reasons=", ".join(map(say, report.baking)),
+            )
+        )
+    return report
 
 
 def _report(lora: LoraFile) -> "AdapterReport":

@@ -1,11 +1,16 @@
 """The node that puts a LoRA beside a transformer."""
 
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..downloads import model_folders
+from ..engine.flux.geometry import ClipGeometry
 from ..host import current as host
+from ..messages import say
 from . import model_files
 from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node, TextEncodersHandle
@@ -16,10 +21,14 @@ if TYPE_CHECKING:
     from ..engine.offload.offloaded_module import OffloadedModule
     from ..engine.quant.low_rank import Adapter
 
+log = logging.getLogger("majicflux")
 io = host.io
 FOLDER = "loras"
-# Of adapters whose norms depend on the weights that they stand beside, by these.
-_with_gains: "WeakKeyDictionary[OffloadedModule, dict[str, Adapter]]" = WeakKeyDictionary()
+KEPT_BYTES = 2 * 2**30  # of LoRAs that a transformer used last, so that a new strength reads none
+# By the weights that they stand beside and what they were read from: each as it was read, and with
+# the norms that DoRA takes of these weights.
+_kept: "WeakKeyDictionary[OffloadedModule, OrderedDict[str, tuple[Adapter, Adapter]]]"
+_kept = WeakKeyDictionary()
 
 
 class LoRA(Node):
@@ -87,12 +96,12 @@ class LoRA(Node):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        from ..loaders.lora_file import inspect_lora
+        from ..loaders.lora import inspect_usable_lora
 
-        return model_folders.problem(FOLDER, file, inspect_lora) or True
+        return model_folders.problem(FOLDER, file, inspect_usable_lora) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> Any:
+    def fingerprint_inputs(cls, file: str, **others: Any) -> Any:
         return model_folders.fingerprint(FOLDER, file)
 
     @classmethod
@@ -105,34 +114,46 @@ class LoRA(Node):
         text_encoders: "TextEncoders | None" = None,
     ) -> io.NodeOutput:
         path = model_folders.resolve(FOLDER, file)
-        clip = None if text_encoders is None else text_encoders.clip_geometry
-        files = repr(model_folders.fingerprint(FOLDER, file))
+        clip = ClipGeometry() if text_encoders is None else text_encoders.clip_geometry
         progress = host.loading_progress(cls.hidden.unique_id)
 
         def load() -> "Adapter":
-            from ..loaders.lora import load_lora
+            from ..loaders.lora import inspect_usable_lora, load_lora
 
+            inspect_usable_lora(path, dit.geometry, clip)
             return load_lora(path, dit.geometry, clip, progress=progress)
 
-        adapter = model_files.shared(load, files, dit.geometry, clip)
-        lines = [str(adapter.report)]
-        if strength == 0:
-            return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
-        if adapter.magnitudes:
-            adapter = _on_these_weights(adapter, dit, files)
-        if adapter.reaches_transformer:
-            dit = replace(dit, adapters=(*dit.adapters, (adapter, strength)))
-        if text_encoders is not None and adapter.text_encoder:
-            adapters = (*text_encoders.adapters, (adapter, strength))
-            text_encoders = replace(text_encoders, adapters=adapters)
+        files = model_folders.fingerprint(FOLDER, file)
+        adapter = _beside(dit.weights, load, files, dit.geometry, clip)
+        lines = [str(adapter.report), say("strength {strength}", strength=f"{strength:g}")]
+        if adapter.text_encoder and text_encoders is None:
+            lines.append(say("The part for CLIP-L is not used: connect text_encoders."))
+        log.info("%s, strength %g", path.name, strength)
+        if strength != 0:
+            added = (adapter, strength)
+            if adapter.reaches_transformer:
+                dit = replace(dit, adapters=(*dit.adapters, added))
+            if text_encoders is not None and adapter.text_encoder:
+                adapters = (*text_encoders.adapters, added)
+                text_encoders = replace(text_encoders, adapters=adapters)
         return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
 
 
-def _on_these_weights(adapter: "Adapter", dit: "DiT", files: str) -> "Adapter":
-    """With the norms that DoRA takes of weights and terms together, found once for these."""
-    from ..engine.quant.adapters import with_gains
+def _beside(weights: "OffloadedModule", load: Callable[[], "Adapter"], *identity: Any) -> "Adapter":
+    """What `load` reads, for these weights: of those that they used last it is kept.
 
-    known = _with_gains.setdefault(dit.weights, {})
-    if files not in known:
-        known[files] = with_gains(adapter, dit.weights.module)
-    return known[files]
+    ComfyUI drops what a node gave before it executes the node with a new strength.
+    """
+    kept = _kept.setdefault(weights, OrderedDict())
+    key = repr(identity)
+    if key not in kept:
+        adapter = found = model_files.shared(load, *identity)
+        if adapter.magnitudes:
+            from ..engine.quant.adapters import with_gains
+
+            found = with_gains(adapter, weights.module)
+        kept[key] = adapter, found
+        while len(kept) > 1 and sum(a.nbytes for a, _ in kept.values()) > KEPT_BYTES:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key][1]

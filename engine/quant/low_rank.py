@@ -108,6 +108,13 @@ class Adapter:
     def reaches_transformer(self) -> bool:
         return bool(self.terms or self.biases or self.norms or self.magnitudes)
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory for the terms, those of CLIP-L included."""
+        layers = [*self.terms.values(), *self.text_encoder.values()]
+        tensors = [x for terms in layers for term in terms for x in (term.down, term.up)]
+        return sum(x.nbytes for x in {id(x): x for x in tensors}.values())
+
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:SOME]) + (" ..." if len(names) > SOME else "")

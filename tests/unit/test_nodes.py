@@ -36,6 +36,16 @@ CONTRACT = {
         ],
         ["MAJICFLUX_DIT"],
     ),
+    "MajicFluxLoRA": (
+        "LoRA",
+        [
+            "dit:MAJICFLUX_DIT",
+            "file:COMBO",
+            "strength:FLOAT",
+            "text_encoders:MAJICFLUX_TEXT_ENCODERS",
+        ],
+        ["MAJICFLUX_DIT", "MAJICFLUX_TEXT_ENCODERS"],
+    ),
     "MajicFluxTextEncoders": (
         "bf16 text encoders",
         ["clip_l:COMBO", "t5:COMBO", "precision:COMBO", "keep_prepared:BOOLEAN"],
