@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,9 +26,9 @@ log = logging.getLogger("majicflux")
 io = host.io
 FOLDER = "loras"
 KEPT_BYTES = 2 * 2**30  # of LoRAs that a transformer used last, so that a new strength reads none
-# By the weights that they stand beside and what they were read from: each as it was read, and with
-# the norms that DoRA takes of these weights.
-_kept: "WeakKeyDictionary[OffloadedModule, OrderedDict[str, tuple[Adapter, Adapter]]]"
+# By the weights that they stand beside and the file: what it was then, the adapter as it was read,
+# and with the norms that DoRA takes of these weights.
+_kept: "WeakKeyDictionary[OffloadedModule, OrderedDict[Path, tuple[str, Adapter, Adapter]]]"
 _kept = WeakKeyDictionary()
 
 
@@ -124,7 +125,7 @@ class LoRA(Node):
             return load_lora(path, dit.geometry, clip, progress=progress)
 
         files = model_folders.fingerprint(FOLDER, file)
-        adapter = _beside(dit.weights, load, files, dit.geometry, clip)
+        adapter = _beside(dit.weights, path, load, files, dit.geometry, clip)
         lines = [str(adapter.report), say("strength {strength}", strength=f"{strength:g}")]
         if adapter.text_encoder and text_encoders is None:
             lines.append(say("The part for CLIP-L is not used: connect text_encoders."))
@@ -139,21 +140,23 @@ class LoRA(Node):
         return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
 
 
-def _beside(weights: "OffloadedModule", load: Callable[[], "Adapter"], *identity: Any) -> "Adapter":
-    """What `load` reads, for these weights: of those that they used last it is kept.
+def _beside(
+    weights: "OffloadedModule", path: Path, load: Callable[[], "Adapter"], *identity: Any
+) -> "Adapter":
+    """What `load` reads of this file, for these weights: what they used last is kept.
 
     ComfyUI drops what a node gave before it executes the node with a new strength.
     """
     kept = _kept.setdefault(weights, OrderedDict())
-    key = repr(identity)
-    if key not in kept:
+    if path not in kept or kept[path][0] != repr(identity):
+        kept.pop(path, None)
         adapter = found = model_files.shared(load, *identity)
         if adapter.magnitudes:
             from ..engine.quant.adapters import with_gains
 
             found = with_gains(adapter, weights.module)
-        kept[key] = adapter, found
-        while len(kept) > 1 and sum(a.nbytes for a, _ in kept.values()) > KEPT_BYTES:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    return kept[key][1]
+        kept[path] = repr(identity), adapter, found
+    kept.move_to_end(path)
+    while len(kept) > 1 and sum(adapter.nbytes for _, adapter, _ in kept.values()) > KEPT_BYTES:
+        kept.popitem(last=False)
+    return kept[path][2]
