@@ -16,10 +16,12 @@ DIT_FILE = "diffusion_models/majicflus_v134.safetensors"
 CLIP_FILE = "text_encoders/clip_l.safetensors"
 T5_FILE = "text_encoders/t5xxl_fp16.safetensors"
 VAE_FILE = "vae/ae.safetensors"
+LORA_FILE = "loras/FLUX.1-Turbo-Alpha.safetensors"
 CLIP_TOKENIZER_FOLDER = "text_encoders/tokenizer"
 T5_TOKENIZER_FOLDER = "text_encoders/tokenizer_2"
 
 CLIP_VOCABULARY = 2 * 256 + 2  # each byte inside a word and at its end, start and end of text
+LORA_RANK = 4
 T5_VOCABULARY = 128  # three special pieces, the word mark and the letters of ASCII, padded
 
 CLIP = ClipGeometry(width=128, mlp_width=256, layers=3, vocabulary=CLIP_VOCABULARY)
@@ -30,7 +32,7 @@ DIT = FluxGeometry(
 
 
 def write_demo_models(folder: Path) -> list[Path]:
-    """Write the four model files and two tokenizers under `folder`, in ComfyUI's subfolders.
+    """Write the four model files, a LoRA and two tokenizers, in ComfyUI's subfolders of `folder`.
 
     Random weights, the same at every call, about 170 MB, most of it the VAE, which has one size.
     The names are those of the shipped workflows, and a file that is there already is never
@@ -43,6 +45,7 @@ def write_demo_models(folder: Path) -> list[Path]:
         CLIP_FILE: clip_layout(CLIP),
         T5_FILE: t5_layout(T5),
         VAE_FILE: vae_layout(),
+        LORA_FILE: _lora_layout(),
     }
     paths = [folder / name for name in layouts]
     for path in paths:
@@ -58,6 +61,17 @@ def write_demo_models(folder: Path) -> list[Path]:
     _write_clip_tokenizer(folder / CLIP_TOKENIZER_FOLDER)
     _write_t5_tokenizer(folder / T5_TOKENIZER_FOLDER)
     return paths
+
+
+def _lora_layout() -> Layout:
+    """Of a LoRA for every matrix in the blocks."""
+    layout: Layout = {}
+    for name, shape in flux_dit_layout(DIT).items():
+        if "blocks." in name and len(shape) == 2:
+            layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            layout[f"{layer}.lora_A.weight"] = (LORA_RANK, shape[1])
+            layout[f"{layer}.lora_B.weight"] = (shape[0], LORA_RANK)
+    return layout
 
 
 def random_tensors(layout: Layout, seed: int, dtype: "torch.dtype") -> dict[str, "torch.Tensor"]:

@@ -63,15 +63,15 @@ def dora(layers: list[str]) -> Tensors:
 
 
 @pytest.fixture(autouse=True)
-def folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """models/loras, which is empty again afterwards."""
-    monkeypatch.setattr(standalone, "models_folder", models)
+def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty models/loras, beside the other demo models."""
+    loras = tmp_path / "models" / "loras"
+    loras.mkdir(parents=True)
+    for other in ("diffusion_models", "text_encoders", "vae"):
+        (loras.parent / other).symlink_to(models / other)
+    monkeypatch.setattr(standalone, "models_folder", loras.parent)
     monkeypatch.setattr(node, "_kept", weakref.WeakKeyDictionary())
-    loras = models / "loras"
-    loras.mkdir(exist_ok=True)
-    yield loras
-    for path in loras.iterdir():
-        path.unlink()
+    return loras
 
 
 @pytest.fixture
@@ -366,14 +366,14 @@ def with_lora(**inputs: Any) -> dict[str, Any]:
     return graph
 
 
-def test_a_graph_with_it_runs_without_a_server(models, tmp_path, put: Put, capsys) -> None:
+def test_a_graph_with_it_runs_without_a_server(folder, tmp_path, put: Put, capsys) -> None:
     put(kohya([QKV, PROJ]))
     path = tmp_path / "graph.json"
     path.write_text(json.dumps(with_lora()), encoding="utf-8")
     pictures = []
     for strength in ("1", "0"):
         out = tmp_path / strength
-        given = ["run", str(path), "--models", str(models), "--output", str(out)]
+        given = ["run", str(path), "--models", str(folder.parent), "--output", str(out)]
         assert not main([*given, "--set", f"9.strength={strength}"])
         (picture,) = out.rglob("*.png")
         pictures.append(picture.read_bytes())
