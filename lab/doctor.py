@@ -13,9 +13,8 @@ from ..downloads import model_folders
 from ..downloads.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
 from ..engine.quant.formats import PRECISIONS
 from ..host import current as host
-from ..loaders.lora import inspect_usable_lora
-from ..loaders.lora_models import FLUX_LORA
-from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of, parts_in
+from ..loaders.lora_models import FLUX_LORA, lora_of_another_model
+from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, is_lora, kind_of, parts_in
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
 from ..loaders.tokenizers import misfits
@@ -203,11 +202,11 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
     path, loaders = Path(name), _loaders()
     try:
         path = model_folders.resolve(folder, name)
-        if folder == LORAS:
-            inspect_usable_lora(path)
-            return str(FLUX_LORA), set()
         headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
         names = [tensor for header in headers for tensor in header]
+        if folder == LORAS and is_lora(names):
+            shapes = {name: entry.shape for name, entry in headers[0].items()}
+            return str(lora_of_another_model(shapes) or FLUX_LORA), set()
         kind = next(iter(parts_in(names)), None) or kind_of(names)
         if kind is None:
             return say("nothing that MajicFlux knows"), set()

@@ -383,9 +383,13 @@ def test_a_graph_with_it_runs_without_a_server(folder, tmp_path, put: Put, capsy
 def test_the_doctor_tells_the_files_of_the_folder(put: Put) -> None:
     put(kohya([QKV]))
     put(WRONG["SDXL"][0], "sdxl.safetensors")
-    text = diagnosis()
-    assert "- loras:\n  - unusable (is a LoRA for SDXL, not a LoRA for Flux.1" in text
-    assert "  - a LoRA for Flux.1: style.safetensors" in text
+    put({"strange": random_of(1)}, "strange.safetensors")
+    found = diagnosis().partition("- loras:\n")[2].splitlines()[:3]
+    assert found == [
+        "  - a LoRA for SDXL: sdxl.safetensors",
+        "  - nothing that MajicFlux knows: strange.safetensors",
+        "  - a LoRA for Flux.1: style.safetensors",
+    ]
 
 
 def test_a_prompt_that_would_add_one_elsewhere_is_told(weights, said: list[str]) -> None:
