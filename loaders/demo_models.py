@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from ..messages import say
+from .demo_lora import LORA_FILE, demo_lora
 from .layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 if TYPE_CHECKING:
@@ -16,12 +17,10 @@ DIT_FILE = "diffusion_models/majicflus_v134.safetensors"
 CLIP_FILE = "text_encoders/clip_l.safetensors"
 T5_FILE = "text_encoders/t5xxl_fp16.safetensors"
 VAE_FILE = "vae/ae.safetensors"
-LORA_FILE = "loras/FLUX.1-Turbo-Alpha.safetensors"
 CLIP_TOKENIZER_FOLDER = "text_encoders/tokenizer"
 T5_TOKENIZER_FOLDER = "text_encoders/tokenizer_2"
 
 CLIP_VOCABULARY = 2 * 256 + 2  # each byte inside a word and at its end, start and end of text
-LORA_RANK = 4
 T5_VOCABULARY = 128  # three special pieces, the word mark and the letters of ASCII, padded
 
 CLIP = ClipGeometry(width=128, mlp_width=256, layers=3, vocabulary=CLIP_VOCABULARY)
@@ -45,9 +44,8 @@ def write_demo_models(folder: Path) -> list[Path]:
         CLIP_FILE: clip_layout(CLIP),
         T5_FILE: t5_layout(T5),
         VAE_FILE: vae_layout(),
-        LORA_FILE: _lora_layout(),
     }
-    paths = [folder / name for name in layouts]
+    paths = [folder / name for name in (*layouts, LORA_FILE)]
     for path in paths:
         if path.exists():
             raise FileExistsError(
@@ -56,22 +54,12 @@ def write_demo_models(folder: Path) -> list[Path]:
                     path=path,
                 )
             )
-    for seed, (path, layout) in enumerate(zip(paths, layouts.values(), strict=True)):
+    for seed, (path, layout) in enumerate(zip(paths, layouts.values(), strict=False)):
         _write(path, random_tensors(layout, seed, torch.bfloat16))
+    _write(folder / LORA_FILE, demo_lora(layouts[DIT_FILE].items()))
     _write_clip_tokenizer(folder / CLIP_TOKENIZER_FOLDER)
     _write_t5_tokenizer(folder / T5_TOKENIZER_FOLDER)
     return paths
-
-
-def _lora_layout() -> Layout:
-    """Of a LoRA for every matrix in the blocks."""
-    layout: Layout = {}
-    for name, shape in flux_dit_layout(DIT).items():
-        if "blocks." in name and len(shape) == 2:
-            layer = f"diffusion_model.{name.removesuffix('.weight')}"
-            layout[f"{layer}.lora_A.weight"] = (LORA_RANK, shape[1])
-            layout[f"{layer}.lora_B.weight"] = (shape[0], LORA_RANK)
-    return layout
 
 
 def random_tensors(layout: Layout, seed: int, dtype: "torch.dtype") -> dict[str, "torch.Tensor"]:
