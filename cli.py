@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(command=_cache)
 
     inspect = commands.add_parser(
-        "inspect", parents=[common], help="measure what each precision costs a Flux.1 transformer"
+        "inspect",
+        parents=[common],
+        help="measure what each precision costs a Flux.1 transformer, or say what is in a LoRA",
     )
     inspect.add_argument("file", type=Path, help="a .safetensors, or the folder of its parts")
     inspect.add_argument(
@@ -207,7 +209,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "--models",
         type=Path,
         default=standalone.models_folder,
-        help="folder with diffusion_models, text_encoders and vae in it (default: %(default)s)",
+        help="folder with diffusion_models, loras, text_encoders and vae in it "
+        "(default: %(default)s)",
     )
 
 
@@ -347,8 +350,13 @@ def _inspect(options: argparse.Namespace) -> None:
     from .lab.precision_chart import require_place, write_chart
     from .lab.precision_table import table
     from .loaders.flux_dit import inspect_flux_dit
+    from .loaders.lora import describe_lora
 
     path = Path(os.path.abspath(options.file))  # not resolved: a link may have the better name
+    lora = describe_lora(path)
+    if lora is not None:
+        print(lora)
+        return
     stem = path.name if path.is_dir() else path.stem
     chart = options.chart or Path(f"{stem}-precision.png")
     require_place(chart)

@@ -16,9 +16,12 @@ from majicflux.loaders.demo_models import (
     DIT_FILE,
     T5_FILE,
     T5_TOKENIZER_FOLDER,
+    TEMPLATE_LORA_FILE,
     VAE_FILE,
 )
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
+
+from .random_lora import random_lora
 
 CLIP_VOCABULARY = 2 * 256 + 2  # each byte inside a word and at its end, start and end of text
 T5_VOCABULARY = 128  # three special pieces, the word mark and the letters of ASCII, padded
@@ -31,7 +34,7 @@ DIT = FluxGeometry(
 
 
 def write_random_models(folder: Path) -> None:
-    """Write the four model files and two tokenizers under `folder`, in ComfyUI's subfolders.
+    """Write four model files, a LoRA and two tokenizers under `folder`, in ComfyUI's subfolders.
 
     The names are those of the demo models, the weights the same at every call; about 170 MB, most
     of it the VAE, which has one size.
@@ -46,6 +49,8 @@ def write_random_models(folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(random_tensors(layout, seed, torch.bfloat16), path)
+    (folder / TEMPLATE_LORA_FILE).parent.mkdir(exist_ok=True)
+    save_file(random_lora(layouts[DIT_FILE].items()), folder / TEMPLATE_LORA_FILE)
     _write_clip_tokenizer(folder / CLIP_TOKENIZER_FOLDER)
     _write_t5_tokenizer(folder / T5_TOKENIZER_FOLDER)
 

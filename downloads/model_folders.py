@@ -8,7 +8,7 @@ from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, hidden, model_parts
 from ..messages import say
-from .catalogue import GROUPS
+from .catalogue import GROUPS, KNOWN_FILES, group_of
 
 CHECKPOINTS = "checkpoints"
 MAJICFLUS = [file.name for file in GROUPS["majicflus"]]
@@ -48,12 +48,13 @@ def resolve(category: str, name: str) -> Path:
 
 def _long_form(category: str, name: str) -> list[str]:
     """Where the file is published, and where it was looked for."""
-    known = [file for file in GROUPS["all"] if file.name == name]
+    known = [file for file in KNOWN_FILES if file.name == name]
     pages = [place.page for file in known for place in file.places]
     folders = [str(path) for path in host.model_folders(category)]
     if pages and folders:
         models = Path(folders[0]).parent
-        command = f'python -m majicflux.cli download all --models "{models}"'
+        group = group_of(known[0])
+        command = f'python -m majicflux.cli download {group} --models "{models}"'
         fetch = say("Or run {command} in ComfyUI's custom_nodes.", command=command)
         pages = [say("It is published at:"), *pages, fetch]
     return [*pages, say("It was looked for in:"), *folders]

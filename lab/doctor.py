@@ -13,7 +13,8 @@ from ..downloads import model_folders
 from ..downloads.catalogue import AE, CLIP_L, HUB_NAMES, MAJICFLUS_BF16, T5_XXL
 from ..engine.quant.formats import PRECISIONS
 from ..host import current as host
-from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, kind_of, parts_in
+from ..loaders.lora_models import FLUX_LORA, lora_of_another_model
+from ..loaders.recognise import CLIP, FLUX_DIT, T5, VAE, Kind, is_lora, kind_of, parts_in
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
 from ..loaders.shards import model_parts
 from ..loaders.tokenizers import misfits
@@ -29,6 +30,7 @@ TRITON = "triton-windows" if sys.platform == "win32" else "triton"
 PACKAGES = ("diffsynth", "transformers", TRITON, "comfy-kitchen", "torchvision", "torchaudio")
 JOB = (1024, 1024, 1, 20)  # width, height, pictures, steps
 PLANNED = "float8_e4m3fn"  # the weight_precision that the plan is made for
+LORAS = "loras"
 SHOWN = 4  # names of each kind of file
 NEEDED = {FLUX_DIT: MAJICFLUS_BF16, CLIP: CLIP_L, T5: T5_XXL, VAE: AE}  # and a file that is one
 
@@ -169,7 +171,7 @@ def _models() -> str:
     """Folder by folder, what each file is, told from its header; then what is missing."""
     usable: set[Kind] = set()
     lines = [""]
-    for folder in ("diffusion_models", "text_encoders", "vae", model_folders.CHECKPOINTS):
+    for folder in ("diffusion_models", LORAS, "text_encoders", "vae", model_folders.CHECKPOINTS):
         files: dict[str, list[str]] = {}
         for name in model_folders.choices(folder):
             what, kinds = _examined(folder, name)
@@ -202,6 +204,9 @@ def _examined(folder: str, name: str) -> tuple[str, set[Kind]]:
         path = model_folders.resolve(folder, name)
         headers = [SafetensorsFile(part).tensors for part in model_parts(path)]
         names = [tensor for header in headers for tensor in header]
+        if folder == LORAS and is_lora(names):
+            shapes = {name: entry.shape for name, entry in headers[0].items()}
+            return str(lora_of_another_model(shapes) or FLUX_LORA), set()
         kind = next(iter(parts_in(names)), None) or kind_of(names)
         if kind is None:
             return say("nothing that MajicFlux knows"), set()

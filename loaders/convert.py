@@ -262,7 +262,7 @@ def store_rows(
         try:
             quantize(some, weight[rows], row_scale[rows], group)
         except ValueError as error:
-            raise _damaged(part, part.name) from error
+            raise damaged(part, part.name) from error
         _require_sane(part, part.name, _largest(row_scale[rows]) * LIMITS[weight.dtype])
 
 
@@ -283,10 +283,11 @@ def _largest(values: "Tensor") -> float:
 
 def _require_sane(part: Part, name: str, largest: float) -> None:
     if not largest <= LARGEST:
-        raise _damaged(part, name)
+        raise damaged(part, name)
 
 
-def _damaged(part: Part, name: str) -> ModelFileError:
+def damaged(part: Part, name: str) -> ModelFileError:
+    """The error of a tensor that holds what no weight has."""
     return ModelFileError(
         say(
             "{file}, tensor {name}: it holds a NaN, an infinity or a value that no weight has. The "

@@ -20,6 +20,7 @@ DIT_FILE = "diffusion_models/majicflus_v134.safetensors"
 CLIP_FILE = "text_encoders/clip_l.safetensors"
 T5_FILE = "text_encoders/t5xxl_fp16.safetensors"
 VAE_FILE = "vae/ae.safetensors"
+TEMPLATE_LORA_FILE = "loras/FLUX.1-Turbo-Alpha.safetensors"
 CLIP_TOKENIZER_FOLDER = "text_encoders/tokenizer"
 T5_TOKENIZER_FOLDER = "text_encoders/tokenizer_2"
 

@@ -112,13 +112,15 @@ QUANTISATIONS = (
     _quantised("ModelOpt", ".pre_quant_scale", ".weight_quantizer."),
     _quantised("block-wise float8", ".weight_scale_inv"),
 )  # fmt: skip
+LORA = Kind(
+    (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", "_lora1.",
+     "_lora2.", "_lora.up.", "_lora.down.", "lora_unet_", "lora_transformer_", "lora_te",
+     ".lokr_w", ".hada_w", ".oft_blocks"),
+    later("a LoRA"),
+    later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
+)  # fmt: skip
 OTHERS = (
-    Kind(
-        (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.",
-         "lora_unet_", "lora_transformer_", "lora_te", ".lokr_w", ".hada_w", ".oft_blocks"),
-        later("a LoRA"),
-        later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
-    ),
+    LORA,
     Kind(("ip_adapter_", "image_proj.", "pulid_", "redux_up."),
          later("an IP-Adapter, PuLID or Redux model"), OTHER_MODEL),
     Kind(("layers.0.post_attention_layernorm.weight", "layers.0.mlp.gate_proj.weight"),
@@ -142,6 +144,11 @@ def kind_of(names: Collection[str]) -> Kind | None:
     return _first(whole, names)
 
 
+def is_lora(names: Collection[str]) -> bool:
+    """Whether these are the names of a LoRA, for any model."""
+    return bool(_shown([LORA], names)) and not parts_in(names)
+
+
 def parts_in(names: Collection[str]) -> list[Kind]:
     """The kinds of PARTS that seem to be in the file; what is not needed does not count.
 
@@ -158,21 +165,22 @@ def expecting(path: Path, names: Collection[str], wanted: Kind) -> Iterator[None
     So does an error that is raised within, when the file looks like another kind than the wanted.
     """
     if wanted not in parts_in(names):
-        raise _not_wanted(path, names, kind_of(names), wanted)
+        raise not_wanted(path, names, kind_of(names), wanted)
     if wanted is T5 and _first([UMT5], names):
-        raise _not_wanted(path, names, UMT5, wanted)
+        raise not_wanted(path, names, UMT5, wanted)
     try:
         yield
     except ModelFileError as error:
         kind = _first((*RELATIVES, *QUANTISATIONS), names)
         if kind is None:
             raise
-        raise _not_wanted(path, names, kind, wanted) from error
+        raise not_wanted(path, names, kind, wanted) from error
 
 
-def _not_wanted(
+def not_wanted(
     path: Path, names: Collection[str], found: Kind | None, wanted: Kind
 ) -> ModelFileError:
+    """The error of a file that is of the kind `found`, None being none that we know."""
     if found is None:
         said = say(
             "{file} is not {wanted}: none of its {count} tensors has a name that MajicFlux knows. "

@@ -146,7 +146,7 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
         )
     for name in layout:  # first, as other formats have other shapes too
         for part in sources[name].parts:
-            _require_readable(path, name, part)
+            require_readable(path, name, part)
     for name, shape in layout.items():
         source = sources[name]
         if _without_ones(source.shape) != _without_ones(shape):
@@ -174,7 +174,8 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
                 )
 
 
-def _require_readable(path: Path, name: str, part: Part) -> None:
+def require_readable(path: Path, name: str, part: Part) -> None:
+    """Raise ModelFileError when the weight of this name has a part in a format we do not know."""
     if part.format == DAMAGED:
         raise ModelFileError(
             say(

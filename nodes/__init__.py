@@ -10,6 +10,7 @@ from .dit_loader import DiTLoader
 from .doctor import Doctor
 from .encode_image import EncodeImage
 from .encode_prompt import EncodePrompt
+from .lora import LoRA
 from .pipeline import PipelineNode
 from .sample import Sample
 from .text_encoders import TextEncodersNode
@@ -17,6 +18,7 @@ from .vae_loader import VAELoader
 
 NODES = [
     DiTLoader,
+    LoRA,
     TextEncodersNode,
     VAELoader,
     PipelineNode,

@@ -17,8 +17,8 @@ const PANEL = "majicflux_text"; // our widget that shows a text
 const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
 const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
 const TEMPLATES = [ // from simple to special
-    "text_to_image", "text_to_image_6gb", "image_to_image", "inpainting", "batch_with_a_grid",
-    "compare_precisions", "mixed_with_stock_nodes",
+    "text_to_image", "text_to_image_6gb", "text_to_image_lora", "image_to_image", "inpainting",
+    "batch_with_a_grid", "compare_precisions", "mixed_with_stock_nodes",
 ];
 const FOUND_FIRST = ["MajicFluxDiTLoader", "MajicFluxSample"]; // in a search, of ours
 const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of

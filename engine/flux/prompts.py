@@ -21,6 +21,7 @@ WHOLE_TOKENS = 8  # CLIP's room for a text ends before it, not within it, if it 
 Segments = tuple[tuple[str, float], ...]  # texts and their weights
 Part = tuple[int, int, int | None, float]  # start, end, number of the bracket at its start, weight
 BRACKET = re.compile(r"\\[()]|[()]")
+LORA = re.compile(r"<(?:lora|lyco):([^<>:\n]+)(?::[^<>\n]*)?>", re.IGNORECASE)  # as A1111 adds one
 
 
 def require_length(prompt: str) -> None:
@@ -119,7 +120,8 @@ class TokenCounts:
     """Tokens of a prompt, besides those that mark its start and end and fill it up.
 
     clip, t5: as the two encoders split it; clip_read: of those, what CLIP-L has room for; unread:
-    characters that T5's vocabulary has no entry for, as most Chinese, of so many characters.
+    characters that T5's vocabulary has no entry for, as most Chinese, of so many characters; loras:
+    names in what other programs take for LoRAs to add, and this one, as ComfyUI, for text.
     """
 
     clip: int
@@ -127,6 +129,7 @@ class TokenCounts:
     clip_read: int
     unread: int = 0
     characters: int = 0
+    loras: tuple[str, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -141,14 +144,26 @@ class TokenCounts:
 
     @property
     def warning(self) -> str:
-        """Of what is lost; "" when nothing is."""
-        if not self.unread:
-            return ""
-        return say(
-            "T5 could not read {unread} of {characters} characters: write the prompt in English.",
-            unread=self.unread,
-            characters=self.characters,
-        )
+        """Of what is lost or misunderstood; "" when nothing is."""
+        said = []
+        if self.unread:
+            said.append(
+                say(
+                    "T5 could not read {unread} of {characters} characters: write the prompt in "
+                    "English.",
+                    unread=self.unread,
+                    characters=self.characters,
+                )
+            )
+        if self.loras:
+            said.append(
+                say(
+                    "{names} in the prompt was read as words, as ComfyUI does: no LoRA is added by "
+                    "it. Add one with the LoRA node.",
+                    names=", ".join(f"<lora:{name}>" for name in self.loras),
+                )
+            )
+        return "\n".join(said)
 
 
 @dataclass(frozen=True)
@@ -191,7 +206,8 @@ def tokenize(
             if t5_tokenizer.unk_token_id in t5_tokenizer(character).input_ids
         )
     characters = sum(not character.isspace() for character in whole)
-    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unread, characters)
+    loras = tuple(dict.fromkeys(LORA.findall(whole)))
+    counts = TokenCounts(sum(map(len, clip)), len(t5_ids), len(read), unread, characters, loras)
     if counts.text_tokens > MOST_T5_TOKENS:
         raise TooManyTokensError(tokens=counts.t5, most=MOST_T5_TOKENS - 1)
     start, end = clip_tokenizer("").input_ids

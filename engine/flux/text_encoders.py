@@ -19,6 +19,8 @@ from ..offload.offloaded_module import OffloadedModule
 from ..offload.patcher import Patcher
 from ..offload.prefetch import BeforeBlock
 from ..offload.weight_block import CPU
+from ..quant.adapters import beside_plain_layers
+from ..quant.low_rank import Adapter
 from .geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from .prompts import (
     T5_TOKENS,
@@ -51,12 +53,16 @@ class TextEmbedding:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """CLIP-L and T5 in one module with children `clip` and `t5`, and their tokenizers."""
+    """CLIP-L and T5 in one module with children `clip` and `t5`, and their tokenizers.
+
+    adapters: with their strengths, of which CLIP-L takes its terms.
+    """
 
     weights: OffloadedModule
     patcher: Patcher
     clip_tokenizer: Any
     t5_tokenizer: Any
+    adapters: tuple[tuple[Adapter, float], ...] = ()
     # Of these weights and tokenizers: others begin with nothing.
     _remembered: OrderedDict[tuple[Segments, int], TextEmbedding] = field(
         default_factory=OrderedDict, repr=False, init=False
@@ -102,6 +108,10 @@ class TextEncoders:
         return self.weights.module.clip.position_embeds.shape[2]
 
     @property
+    def clip_geometry(self) -> ClipGeometry:
+        return self.weights.module.clip.geometry
+
+    @property
     def t5_geometry(self) -> T5Geometry:
         return self.weights.module.t5.geometry
 
@@ -139,7 +149,8 @@ class TextEncoders:
                 empty, moved_bytes = self.encode("", *given)
         device, module, chunking = self.patcher.device, self.weights.module, chunking or Chunking()
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, chunking)
-        with visits as stream, _retried(module, chunking):
+        beside = beside_plain_layers(module, self.adapters, device)
+        with visits as stream, _retried(module, chunking), beside:
             clip_ids = torch.tensor([text.clip], device=device)
             pooled, _ = chunking.retry(lambda: module.clip(clip_ids))
             t5_ids = torch.tensor([ids], device=device)
@@ -222,6 +233,7 @@ def _sized_clip(g: ClipGeometry) -> Any:
                 for _ in range(g.layers)
             )
             self.final_layer_norm = nn.LayerNorm(g.width)
+            self.geometry = g
 
     return SizedClip()
 

@@ -9,23 +9,44 @@ from torch import nn
 from ..diffsynth_files import diffsynth_module
 from ..offload.offloaded_module import OffloadedModule
 from ..offload.patcher import Patcher
+from ..quant.adapters import touched
 from ..quant.formats import Precision, Storage
 from ..quant.linear import StorageOf, store
+from ..quant.low_rank import Adapter
 from .conditioning import LastConditions
 from .geometry import ROPE_AXES, TIMESTEP_CHANNELS, FluxGeometry, kind_of_layer
 
 ROPE_THETA = 10000
+ENDS = ("x_embedder", "final_proj_out")  # which every step needs, outside of the blocks
 
 
 @dataclass(frozen=True)
 class DiT:
-    """A Flux.1 transformer with its weights in CPU memory."""
+    """A Flux.1 transformer with its weights in CPU memory.
+
+    adapters: with their strengths; they stand beside the weights, which other handles share.
+    """
 
     weights: OffloadedModule
     patcher: Patcher
     geometry: FluxGeometry
     precision: Precision
     last_conditions: LastConditions = field(default_factory=LastConditions, repr=False)
+    adapters: tuple[tuple[Adapter, float], ...] = ()
+
+    @property
+    def adapted_once(self) -> list[str]:
+        """The layers with something beside them that a run needs before its first step."""
+        return [name for name in touched(self.adapters) if _is_needed_once(name)]
+
+    @property
+    def adapted_always(self) -> list[str]:
+        """The others, which every step needs."""
+        return [name for name in touched(self.adapters) if not _is_needed_once(name)]
+
+
+def _is_needed_once(name: str) -> bool:
+    return kind_of_layer(name) in ("modulation", "rest") and name not in ENDS
 
 
 def build_flux_dit(

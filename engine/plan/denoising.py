@@ -1,5 +1,7 @@
 """The plan of the denoising loop, and the time of a step."""
 
+from dataclasses import dataclass
+
 from ..flux.geometry import HEAD_DIM, MLP_RATIO, FluxGeometry
 from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
 from ..offload.weight_sizes import WeightSizes
@@ -8,6 +10,19 @@ from ..sizes import CHANNELS
 from .device import DeviceProfile
 from .plan import DENOISE, StagePlan, Workload
 from .split import split_budget
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """Bytes of what adapters keep beside the weights before the first step, and in every step;
+    ranks: of the layer with the most, in every step."""
+
+    once: int
+    always: int
+    ranks: int
+
+
+NO_ADAPTERS = AdapterSizes(0, 0, 0)
 
 
 def plan_denoising(
@@ -19,6 +34,7 @@ def plan_denoising(
     conversion_bytes: int,
     budget: int | None,
     profile: DeviceProfile,
+    adapters: AdapterSizes = NO_ADAPTERS,
 ) -> StagePlan:
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
@@ -34,6 +50,7 @@ def plan_denoising(
         + workload.prompts * tokens * HEAD_DIM * 2 * 4  # RoPE, which prompts of one length share
         + latents * 10 * 4
         + conversion_bytes
+        + adapters.always
     )
     one_of_width = tokens * width * itemsize
     # Before the first step, in float32 too: the embedding of the text, or what a modulation layer
@@ -44,6 +61,8 @@ def plan_denoising(
     ]
     piece = min(CONVERTED_AT_ONCE, max(6 * width, geometry.text_width) * width)
     conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
+    conditions += adapters.once
+    low = adapters.ranks * itemsize  # of a token, between the two matrices of a term
 
     def values(chunk: int, groups: int = 1) -> int:
         all_at_once, *each_at_once = (
@@ -54,8 +73,8 @@ def plan_denoising(
         share = (
             Chunking(chunk, groups).heads_at_once(geometry.heads) / geometry.heads
         )  # of the heads at once
-        before_row, joint_row, single_row = _row_bytes(
-            geometry, itemsize, eight_bit, weights, profile, share
+        before_row, joint_row, single_row = (
+            low + row for row in _row_bytes(geometry, itemsize, eight_bit, weights, profile, share)
         )
         # Chunk 0 joins a single block's first products: its MLP then waits for the attention, which
         # copies queries, keys or values that do not lie one after the other.

@@ -16,6 +16,7 @@ def plan_text(
     profile: DeviceProfile,
     others_bytes: int = 0,
     text_tokens: int = T5_TOKENS,
+    adapter_bytes: int = 0,
 ) -> StagePlan:
     """Both encoders; one prompt of so many T5 tokens.
 
@@ -26,6 +27,7 @@ def plan_text(
     # The position bias, and the scores in float32 before and after the softmax: no fused attention
     # takes a bias everywhere.
     values = scores * (itemsize + 2 * 4) + text_tokens * (t5.width + 4 * t5.mlp_width) * itemsize
+    values += adapter_bytes
     phase = split_budget(TEXT, weights, [(0, values)], budget, profile)
     if budget is None or phase.peak + others_bytes <= budget:
         return phase

@@ -52,15 +52,17 @@ class ComputePrecision:
         others = [x for x in stored_linears(module) if x.weight.dtype not in self.eight_bit]
         return Dequantized(others, torch.device("cpu"), self.dtype).largest * self.dtype.itemsize
 
+    def method(self, module: nn.Module, device: torch.device) -> LinearMethod:
+        """How the layers of `module` multiply on `device`, for one run."""
+        product: LinearMethod = Dequantized(stored_linears(module), device, self.dtype)
+        return EightBit(self.eight_bit, device, product) if self.eight_bit else product
+
     @contextmanager
     def applied_to(self, module: nn.Module, device: torch.device) -> Iterator[None]:
         """Let the layers of `module` multiply this way on `device`."""
-        layers = stored_linears(module)
-        product: LinearMethod = Dequantized(layers, device, self.dtype)
-        if self.eight_bit:
-            product = EightBit(self.eight_bit, device, product)
+        layers, method = stored_linears(module), self.method(module, device)
         for layer in layers:
-            layer.method = product
+            layer.method = method
         try:
             yield
         finally:

@@ -42,13 +42,24 @@ class LinearMethod(Protocol):
         ...
 
 
+class Additions(Protocol):
+    """What is added to the products of one layer."""
+
+    def add_to(
+        self,
+        y: Tensor,
+        x: Tensor | QuantizedActivations,
+        columns: slice,
+        method: LinearMethod | None,
+    ) -> None: ...
+
+
 class StoredLinear(nn.Module):
     """`y = x W^T + b`, by the method that the run has chosen.
 
     weight: [out, in] in the dtype of the storage; scale: [out] float32 or absent, with
     W = weight * scale[:, None], rotated by groups of `group` input channels unless that is 0;
-    bias: [out] or absent. low_rank: None, or (down [rank, in], up [out, rank]), whose product is
-    added to W without rounding W again.
+    bias: [out] or absent. adapted: what adapters add for the length of a run, see `adapters`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, storage: Storage):
@@ -59,7 +70,7 @@ class StoredLinear(nn.Module):
         vector_dtype = getattr(torch, storage.vector_dtype)
         self.bias = _parameter(out_features, dtype=vector_dtype) if bias else None
         self.group = rotation_group(in_features, storage.rotated)
-        self.low_rank: tuple[Tensor, Tensor] | None = None
+        self.adapted: Additions | None = None
         self.method: LinearMethod | None = None
 
     def rows(
@@ -71,8 +82,8 @@ class StoredLinear(nn.Module):
         """What `norm_modulate_quantize` gives of the same, in the format that the method wants."""
         if self.method is None:
             return norm_modulate_quantize(x, norm, gelu)
-        wanted = None if self.low_rank else self.method.wanted(self)
-        return norm_modulate_quantize(x, norm, gelu, wanted, self.method.dtype)
+        wanted, dtype = self.method.wanted(self), self.method.dtype
+        return norm_modulate_quantize(x, norm, gelu, wanted, dtype)
 
     def matrix(self, columns: slice = ALL) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight, scale and bias of these output columns."""
@@ -90,10 +101,8 @@ class StoredLinear(nn.Module):
             y = dequantized_product(self, x, columns=columns)
         else:
             y = self.method(self, x, out, columns)
-        if self.low_rank is not None:
-            assert isinstance(x, Tensor), "rows() leaves the input of a low-rank term as it is"
-            down, up = (factor.to(x.dtype) for factor in self.low_rank)
-            y += F.linear(F.linear(x, down), up[columns])
+        if self.adapted is not None:
+            self.adapted.add_to(y, x, columns, self.method)
         if out is not None and y is not out:
             out.copy_(y)
         return y

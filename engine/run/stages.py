@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -16,11 +17,12 @@ from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
 from ..flux.velocity import flux_velocity
-from ..plan.denoising import plan_denoising, step_seconds
+from ..plan.denoising import AdapterSizes, plan_denoising, step_seconds
 from ..plan.measure import MEASURING_BYTES, device_profile, measured_profile
 from ..plan.plan import DECODE, DENOISE, ENCODE, LABELS, TEXT, StagePlan, Workload
 from ..plan.text import plan_text
 from ..plan.vae import plan_decode, plan_encode
+from ..quant.adapters import adapted, bound_bytes, plain_bytes
 from ..quant.compute import ComputePrecision
 from ..sampling.inputs import SamplerInputs
 from ..sampling.loop import OnPass, sample
@@ -47,6 +49,7 @@ class TextStage:
         return plan_text(
             encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
             device_profile(encoders.patcher.device), others, workload.text_tokens,
+            plain_bytes(encoders.adapters, encoders.itemsize),
         )  # fmt: skip
 
     def run(self, run: PipelineRun, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
@@ -76,11 +79,14 @@ class DenoiseStage:
         return self.dit
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
-        dit, compute = self.dit, self.compute
+        dit, compute, module = self.dit, self.compute, self.dit.weights.module
+        method = compute.method(module, dit.patcher.device)
+        once, _ = bound_bytes(module, dit.adapters, dit.adapted_once, method)
+        always, ranks = bound_bytes(module, dit.adapters, dit.adapted_always, method)
         return plan_denoising(
             dit.weights.sizes, dit.geometry, workload, compute.dtype.itemsize,
-            bool(compute.eight_bit), compute.conversion_bytes(dit.weights.module), budget,
-            device_profile(dit.patcher.device),
+            bool(compute.eight_bit), compute.conversion_bytes(module), budget,
+            device_profile(dit.patcher.device), AdapterSizes(once, always, ranks),
         )  # fmt: skip
 
     def measure(self) -> None:
@@ -111,18 +117,25 @@ class DenoiseStage:
         with run.memory_of(self, predicted) as (plan, chunking):
             visits = dit.weights.running_on(device, run.before_block, through, plan.ring, chunking)
 
+            def beside(names: Sequence[str]) -> AbstractContextManager[None]:
+                return adapted(module, dit.adapters, names, compute.dtype, device)
+
             def make() -> list[Conditions]:
-                with compute.applied_to(module, device):
+                with compute.applied_to(module, device), beside(dit.adapted_once):
                     return conditions_of(
                         module, prompts, guidance, compute.dtype, device, latents_dtype,
                         inputs.sigmas,
                     )  # fmt: skip
 
-            key = (guidance, compute, latents_dtype, *inputs.sigmas.tolist())
+            adapters = dit.adapters if dit.adapted_once else ()
+            key = (guidance, compute, latents_dtype, adapters, *inputs.sigmas.tolist())
             with visits as ring:
                 last = partial(dit.last_conditions.of, prompts, make, device, *key)
                 conditions = chunking.retry(last)
-                with compute.applied_to(module, device):  # with a new buffer for conversions
+                with (
+                    compute.applied_to(module, device),  # with a new buffer for conversions
+                    beside(dit.adapted_always),
+                ):
                     positive, negative = [*conditions, None][:2]
                     velocity = flux_velocity(module, positive, chunking, negative, inputs.cfg)
                     latents = sample(inputs, velocity, on_pass, device, latents_dtype)

@@ -16,6 +16,7 @@ from majicflux.downloads.catalogue import (
     CLIP_L,
     GROUPS,
     HUGGINGFACE,
+    KNOWN_FILES,
     MAJICFLUS_BF16,
     MAJICFLUS_FLOAT8,
     T5_XXL,
@@ -56,7 +57,7 @@ def test_the_least_size_of_the_bf16_file_is_that_of_its_tensors() -> None:
 
 
 def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
-    names = {f"{file.folder}/{file.name}" for file in GROUPS["all"]}
+    names = {f"{file.folder}/{file.name}" for file in KNOWN_FILES}
     demo = {name for key, name in vars(demo_models).items() if key.endswith("_FILE")}
     assert names == demo | {"diffusion_models/majicflus_v1.safetensors"}
     workflow = (ROOT / "workflows" / "text_to_image.json").read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
     }
     for readme in ("README.md", "README.zh-CN.md"):
         text = (ROOT / readme).read_text(encoding="utf-8")
-        for file in GROUPS["all"]:
+        for file in KNOWN_FILES:
             assert all(f"`{file.name}`" in text and p.repository in text for p in file.places)
 
 
@@ -78,6 +79,7 @@ def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
         ([], ["majicflus_v134", "clip_l", "t5xxl_fp16", "ae"], 24e9),
         (["majicflus", "--from", "huggingface"], ["majicflus_v1"], 11e9),
         (["flux-dev-parts"], ["clip_l", "t5xxl_fp16", "ae"], 10e9),
+        (["turbo"], ["FLUX.1-Turbo-Alpha"], 0.5e9),
     ],
 )
 def test_a_command_lists_its_files_and_begins_only_if_all_fit(

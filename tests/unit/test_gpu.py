@@ -12,6 +12,7 @@ import torch
 
 from comfyui_server import Server
 from file_layouts import sparse_file
+from majicflux.benchmarks.lora import random_lora
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.latents import to_vae_space
@@ -264,13 +265,27 @@ def test_in_turns_with_comfyuis_own_flux(
     assert (latents - expected).norm() < 0.02 * expected.norm()
 
 
-def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(monkeypatch, make_pipeline) -> None:
-    """Within a picture that has more tokens than the smallest chunks."""
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+@pytest.mark.parametrize("rank", [0, 16, 64])
+def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(
+    monkeypatch, make_pipeline, precision: str, rank: int
+) -> None:
+    """Within a picture that has more tokens than the smallest chunks. rank: of a LoRA."""
     request = dataclasses.replace(REQUEST, width=1024, height=1024, steps=1)
-    options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA}
+    options = {"precision": PRECISIONS[precision], "device": CUDA, "mode": "8-bit"}
+
+    def painted() -> torch.Tensor:
+        pipeline = make_pipeline(**options)
+        if rank:
+            torch.manual_seed(0)
+            lora = random_lora(pipeline.dit.weights.module, rank)
+            dit = dataclasses.replace(pipeline.dit, adapters=((lora, 1.0),))
+            pipeline = dataclasses.replace(pipeline, dit=dit)
+        return paint(pipeline, request, lambda *_: None, lambda: None)[1]
+
     made, found = pipeline_run.Chunking, []
     for tokens, groups in ((0, 1), (2048, 1), (256, 1), (256, 2)):
         forced = functools.partial(made, tokens, groups)
         monkeypatch.setattr(pipeline_run, "Chunking", lambda *rest, forced=forced: forced(rest[2]))
-        found.append(paint(make_pipeline(**options), request, lambda *_: None, lambda: None)[1])
+        found.append(painted())
     assert all(torch.equal(latents, found[0]) for latents in found)

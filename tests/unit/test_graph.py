@@ -352,7 +352,7 @@ def test_missing_models_can_be_downloaded_from_the_canvas(path: Path) -> None:
         for model in node["properties"].get("models", []):
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(".safetensors")
-            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "vae")
             offered.add(model["name"])
     assert wanted == offered
 

@@ -12,7 +12,7 @@ import tqdm
 from safetensors.torch import load_file, save_file
 
 from majicflux.downloads import model_folders
-from majicflux.downloads.catalogue import GROUPS, KnownFile
+from majicflux.downloads.catalogue import GROUPS, KNOWN_FILES, KnownFile
 from majicflux.engine.kernels import dispatch
 from majicflux.host import standalone
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -35,6 +35,16 @@ CONTRACT = {
             "modulation_precision:COMBO",
         ],
         ["MAJICFLUX_DIT"],
+    ),
+    "MajicFluxLoRA": (
+        "LoRA",
+        [
+            "dit:MAJICFLUX_DIT",
+            "file:COMBO",
+            "strength:FLOAT",
+            "text_encoders:MAJICFLUX_TEXT_ENCODERS",
+        ],
+        ["MAJICFLUX_DIT", "MAJICFLUX_TEXT_ENCODERS"],
     ),
     "MajicFluxTextEncoders": (
         "bf16 text encoders",
@@ -225,7 +235,7 @@ def test_a_name_cannot_leave_its_folder(name: str) -> None:
         model_folders.resolve("diffusion_models", name)
 
 
-@pytest.mark.parametrize("file", GROUPS["all"], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", KNOWN_FILES, ids=lambda file: file.name)
 def test_a_missing_file_is_named_with_its_folder_and_its_pages(
     file: KnownFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +247,8 @@ def test_a_missing_file_is_named_with_its_folder_and_its_pages(
     *pages, fetch, _, folder = more[1:]
     assert pages == [place.page for place in file.places]
     assert all(place.repository in place.page for place in file.places)
-    command = f'python -m majicflux.cli download all --models "{tmp_path}"'
+    group = "turbo" if file.folder == "loras" else "all"
+    command = f'python -m majicflux.cli download {group} --models "{tmp_path}"'
     assert fetch == f"Or run {command} in ComfyUI's custom_nodes."
     assert folder == str(tmp_path / file.folder)
 

@@ -20,7 +20,7 @@ from majicflux.engine import kernels
 from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux import blocks, conditioning, vae_bands, velocity
 from majicflux.engine.flux.conditioning import conditions_of
-from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry, kind_of_layer
 from majicflux.engine.flux.prompts import CLIP_TOKENS, T5_TOKENS
 from majicflux.engine.flux.text_encoders import TextEmbedding, build_text_encoders
 from majicflux.engine.flux.transformer import build_flux_dit
@@ -32,15 +32,23 @@ from majicflux.engine.offload.chunking import GROUPS, Chunking
 from majicflux.engine.offload.chunking import split as split_tokens
 from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.plan import denoising, estimate, split
-from majicflux.engine.plan.denoising import plan_denoising, step_seconds
+from majicflux.engine.plan.denoising import (
+    NO_ADAPTERS,
+    AdapterSizes,
+    plan_denoising,
+    step_seconds,
+)
 from majicflux.engine.plan.device import DeviceProfile
 from majicflux.engine.plan.plan import Plan, StagePlan, Workload
 from majicflux.engine.plan.text import plan_text
 from majicflux.engine.plan.units import GB, MB
 from majicflux.engine.plan.vae import plan_decode
-from majicflux.engine.quant import methods
+from majicflux.engine.quant import adapters, methods
+from majicflux.engine.quant.adapters import adapted, bound_bytes
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
 from majicflux.engine.sampling.inputs import SamplerInputs
 from majicflux.engine.sampling.loop import sample
 from majicflux.engine.sampling.schedules import diffsynth_sigmas
@@ -95,12 +103,17 @@ def computing_of(name: str) -> tuple[str, ComputePrecision]:
 
 
 def plan_of(
-    name: str, job: Workload, budget: int | None, card: DeviceProfile, geometry: FluxGeometry = FULL
+    name: str,
+    job: Workload,
+    budget: int | None,
+    card: DeviceProfile,
+    geometry: FluxGeometry = FULL,
+    adapters: AdapterSizes = NO_ADAPTERS,
 ) -> StagePlan:
     precision, computing = computing_of(name)
     weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
-    eight_bit = bool(computing.eight_bit)
-    return plan_denoising(weights.sizes, geometry, job, 2, eight_bit, converted, budget, card)
+    given = (job, 2, bool(computing.eight_bit), converted, budget, card, adapters)
+    return plan_denoising(weights.sizes, geometry, *given)
 
 
 rope_once = cache(velocity._rope)
@@ -172,8 +185,11 @@ def conversion_bytes(name: str, geometry: FluxGeometry) -> int:
 
 
 @cache
-def denoised(name: str, job: Workload, tokens: int, groups: int, is_fused: bool) -> int:
-    """The most bytes that are alive at once, besides the weights."""
+def denoised(
+    name: str, job: Workload, tokens: int, groups: int, is_fused: bool, rank: int = 0
+) -> int:
+    """The most bytes that are alive at once, besides the weights. rank: of adapters in all layers
+    of the blocks but their modulation."""
     del is_fused  # for the cache: the fixture says it to the engine
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
@@ -182,32 +198,57 @@ def denoised(name: str, job: Workload, tokens: int, groups: int, is_fused: bool)
     )
     noise = torch.empty(job.batch_size, 16, *job.latent_size)
     task = SamplerInputs(diffsynth_sigmas(job.steps, job.width, job.height), noise)
+    beside, names = adapters_of(module, rank)
     with torch.inference_mode(), LiveBytes() as live:
         with computing.applied_to(module, META):
             given = (torch.bfloat16, META, torch.float32, task.sigmas)
             prompts = conditions_of(module, [text] * job.prompts, 3.5, *given)
-        with computing.applied_to(module, META):
+        with (
+            computing.applied_to(module, META),
+            adapted(module, beside, names, torch.bfloat16, META),
+        ):
             positive, negative = [*prompts, None][:2]
             velocity = flux_velocity(module, positive, Chunking(tokens, groups), negative, 2.0)
             sample(task, velocity, lambda _: None, META, torch.float32)
     return live.peak
 
 
-def assert_planned(name: str, job: Workload, card: str) -> set[tuple[int, int]]:
+def adapters_of(module, rank: int) -> tuple[list[tuple[Adapter, float]], list[str]]:
+    if rank == 0:
+        return [], []
+    layers = {
+        name: layer.weight
+        for name, layer in module.named_modules()
+        if isinstance(layer, StoredLinear) and kind_of_layer(name) in ("attention", "mlp")
+    }
+    terms = {
+        name: (
+            LowRankTerm(torch.empty(rank, weight.shape[1]), torch.empty(len(weight), rank), 1.0),
+        )
+        for name, weight in layers.items()
+    }
+    return [(Adapter(terms), 1.0)], [*terms]
+
+
+def assert_planned(name: str, job: Workload, card: str, rank: int = 0) -> set[tuple[int, int]]:
     """Every plan for up to 24 GB is kept, and not much too large; returns the tokens at once and
     the groups of heads."""
     wrong: list[str] = []
     found: set[tuple[int, int]] = set()
-    smallest = plan_of(name, job, None, CARDS[card]).smallest
+    precision, computing = computing_of(name)
+    module = transformer(ONE_OF_EACH, precision).module
+    nbytes, ranks = bound_bytes(module, *adapters_of(module, rank), computing.method(module, META))
+    given = (FULL, AdapterSizes(0, nbytes, ranks))
+    smallest = plan_of(name, job, None, CARDS[card], *given).smallest
     for budget in (*(smallest + n * smallest // 16 for n in range(16)), *range(GB, 25 * GB, GB)):
-        phase = plan_of(name, job, budget, CARDS[card])
+        phase = plan_of(name, job, budget, CARDS[card], *given)
         size = (phase.tokens, phase.groups)
         if smallest > budget or size in found:
             continue
         found.add(size)
         # The modulation of the blocks that are not there.
         absent = (12 * 18 + 3 * 37) * FULL.hidden * 4 * job.prompts
-        peak = denoised(name, job, *size, card == "fused") + absent
+        peak = denoised(name, job, *size, card == "fused", rank) + absent
         share = peak / phase.values
         if not 0.85 <= share <= 1:
             wrong.append(f"{size}: {peak / 1e6:.1f} MB, {share:.3f} of the plan")
@@ -287,6 +328,20 @@ def test_two_prompts_side_by_side_are_planned(as_cuda) -> None:
 
 def test_two_prompts_side_by_side_are_planned_with_fused_kernels(as_cuda, fused) -> None:
     assert_planned("float8", Workload(512, 512, 2, 1, prompts=2), "fused")
+
+
+@pytest.mark.parametrize(("name", "card"), [("float8", "fused"), ("int8 rotated", "plain")])
+def test_adapters_are_planned(as_cuda, monkeypatch, request, name: str, card: str) -> None:
+    if card == "fused":
+        request.getfixturevalue("fused")
+    monkeypatch.setattr(adapters, "quantize_rows", lambda *_: None)
+    job = Workload(1024, 1024, steps=1)
+    plain, more = (
+        plan_of(name, job, None, CARDS[card], FULL, sizes).smallest
+        for sizes in (NO_ADAPTERS, AdapterSizes(0, 100 * MB, 64))
+    )
+    assert more - plain >= 100 * MB
+    assert_planned(name, job, card, rank=64)
 
 
 def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:

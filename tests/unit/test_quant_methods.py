@@ -152,31 +152,6 @@ def test_a_few_rows_are_not_rounded() -> None:
     assert relative(layer(x), x.double() @ stored_weight(layer).T + layer.bias.double()) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("storage", "eight_bit"),
-    [
-        (BFLOAT16, False),
-        (FLOAT8, False),
-        (FLOAT8, True),
-        (INT8_ROTATED, False),
-        (INT8_ROTATED, True),
-    ],
-)
-def test_a_low_rank_term_is_added_beside_the_stored_weight(storage, eight_bit: bool) -> None:
-    layer, _ = filled(storage)
-    before = layer.weight.clone().view(torch.uint8)
-    layer.method = in_8_bits(layer) if eight_bit else Dequantized([layer], CPU, torch.float32)
-    x = torch.randn(1, 160, 512)
-    plain = layer(layer.rows(x))
-    down, up = torch.randn(4, 512), torch.randn(48, 4)
-    layer.low_rank = (down, up)
-    added = layer(layer.rows(x)) - plain
-    assert relative(added, x.double() @ down.double().T @ up.double().T) < 1e-5
-    assert torch.equal(layer.weight.view(torch.uint8), before)
-    out = torch.empty(1, 160, 48)
-    assert torch.equal(layer(layer.rows(x), out=out), out)
-
-
 def test_a_shape_that_the_units_do_not_take_is_dequantized() -> None:
     layer = StoredLinear(24, 40, True, INT8_ROTATED).to_empty(device=CPU)
     weight = torch.randn(40, 24)

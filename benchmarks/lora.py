@@ -1,0 +1,109 @@
+"""What LoRAs cost: seconds of a denoising step at 1024x1024 with them and without.
+
+Full-size random weights, all of them on the card, 8-bit products; the LoRAs are random and reach
+every layer of the blocks but the modulation, as most files do. Their bars are shares of the step
+without any, measured in turns in the same process. --quick runs a small transformer on the CPU,
+which only shows that the script works.
+"""
+
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from majicflux.engine.flux.geometry import FluxGeometry, kind_of_layer
+from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.quant.adapters import Adapters, adapted, bound_bytes, touched
+from majicflux.engine.quant.compute import choose_compute
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
+
+from .measuring import device_name, wait_for
+from .step import BFLOAT16, Case, our_step, ours, random_weights
+from .table import Row, options, report
+
+TURNS = 7
+RANKS = ((), (16,), (64,), (32, 32, 32))  # of the LoRAs that are there at once
+BARS = {  # times the step without
+    "int8 rotated": {(16,): 1.04, (64,): 1.08, (32, 32, 32): 1.10},
+    "float8_e4m3fn": {(16,): 1.10, (64,): 1.14, (32, 32, 32): 1.16},
+}
+
+
+def main() -> None:
+    chosen = options(__doc__ or "")
+    if not chosen.quick and not torch.cuda.is_available():
+        sys.exit("not measured: no CUDA card here; --quick shows that the script works")
+    device = torch.device("cpu") if chosen.quick else torch.device("cuda", 0)
+    small = FluxGeometry(hidden=256, double_blocks=2, single_blocks=4, text_width=64)
+    geometry, side = (small, 16) if chosen.quick else (FluxGeometry(), 128)
+    print(device_name(device), "torch", torch.__version__)
+    torch.manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    text = TextEmbedding(drawn(1, 512, geometry.text_width), drawn(1, geometry.pooled_width))
+    case = Case(drawn(1, 16, side, side), text, torch.tensor(0.7))
+    state = random_weights(geometry, device)
+    rows = []
+    with torch.inference_mode():
+        for precision, bars in BARS.items():
+            module = ours(geometry, precision, state, device)
+            seconds = in_turns(module, case, device, 1 if chosen.quick else TURNS)
+            for ranks, bar in bars.items():
+                name = f"{precision}, ranks {' + '.join(map(str, ranks))}"
+                limit = None if chosen.quick else bar * seconds[()]
+                rows.append(Row(name, seconds[ranks], "s", seconds[()], "none", bar=limit))
+            del module
+    report(rows, chosen.check)
+
+
+def in_turns(
+    module: Any, case: Case, device: torch.device, turns: int
+) -> dict[tuple[int, ...], float]:
+    """Median seconds of a step with LoRAs of each of RANKS."""
+    compute = choose_compute(module, device, "8-bit", BFLOAT16)
+    found: dict[tuple[int, ...], list[float]] = {ranks: [] for ranks in RANKS}
+    loras = {ranks: [(random_lora(module, rank), 0.7) for rank in ranks] for ranks in RANKS}
+    for ranks, adapters in loras.items():
+        names = touched(adapters)
+        nbytes, _ = bound_bytes(module, adapters, names, compute.method(module, device))
+        print(f"{compute.choice}, ranks {ranks}: {nbytes / 1e6:.0f} MB beside the weights")
+    for turn in range(turns):
+        for ranks, adapters in loras.items():
+            with ExitStack() as stack:
+                step = stack.enter_context(our_step(module, compute, case, device))
+                stack.enter_context(beside(module, adapters, device))
+                for _ in range(3 if turn == 0 and turns > 1 else 1):
+                    step()
+                wait_for(device)
+                start = time.perf_counter()
+                step()
+                wait_for(device)
+                found[ranks].append(time.perf_counter() - start)
+    return {ranks: statistics.median(seconds) for ranks, seconds in found.items()}
+
+
+def beside(module: Any, adapters: Adapters, device: torch.device) -> Any:
+    return adapted(module, adapters, touched(adapters), BFLOAT16, device)
+
+
+def random_lora(module: Any, rank: int) -> Adapter:
+    """On every linear layer of the blocks but the modulation, a tenth of the weight's size."""
+    terms = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, StoredLinear) and kind_of_layer(name) in ("attention", "mlp"):
+            columns, width = layer.weight.shape
+            down = torch.randn(rank, width, dtype=BFLOAT16)
+            up = torch.randn(columns, rank, dtype=BFLOAT16)
+            terms[name] = (LowRankTerm(down, up, 0.1 * (rank * width) ** -0.5),)
+    return Adapter(terms)
+
+
+if __name__ == "__main__":
+    main()

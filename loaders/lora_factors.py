@@ -1,0 +1,40 @@
+"""LoHa and LoKr as products of two matrices of low rank, exactly."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .lora_changes import LOHA, LOKR
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def factors(method: str, tensors: Mapping[str, "Tensor"]) -> tuple["Tensor", "Tensor"]:
+    """up [out, rank] and down [rank, in] whose product is the change, but for its scale.
+
+    tensors: by their role, matrices.
+    """
+    if method == LOHA:
+        # Element by element, a product of sums is a sum over all pairs.
+        first, second = (tensors[f"hada_w{index}_a"] for index in (1, 2))
+        up = (first[:, :, None] * second[:, None, :]).flatten(1)
+        first, second = (tensors[f"hada_w{index}_b"] for index in (1, 2))
+        return up, (first[:, None, :] * second[None, :, :]).flatten(0, 1)
+    if method == LOKR:
+        import torch
+
+        # (A B) x (C D) = (A x C)(B x D), where x is Kronecker's product.
+        (up, down), (next_up, next_down) = (_two(tensors, f"lokr_w{index}") for index in (1, 2))
+        return torch.kron(up, next_up), torch.kron(down, next_down)
+    return tensors["up"], tensors["down"]
+
+
+def _two(tensors: Mapping[str, "Tensor"], role: str) -> tuple["Tensor", "Tensor"]:
+    """A matrix as two that are no wider in between than they must be."""
+    import torch
+
+    whole = tensors.get(role)
+    if whole is None:
+        return tensors[f"{role}_a"], tensors[f"{role}_b"]
+    same = torch.eye(min(whole.shape), dtype=whole.dtype)
+    return (whole, same) if whole.shape[0] >= whole.shape[1] else (same, whole)

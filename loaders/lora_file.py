@@ -1,0 +1,191 @@
+"""What the header of a LoRA says: which layers it changes, and how."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine.flux.geometry import ClipGeometry, FluxGeometry
+from ..messages import later, say
+from .lora_changes import BIAS, FACTORS, NORM, Change, Layer
+from .lora_models import FLUX_LORA, MORE_BLOCKS, lora_of_another_model
+from .lora_names import (
+    Found,
+    Target,
+    find,
+    in_first_block,
+    names_of,
+    of_t5,
+    role_of,
+    with_all_blocks,
+)
+from .recognise import is_lora, kind_of, not_wanted
+from .safetensors_file import ModelFileError, SafetensorsFile
+from .tensor_sources import Part, sources_of
+
+PEFT, MOST_DECLARED = "lora_adapter_metadata", 2**20  # characters of what it says of a file
+
+# Why a tensor is not used.
+IN_T5 = later("T5")
+NO_SUCH_LAYER = later("layers that this model does not have")
+NO_SUCH_METHOD = later("a method that MajicFlux does not know")
+TWICE = later("a second time")
+UNKNOWN = later("unknown names")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA whose header has been read: changes in the order of the layers, and what is unused.
+
+    declared: what PEFT says of the file.
+    """
+
+    path: Path
+    dialect: str
+    changes: tuple[Change, ...]
+    unused: Mapping[str, tuple[str, ...]]
+    declared: Mapping[str, Any]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({change.rank for change in self.changes if change.rank}))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        found = {change.method for change in self.changes}
+        methods = [method for method in FACTORS if method in found]
+        if any(change.magnitude for change in self.changes):
+            methods.append("DoRA")
+        return tuple(methods)
+
+
+def inspect_lora(
+    path: Path, flux: FluxGeometry | None = None, clip: ClipGeometry | None = None
+) -> LoraFile:
+    """What a LoRA changes of a Flux.1 transformer and of CLIP-L, from its header alone.
+
+    flux: of the model that it is for; None leaves open which. clip: by default CLIP-L's.
+    Raises ModelFileError when the file is none, is one for another model, is damaged or does not
+    fit.
+    """
+    file = SafetensorsFile(path)
+    names = list(file.tensors)
+    if is_lora(names):
+        other = lora_of_another_model({name: entry.shape for name, entry in file.tensors.items()})
+        if other is not None:
+            raise not_wanted(path, names, other, FLUX_LORA)
+    sources = sources_of([file])
+    return _Reading(path, {n: s.parts[0] for n, s in sources.items()}, flux, clip).whole(file)
+
+
+class _Reading:
+    """Sorts the tensors of a file."""
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Mapping[str, Part],
+        flux: FluxGeometry | None,
+        clip: ClipGeometry | None,
+    ):
+        self.path, self.parts, self.fits = path, parts, flux is not None
+        flux, clip = flux or FluxGeometry(), clip or ClipGeometry()
+        self.names = names_of(flux, clip)
+        self.known = names_of(with_all_blocks(flux), clip)
+        self.unused: dict[str, list[str]] = defaultdict(list)
+        self.taken: set[tuple[str, int, int, str]] = set()
+
+    def whole(self, file: SafetensorsFile) -> LoraFile:
+        dialects: Counter[str] = Counter()
+        changes: list[Change] = []
+        for layer, roles in self._layers().items():
+            found = self._found(layer, [*roles.values()])
+            if found is not None:
+                count = len(changes)
+                changes += self._changes(found.target, roles, layer)
+                dialects[found.dialect] += len(changes) > count
+        if not changes:
+            raise self._nothing()
+        order = {layer: index for index, layer in enumerate(dict.fromkeys(self._model_layers()))}
+        changes.sort(key=lambda c: (order[c.target.layer], c.target.first))
+        unused = {reason: tuple(names) for reason, names in self.unused.items()}
+        dialect = dialects.most_common(1)[0][0]
+        return LoraFile(self.path, dialect, tuple(changes), unused, _declared(file))
+
+    def _model_layers(self) -> Iterator[str]:
+        return (found.target.layer for found in self.names.values())
+
+    def _layers(self) -> dict[str, dict[str, str]]:
+        """By the names of layers in the file: tensors by their role."""
+        beside = {part.scale_name for part in self.parts.values()}
+        layers: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in self.parts:
+            layer, role, _adapter = role_of(name)
+            if name in beside or name.endswith(".comfy_quant"):
+                continue
+            if role in layers[layer]:
+                self.unused[TWICE].append(name)
+            else:
+                layers[layer][role] = name
+        return layers
+
+    def _found(self, layer: str, names: list[str]) -> Found | None:
+        found = find(layer, self.names)
+        if found is not None:
+            return found
+        if of_t5(layer):
+            self.unused[IN_T5] += names
+        elif find(layer, self.known) is not None:
+            self.unused[NO_SUCH_LAYER] += names
+        elif find(in_first_block(layer), self.names) is not None:
+            raise not_wanted(self.path, [*self.parts], MORE_BLOCKS, FLUX_LORA)
+        else:
+            self.unused[UNKNOWN] += names
+        return None
+
+    def _changes(self, target: Target, roles: dict[str, str], layer: str) -> Iterator[Change]:
+        if "other" in roles:
+            self.unused[NO_SUCH_METHOD] += roles.values()
+            return
+        used: set[str] = set()
+        parts = {role: self.parts[name] for role, name in roles.items()}
+        for change in Layer(target, parts, layer, self.fits).changes():
+            all_parts = [*change.tensors.values(), change.alpha, change.magnitude]
+            names = [part.name for part in all_parts if part is not None]
+            used |= {*names}
+            kind = change.method if change.method in (BIAS, NORM) else "weight"
+            place = (target.layer, target.first, target.columns, kind)
+            if place in self.taken:
+                self.unused[TWICE] += names
+                continue
+            self.taken.add(place)
+            yield change
+        left = [name for name in roles.values() if name not in used]
+        if left:
+            self.unused[UNKNOWN] += left
+
+    def _nothing(self) -> ModelFileError:
+        """The error of a file in which nothing is for this model."""
+        names = [*self.parts]
+        if self.unused[NO_SUCH_METHOD]:
+            return ModelFileError(
+                say(
+                    "{file} changes the model by a method that MajicFlux does not know, as in "
+                    "{name}. Choose a LoRA, LoHa or LoKr.",
+                    file=self.path.name,
+                    name=self.unused[NO_SUCH_METHOD][0],
+                )
+            )
+        kind = None if is_lora(names) else kind_of(names)
+        return not_wanted(self.path, names, kind, FLUX_LORA)
+
+
+def _declared(file: SafetensorsFile) -> Mapping[str, Any]:
+    """What PEFT says of how the file was trained."""
+    try:
+        text = file.metadata[PEFT]
+        return {**json.loads(text)} if len(text) <= MOST_DECLARED else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}

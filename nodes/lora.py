@@ -1,0 +1,162 @@
+"""The node that puts a LoRA beside a transformer."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ..downloads import model_folders
+from ..engine.flux.geometry import ClipGeometry
+from ..host import current as host
+from ..messages import say
+from . import model_files
+from .arguments import checked
+from .sockets import CATEGORY, DiTHandle, Node, TextEncodersHandle
+
+if TYPE_CHECKING:
+    from ..engine.flux.text_encoders import TextEncoders
+    from ..engine.flux.transformer import DiT
+    from ..engine.offload.offloaded_module import OffloadedModule
+    from ..engine.quant.low_rank import Adapter
+
+log = logging.getLogger("majicflux")
+io = host.io
+FOLDER = "loras"
+KEPT_BYTES = 2 * 2**30  # of LoRAs that a transformer used last, so that a new strength reads none
+# By the weights that they stand beside and the file: what it was then, the adapter as it was read,
+# and with the norms that DoRA takes of these weights.
+_kept: "WeakKeyDictionary[OffloadedModule, OrderedDict[Path, tuple[str, Adapter, Adapter]]]"
+_kept = WeakKeyDictionary()
+
+
+class LoRA(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MajicFluxLoRA",
+            display_name="LoRA",
+            category=CATEGORY,
+            description=(
+                "Puts a LoRA beside the transformer. The weights stay as they are and are shared: "
+                "nothing is loaded again, and a new strength costs nothing. Chain several."
+            ),
+            search_aliases=[
+                "lora",
+                "lora loader",
+                "load lora",
+                "lycoris",
+                "lokr",
+                "dora",
+                "turbo",
+                "style",
+                "加载LoRA",
+                "风格",
+                "微调",
+                "麦橘 超然",
+            ],
+            inputs=[
+                DiTHandle.Input("dit", tooltip="From the DiT loader, or from another LoRA."),
+                io.Combo.Input(
+                    "file",
+                    tooltip=(
+                        "A LoRA for Flux.1 in models/loras, by any trainer: kohya, ai-toolkit, "
+                        "Diffusers, OneTrainer, LyCORIS, XLabs."
+                    ),
+                    options=(names := model_folders.names(FOLDER)),
+                    default=(names or [None])[0],
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="How much of it. 0: none. Below 0: the opposite of what it learnt.",
+                ),
+                TextEncodersHandle.Input(
+                    "text_encoders",
+                    optional=True,
+                    tooltip="For a LoRA that has a part for CLIP-L: few for Flux.1 have.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                DiTHandle.Output(
+                    display_name="dit",
+                    tooltip="The transformer with the LoRA, for the pipeline or another LoRA.",
+                ),
+                TextEncodersHandle.Output(
+                    display_name="text_encoders",
+                    tooltip="The encoders that came in, with the part for CLIP-L.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        from ..loaders.lora import inspect_usable_lora
+
+        return model_folders.problem(FOLDER, file, inspect_usable_lora) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **others: Any) -> Any:
+        return model_folders.fingerprint(FOLDER, file)
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        dit: "DiT",
+        file: str,
+        strength: float,
+        text_encoders: "TextEncoders | None" = None,
+    ) -> io.NodeOutput:
+        path = model_folders.resolve(FOLDER, file)
+        clip = ClipGeometry() if text_encoders is None else text_encoders.clip_geometry
+        progress = host.loading_progress(cls.hidden.unique_id)
+
+        def load() -> "Adapter":
+            from ..loaders.lora import inspect_usable_lora, load_lora
+
+            inspect_usable_lora(path, dit.geometry, clip)
+            return load_lora(path, dit.geometry, clip, progress=progress)
+
+        files = model_folders.fingerprint(FOLDER, file)
+        adapter = _beside(dit.weights, path, load, files, dit.geometry, clip)
+        lines = [str(adapter.report), say("strength {strength}", strength=f"{strength:g}")]
+        if adapter.text_encoder and text_encoders is None:
+            lines.append(say("The part for CLIP-L is not used: connect text_encoders."))
+        log.info("%s, strength %g", path.name, strength)
+        if strength != 0:
+            added = (adapter, strength)
+            if adapter.reaches_transformer:
+                dit = replace(dit, adapters=(*dit.adapters, added))
+            if text_encoders is not None and adapter.text_encoder:
+                adapters = (*text_encoders.adapters, added)
+                text_encoders = replace(text_encoders, adapters=adapters)
+        return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
+
+
+def _beside(
+    weights: "OffloadedModule", path: Path, load: Callable[[], "Adapter"], *identity: Any
+) -> "Adapter":
+    """What `load` reads of this file, for these weights: what they used last is kept.
+
+    ComfyUI drops what a node gave before it executes the node with a new strength.
+    """
+    kept = _kept.setdefault(weights, OrderedDict())
+    if path not in kept or kept[path][0] != repr(identity):
+        kept.pop(path, None)
+        adapter = found = model_files.shared(load, *identity)
+        if adapter.magnitudes:
+            from ..engine.quant.adapters import with_gains
+
+            found = with_gains(adapter, weights.module)
+        kept[path] = repr(identity), adapter, found
+    kept.move_to_end(path)
+    while len(kept) > 1 and sum(adapter.nbytes for _, adapter, _ in kept.values()) > KEPT_BYTES:
+        kept.popitem(last=False)
+    return kept[path][2]

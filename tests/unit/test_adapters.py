@@ -1,0 +1,312 @@
+"""What adapters add beside the stored weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from file_layouts import Tensors
+from majicflux.engine.flux.transformer import DiT, build_flux_dit
+from majicflux.engine.kernels.hadamard import rotate
+from majicflux.engine.offload.weight_block import CPU
+from majicflux.engine.quant.adapters import adapted, bound_bytes, row_gains, touched
+from majicflux.engine.quant.compute import ComputePrecision
+from majicflux.engine.quant.formats import (
+    BFLOAT16,
+    FLOAT8,
+    INT8_ROTATED,
+    PRECISIONS,
+    Storage,
+    uniform,
+)
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
+from majicflux.engine.quant.methods import Dequantized, EightBit
+from majicflux.engine.quant.quantize import quantize_rows
+from majicflux.engine.run.pipeline import Pipeline, paint
+from majicflux.engine.run.request import GenerationRequest
+from majicflux.loaders import demo_models
+from majicflux.loaders.flux_dit import load_flux_dit
+
+WIDTH, COLUMNS = 512, 96
+REQUEST = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
+FLOAT32 = uniform(Storage("float32"))
+
+
+def term(
+    rank: int, columns: int = COLUMNS, width: int = WIDTH, first: int = 0, seed: int = 0
+) -> LowRankTerm:
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(rank, width, generator=generator).bfloat16()
+    up = torch.randn(columns, rank, generator=generator).bfloat16()
+    return LowRankTerm(down, up, 0.003 / rank**0.5, first)
+
+
+def delta(term: LowRankTerm, rows: int, strength: float = 1.0) -> torch.Tensor:
+    """What it adds to a weight with so many rows, in float64."""
+    added = torch.zeros(rows, term.down.shape[1], dtype=torch.float64)
+    reached = slice(term.first, term.first + len(term.up))
+    added[reached] = strength * term.scale * (term.up.double() @ term.down.double())
+    return added
+
+
+class OneLayer(torch.nn.Module):
+    """A stored layer named `layer`, and its weights in float64."""
+
+    def __init__(self, storage: Storage):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(COLUMNS, WIDTH, generator=generator) * 0.02
+        self.layer = StoredLinear(WIDTH, COLUMNS, True, storage).to_empty(device="cpu")
+        if self.layer.scale is None:
+            self.layer.weight.data.copy_(weight)
+        else:
+            quantize_rows(weight, self.layer.weight.data, self.layer.scale.data, self.layer.group)
+        self.layer.bias.data.copy_(torch.randn(COLUMNS, generator=generator))
+        self.exact = weight.double()
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def use(layer: StoredLinear, eight_bit: bool) -> None:
+    plain = Dequantized([layer], CPU, torch.float32)
+    layer.method = EightBit({layer.weight.dtype}, CPU, plain) if eight_bit else plain
+
+
+CASES = [
+    (BFLOAT16, False),
+    (FLOAT8, False),
+    (FLOAT8, True),
+    (INT8_ROTATED, False),
+    (INT8_ROTATED, True),
+]
+
+
+@pytest.mark.parametrize(("storage", "eight_bit"), CASES)
+def test_error_with_adapters_is_that_without(storage: Storage, eight_bit: bool) -> None:
+    """Two terms on all columns, one on some, in the format of the rows."""
+    model = OneLayer(storage)
+    layer, strengths = model.layer, (1.0, -0.7)
+    use(layer, eight_bit)
+    terms = [(term(8), term(5, columns=32, first=48, seed=1)), (term(16, seed=2),)]
+    adapters = [
+        (Adapter({"layer": some}), strength)
+        for some, strength in zip(terms, strengths, strict=True)
+    ]
+    x = torch.randn(1, 160, WIDTH, generator=torch.Generator().manual_seed(1))
+    bias = layer.bias.double()
+    without = relative(layer(layer.rows(x)) - bias, x.double() @ model.exact.T)
+    weight = model.exact.clone()
+    for some, strength in zip(terms, strengths, strict=True):
+        weight += sum(delta(each, COLUMNS, strength) for each in some)
+    stored = layer.weight.clone().view(torch.uint8)
+    exact = x.double() @ weight.T
+    with adapted(model, adapters, ["layer"], torch.float32, CPU):
+        rows = layer.rows(x)
+        assert isinstance(rows, torch.Tensor) == (storage in (BFLOAT16, FLOAT8) and not eight_bit)
+        found = layer(rows)
+        assert relative(found - bias, exact) <= without * 1.01
+        out = torch.empty(1, 160, COLUMNS)
+        assert torch.equal(layer(rows, out=out), found)
+        for columns in (slice(0, 40), slice(40, 64), slice(64, None)):
+            part = layer(rows, columns=columns)
+            assert relative(part, found[..., columns].double()) < 1e-6
+        few = x[:, :1]
+        assert relative(layer(few) - bias, few.double() @ weight.T) <= max(without, 1e-3) * 1.01
+    assert layer.adapted is None
+    assert torch.equal(layer.weight.view(torch.uint8), stored)
+    assert relative(layer(layer.rows(x)) - bias, x.double() @ model.exact.T) == without
+
+
+def test_a_down_that_several_terms_share_is_kept_once() -> None:
+    model = OneLayer(FLOAT8)
+    use(model.layer, True)
+    first = term(16, columns=32)
+    shared = replace(first, first=64)
+    adapters = [(Adapter({"layer": (first, shared)}), 1.0)]
+    with adapted(model, adapters, ["layer"], torch.float32, CPU):
+        bound = model.layer.adapted
+        assert bound.down.weight.shape == (16, WIDTH)
+        assert bound.down.weight.dtype == torch.float8_e4m3fn
+        x = torch.randn(1, 160, WIDTH)
+        y = model.layer(model.layer.rows(x))
+    added = y - model.layer(model.layer.rows(x))
+    assert relative(added[..., :32], added[..., 64:].double()) < 1e-4
+    assert (added[..., 32:64] == 0).all()
+
+
+def test_a_bias_is_added_and_a_norm_replaced(make_pipeline) -> None:
+    dit = make_pipeline().dit.weights.module
+    name, norm = "blocks.0.attn.a_to_out", "blocks.0.attn.norm_q_a"
+    layer, weight = dit.get_submodule(name), dit.get_submodule(norm).weight
+    both = Adapter({}, {name: torch.arange(256.0)}, {norm: torch.full((128,), 3.0)})
+    x = torch.randn(1, 4, 256)
+    with ComputePrecision(torch.float32).applied_to(dit, CPU):
+        plain = layer(x)
+        names = touched([(both, 0.5)])
+        with adapted(dit, [(both, 0.5)], names, torch.float32, CPU):
+            assert torch.allclose(layer(x) - plain, 0.5 * torch.arange(256.0), atol=1e-5)
+            assert (dit.get_submodule(norm).weight == 3).all()
+    assert dit.get_submodule(norm).weight is weight
+
+
+@pytest.mark.parametrize("storage", [BFLOAT16, FLOAT8, INT8_ROTATED], ids=str)
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_dora_gives_each_row_its_norm(storage: Storage, strength: float) -> None:
+    """On half of the rows; PEFT's W' = m (W + D) / |W + D|, of which `strength` is the share."""
+    model = OneLayer(storage)
+    layer = model.layer
+    use(layer, storage is FLOAT8)
+    magnitude = torch.rand(COLUMNS) + 0.5
+    magnitude[COLUMNS // 2 :] = torch.nan
+    terms = (term(8), term(4, columns=16, first=8, seed=1))
+    dora = Adapter({"layer": terms}, magnitudes={"layer": magnitude})
+    dora = replace(dora, gains={"layer": row_gains(layer, dora, "layer")})
+    weight = stored(layer)
+    whole = weight + sum(delta(each, COLUMNS) for each in terms)
+    normed = whole * (magnitude.double() / whole.norm(dim=1))[:, None]
+    normed = torch.where(magnitude.isnan()[:, None], whole, normed)
+    weight = weight + strength * (normed - weight)
+    x = torch.randn(1, 160, WIDTH)
+    exact = x.double() @ weight.T + layer.bias.double()
+    with adapted(model, [(dora, strength)], ["layer"], torch.float32, CPU):
+        assert relative(layer(layer.rows(x)), exact) < (0.05 if storage is FLOAT8 else 1e-3)
+
+
+def stored(layer: StoredLinear) -> torch.Tensor:
+    scale = 1 if layer.scale is None else layer.scale.double()[:, None]
+    return rotate(layer.weight.double() * scale, layer.group)
+
+
+def test_clip_adds_its_terms(make_pipeline) -> None:
+    encoders = make_pipeline(dtype=torch.float32).text_encoders
+    module = encoders.weights.module
+    name = "clip.encoders.0.attn.to_q"
+    layer: Any = module.get_submodule(name)
+    rows, width = layer.weight.shape
+    low = term(4, rows, width)
+    lora = Adapter({}, text_encoder={name: (low,)})
+    plain, _ = encoders.encode("a cat")
+    found, _ = replace(encoders, adapters=((lora, 0.5),)).encode("a cat")
+    layer.weight.data += delta(low, rows, 0.5).float()
+    merged, _ = replace(encoders).encode("a cat")
+    assert torch.equal(found.tokens, plain.tokens)
+    assert relative(found.pooled, merged.pooled.double()) < 1e-5
+    assert relative(plain.pooled, merged.pooled.double()) > 1e-4
+
+
+# Whole pictures
+
+LAYERS = {  # of DiffSynth's names, with those of Black Forest Labs
+    "blocks.0.attn.a_to_qkv": "double_blocks.0.img_attn.qkv",
+    "blocks.1.ff_b.2": "double_blocks.1.txt_mlp.2",
+    "single_blocks.0.to_qkv_mlp": "single_blocks.0.linear1",
+    "single_blocks.3.proj_out": "single_blocks.3.linear2",
+    "blocks.0.norm1_a.linear": "double_blocks.0.img_mod.lin",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "final_proj_out": "final_layer.linear",
+}
+
+
+def adapter_of(module: Any, rank: int = 4, seed: int = 0) -> Adapter:
+    terms = {}
+    for number, name in enumerate(LAYERS):
+        rows, width = module.get_submodule(name).weight.shape
+        terms[name] = (term(rank, rows, width, seed=seed + number),)
+    return Adapter(terms)
+
+
+def with_adapters(pipeline: Pipeline, *adapters: tuple[Adapter, float]) -> Pipeline:
+    return replace(pipeline, dit=replace(pipeline.dit, adapters=adapters))
+
+
+def latents(pipeline: Pipeline, request: GenerationRequest = REQUEST) -> torch.Tensor:
+    return paint(pipeline, request, lambda _: None, lambda: None)[1]
+
+
+def test_a_picture_is_that_of_the_merged_file(
+    make_pipeline, plain: Tensors, saved: Callable[..., object]
+) -> None:
+    pipeline = make_pipeline(precision=FLOAT32, dtype=torch.float32)
+    adapter = adapter_of(pipeline.dit.weights.module)
+    merged = {name: tensor.float() for name, tensor in plain.items()}
+    for name, theirs in LAYERS.items():
+        weight = merged[f"{theirs}.weight"]
+        weight += delta(adapter.terms[name][0], len(weight), 0.8).float()
+    weights, geometry = load_flux_dit(saved(merged), FLOAT32)
+    dit = DiT(weights, type(pipeline.dit.patcher)(weights, CPU), geometry, FLOAT32)
+    expected = latents(replace(pipeline, dit=dit))
+    before = latents(pipeline)
+    found = latents(with_adapters(pipeline, (adapter, 0.8)))
+    assert relative(found, expected.double()) < 1e-5
+    assert relative(before, expected.double()) > 1e-3, "it says something"
+    assert torch.equal(latents(pipeline), before), "handles do not touch each other"
+
+
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+def test_streamed_pictures_and_chunks_are_the_same_bits(
+    make_pipeline, monkeypatch, precision: str
+) -> None:
+    options = {"precision": PRECISIONS[precision], "mode": "8-bit"}
+    pipeline = make_pipeline(**options)
+    adapter = adapter_of(pipeline.dit.weights.module)
+    expected = latents(with_adapters(pipeline, (adapter, 1.0)))
+    device = torch.device("cpu", 0)
+    streaming = with_adapters(make_pipeline(**options, device=device), (adapter, 1.0))
+    smallest = streaming.plan(REQUEST.workload).smallest_bytes
+    streaming = replace(streaming, budget_bytes=smallest)
+    assert torch.equal(latents(streaming), expected)
+
+
+def test_a_new_strength_needs_no_conditions_where_none_depends_on_it(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    module = pipeline.dit.weights.module
+    adapter = adapter_of(module)
+    of_steps = Adapter({n: t for n, t in adapter.terms.items() if n.startswith("single_blocks")})
+    calls: list[int] = []
+    module.time_embedder.register_forward_pre_hook(lambda *_: calls.append(1))
+    for strength in (1.0, 0.5):
+        latents(with_adapters(pipeline, (of_steps, strength)))
+    assert len(calls) == REQUEST.steps
+    for strength in (1.0, 0.5):
+        latents(with_adapters(pipeline, (adapter, strength)))
+    assert len(calls) == 3 * REQUEST.steps
+
+
+@pytest.mark.parametrize(("precision", "eight_bit"), [("bfloat16", ()), ("float8_e4m3fn", (1,))])
+def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit: tuple) -> None:
+    weights = build_flux_dit(demo_models.DIT, PRECISIONS[precision]).allocate()
+    compute = ComputePrecision(
+        torch.bfloat16, frozenset({torch.float8_e4m3fn}) if eight_bit else frozenset()
+    )
+    adapters = [(adapter_of(weights.module, rank), 1.0) for rank in (4, 20)]
+    names = touched(adapters)
+    planned, ranks = bound_bytes(
+        weights.module, adapters, names, compute.method(weights.module, CPU)
+    )
+    assert ranks == 32
+    module = weights.module
+    given = (module, adapters, names, torch.bfloat16, CPU)
+    with compute.applied_to(module, CPU), adapted(*given):
+        bound = [module.get_submodule(name).adapted for name in names]
+        tensors = [up for each in bound for _, _, up in each.ups]
+        tensors += [weight for each in bound for weight in each.down.parameters()]
+        assert sum(tensor.nbytes for tensor in tensors) == planned
+
+
+def test_the_smallest_budget_grows_with_adapters(make_pipeline) -> None:
+    pipeline = make_pipeline(device=torch.device("cpu", 0))
+    adapter = adapter_of(pipeline.dit.weights.module, rank=64)
+    plain, more = (
+        each.denoise.plan(REQUEST.workload, None)
+        for each in (pipeline, with_adapters(pipeline, (adapter, 1.0)))
+    )
+    method = pipeline.compute.method(pipeline.dit.weights.module, CPU)
+    names = replace(pipeline.dit, adapters=((adapter, 1.0),)).adapted_always
+    nbytes, _ = bound_bytes(pipeline.dit.weights.module, [(adapter, 1.0)], names, method)
+    assert more.smallest >= plain.smallest + nbytes
