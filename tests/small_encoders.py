@@ -37,7 +37,12 @@ def clip_sizes(path: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(CLIP_TOKENIZER, path, clip.vocabulary, None)
     except ModelFileError:
         return sizes
-    return sizes | {"eos_token_id": tokenizer.eos_token_id, "folder": tokenizer.name_or_path}
+    special = {
+        "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }  # fmt: skip
+    own = {"folder": tokenizer.name_or_path, "special": special}
+    return sizes | own | {"eos_token_id": tokenizer.eos_token_id}
 
 
 def t5_sizes(path: Path) -> dict[str, Any]:
@@ -84,12 +89,16 @@ def load_small(ckpt_paths: list[str], *args: Any, model_options: Any = None, **o
             t5 = t5_sizes(path)
     OwnTokenizers.clip_folder, OwnTokenizers.t5_folder = (x.pop("folder", "") for x in (clip, t5))
     own = OwnTokenizers.clip_folder and OwnTokenizers.t5_folder
+    special = clip.pop("special", {})
     given = {**(model_options or {}), "model_config": clip, "t5xxl_model_config": t5}
     with (
         patch.object(comfy.utils, "load_torch_file", load_padded),
         patch.object(flux, "FluxTokenizer", OwnTokenizers if own else flux.FluxTokenizer),
     ):
-        return load_clip(ckpt_paths, *args, model_options=given, **options)
+        loaded = load_clip(ckpt_paths, *args, model_options=given, **options)
+    if own:  # at the end of the text is what CLIP says of all of it
+        loaded.cond_stage_model.clip_l.special_tokens = special
+    return loaded
 
 
 comfy.sd.load_clip = load_small

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from majicflux.benchmarks import precision
+from majicflux.benchmarks import little_world, precision
 from majicflux.benchmarks.random_flux import normal
 from majicflux.engine.flux.geometry import FluxGeometry
 
@@ -34,3 +35,18 @@ def test_equal_weights_have_equal_errors_and_scaled_ones_smaller(
     assert error["bfloat16"] < 0.5 * theirs
     assert error["int8 rotated"] < error["float8_e4m3fn"] < error[precision.CAST]
     assert error[precision.FLOAT8_BOTH] > error["float8_e4m3fn"]
+
+
+def test_what_is_drawn_by_rule_agrees_and_what_is_not_there_is_a_miss(capsys) -> None:
+    asked = [case for name in little_world.LANGUAGES for case in little_world.cases(name, 4)]
+    drawn = little_world.by_rule(asked)
+    assert drawn.right == drawn.asked
+    assert little_world.report({"English": drawn}, drawn)
+    assert "MISSED" not in capsys.readouterr().out
+    wrong = little_world.Agreement()
+    for case in asked:
+        nothing = np.zeros_like(case.by_rule())
+        wrong.add(little_world.agreement(case.scene, nothing))
+    assert wrong.asked == drawn.asked
+    assert not little_world.report({"English": drawn, "Chinese": wrong}, drawn)
+    assert capsys.readouterr().out.count("MISSED") == 2
