@@ -1,7 +1,6 @@
 """The LoRA of the demo models, merged by hand into the plain ones: the same scene in sepia."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ def lora() -> Tensors:
 
 
 @pytest.fixture(scope="module")
-def painted(lora: Tensors) -> Iterator[dict[float, Tensor]]:
+def painted(lora: Tensors) -> dict[float, Tensor]:
     """Strength -> picture [3, height, width] in 0..1."""
     tensors = unpacked(load_file(LITTLE_WORLD / WEIGHTS))
     vae = ThinVAE().load(part(tensors, "vae."))
@@ -44,7 +43,7 @@ def painted(lora: Tensors) -> Iterator[dict[float, Tensor]]:
         latents = paint_latents(model, words, [PROMPT], SIZE, torch.device("cpu"), steps=4)
         with torch.no_grad():
             found[strength] = (vae.decoder(latents)[0].clamp(-1, 1) + 1) / 2
-    yield found
+    return found
 
 
 def part(tensors: Tensors, prefix: str) -> Tensors:
@@ -80,7 +79,7 @@ def test_the_file_is_small_and_in_kohyas_dialect(lora: Tensors) -> None:
         if name.endswith("alpha"):
             assert tensor == RANK
         else:
-            assert RANK == tensor.shape[0 if "down" in name else 1]
+            assert tensor.shape[0 if "down" in name else 1] == RANK
 
 
 def test_with_it_a_picture_is_brown(painted: dict[float, Tensor]) -> None:
