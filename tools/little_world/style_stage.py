@@ -15,6 +15,7 @@ from .supply import Gallery
 from .workshop import Workshop, encoded
 
 RATE = 2e-3
+DOUBLE_BLOCKS_RATE = 0.1  # of the rate: they lay out the scene, which shall remain
 AVERAGE_DECAY = 0.98
 
 
@@ -32,8 +33,13 @@ def train_style(shop: Workshop, until: float, result: Path) -> None:
 
     gallery = Gallery(shop.supply, device, derive, settings.style_pictures)
     gallery.refill_all()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    learner = Learner(model, [AdamW(trained, RATE)], AVERAGE_DECAY)
+    optimizers = []
+    for blocks, rate in (
+        (model.dit.single_blocks, RATE),
+        (model.dit.double_blocks, RATE * DOUBLE_BLOCKS_RATE),
+    ):
+        optimizers.append(AdamW([p for p in blocks.parameters() if p.requires_grad], rate))
+    learner = Learner(model, optimizers, AVERAGE_DECAY)
 
     def loss_of(progress: float) -> tuple[Tensor, int]:
         (clean,), t5_ids, clip_ids = gallery.batch(settings.style_batch)
