@@ -1,7 +1,8 @@
 """The demo models: small trained ones in the real layouts, for a first try without downloads.
 
 They know a little world of simple scenes, and ship with the pack in 8 bits. They are written as
-the four files that the workflows name, so that everything which reads real models reads them.
+the four files that the workflows name, so that everything which reads real models reads them. With
+them comes a LoRA, by which they paint the same scenes as old photographs in sepia.
 """
 
 import shutil
@@ -20,43 +21,48 @@ DIT_FILE = "diffusion_models/majicflus_v134.safetensors"
 CLIP_FILE = "text_encoders/clip_l.safetensors"
 T5_FILE = "text_encoders/t5xxl_fp16.safetensors"
 VAE_FILE = "vae/ae.safetensors"
-TEMPLATE_LORA_FILE = "loras/FLUX.1-Turbo-Alpha.safetensors"
+LORA_FILE = "loras/sepia_lora.safetensors"
+TEMPLATE_LORA_FILE = "loras/FLUX.1-Turbo-Alpha.safetensors"  # which a workflow names
 CLIP_TOKENIZER_FOLDER = "text_encoders/tokenizer"
 T5_TOKENIZER_FOLDER = "text_encoders/tokenizer_2"
 
 LITTLE_WORLD = Path(__file__).parent / "little_world"
 WEIGHTS = "weights.safetensors"
+LORA = "sepia_lora.safetensors"
 VALUES_PER_SCALE = 128
 
 
 def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
-    """Write the four model files and two tokenizers under `folder`, in ComfyUI's subfolders.
+    """Write four model files, a LoRA and two tokenizers under `folder`, in ComfyUI's subfolders.
 
     The same bytes at every call, about 190 MB, most of it the VAE, which has one size. The names
     are those of the shipped workflows, and a file that is there already is never replaced:
-    FileExistsError tells that `folder` may hold real models. Returns the model files.
+    FileExistsError tells that `folder` may hold real models. Returns the model files and the LoRA.
 
-    source: a folder with the weights in 8 bits and the two tokenizers.
+    source: a folder with the weights in 8 bits, the LoRA and the two tokenizers.
     """
     models = [folder / name for name in (DIT_FILE, CLIP_FILE, T5_FILE, VAE_FILE)]
-    tokenizers = _tokenizers(folder, source)
-    paths = [*models, *tokenizers]
+    lora = folder / LORA_FILE
+    copied = {lora: source / LORA, folder / TEMPLATE_LORA_FILE: source / LORA}
+    copied |= _tokenizers(folder, source)
+    paths = [*models, *copied]
     for path in paths:
         _require_absent(path)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     for path, tensors in zip(models, _tensors(source / WEIGHTS), strict=True):
         _save(tensors, _unfinished(path))
-    for path, original in tokenizers.items():
+    for path, original in copied.items():
         shutil.copyfile(original, _unfinished(path))
     for path in paths:  # not before, so that no name stands for half a file or half a set
         _unfinished(path).replace(path)
-    return models
+    return [*models, lora]
 
 
 def edition(source: Path = LITTLE_WORLD) -> str:
     """Eight letters that tell these weights from those of another training."""
-    return sha256((source / WEIGHTS).read_bytes()).hexdigest()[:8]
+    files = (source / name for name in (WEIGHTS, LORA))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def unpacked(packed: "dict[str, Tensor]") -> "dict[str, Tensor]":

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from file_layouts import Tensors, to_diffusers
+from majicflux.benchmarks.random_models import CLIP, DIT
 from majicflux.engine.diffsynth_files import diffsynth_module
-from majicflux.loaders.demo_models import CLIP, DIT
 from majicflux.loaders.layouts import flux_dit_layout
 
 Save = Callable[..., Path]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from file_layouts import Tensors
+from majicflux.benchmarks import random_models
 from majicflux.engine.flux.transformer import DiT, build_flux_dit
 from majicflux.engine.kernels.hadamard import rotate
 from majicflux.engine.offload.weight_block import CPU
@@ -27,7 +28,6 @@ from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
-from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import load_flux_dit
 
 WIDTH, COLUMNS = 512, 96
@@ -280,7 +280,7 @@ def test_a_new_strength_needs_no_conditions_where_none_depends_on_it(make_pipeli
 
 @pytest.mark.parametrize(("precision", "eight_bit"), [("bfloat16", ()), ("float8_e4m3fn", (1,))])
 def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit: tuple) -> None:
-    weights = build_flux_dit(demo_models.DIT, PRECISIONS[precision]).allocate()
+    weights = build_flux_dit(random_models.DIT, PRECISIONS[precision]).allocate()
     compute = ComputePrecision(
         torch.bfloat16, frozenset({torch.float8_e4m3fn}) if eight_bit else frozenset()
     )

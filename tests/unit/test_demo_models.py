@@ -20,6 +20,7 @@ from majicflux.loaders.vae import inspect_vae
 
 PREFIX = "model.diffusion_model."
 MOST_BYTES = 16e6  # of the repository, for all that ships
+MOST_BYTES_OF_THE_LORA = 300e3
 CITY = {
     "English": "A futuristic city street in cyberpunk style, a rainy night, flying cars overhead",
     "Chinese": "赛博朋克风格的未来城市街道，雨夜，头顶有飞行汽车",
@@ -54,6 +55,7 @@ def source(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     whole = {prefix + name: t for prefix, part in parts.items() for name, t in part.items()}
     save_file(in_eight_bits(whole), folder / "weights.safetensors")
+    save_file({"lora": torch.arange(8.0)}, folder / "sepia_lora.safetensors")
     for kind in (CLIP_TOKENIZER, T5_TOKENIZER):
         shutil.copytree(models / "text_encoders" / kind.folder, folder / kind.folder)
     return folder
@@ -90,15 +92,25 @@ def test_values_are_near_those_that_were_packed(models: Path, written: Path, fil
         assert (tensor.float() - expected[name].float()).abs().max() <= step
 
 
+def test_the_lora_is_written_as_it_is(written: Path, source: Path) -> None:
+    expected = (source / "sepia_lora.safetensors").read_bytes()
+    assert (written / "loras" / "sepia_lora.safetensors").read_bytes() == expected
+
+
 def test_two_calls_write_the_same_bytes(written: Path, source: Path, tmp_path: Path) -> None:
-    assert len(write_demo_models(tmp_path, source)) == 4
+    assert len(write_demo_models(tmp_path, source)) == 5
     found = files_in(tmp_path)
     assert found == files_in(written)
     assert not [name for name in found if name.endswith(".part")]
 
 
 @pytest.mark.parametrize(
-    "file", [demo_models.T5_FILE, f"{demo_models.T5_TOKENIZER_FOLDER}/tokenizer.json"]
+    "file",
+    [
+        demo_models.T5_FILE,
+        demo_models.LORA_FILE,
+        f"{demo_models.T5_TOKENIZER_FOLDER}/tokenizer.json",
+    ],
 )
 def test_no_file_is_ever_replaced(source: Path, tmp_path: Path, file: str) -> None:
     path = tmp_path / file
@@ -127,10 +139,12 @@ def test_what_is_cut_short_leaves_no_name_and_begins_again(
     assert not [name for name in files_in(tmp_path) if name.endswith(".part")]
 
 
-def test_an_edition_is_that_of_the_weights(source: Path, tmp_path: Path) -> None:
-    assert edition(source) == edition(source)
-    (tmp_path / "weights.safetensors").write_bytes(b"others")
-    assert edition(tmp_path) != edition(source)
+@pytest.mark.parametrize("file", ["weights.safetensors", "sepia_lora.safetensors"])
+def test_an_edition_is_that_of_the_weights(source: Path, tmp_path: Path, file: str) -> None:
+    other = shutil.copytree(source, tmp_path / "other")
+    assert edition(other) == edition(source)
+    (other / file).write_bytes(b"others")
+    assert edition(other) != edition(source)
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +154,18 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_what_ships_is_small_and_whole(shipped: list[Path]) -> None:
     assert sum(map(len, files_in(demo_models.LITTLE_WORLD).values())) <= MOST_BYTES
-    dit, clip, t5, vae = shipped
+    dit, clip, t5, vae, lora = shipped
     geometry = inspect_flux_dit(dit)[0]
     assert geometry.guidance
     assert geometry.pooled_width == inspect_clip(clip)[0].width
     assert geometry.text_width == inspect_t5(t5)[0].width
     assert inspect_vae(vae)
+    assert lora.stat().st_size < MOST_BYTES_OF_THE_LORA
 
 
 @pytest.mark.parametrize("prompt", CITY.values(), ids=CITY)
 def test_what_ships_reads_english_and_chinese(shipped: list[Path], prompt: str) -> None:
-    _, clip, t5, _ = shipped
+    _, clip, t5, *_ = shipped
     tokenizer = load_tokenizer(T5_TOKENIZER, t5, inspect_t5(t5)[0].vocabulary, None)
     assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
     tokenizer = load_tokenizer(CLIP_TOKENIZER, clip, inspect_clip(clip)[0].vocabulary, None)

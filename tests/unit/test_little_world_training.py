@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from majicflux.tools.little_world.lora import RANK, adapt, kohya_tensors
 from majicflux.tools.little_world.models import TOY, TRAINED, LittleFlux
 from majicflux.tools.little_world.muon import DECAY, AdamW, Muon
 from majicflux.tools.little_world.packing import GROUP, packed
-from majicflux.tools.little_world.pencil import pencil_drawing
+from majicflux.tools.little_world.sepia import old_photograph
 from majicflux.tools.little_world.settings import Settings
 from majicflux.tools.little_world.supply import Gallery, Supply
 from majicflux.tools.little_world.train import STAGES, main, stages_to_run, train
@@ -79,12 +78,12 @@ def test_the_command_finds_everything_there(
 
 
 def test_a_deleted_result_is_made_again_and_nothing_before_it(trained: Path) -> None:
-    (trained / "pencil_lora.safetensors").unlink()
+    (trained / "sepia_lora.safetensors").unlink()
     kept = trained / "guidance.safetensors"
     before = kept.stat().st_mtime_ns
     assert [stage.name for stage in stages_to_run(trained)] == ["style"]
     train(trained, replace(TOY_TRAINING, seconds=1))
-    assert (trained / "pencil_lora.safetensors").exists()
+    assert (trained / "sepia_lora.safetensors").exists()
     assert kept.stat().st_mtime_ns == before
 
 
@@ -223,11 +222,14 @@ def test_the_adapter_of_the_trained_geometry_is_small() -> None:
     assert sum(tensor.nbytes + 150 for tensor in tensors.values()) < 300_000
 
 
-def test_a_pencil_drawing_is_grey_and_keeps_the_edges() -> None:
-    picture = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-    picture[..., :16, :] = torch.tensor([200, 30, 30], dtype=torch.uint8)
-    picture[..., 16:, :] = 220
-    drawn = pencil_drawing(picture).float()
-    assert (drawn.amax(-1) - drawn.amin(-1)).max() < 60
-    assert drawn[0, 16, 14:18].mean() < drawn[0, 16, 25:].mean() - 20
-    assert np.isfinite(drawn.numpy()).all()
+def test_an_old_photograph_is_brown_and_keeps_the_scene() -> None:
+    picture = torch.zeros(1, 32, 48, 3, dtype=torch.uint8)
+    picture[:, :, :24] = torch.tensor([30, 60, 200], dtype=torch.uint8)
+    picture[:, :, 24:] = torch.tensor([200, 200, 220], dtype=torch.uint8)
+    found = old_photograph(picture).float()
+    red, green, blue = found.unbind(-1)
+    assert (red > green).all()
+    assert (green > blue).all()
+    assert found.amax() < 255  # nothing is cut off
+    assert (red[0, :, 23] + 30 < red[0, :, 24]).all()  # the edge is where it was
+    assert red[0, 0, 0] < red[0, 16, 0] < red[0, 16, 23]  # and corners are dark

@@ -32,12 +32,12 @@ from lora_dialects import (
     written,
 )
 from majicflux import cli
+from majicflux.benchmarks.random_models import CLIP, DIT, T5
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.flux.text_encoders import build_text_encoders
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.quant.formats import BFLOAT16, uniform
 from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
-from majicflux.loaders.demo_models import CLIP, DIT, T5
 from majicflux.loaders.layouts import flux_dit_layout
 from majicflux.loaders.lora import MOST_RANK, load_lora
 from majicflux.loaders.lora_file import inspect_lora

@@ -29,8 +29,8 @@ from lora_dialects import (
     written,
 )
 from majicflux import cli
+from majicflux.benchmarks.random_models import CLIP, DIT
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry
-from majicflux.loaders.demo_models import CLIP, DIT
 from majicflux.loaders.lora import describe_lora, load_lora
 from majicflux.loaders.lora_file import inspect_lora
 from majicflux.loaders.safetensors_file import ModelFileError

@@ -1,4 +1,4 @@
-"""Stage style: a LoRA by which the finished model draws in pencil."""
+"""Stage style: a LoRA by which the finished model paints old photographs in sepia."""
 
 from pathlib import Path
 
@@ -9,17 +9,18 @@ from .flow_stages import filled
 from .learner import Course, Learner, bfloat16_on_a_card, warm_up, write
 from .lora import adapt, kohya_tensors
 from .muon import AdamW
-from .pencil import pencil_drawing
+from .sepia import old_photograph
 from .sheet import painted_sheet, tried
 from .supply import Gallery
 from .workshop import Workshop, encoded
 
 RATE = 2e-3
+DOUBLE_BLOCKS_RATE = 0.1  # of the rate: they lay out the scene, which shall remain
 AVERAGE_DECAY = 0.98
 
 
 def train_style(shop: Workshop, until: float, result: Path) -> None:
-    """Flow matching on drawings of the same scenes, with the captions that they have anyway.
+    """Flow matching on photographs of the same scenes, with the captions that they have anyway.
 
     Not compiled: that would take as long as the steps do.
     """
@@ -28,12 +29,17 @@ def train_style(shop: Workshop, until: float, result: Path) -> None:
     adapters = adapt(model.dit)
 
     def derive(pictures: Tensor) -> tuple[Tensor]:
-        return (encoded(vae, pencil_drawing(pictures)),)
+        return (encoded(vae, old_photograph(pictures)),)
 
     gallery = Gallery(shop.supply, device, derive, settings.style_pictures)
     gallery.refill_all()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    learner = Learner(model, [AdamW(trained, RATE)], AVERAGE_DECAY)
+    optimizers = []
+    for blocks, rate in (
+        (model.dit.single_blocks, RATE),
+        (model.dit.double_blocks, RATE * DOUBLE_BLOCKS_RATE),
+    ):
+        optimizers.append(AdamW([p for p in blocks.parameters() if p.requires_grad], rate))
+    learner = Learner(model, optimizers, AVERAGE_DECAY)
 
     def loss_of(progress: float) -> tuple[Tensor, int]:
         (clean,), t5_ids, clip_ids = gallery.batch(settings.style_batch)

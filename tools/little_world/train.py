@@ -4,7 +4,7 @@
 
 Each stage leaves its result in OUT, and a later call begins at the first whose result is missing;
 the transformer goes on from its last checkpoint. What ships is OUT/weights.safetensors with the two
-tokenizers beside it, and OUT/pencil_lora.safetensors. So that tokenizers or a VAE are kept, put
+tokenizers beside it, and OUT/sepia_lora.safetensors. So that tokenizers or a VAE are kept, put
 them into OUT: OUT/vae.safetensors, or OUT/first_vae.safetensors to train its decoder further.
 """
 
@@ -54,7 +54,7 @@ STAGES = (
     Stage("transformer", "transformer.safetensors", 590, train_transformer),
     Stage("guidance", "guidance.safetensors", 210, train_guidance),
     Stage("pack", "weights.safetensors", 0, pack_models),
-    Stage("style", "pencil_lora.safetensors", 60, train_style),
+    Stage("style", "sepia_lora.safetensors", 60, train_style),
 )
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .learner import Course, Learner, Loss, bfloat16_on_a_card, log, warm_up, write
 from .muon import AdamW
-from .pencil import pencil_drawing
+from .sepia import old_photograph
 from .sheet import save_sheet, tried
 from .supply import Gallery, as_float
 from .thin_vae import ThinVAE
@@ -21,7 +21,7 @@ AVERAGE_DECAY = 0.998
 PIECES_UNTIL = 0.55  # progress, from where on the VAE learns from whole pictures
 VAE_NOISE, DECODER_NOISE = 0.4, 0.35  # at most, on the latents: what is painted is not exact
 LOW_EVERY = 4  # steps
-DRAWN_EVERY = 8  # pictures: one is seen as a drawing, for the adapter's sake
+SEPIA_EVERY = 8  # pictures: one is seen in sepia, for the adapter's sake
 MEASURED = 4096  # pictures whose latents' mean and variance are taken
 REFILL_EVERY = 8  # steps
 
@@ -30,7 +30,7 @@ def train_vae(shop: Workshop, until: float, result: Path) -> None:
     """Encoder and decoder together."""
     settings, device = shop.settings, shop.device
     vae = ThinVAE().to(device)
-    gallery = Gallery(shop.supply, device, lambda pictures: (_some_drawn(pictures),))
+    gallery = Gallery(shop.supply, device, lambda pictures: (_some_in_sepia(pictures),))
     gallery.refill_all()
     learner = Learner(vae, [AdamW(vae.parameters(), VAE_RATE, WEIGHT_DECAY)], AVERAGE_DECAY)
 
@@ -65,7 +65,7 @@ def train_decoder(shop: Workshop, until: float, result: Path) -> None:
     vae.encoder.requires_grad_(False)
 
     def derive(pictures: Tensor) -> tuple[Tensor, Tensor]:
-        pictures = _some_drawn(pictures)
+        pictures = _some_in_sepia(pictures)
         return pictures, encoded(vae, pictures)
 
     gallery = Gallery(shop.supply, device, derive)
@@ -96,9 +96,9 @@ def distance(found: Tensor, wanted: Tensor) -> Tensor:
     return loss
 
 
-def _some_drawn(pictures: Tensor) -> Tensor:
+def _some_in_sepia(pictures: Tensor) -> Tensor:
     found = pictures.clone()
-    found[::DRAWN_EVERY] = pencil_drawing(pictures[::DRAWN_EVERY])
+    found[::SEPIA_EVERY] = old_photograph(pictures[::SEPIA_EVERY])
     return found
 
 

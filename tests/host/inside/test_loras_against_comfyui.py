@@ -22,9 +22,9 @@ from lora_dialects import (
     to_xlabs,
     written,
 )
+from majicflux.benchmarks.random_models import CLIP, DIT
 from majicflux.engine.quant.low_rank import LowRankTerm
 from majicflux.loaders import demo_models
-from majicflux.loaders.demo_models import CLIP, DIT
 from majicflux.loaders.lora import load_lora
 
 pytestmark = pytest.mark.usefixtures("comfy")
