@@ -101,7 +101,7 @@ def test_what_ships_is_the_models_within_the_rounding(trained: Path) -> None:
     assert found.keys() == models.keys()
     for name, tensor in models.items():
         step = file.get(f"{name}:scale", tensor.abs().amax() * 2**-11).float().max()
-        # A scale in float16 is off by 2**-25, which the largest value, 127 steps, is off by 127 times.
+        # A scale in float16 is off by up to 2**-25, and the largest value is 127 times the scale.
         assert (found[name] - tensor).abs().max() <= 1.1 * step + 127 * 2**-25 + 1e-6, name
     # Between the transformer's checkpoint and the end it is there under another name.
     assert load_file(trained / "so_far.safetensors").keys() == file.keys()
