@@ -72,10 +72,12 @@ def load_lora(
             if change.method == NORM:
                 norms[layer] = values[change.tensors[NORM].name].flatten()
             elif change.method == BIAS:
-                bias = biases.setdefault(layer, torch.zeros(target.outputs))
+                bias = biases.setdefault(layer, torch.zeros(target.outputs, dtype=torch.float32))
                 bias[rows] += _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
             if change.magnitude is not None:
-                whole = magnitudes.setdefault(layer, torch.full((target.outputs,), math.nan))
+                whole = magnitudes.setdefault(
+                    layer, torch.full((target.outputs,), math.nan, dtype=torch.float32)
+                )
                 whole[rows] = _vector(change, change.magnitude, values)
     report = _report(lora)
     log.info(report)
