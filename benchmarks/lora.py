@@ -13,17 +13,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from majicflux.engine.flux.geometry import FluxGeometry, kind_of_layer
-from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.quant.adapters import Adapters, adapted, bound_bytes, touched
 from majicflux.engine.quant.compute import choose_compute
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
 
 from .measuring import device_name, wait_for
-from .step import BFLOAT16, Case, our_step, ours, random_weights
+from .step import BFLOAT16, Case, our_step, ours, random_case, random_weights
 from .table import Row, options, report
 
 TURNS = 7
@@ -42,13 +40,7 @@ def main() -> None:
     small = FluxGeometry(hidden=256, double_blocks=2, single_blocks=4, text_width=64)
     geometry, side = (small, 16) if chosen.quick else (FluxGeometry(), 128)
     print(device_name(device), "torch", torch.__version__)
-    torch.manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device)
-
-    text = TextEmbedding(drawn(1, 512, geometry.text_width), drawn(1, geometry.pooled_width))
-    case = Case(drawn(1, 16, side, side), text, torch.tensor(0.7))
+    case = random_case(geometry, side, device)
     state = random_weights(geometry, device)
     rows = []
     with torch.inference_mode():

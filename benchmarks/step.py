@@ -69,13 +69,7 @@ def main() -> None:
     geometry, side = (small, 16) if chosen.quick else (FluxGeometry(), 128)
     print(device_name(device), "torch", torch.__version__)
 
-    torch.manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).bfloat16().float()
-
-    text = TextEmbedding(drawn(1, 512, geometry.text_width), drawn(1, geometry.pooled_width))
-    case = Case(drawn(1, 16, side, side), text, torch.tensor(0.7))
+    case = random_case(geometry, side, device)
     state = random_weights(geometry, device)
     with torch.inference_mode():
         exact = diffsynth_step(_diffsynth(geometry, state, FLOAT32, device), case, device)()
@@ -115,6 +109,17 @@ def main() -> None:
                 )
             del weights
     report(rows, chosen.check)
+
+
+def random_case(geometry: FluxGeometry, side: int, device: torch.device) -> Case:
+    """side: of the latents."""
+    torch.manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).bfloat16().float()
+
+    text = TextEmbedding(drawn(1, 512, geometry.text_width), drawn(1, geometry.pooled_width))
+    return Case(drawn(1, 16, side, side), text, torch.tensor(0.7))
 
 
 def measure(step: Step, device: torch.device) -> tuple[float, Tensor]:

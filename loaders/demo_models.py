@@ -37,13 +37,12 @@ def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
 
     The same bytes at every call, about 190 MB, most of it the VAE, which has one size. The names
     are those of the shipped workflows, and a file that is there already is never replaced:
-    FileExistsError tells that `folder` may hold real models. Returns the model files and the LoRA.
+    FileExistsError tells that `folder` may hold real models. Returns all files.
 
     source: a folder with the weights in 8 bits, the LoRA and the two tokenizers.
     """
     models = [folder / name for name in (DIT_FILE, CLIP_FILE, T5_FILE, VAE_FILE)]
-    lora = folder / LORA_FILE
-    copied = {lora: source / LORA, folder / TEMPLATE_LORA_FILE: source / LORA}
+    copied = {folder / name: source / LORA for name in (LORA_FILE, TEMPLATE_LORA_FILE)}
     copied |= _tokenizers(folder, source)
     paths = [*models, *copied]
     for path in paths:
@@ -56,7 +55,7 @@ def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
         shutil.copyfile(original, _unfinished(path))
     for path in paths:  # not before, so that no name stands for half a file or half a set
         _unfinished(path).replace(path)
-    return [*models, lora]
+    return paths
 
 
 def edition(source: Path = LITTLE_WORLD) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -149,8 +149,9 @@ class TextEncoders:
                 empty, moved_bytes = self.encode("", *given)
         device, module, chunking = self.patcher.device, self.weights.module, chunking or Chunking()
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, chunking)
-        beside = beside_plain_layers(module, self.adapters, device)
-        with visits as stream, _retried(module, chunking), beside:
+        with visits as stream, _retried(module, chunking), ExitStack() as stack:
+            beside = partial(beside_plain_layers, module, self.adapters, device)
+            chunking.retry(lambda: stack.enter_context(beside()))
             clip_ids = torch.tensor([text.clip], device=device)
             pooled, _ = chunking.retry(lambda: module.clip(clip_ids))
             t5_ids = torch.tensor([ids], device=device)

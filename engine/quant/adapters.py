@@ -125,15 +125,8 @@ def beside_plain_layers(
         for adapter, strength in adapters:
             for name, terms in adapter.text_encoder.items():
                 layer: Any = module.get_submodule(name)
-                dtype = layer.weight.dtype
-                on_device = [
-                    (
-                        term.down.to(device, dtype),
-                        (term.up * (term.scale * strength)).to(device, dtype),
-                    )
-                    for term in terms
-                ]
-                hooks.append(layer.register_forward_hook(partial(_with_terms, on_device)))
+                pairs = _on_device(terms, strength, device, layer.weight.dtype)
+                hooks.append(layer.register_forward_hook(partial(_with_terms, pairs)))
         yield
     finally:
         for hook in hooks:
@@ -144,6 +137,16 @@ def plain_bytes(adapters: Adapters, itemsize: int) -> int:
     """Of memory for what `beside_plain_layers` makes."""
     terms = [term for a, _ in adapters for some in a.text_encoder.values() for term in some]
     return itemsize * sum(term.down.numel() + term.up.numel() for term in terms)
+
+
+def _on_device(
+    terms: Sequence[LowRankTerm], strength: float, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Down and up of each, scale and strength included."""
+    return [
+        (term.down.to(device, dtype), (term.up * (term.scale * strength)).to(device, dtype))
+        for term in terms
+    ]
 
 
 def _with_terms(terms: Sequence[tuple[Tensor, Tensor]], _: Any, given: Any, y: Tensor) -> Tensor:

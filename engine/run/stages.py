@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -132,10 +132,10 @@ class DenoiseStage:
             with visits as ring:
                 last = partial(dit.last_conditions.of, prompts, make, device, *key)
                 conditions = chunking.retry(last)
-                with (
-                    compute.applied_to(module, device),  # with a new buffer for conversions
-                    beside(dit.adapted_always),
-                ):
+                with ExitStack() as stack:
+                    # With a new buffer for conversions.
+                    stack.enter_context(compute.applied_to(module, device))
+                    chunking.retry(lambda: stack.enter_context(beside(dit.adapted_always)))
                     positive, negative = [*conditions, None][:2]
                     velocity = flux_velocity(module, positive, chunking, negative, inputs.cfg)
                     latents = sample(inputs, velocity, on_pass, device, latents_dtype)

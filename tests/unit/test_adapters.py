@@ -12,6 +12,7 @@ from majicflux.benchmarks import random_models
 from majicflux.engine.flux.transformer import DiT, build_flux_dit
 from majicflux.engine.kernels.hadamard import rotate
 from majicflux.engine.offload.weight_block import CPU
+from majicflux.engine.quant import adapters as adapters_module
 from majicflux.engine.quant.adapters import adapted, bound_bytes, row_gains, touched
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import (
@@ -22,7 +23,7 @@ from majicflux.engine.quant.formats import (
     Storage,
     uniform,
 )
-from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.linear import StoredLinear, stored_linears
 from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
 from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
@@ -32,6 +33,7 @@ from majicflux.loaders.flux_dit import load_flux_dit
 
 WIDTH, COLUMNS = 512, 96
 REQUEST = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
+CLIP_LAYER = "clip.encoders.0.attn.to_q"
 FLOAT32 = uniform(Storage("float32"))
 
 
@@ -185,7 +187,7 @@ def stored(layer: StoredLinear) -> torch.Tensor:
 def test_clip_adds_its_terms(make_pipeline) -> None:
     encoders = make_pipeline(dtype=torch.float32).text_encoders
     module = encoders.weights.module
-    name = "clip.encoders.0.attn.to_q"
+    name = CLIP_LAYER
     layer: Any = module.get_submodule(name)
     rows, width = layer.weight.shape
     low = term(4, rows, width)
@@ -261,6 +263,36 @@ def test_streamed_pictures_and_chunks_are_the_same_bits(
     smallest = streaming.plan(REQUEST.workload).smallest_bytes
     streaming = replace(streaming, budget_bytes=smallest)
     assert torch.equal(latents(streaming), expected)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, CLIP_LAYER])
+def test_a_shortage_while_an_adapter_comes_is_survived(
+    make_pipeline, monkeypatch, name: str
+) -> None:
+    """Where there is nothing to free, it is tried once more."""
+    pipeline = make_pipeline()
+    encoders = pipeline.text_encoders
+    layer: Any = encoders.weights.module.get_submodule(CLIP_LAYER)
+    of_clip = Adapter({}, text_encoder={CLIP_LAYER: (term(4, *layer.weight.shape),)})
+    encoders = replace(encoders, adapters=((of_clip, 1.0),))
+    lora = adapter_of(pipeline.dit.weights.module)
+    pipeline = with_adapters(replace(pipeline, text_encoders=encoders), (lora, 1.0))
+    expected = latents(pipeline)
+    pipeline.dit.last_conditions.forget()
+    encoders.forget()
+    where = "_on_device" if name == CLIP_LAYER else "_bound"
+    real, failures = getattr(adapters_module, where), []
+
+    def short(*given: Any) -> Any:
+        if not failures and name in (CLIP_LAYER, given[1]):
+            failures.append(name)
+            raise torch.OutOfMemoryError("simulated")
+        return real(*given)
+
+    monkeypatch.setattr(adapters_module, where, short)
+    assert torch.equal(latents(pipeline), expected)
+    assert failures == [name]
+    assert not any(layer.adapted for layer in stored_linears(pipeline.dit.weights.module))
 
 
 def test_a_new_strength_needs_no_conditions_where_none_depends_on_it(make_pipeline) -> None:
