@@ -91,8 +91,9 @@ def random_lora(module: Any, rank: int) -> Adapter:
     for name, layer in module.named_modules():
         if isinstance(layer, StoredLinear) and kind_of_layer(name) in ("attention", "mlp"):
             columns, width = layer.weight.shape
-            down = torch.randn(rank, width, dtype=BFLOAT16)
-            up = torch.randn(columns, rank, dtype=BFLOAT16)
+            # Drawn where it is fast, and kept where a file leaves it.
+            down = torch.randn(rank, width, dtype=BFLOAT16, device=layer.weight.device).cpu()
+            up = torch.randn(columns, rank, dtype=BFLOAT16, device=layer.weight.device).cpu()
             terms[name] = (LowRankTerm(down, up, 0.1 * (rank * width) ** -0.5),)
     return Adapter(terms)
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 from majicflux.tools.little_world import captions, scenes, vocabulary
 from majicflux.tools.little_world.captions import caption
-from majicflux.tools.little_world.meadow import HALF_HOUSE, tree_slots
+from majicflux.tools.little_world.meadow import HALF_HOUSE, tree_places
 from majicflux.tools.little_world.painting import paint
 from majicflux.tools.little_world.read_back import read_back
 from majicflux.tools.little_world.scenes import Scene, draw_scene
@@ -85,7 +85,7 @@ def test_a_picture_of_nothing_shows_no_things() -> None:
 def test_there_is_room_for_four_trees_beside_any_house(width: int, unit: float) -> None:
     half = HALF_HOUSE * unit
     for house in (half + 2 * unit, half + 6 * unit, width / 2 - 3 * unit, width / 2 + 3 * unit):
-        slots = tree_slots(house, width, unit)
+        slots = tree_places(house, width, unit)
         assert len(slots) >= scenes.MOST
         assert all(abs(slot - house) > half + 17 * unit for slot in slots)
         assert min(slots) > 18 * unit

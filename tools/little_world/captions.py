@@ -295,7 +295,7 @@ def _in_city(scene: Scene, r: random.Random, keep: Keep) -> list[Phrase]:
     if keep(0.25):
         parts.append(r.choice(GROUND[scene.wet]))
     if keep(0.9 if scene.flying_cars else 0.4):
-        parts.append(_flying_cars(scene.flying_cars, r, counted=keep(0.65)))
+        parts.append(_flying_cars(scene.flying_cars, r, counted=keep(0.8)))
     return parts
 
 

@@ -39,8 +39,9 @@ FAR = 256  # an `out` beside the picture
 TOWERS = ((23, 44, 2.7), (44, 75, 2.3), (75, 200, 1.55))
 # Of the signs, far to near: `out`, width, height, and the `up` of the upper end.
 SIGNS = ((55, 9, 29, 1.0), (85, 14, 46, 1.32), (110, 15, 44, 0.62))
-# Of the flying cars: how far beside the middle, and the row as a part of the height.
-SLOTS = [(aside, row) for aside in (-34, 34) for row in (0.09, 0.215, 0.34)]
+# Of the flying cars: how far beside the middle, and the row as a part of the height. So many cars
+# have always the first so many places: where they could be anywhere, they are hard to count.
+CAR_PLACES = ((-34, 0.19), (34, 0.105), (34, 0.275), (-34, 0.35))
 
 
 @dataclass
@@ -92,9 +93,9 @@ def paint_city(scene: Scene, r: random.Random, width: int, height: int) -> Image
     for depth, sign in enumerate(SIGNS):
         for side in (-1, 1):
             _sign(street, side, street.lights[(first + depth + (side > 0)) % 2], sign)
-    for aside, row in r.sample(SLOTS, scene.flying_cars):
-        x = street.across + (aside + r.uniform(-2, 2)) * unit
-        y = row * height + r.uniform(-2, 2) * unit
+    for aside, row in CAR_PLACES[: scene.flying_cars]:
+        x = street.across + (aside + r.uniform(-4, 4)) * unit
+        y = row * height + r.uniform(-3, 3) * unit
         _flying_car(Figure(canvas, x, y, unit))
     image = canvas.finished(0.9 if scene.time == "night" else 0.55, 5 * unit)
     return _mirrored(image, street) if scene.wet else image

@@ -27,7 +27,7 @@ def paint_meadow(scene: Scene, r: random.Random, width: int, height: int) -> Ima
     country.hill(0.66 * height, 3 * unit, country.ground)
     house = _house_place(country)
     _path(country, house)
-    for x in sorted(r.sample(tree_slots(house, width, unit), scene.trees)):
+    for x in tree_places(house, width, unit)[: scene.trees]:
         _tree(country, x + country.about(-1, 1), TREE_FOOT * height + country.about(-2, 2))
     _house(country, house)
     if scene.car:
@@ -36,14 +36,17 @@ def paint_meadow(scene: Scene, r: random.Random, width: int, height: int) -> Ima
     return country.canvas.finished(0.8, 7 * unit)
 
 
-def tree_slots(house: float, width: int, unit: float) -> list[float]:
-    """Where trees can stand, left and right of a house at `house`, without touching anything."""
+def tree_places(house: float, width: int, unit: float) -> list[float]:
+    """Where trees stand beside a house at `house`, from the nearest to the farthest.
+
+    Without touching anything; so many trees have always the first so many places, see `city`.
+    """
     edge, half = 3 * unit, HALF_HOUSE * unit
-    slots = []
-    for start, end in ((edge, house - half), (house + half, width - edge)):
-        count = max(0, int((end - start) / (TREE_PITCH * unit) + 0.05))
-        slots += [start + (end - start) * (n + 0.5) / count for n in range(count)]
-    return slots
+    places = []
+    for start, end in ((house - half, edge), (house + half, width - edge)):
+        count = max(0, int(abs(end - start) / (TREE_PITCH * unit) + 0.05))
+        places += [(n, start + (end - start) * (n + 0.5) / count) for n in range(count)]
+    return [x for _, x in sorted(places)]
 
 
 def _house_place(country: Country) -> float:
@@ -63,8 +66,8 @@ def _path(country: Country, x: float) -> None:
 
 
 def _tree(country: Country, x: float, foot: float) -> None:
-    """34 units wide and about 60 high."""
-    tree, winter = country.figure(x, foot), country.scene.season == "winter"
+    """30 units wide and about 54 high."""
+    tree, winter = country.figure(x, foot, 0.88 * country.unit), country.scene.season == "winter"
     crown, snow = country.thing(CROWN[country.scene.season]), country.thing(SNOW)
     tree.box(-3, -14, 6, 14, country.thing(WOOD))
     if country.scene.tree == "pine":

@@ -23,16 +23,23 @@ def paint(scene: Scene, r: random.Random, width: int = 256, height: int = 256) -
 
 
 def _fall(image: Image.Image, r: random.Random, weather: str) -> None:
-    """Draw rain or snow over the whole picture, in place."""
+    """Draw rain or snow over the whole picture, in place: a streak or a flake in each cell.
+
+    Spread evenly, for what could be anywhere a model leaves out.
+    """
     width, height = image.size
     layer = Image.new("L", (width * FINE, height * FINE))
     pen = ImageDraw.Draw(layer)
-    for _ in range(width * height // 500):
-        x, y = r.random() * layer.width, r.random() * layer.height
-        if weather == "rain":
-            long = r.uniform(16, 32)
-            pen.line((x, y, x - long * 0.22, y + long), fill=110)
-        else:
-            size = r.uniform(2, 3.6)
-            pen.ellipse((x - size, y - size, x + size, y + size), fill=225)
-    image.paste(RAIN if weather == "rain" else SNOW, mask=layer.reduce(FINE))
+    rain = weather == "rain"
+    across, down = (30 * FINE, 36 * FINE) if rain else (27 * FINE, 27 * FINE)
+    for row in range(layer.height // down + 1):
+        for column in range(layer.width // across + 2):
+            x = (column - row % 2 / 2 + r.uniform(0.15, 0.85)) * across
+            y = (row + r.uniform(0, 0.8)) * down
+            if rain:
+                long = r.uniform(28, 46)
+                pen.line((x, y, x - long * 0.22, y + long), fill=190, width=4)
+            else:
+                size = r.uniform(2.8, 4.6)
+                pen.ellipse((x - size, y - size, x + size, y + size), fill=225)
+    image.paste(RAIN if rain else SNOW, mask=layer.reduce(FINE))

@@ -158,7 +158,8 @@ class CountryPicture:
     def boats(self) -> int:
         """By their hulls."""
         hulls = self._named(self._rows(sea.SHORE, 1))["wood"]
-        thick = Image.fromarray(hulls).convert("L").filter(ImageFilter.MinFilter(5))  # no outlines
+        closed = Image.fromarray(hulls).convert("L").filter(ImageFilter.MaxFilter(5))
+        thick = closed.filter(ImageFilter.MinFilter(9))  # no outlines
         whole = np.asarray(thick.filter(ImageFilter.MaxFilter(11))) > 0
         return _count(whole, least=600 * self.unit**2)
 

@@ -10,20 +10,21 @@ from .scenes import Scene
 
 NEAR, FAR = (24, 112, 156), (92, 172, 200)  # the water
 SHORE = 0.57  # of the height
-# Parts of width and height where a boat can be; a lighthouse takes the place of one behind.
-BOAT_SLOTS = ((0.17, 0.7), (0.5, 0.7), (0.83, 0.7), (0.33, 0.93), (0.67, 0.93))
+# Parts of width and height, of the first to the last boat. A lighthouse on the left takes the
+# place of the last one, which then is on the right.
+BOAT_PLACES = ((0.33, 0.93), (0.67, 0.92), (0.5, 0.7), (0.17, 0.71))
 
 
 def paint_sea(scene: Scene, r: random.Random, width: int, height: int) -> Image.Image:
     """Without rain or snow in the air."""
     country = begin_country(scene, r, width, height)
     _water(country)
-    slots = list(BOAT_SLOTS)
     if scene.lighthouse:
-        slots.pop(2 if scene.place == "right" else 0)
         _lighthouse(country, width * (0.87 if scene.place == "right" else 0.13))
-    for column, row in r.sample(slots, scene.boats):
-        x, y = column * width + country.about(-5, 5), row * height + country.about(-2, 2)
+    for column, row in reversed(BOAT_PLACES[: scene.boats]):  # the near ones before the far ones
+        if scene.place == "left" and column < 0.2:
+            column = 1 - column
+        x, y = column * width + country.about(-6, 6), row * height + country.about(-2, 2)
         _boat(country, x, y)
     return country.canvas.finished(0.8, 7 * country.unit)
 

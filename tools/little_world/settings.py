@@ -13,7 +13,7 @@ SHARES = (0.6, 0.2, 0.2)  # of the sizes, among the pictures
 class Settings:
     """The defaults are those of the models that ship."""
 
-    seconds: float = 1200
+    seconds: float = 1300
     device: str = "cuda"
     workers: int = field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 3))
     geometry: Geometry = TRAINED
