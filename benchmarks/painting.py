@@ -15,6 +15,7 @@ from .comfyui import ComfyUI, Refused
 from .flux_graphs import Graph
 
 PROMPT_SECONDS = 180  # after which a prompt counts as lost
+MAPPED = (".safetensors", ".majicflux")  # weights
 ENDS = {
     "execution_success": "success",
     "execution_error": "error",
@@ -48,6 +49,15 @@ class Painting:
             return b""
         with Image.open(self.picture) as picture:
             return picture.tobytes()
+
+    def away_from(self, other: "Painting") -> str:
+        """How far the values of two pictures of one size are apart."""
+        if not (self.pixels and len(self.pixels) == len(other.pixels)):
+            return "there is no picture"
+        pairs = zip(self.pixels, other.pixels, strict=True)
+        away = [abs(a - b) for a, b in pairs]
+        share = sum(difference > 0 for difference in away) / len(away)
+        return f"{share:.2%} of the values are others, by {max(away)} of 255 at most"
 
     @property
     def phases(self) -> list[tuple[str, float]]:
@@ -125,7 +135,17 @@ class Session:
                 return
             last = now
 
+    def held_idle(self) -> tuple[float, float]:
+        """`held` by a server that has forgotten all that it can."""
+        self.free(forget=True)
+        return self.held()
+
     def held(self) -> tuple[float, float]:
-        """GiB of the card in use above what was before, and of the server's resident memory."""
+        """GiB of the card in use above what was before, and of memory that the server holds.
+
+        But for files that are mapped, whose pages the system may drop.
+        """
         card = self.counter() - self.before if self.counter else 0.0
-        return card, psutil.Process(self.server.process.pid).memory_info().rss / 2**30
+        maps = psutil.Process(self.server.process.pid).memory_maps()
+        own = sum(part.rss for part in maps if not part.path.endswith(MAPPED))
+        return card, own / 2**30

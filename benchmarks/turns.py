@@ -21,7 +21,7 @@ GROWTH_GIB = 0.1
 SLOWER = 1.1  # times as long as alone, at most
 GRAB_GIB = 4
 LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
-SETTLED = 10  # prompts, after which a server may not grow
+SETTLED, SETTLED_ROUNDS = 10, 3  # prompts and rounds, after which a server may not grow
 ROUND_SECONDS, PROMPT_ENDS = 20, 10  # that must be left for another round, another prompt
 KINDS = {  # of the soak: how often in ten, how it may end
     "plain": (3, {"success"}),
@@ -58,23 +58,25 @@ def in_turns(
         failed += sum(painting.status != "success" for painting in painted)
         alone[what] = min(painting.seconds for painting in painted)
     again: dict[str, list[float]] = {what: [] for what in alone}
-    after: list[tuple[float, float]] = []
-    while len(after) < rounds and (len(after) < 3 or in_time("more rounds", ROUND_SECONDS)):
+    early, number = (0.0, 0.0), 0
+    while number < rounds and (number < SETTLED_ROUNDS or in_time("more rounds", ROUND_SECONDS)):
         for what, seconds in again.items():
             painted = twice(what)
             failed += sum(painting.status != "success" for painting in painted)
             seconds.append(painted[1].seconds)
-        after.append(session.held())
-    place = f"{session.where}, {len(after)} rounds in turns"
+        number += 1
+        if number == min(SETTLED_ROUNDS, rounds - 1):
+            early = session.held_idle()
+    place = f"{session.where}, {number} rounds in turns"
     yield Row(f"{place}: failed", failed, "", bar=0)
     for what, seconds in again.items():
         bar = round(SLOWER * alone[what], 2) if judged else None
         yield Row(f"{place}: {what}", statistics.median(seconds), "s", alone[what], "alone", bar)
-    yield from _growth(place, after[min(2, len(after) - 2)], after[-1])
+    yield from _growth(place, early, session.held_idle())
 
 
 def _growth(place: str, early: tuple[float, float], late: tuple[float, float]) -> Iterator[Row]:
-    for name, before, now in zip(("card", "resident memory"), early, late, strict=True):
+    for name, before, now in zip(("card", "memory"), early, late, strict=True):
         yield Row(f"{place}: growth, {name}", round(now - before, 3), "GiB", bar=GROWTH_GIB)
 
 
@@ -89,6 +91,8 @@ def under_pressure(session: Session, steps: int, side: int) -> Iterator[Row]:
     said = disturbed.error.startswith(LACKS_MEMORY)
     right = said or (undisturbed.pixels and disturbed.pixels == undisturbed.pixels)
     place = f"{session.where}, {GRAB_GIB} GiB taken in a run"
+    if not right:
+        print(disturbed.away_from(undisturbed), flush=True)
     yield Row(f"{place}: neither the same bits nor the sentence", not right, "", bar=0)
     yield _repeated(session, steps, side, undisturbed, "after the pressure")
 
@@ -157,8 +161,7 @@ def soak(session: Session, side: int, prompts: int, in_time: InTime) -> Iterator
         )
         lost += painting.status not in KINDS[kind][1]
         if number in (SETTLED, prompts // 2) or last:
-            session.free(forget=True)
-            held[number] = session.held()
+            held[number] = session.held_idle()
         if last:
             break
     place = f"{session.where}, {number} mixed prompts"

@@ -50,18 +50,28 @@ class DeviceQuantizer:
         staged = staged.view(into.dtype).view(into.shape)
         try:
             with self._stream():
-                on_device = values.to(self.device, non_blocking=True)
-                quantized = torch.empty(into.shape, dtype=into.dtype, device=self.device)
-                device_scale = torch.empty(scale.shape, dtype=scale.dtype, device=self.device)
-                quantize_rows(on_device, quantized, device_scale, group)
-                staged.copy_(quantized, non_blocking=True)
-                scale.copy_(device_scale)  # not ahead of what was begun before
+                self._there_and_back(values, staged, scale, group)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             quantize_rows(values, into, scale, group)
         else:
             into.copy_(staged)
+
+    def _there_and_back(
+        self, values: "Tensor", staged: "Tensor", scale: "Tensor", group: int
+    ) -> None:
+        """What this takes of the card is free when it returns, and the stream another thread's."""
+        import torch
+
+        from ..engine.quant.quantize import quantize_rows
+
+        on_device = values.to(self.device, non_blocking=True)
+        quantized = torch.empty(staged.shape, dtype=staged.dtype, device=self.device)
+        device_scale = torch.empty(scale.shape, dtype=scale.dtype, device=self.device)
+        quantize_rows(on_device, quantized, device_scale, group)
+        staged.copy_(quantized, non_blocking=True)
+        scale.copy_(device_scale)  # not ahead of what was begun before
 
     def close(self) -> None:
         """Give back the memory of the card and what is no longer used of pinned memory."""

@@ -100,7 +100,7 @@ class Made:
 
     def free(self, forget: bool = False) -> None: ...
 
-    def held(self) -> tuple[float, float]:
+    def held_idle(self) -> tuple[float, float]:
         return 1.0, 2.0 + self.grows * len(self.painted)
 
 
@@ -175,4 +175,4 @@ def test_under_pressure_the_same_bits_or_the_sentence(
 
 def test_growth_is_seen(tmp_path: Path) -> None:
     found = in_use(Made(tmp_path, lambda painting: painting, grows=0.03))
-    assert [name.split(": ")[-1] for name in found] == ["growth, resident memory"] * 2
+    assert [name.split(": ")[-1] for name in found] == ["growth, memory"] * 2
