@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -75,16 +77,34 @@ def test(arguments: list[str]) -> int:
         [PYTHON, "-m", "basedpyright"],
         [PYTEST, "tests/unit", *pytest_arguments],
     ]
+    beside = []
     if comfyui:
         install_canvas()
         # A process of their own: what is in a process with ComfyUI talks to ComfyUI.
-        checks.append([PYTEST, "tests/host", "tests/browser", *pytest_arguments])
+        beside = [PYTEST, "tests/host", "tests/browser", *pytest_arguments]
         os.environ["COMFYUI_PATH"] = str(comfyui)
-    failed = [command for command in checks if run(*command) != 0]
+    failed = failing(checks, beside)
     for command in failed:
         print("FAILED:", *command)
     print(*absent, sep="\n")
     return 1 if failed else 0
+
+
+def failing(commands: list[list[Any]], beside: list[Any]) -> list[list[Any]]:
+    """Run the commands one after the other and, if there is one, another beside them, whose output
+    comes last. Returns those that failed."""
+    # Small products on several threads mostly wait, and more so where others run too.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    with tempfile.TemporaryFile() as output:
+        other = subprocess.Popen(beside, cwd=ROOT, stdout=output, stderr=output) if beside else None
+        failed = [command for command in commands if run(*command) != 0]
+        if other is not None:
+            failed += [beside] * (other.wait() != 0)
+            output.seek(0)
+            print(">", *beside, flush=True)
+            shutil.copyfileobj(output, sys.stdout.buffer)
+            sys.stdout.flush()
+    return failed
 
 
 def with_torch(torch: str = "", *pytest_arguments: str) -> int:

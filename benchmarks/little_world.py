@@ -40,7 +40,7 @@ SIZES = ((256, 256), (320, 192), (256, 256), (192, 320), (256, 256))  # taken in
 STEPS, GUIDANCE = 20, 3.5
 LANGUAGES = {"English": 1_000_000, "Chinese": 2_000_000}  # and the first seed; training's are above
 COUNTS = ("trees", "boats", "flying_cars")
-LOOKS = ("time", "season", "neon", "house", "place", "car", "sails")
+LOOKS = ("time", "season", "weather", "neon", "house", "place", "car", "sails")
 BARS = {"all of these": (LOOKS, 0.95), "all counts": (COUNTS, 0.8)}  # share that must agree
 
 

@@ -159,6 +159,7 @@ def test_it_runs_and_runs_again_to_another_picture_and_the_reports_stay(
             timeout=60_000,
         )
         wait_for_text(page, 5, "denoising")
+        page.wait_for_timeout(1000)  # the last report comes after the picture
         shown.append(page.evaluate(TEXTS))
     size = page.evaluate("() => { const i = app.rootGraph.getNodeById(6).imgs[0];"
                          " return [i.naturalWidth, i.naturalHeight] }")  # fmt: skip

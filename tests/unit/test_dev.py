@@ -56,7 +56,26 @@ def commands(dev, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     ran: list[list[str]] = []
     monkeypatch.setattr(dev, "install", lambda *_: None)
     monkeypatch.setattr(dev, "run", lambda *command: ran.append([*map(str, command)]) or 0)
+    monkeypatch.setattr(
+        dev, "failing", lambda commands, beside: [dev.run(*c) for c in [*commands, beside] if c][:0]
+    )
     return ran
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_the_output_of_what_runs_beside_comes_last(dev, capfd) -> None:
+    dev.ROOT.mkdir(parents=True)
+    waits = "import pathlib, time\nwhile not pathlib.Path('late').exists(): time.sleep(0.01)\n"
+    others, first = python(waits + "print('other')"), python("open('late', 'w'); print('first')")
+    fails = python("raise SystemExit(3)")
+    assert dev.failing([first, fails], others) == [fails]
+    said = capfd.readouterr().out.splitlines()
+    assert said.index("first") < said.index("other")
+    assert dev.failing([first], fails) == [fails]
+    assert dev.failing([first], []) == []
 
 
 @pytest.mark.parametrize("option", [[], ["--in-comfyui"]])

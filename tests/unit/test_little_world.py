@@ -68,7 +68,7 @@ def test_attributes_are_read_back(size: tuple[int, int], softly: bool) -> None:
             shown = getattr(scene, name)
             right[name].append(found == (frozenset(shown) if name == "neon" else shown))
     assert set(right) >= {"time", "season", "neon", "flying_cars", "house", "place", "car"}
-    assert set(right) >= {"trees", "boats", "sails"}
+    assert set(right) >= {"trees", "boats", "sails", "weather"}
     for name, results in right.items():
         assert len(results) > 10
         assert results.count(False) <= len(results) // 40, name

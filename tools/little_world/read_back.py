@@ -19,6 +19,9 @@ Mask = np.ndarray  # bool [rows, columns]
 
 SKIES = {time: [top for top, _ in skies] for time, skies in country.SKY.items()}
 CITY_SKIES = {time: [top] for time, (top, _) in city.SKY.items()}
+# Of the pixels of the upper half, how many are brighter than what is around them where it rains or
+# snows; stars, and the edges of clouds, are fewer.
+FALLING = {"day": 0.0138, "sunset": 0.02, "night": 0.024}
 HUES = {name: colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for name, rgb in city.NEON.items()}
 
 
@@ -29,13 +32,16 @@ def read_back(picture: Pixels, kind: str) -> dict[str, str | int | frozenset[str
     winter.
     """
     if kind == "city":
+        time = _time(picture, CITY_SKIES)
         return {
-            "time": _time(picture, CITY_SKIES),
+            "time": time,
+            "weather": _weather_of_the_city(picture, time),
             "neon": _neon(picture),
             "flying_cars": _flying_cars(picture),
         }
     seen = CountryPicture(picture, kind)
     found: dict[str, str | int | frozenset[str]] = {"time": seen.time, "season": seen.season}
+    found["weather"] = seen.weather()
     if kind == "sea":
         return {**found, "boats": seen.boats(), "sails": seen.sails()}
     house, place = seen.house()
@@ -48,6 +54,13 @@ def _time(picture: Pixels, skies: Mapping[str, Sequence[Colour]]) -> str:
     height, width, _ = picture.shape
     top = np.median(picture[: height // 25, width * 3 // 8 : width * 5 // 8], (0, 1))
     return min(skies, key=lambda time: min(np.linalg.norm(top - sky) for sky in skies[time]))
+
+
+def _weather_of_the_city(picture: Pixels, time: str) -> str:
+    """By the road, which shines where it is wet."""
+    height, width, _ = picture.shape
+    road = picture[height * 4 // 5 :, width * 3 // 10 : width * 7 // 10]
+    return "rain" if road.max(2).mean() > 1.3 * max(city.ROAD[time]) else "clear"
 
 
 def _neon(picture: Pixels) -> frozenset[str]:
@@ -74,7 +87,7 @@ class CountryPicture:
     """A picture of the country; its rows are told as parts of the height."""
 
     def __init__(self, picture: Pixels, kind: str):
-        self.pixels = _calm(picture, 5)
+        self.picture, self.pixels = picture, _calm(picture, 5)
         self.height, self.width, _ = picture.shape
         self.unit = unit_of(self.width, self.height)
         self.time = _time(picture, SKIES)
@@ -133,6 +146,16 @@ class CountryPicture:
         half = meadow.HALF_HOUSE * self.unit
         middle = {"left": half, "middle": self.width / 2, "right": self.width - half}[place]
         return slice(max(0, round(middle - half)), round(middle + half))
+
+    def weather(self) -> str:
+        """By what is bright in the sky for itself alone, or else by its clouds."""
+        upper = self.picture[: self.height // 2].mean(2)
+        around = Image.fromarray(upper.round().astype(np.uint8)).filter(ImageFilter.MedianFilter(7))
+        if (upper - np.asarray(around) > 12).mean() > FALLING[self.time]:
+            return "snow" if self.season == "winter" else "rain"
+        sky = self._rows(0.02, 0.24).astype(np.float32)
+        away = np.linalg.norm(sky - np.array(country.CLOUD[self.time], np.float32), axis=2)
+        return "cloudy" if (away < 40).mean() > 0.05 else "clear"
 
     def house(self) -> tuple[str, str]:
         """Its colour, and its place, which is where the most of any paint is."""
