@@ -1,7 +1,7 @@
 """The previews of the templates: `python tests/browser/previews.py [name ...]`. Set COMFYUI_PATH.
 
 Each template is opened, run with the demo models at the size that they know, and photographed. The
-name `help` stands for the pictures of the help pages. Needs what the browser tests need.
+name `help` stands for the pictures of the help pages, which ComfyUI paints too. Needs what the browser tests need.
 """
 
 import os
@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from random import Random
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,6 +28,7 @@ from browser.test_canvas import (
 from browser.test_screens import DONE, outputs
 
 from comfyui_server import Server
+from majicflux.benchmarks.flux_graphs import Graph, ours
 from majicflux.loaders.demo_models import write_demo_models
 from majicflux.messages import speak
 from majicflux.tools.little_world.painting import paint
@@ -51,6 +52,10 @@ HOUSE = (70, 110, 186, 215)  # and around it
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
 DOCS = Path(__file__).parents[2] / "web" / "docs"
 PLANNED_GB = 8.0  # as in a_real_plan
+SIDE, SEED, STEPS = 256, 7, 20  # of the pictures of the help pages
+SCENE = "a yellow house on the left, a blue car, three pine trees, mountains, a sunny day, summer"
+OTHER = "a yellow house on the left, a blue car, three pine trees, mountains, night, winter, snowing"
+TIMES_BRIGHTER = 8  # what differences between precisions are shown
 SIZE = (1200, 1000)  # of the pictures, at most
 SHOW = """([left, top, scale, x, y]) => {
     app.canvas.deselectAll();
@@ -77,6 +82,8 @@ def main() -> None:
                         photograph_plan(page, DOCS / "MajicFluxPipeline" / f"{language}.png")
                         page.close()
                         server.forget_settings()
+                    show_precisions(server, DOCS / "MajicFluxDiTLoader" / "precisions.jpg")
+                    show_strengths(server, DOCS / "MajicFluxSample" / "strengths.jpg")
                     continue
                 picture = house.convert("RGBA")
                 if name == "inpainting":
@@ -115,6 +122,47 @@ def photograph_plan(page: Page, path: Path) -> None:
     page.wait_for_timeout(1000)
     clip = {"x": MARGIN, "y": TOP, "width": right - left, "height": bottom - top}
     Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB").save(path, optimize=True)
+
+
+def show_precisions(server: Server, path: Path) -> None:
+    """One picture in full precision, float8, rotated int8 and plain float8; below, how far the last
+    three are from the first."""
+    graph = ours(SEED, STEPS, SIDE, prompt=SCENE)
+    pictures = []
+    for precision in ("bfloat16", "float8_e4m3fn", "int8 rotated", "float8_e4m3fn unscaled"):
+        graph["1"]["inputs"]["weight_precision"] = precision
+        pictures.append(painted(server, graph))
+    away = [
+        ImageChops.difference(pictures[0], other).point(lambda v: min(255, TIMES_BRIGHTER * v))
+        for other in pictures
+    ]
+    side_by_side([pictures, away], path)
+
+
+def show_strengths(server: Server, path: Path) -> None:
+    """A picture, and what another prompt makes of it with more and more strength."""
+    before = painted(server, ours(SEED, STEPS, SIDE, prompt=SCENE))
+    before.save(server.base / "input" / "before.png")
+    pictures = [before]
+    for strength in (0.3, 0.6, 0.8, 0.95):
+        graph = ours(SEED, STEPS, SIDE, prompt=OTHER, image=["7", 0], strength=strength)
+        graph["7"] = {"class_type": "LoadImage", "inputs": {"image": "before.png"}}
+        pictures.append(painted(server, graph))
+    side_by_side([pictures], path)
+
+
+def painted(server: Server, graph: Graph) -> Image.Image:
+    (path,) = server.outputs(server.run(graph))
+    return Image.open(path).convert("RGB")
+
+
+def side_by_side(rows: list[list[Image.Image]], path: Path) -> None:
+    sheet = Image.new("RGB", (SIDE * len(rows[0]), SIDE * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (SIDE * x, SIDE * y))
+    sheet.thumbnail(SIZE, Image.Resampling.LANCZOS)
+    sheet.save(path, quality=85, optimize=True)
 
 
 def photograph(page: Page, name: str) -> None:
