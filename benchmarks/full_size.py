@@ -8,12 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors.torch import save_file
+
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 from . import random_models
+from .flux_graphs import LORA
+from .random_lora import random_lora
 
+LORA_RANK = 16
 PREFIX = "model.diffusion_model."
 
 
@@ -53,6 +58,16 @@ def write_models(folder: Path, small: bool = False, sparse: bool = False) -> Non
     ):
         if not (folder / file).exists():
             _write(folder / file, layout, prefix, _skip if sparse else partial(_draw, layout))
+
+
+def write_lora(folder: Path, small: bool = False) -> None:
+    """LORA under `folder`, 153 MB, random, for the blocks; one that is there is kept."""
+    path = folder / "loras" / LORA
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layout = flux_dit_layout(random_models.DIT if small else FluxGeometry())
+        tensors = random_lora(layout.items(), LORA_RANK)
+        save_file({f"diffusion_model.{name}": t for name, t in tensors.items()}, path)
 
 
 def _skip(file: BinaryIO, end: int) -> None:

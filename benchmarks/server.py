@@ -27,7 +27,7 @@ from majicflux.dev import find_comfyui
 from . import flux_graphs, turns
 from .card_counter import card_counter, leaving_free
 from .comfyui import ROOT, ComfyUI
-from .full_size import write_models
+from .full_size import write_lora, write_models
 from .painting import Painting, Session
 from .table import Row, report
 
@@ -46,6 +46,7 @@ FIRST = {CONVERTING: 1.5, PREPARED: 1.1}  # times PEER's first prompt, at most
 PARTS = {
     "speeds": "side by side (the default, with --first)",
     "first": "first prompts of fresh servers",
+    "loras": "with a LoRA",
     "turns": "in turns, cancelled, under pressure",
     "soak": "mixed prompts",
 }
@@ -234,6 +235,8 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> Iterator[Row]:
     """What `turns` finds; the rest is judged by what was painted."""
     scale, quick = (bench.steps, bench.side), bench.quick
     parts = {part for part in PARTS if getattr(chosen, part)} or {"speeds", "first"}
+    if "loras" in parts:
+        write_lora(bench.scratch / "models", small=quick)
     cards = "free" if quick else chosen.cards or (CARDS if "speeds" in parts else TURNS_CARDS)
     all_flags = chosen.flags or (FLAGS if "speeds" in parts and not quick else [""])
     for card, session in _servers(bench, cards, all_flags) if parts != {"first"} else ():
@@ -242,6 +245,8 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> Iterator[Row]:
             if chosen.budgets:
                 budgets = [float(budget) for budget in chosen.budgets.split(",")]
             side_by_side(bench, session, budgets, list(filter(None, chosen.peers.split(","))))
+        if "loras" in parts:
+            yield from turns.with_loras(session, *scale, not quick)
         if "turns" in parts:
             rounds = chosen.rounds or (2 if quick else 20)
             yield from turns.cancelled(session, *scale)

@@ -23,6 +23,8 @@ GRAB_GIB = 4
 LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
 SETTLED, SETTLED_ROUNDS = 10, 3  # prompts and rounds, after which a server may not grow
 ROUND_SECONDS, PROMPT_ENDS = 20, 10  # that must be left for another round, another prompt
+LORA_STEPS = (("first", 0.0), ("without", 0.0), ("added", 1.0), ("strength changed", 0.5),
+              ("again", 0.5))  # fmt: skip
 KINDS = {  # of the soak: how often in ten, how it may end
     "plain": (3, {"success"}),
     "batch": (1, {"success"}),
@@ -73,6 +75,29 @@ def in_turns(
         bar = round(SLOWER * alone[what], 2) if judged else None
         yield Row(f"{place}: {what}", statistics.median(seconds), "s", alone[what], "alone", bar)
     yield from _growth(place, early, session.held_idle())
+
+
+def with_loras(session: Session, steps: int, side: int, judged: bool) -> Iterator[Row]:
+    """A LoRA is added, and its strength changed: whole prompts of ours beside ComfyUI's."""
+    seeds = itertools.count(2000)
+    graphs: dict[str, Callable[[int, float], Graph]] = {
+        "ours": lambda seed, lora: ours(seed, steps, side, lora=lora),
+        PEER: lambda seed, lora: native(seed, steps, side, PEER, lora),
+    }
+    seconds: dict[str, dict[str, float]] = {}
+    failed = 0
+    for what, graph in graphs.items():
+        session.free(forget=True)
+        seconds[what] = {}
+        for number, (step, lora) in enumerate(LORA_STEPS):
+            painting = session.paint(graph(next(seeds), lora), f"loras: {what}", number + 1)
+            failed += painting.status != "success"
+            seconds[what][step] = painting.seconds
+    yield Row(f"{session.where}, with a LoRA: failed", failed, "", bar=0)
+    for step, theirs in seconds[PEER].items():
+        bar = theirs if judged and step not in ("first", "without") else None
+        name = f"{session.where}, LoRA: {step}"
+        yield Row(name, seconds["ours"][step], "s", theirs, PEER, bar)
 
 
 def _growth(place: str, early: tuple[float, float], late: tuple[float, float]) -> Iterator[Row]:

@@ -10,14 +10,17 @@ ROOT = Path(__file__).parents[2]
 
 def test_it_paints_with_both_sides_and_says_what_it_found(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "benchmarks.server", "--quick", "--check", "--speeds",
+        sys.executable, "-m", "benchmarks.server", "--quick", "--check", "--speeds", "--loras",
         "--budgets=0.5", "--peers=fp8_e4m3fn", "--scratch", tmp_path, "--out", tmp_path / "o.json",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     painted = json.loads((tmp_path / "o.json").read_text())
     assert [(p["what"], p["number"], p["status"]) for p in painted] == [
-        (what, number, "success") for what in ("ours", "fp8_e4m3fn") for number in (1, 2)
+        (f"{part}{what}", number, "success")
+        for part, numbers in (("", 2), ("loras: ", 5))
+        for what in ("ours", "fp8_e4m3fn")
+        for number in range(1, numbers + 1)
     ]
-    assert len({p["picture"] for p in painted if Path(p["picture"]).is_file()}) == 4
+    assert len({p["picture"] for p in painted if Path(p["picture"]).is_file()}) == 14
     assert "| prompts of ours without a picture | 0 of 2 |" in done.stdout
