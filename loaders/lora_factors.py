@@ -1,4 +1,4 @@
-"""LoHa and LoKr as products of two matrices of low rank, exactly."""
+"""What LoRA, LoHa and LoKr add to a weight: as two matrices of low rank, exactly, or row by row."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -27,6 +27,29 @@ def factors(method: str, tensors: Mapping[str, "Tensor"]) -> tuple["Tensor", "Te
         (up, down), (next_up, next_down) = (_two(tensors, f"lokr_w{index}") for index in (1, 2))
         return torch.kron(up, next_up), torch.kron(down, next_down)
     return tensors["up"], tensors["down"]
+
+
+def rows_of_change(method: str, tensors: Mapping[str, "Tensor"], rows: slice) -> "Tensor":
+    """Some rows of the change, float32 [rows, in], but for its scale."""
+    import torch
+
+    matrices = {role: tensor.float() for role, tensor in tensors.items()}
+    if method == LOHA:
+        first, second = (
+            matrices[f"hada_w{index}_a"][rows] @ matrices[f"hada_w{index}_b"] for index in (1, 2)
+        )
+        return first.mul_(second)
+    if method == LOKR:
+        first, second = (_whole(matrices, f"lokr_w{index}") for index in (1, 2))
+        index = torch.arange(rows.start, rows.stop, device="cpu")
+        left, right = first[index // len(second)], second[index % len(second)]
+        return (left[:, :, None] * right[:, None, :]).flatten(1)
+    return matrices["up"][rows] @ matrices["down"]
+
+
+def _whole(tensors: Mapping[str, "Tensor"], role: str) -> "Tensor":
+    whole = tensors.get(role)
+    return tensors[f"{role}_a"] @ tensors[f"{role}_b"] if whole is None else whole
 
 
 def _two(tensors: Mapping[str, "Tensor"], role: str) -> tuple["Tensor", "Tensor"]:

@@ -42,11 +42,15 @@ class LoraFile:
     declared: what PEFT says of the file.
     """
 
-    path: Path
+    file: SafetensorsFile
     dialect: str
     changes: tuple[Change, ...]
     unused: Mapping[str, tuple[str, ...]]
     declared: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -112,7 +116,7 @@ class _Reading:
         changes.sort(key=lambda c: (order[c.target.layer], c.target.first))
         unused = {reason: tuple(names) for reason, names in self.unused.items()}
         dialect = dialects.most_common(1)[0][0]
-        return LoraFile(self.path, dialect, tuple(changes), unused, _declared(file))
+        return LoraFile(file, dialect, tuple(changes), unused, _declared(file))
 
     def _model_layers(self) -> Iterator[str]:
         return (found.target.layer for found in self.names.values())
