@@ -121,7 +121,7 @@ def load_flux_dit(
     weights.report = say(
         "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
         "{parameters:.2f} B parameters, {size}, {where}",
-        file=path.name,
+        file=" + ".join([path.name, *(f"{lora.name} @ {s:g}" for lora, s in baked)]),
         double=geometry.double_blocks,
         single=geometry.single_blocks,
         width=geometry.hidden,

@@ -77,8 +77,8 @@ def cache_path(
     identity += [[file.identity, strength] for file, strength in baked]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     names = [(files[0].path.stem, ""), *((f.path.stem, f"@{s:g}") for f, s in baked)]
-    room = NAME_BYTES // len(names)
-    name = "+".join(_cut(stem, room - len(end) - 1) + end for stem, end in names)
+    room = (NAME_BYTES + 1) // len(names) - 1  # beside a plus between two
+    name = "+".join(_cut(stem, room - len(end)) + end for stem, end in names)
     return folder / f"{_cut(name, NAME_BYTES)}-{key}{SUFFIX}"
 
 
