@@ -146,9 +146,7 @@ def _workers(
             quantizer.close()
 
 
-def _pieces(
-    module: "nn.Module", sources: Sources, size: int, changes: Changes
-) -> Iterator[_Piece]:
+def _pieces(module: "nn.Module", sources: Sources, size: int, changes: Changes) -> Iterator[_Piece]:
     """size: bytes of one at most. All rows of a piece have the same changes."""
     from ..engine.quant.linear import StoredLinear
 

@@ -58,11 +58,13 @@ def load_lora(
 
     from ..engine.quant.low_rank import Adapter
 
-    lora = inspect_lora(path, flux, clip)
+    lora = inspect_lora(path, flux, clip or ClipGeometry())
     dtype = dtype or torch.bfloat16
     kept, _ = _sorted(lora)
     kept = {n: c for n, c in kept.items() if c[0].target.of_text or not only_text}
-    values = read_tensors([change for changes in kept.values() for change in changes], dtype, progress)
+    values = read_tensors(
+        [change for changes in kept.values() for change in changes], dtype, progress
+    )
     terms: dict[str, tuple[LowRankTerm, ...]] = {}
     of_text: dict[str, tuple[LowRankTerm, ...]] = {}
     biases: dict[str, Tensor] = {}

@@ -70,7 +70,7 @@ def inspect_lora(
 ) -> LoraFile:
     """What a LoRA changes of a Flux.1 transformer and of CLIP-L, from its header alone.
 
-    flux: of the model that it is for; None leaves open which. clip: by default CLIP-L's.
+    flux, clip: of the models that it is for; None leaves open which, so that sizes may be others.
     Raises ModelFileError when the file is none, is one for another model, is damaged or does not
     fit.
     """
@@ -94,7 +94,8 @@ class _Reading:
         flux: FluxGeometry | None,
         clip: ClipGeometry | None,
     ):
-        self.path, self.parts, self.fits = path, parts, flux is not None
+        self.path, self.parts = path, parts
+        self.fits, self.text_fits = flux is not None, clip is not None
         flux, clip = flux or FluxGeometry(), clip or ClipGeometry()
         self.names = names_of(flux, clip)
         self.known = names_of(with_all_blocks(flux), clip)
@@ -155,7 +156,8 @@ class _Reading:
             return
         used: set[str] = set()
         parts = {role: self.parts[name] for role, name in roles.items()}
-        for change in Layer(target, parts, layer, self.fits).changes():
+        fits = self.text_fits if target.of_text else self.fits
+        for change in Layer(target, parts, layer, fits).changes():
             all_parts = [*change.tensors.values(), change.alpha, change.magnitude]
             names = [part.name for part in all_parts if part is not None]
             used |= {*names}

@@ -101,7 +101,8 @@ def kinds() -> dict[str, tuple[Tensors, str, Change]]:
     found = {}
     factors = {"rank 4": plain(4, (H, H)), "rank 300": plain(300, (H, H)), "LoHa": loha(),
                "LoKr": lokr(True, False), "LoKr of four": lokr(False, False),
-               "full LoKr": lokr(True, True), "diff": ({"diff": random(H, H)}, random(H, H))}  # fmt: skip
+               "full LoKr": lokr(True, True),
+               "diff": ({"diff": random(H, H)}, random(H, H))}  # fmt: skip
     for name, (parts, delta) in factors.items():
         found[name] = of(PROJ, parts), WEIGHT, added(delta.double())
     found["set_weight"] = of(PROJ, {"set_weight": random(H, H)}), WEIGHT, lambda _: random(H, H)
@@ -274,7 +275,7 @@ def test_rows_of_zeros_stay_zeros(file, lora, base) -> None:
 
 
 def test_every_layer_at_once(file, base, lora) -> None:
-    """In every precision that a file may be stored in, all layers have their own change."""
+    """Embedders and final layer too: each layer has its own change."""
     factors = {n: (random(2, s[1]), random(s[0], 2), 2.0) for n, s in LAYERS.items()}
     path = lora(written(factors))
     found = parameters(file, EXACT, (path, 1.0))
