@@ -72,11 +72,7 @@ class _Bake:
         places = [(half, half), (0, half)] if target.swapped else [(0, target.columns)]
         first = target.first
         for first_in_file, rows in places:
-
-            def apply(start: int, values: "Tensor", begin: int = first_in_file) -> None:
-                use(slice(begin + start, begin + start + len(values)), values)
-
-            yield RowChange(first, rows, apply)
+            yield RowChange(first, rows, partial(_in_file, use, first_in_file))
             first += rows
 
     def apply(self, rows: slice, values: "Tensor") -> None:
@@ -144,6 +140,8 @@ def _with_column_norms(
     for index, bake in enumerate(bakes):
         if bake.needs_column_norms:
             measured[bake.name] += bake.places(partial(measure, index))
+    if not measured:
+        return [*bakes]
     holder = nn.Module()
     for number, name in enumerate(measured):
         nowhere = torch.empty(sources[name].shape, dtype=torch.float32, device="meta")
@@ -156,6 +154,12 @@ def _with_column_norms(
         replace(bake, column_norms=squares[index].sqrt().float()) if index in squares else bake
         for index, bake in enumerate(bakes)
     ]
+
+
+def _in_file(
+    use: Callable[[slice, "Tensor"], None], first: int, start: int, values: "Tensor"
+) -> None:
+    use(slice(first + start, first + start + len(values)), values)
 
 
 def _as_matrix(values: "Tensor") -> "Tensor":

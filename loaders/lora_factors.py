@@ -33,23 +33,23 @@ def rows_of_change(method: str, tensors: Mapping[str, "Tensor"], rows: slice) ->
     """Some rows of the change, float32 [rows, in], but for its scale."""
     import torch
 
-    matrices = {role: tensor.float() for role, tensor in tensors.items()}
     if method == LOHA:
-        first, second = (
-            matrices[f"hada_w{index}_a"][rows] @ matrices[f"hada_w{index}_b"] for index in (1, 2)
-        )
-        return first.mul_(second)
+        return _rows(tensors, "hada_w1", rows).mul_(_rows(tensors, "hada_w2", rows))
     if method == LOKR:
-        first, second = (_whole(matrices, f"lokr_w{index}") for index in (1, 2))
+        height = len(tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_a"])
         index = torch.arange(rows.start, rows.stop, device="cpu")
-        left, right = first[index // len(second)], second[index % len(second)]
-        return (left[:, :, None] * right[:, None, :]).flatten(1)
-    return matrices["up"][rows] @ matrices["down"]
+        first = _rows(tensors, "lokr_w1", index // height)
+        second = _rows(tensors, "lokr_w2", index % height)
+        return (first[:, :, None] * second[:, None, :]).flatten(1)
+    return tensors["up"][rows].float() @ tensors["down"].float()
 
 
-def _whole(tensors: Mapping[str, "Tensor"], role: str) -> "Tensor":
+def _rows(tensors: Mapping[str, "Tensor"], role: str, rows: "slice | Tensor") -> "Tensor":
+    """Of a matrix that is there as a whole or as the product of two."""
     whole = tensors.get(role)
-    return tensors[f"{role}_a"] @ tensors[f"{role}_b"] if whole is None else whole
+    if whole is not None:
+        return whole[rows].float()
+    return tensors[f"{role}_a"][rows].float() @ tensors[f"{role}_b"].float()
 
 
 def _two(tensors: Mapping[str, "Tensor"], role: str) -> tuple["Tensor", "Tensor"]:
