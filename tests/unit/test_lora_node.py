@@ -26,6 +26,7 @@ from majicflux.cli import main
 from majicflux.engine.run.pipeline import Pipeline, encode_prompts, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import current, standalone
+from majicflux.host.canvas import to_graph
 from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import lora as loader
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -488,6 +489,19 @@ def test_a_graph_that_bakes_runs_without_a_server(folder, tmp_path, put: Put, ca
     assert len([*(tmp_path / "out").rglob("*.png")]) == 2
     names = [path.name for path in (folder.parent / "majicflux_prepared").iterdir()]
     assert sum("+style@0.5-" in name for name in names) == 1
+
+
+def test_a_workflow_that_was_saved_before_there_was_keep() -> None:
+    canvas = json.loads((API.parents[1] / "text_to_image_lora.json").read_text(encoding="utf-8"))
+    (saved,) = (node for node in canvas["nodes"] if node["type"] == "MajicFluxLoRA")
+    file, strength, keep = saved["widgets_values"]
+    saved["widgets_values"] = [file, strength]
+    saved["inputs"] = [i for i in saved["inputs"] if i["name"] != "keep"]
+    schemas = {saved["type"]: LoRA.define_schema()}
+    found = to_graph({"nodes": [saved], "links": canvas["links"]}, schemas)
+    given = found[str(saved["id"])]["inputs"]
+    assert (given["file"], given["strength"], keep) == (file, strength, False)
+    assert "keep" not in given
 
 
 def test_the_doctor_tells_the_files_of_the_folder(put: Put) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from file_layouts import Tensors
-from lora_kinds import KINDS
+from lora_kinds import KINDS, WEIGHT
 from majicflux.engine.diffsynth_files import diffsynth_module
 from majicflux.engine.quant.formats import FLOAT32, PRECISIONS, uniform
 from majicflux.loaders import demo_models
@@ -86,6 +86,20 @@ def test_each_kind(flux, models: Path, saved: Callable, kind: str, strength: flo
     require_same(ours(models, lora), expected)
     changed = KINDS[kind][1]
     assert not torch.equal(theirs(flux)[changed], expected[changed])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_dora_of_rows_but_for_its_norms(flux, models, saved: Callable, strength: float) -> None:
+    """ComfyUI is given magnitudes by which its norms become ours."""
+    tensors = named("DoRA of rows")
+    ours_is = ours(models, (saved(tensors), strength))
+    magnitude = next(name for name in tensors if name.endswith("dora_scale"))
+    before = theirs(flux)[WEIGHT]
+    plain = {name: tensor for name, tensor in tensors.items() if name != magnitude}
+    after = theirs(flux, (saved(plain), 1.0))[WEIGHT]
+    ratio = before.norm(dim=1, keepdim=True) / after.norm(dim=1, keepdim=True)
+    tensors[magnitude] = tensors[magnitude] * ratio
+    require_same(ours_is, theirs(flux, (saved(tensors), strength)), 1e-5)
 
 
 def test_a_chain(flux, models: Path, saved: Callable) -> None:
