@@ -81,7 +81,12 @@ def fingerprint(category: str, name: str | None) -> list[tuple[str, int, int]] |
     """
     if name is None:
         return None
-    parts = model_parts(resolve(category, name))
+    return state_of(resolve(category, name))
+
+
+def state_of(path: Path) -> list[tuple[str, int, int]]:
+    """Path, bytes and time of each part of a model."""
+    parts = model_parts(path)
     return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
 
 

@@ -1,10 +1,11 @@
 """From the bytes of files into the weights of a module."""
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ..messages import later, say
 from .convert_on_device import DeviceQuantizer
 from .read_ahead import BUFFER_BYTES, FileSpan, Reader
 from .safetensors_file import DTYPES, ModelFileError
-from .tensor_sources import Part, Sources
+from .tensor_sources import Part, Sources, cut
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,22 @@ MakeRoom = Callable[["Tensor"], None]  # called with rows of a weight before the
 
 
 @dataclass(frozen=True)
+class RowChange:
+    """What is done to rows [first, first + rows) of a weight before they are stored.
+
+    apply(start, values): changes `values` in place, float32 [n, values a row], which begin `start`
+    rows after the first. Called by several threads.
+    """
+
+    first: int
+    rows: int
+    apply: Callable[[int, "Tensor"], None]
+
+
+Changes = Mapping[str, Sequence[RowChange]]  # by the names of parameters, in their order
+
+
+@dataclass(frozen=True)
 class _Piece:
     """Some rows of a part, and where they go."""
 
@@ -40,6 +57,13 @@ class _Piece:
     row_scale: "Tensor | None"  # [rows], for weights that are stored with a scale
     source_scale: "Tensor | None"  # [rows] or [1], float32, by which the file's values are scaled
     group: int  # columns that are rotated together in the weight
+    first: int  # of the rows of the whole weight
+    changes: Sequence[RowChange]  # of all these rows
+
+    def change(self, start: int, values: "Tensor") -> None:
+        """Change float32 values in place that begin `start` rows after the first."""
+        for change in self.changes:
+            change.apply(self.first + start - change.first, values)
 
 
 def convert_into(
@@ -48,13 +72,14 @@ def convert_into(
     progress: Progress | None = None,
     device: "torch.device | None" = None,
     make_room: MakeRoom | None = None,
+    changes: Changes | None = None,
 ) -> None:
     """Convert each source into the parameter of the same name, some megabytes at a time.
 
     Files are read once, from front to back, by threads that each convert what they have read.
     Rows that the file holds in the 8 bits of the parameter are copied as they are, with its scale
     or 1; other rows are given a scale where the parameter has one, and are rotated and quantized
-    on `device` (None: the CPU).
+    on `device` (None: the CPU). Rows with `changes` are converted as float32 of the changed values.
     Raises ModelFileError when a file cannot be read or holds an infinity, a NaN or a value beyond
     LARGEST, and what `make_room` raises.
     """
@@ -63,7 +88,7 @@ def convert_into(
     quantizer = None if device in (None, torch.device("cpu")) else DeviceQuantizer(device)
     # A processor has enough to do with less at a time, and needs memory to do it in.
     size = BUFFER_BYTES if quantizer else BUFFER_BYTES // 2
-    pieces = [*_pieces(module, sources, size)]
+    pieces = [*_pieces(module, sources, size, changes or {})]
     pieces.sort(key=lambda piece: (piece.span.path, piece.span.start))
     total = sum(piece.span.length for piece in pieces)
     done = 0
@@ -121,8 +146,8 @@ def _workers(
             quantizer.close()
 
 
-def _pieces(module: "nn.Module", sources: Sources, size: int) -> Iterator[_Piece]:
-    """size: bytes of one at most."""
+def _pieces(module: "nn.Module", sources: Sources, size: int, changes: Changes) -> Iterator[_Piece]:
+    """size: bytes of one at most. All rows of a piece have the same changes."""
     from ..engine.quant.linear import StoredLinear
 
     for prefix, child in module.named_modules():
@@ -133,37 +158,69 @@ def _pieces(module: "nn.Module", sources: Sources, size: int) -> Iterator[_Piece
             row_scale = child.scale if stored and name == "weight" else None
             group = child.group if stored and name == "weight" else 0
             first = 0
-            source = sources[f"{prefix}.{name}" if prefix else name]
+            full_name = f"{prefix}.{name}" if prefix else name
+            own = changes.get(full_name, ())
+            edges = [edge for change in own for edge in (change.first, change.first + change.rows)]
+            source = cut(sources[full_name], edges)
             rows = sum(part.rows for part in source.parts)
             for part in source.parts:
                 chosen = slice(first, first + part.rows)
-                weight = parameter.view(rows, -1)[chosen]
-                scale = None if row_scale is None else row_scale[chosen]
-                yield from _split(part, weight, scale, group, size)
+                whole = _Piece(
+                    part,
+                    _span(part),
+                    parameter.view(rows, -1)[chosen],
+                    None if row_scale is None else row_scale[chosen],
+                    read_scale(part),
+                    group,
+                    first,
+                    [c for c in own if c.first <= first < c.first + c.rows],
+                )
+                yield from _split(whole, size)
                 first += part.rows
 
 
-def _split(
-    part: Part, weight: "Tensor", row_scale: "Tensor | None", group: int, size: int
-) -> Iterator[_Piece]:
-    row_bytes = weight.shape[1] * DTYPES[part.dtype][1]
+def _split(whole: _Piece, size: int) -> Iterator[_Piece]:
+    """The rows of a part as pieces of at most `size` bytes."""
+    count, scale = len(whole.weight), whole.source_scale
+    row_bytes = whole.span.length // max(1, count)
     if row_bytes == 0:
         return
-    entry = part.file.tensors[part.name]
-    source_scale = read_scale(part)
     step = max(1, size // row_bytes)
-    for first in range(0, part.rows, step):
-        rows = slice(first, min(first + step, part.rows))
-        count = rows.stop - rows.start
-        start = entry.start + (part.first_row + first) * row_bytes
-        yield _Piece(
-            part,
-            FileSpan(part.file.path, start, count * row_bytes, part.file.identity),
-            weight[rows],
-            None if row_scale is None else row_scale[rows],
-            source_scale if source_scale is None or len(source_scale) == 1 else source_scale[rows],
-            group,
+    for first in range(0, count, step):
+        rows = slice(first, min(first + step, count))
+        start, length = whole.span.start + first * row_bytes, (rows.stop - first) * row_bytes
+        yield replace(
+            whole,
+            span=replace(whole.span, start=start, length=length),
+            weight=whole.weight[rows],
+            row_scale=None if whole.row_scale is None else whole.row_scale[rows],
+            source_scale=scale if scale is None or len(scale) == 1 else scale[rows],
+            first=whole.first + first,
         )
+
+
+def _span(part: Part) -> FileSpan:
+    row_bytes = math.prod(part.row_shape) * DTYPES[part.dtype][1]
+    start = part.file.tensors[part.name].start + part.first_row * row_bytes
+    return FileSpan(part.file.path, start, part.rows * row_bytes, part.file.identity)
+
+
+def read_rows(part: Part, rows: slice) -> "Tensor":
+    """Some rows of a part without a scale, float32 [rows, values a row].
+
+    Raises ModelFileError as `convert_into`.
+    """
+    import torch
+
+    from ..engine.quant.quantize import float32_of
+
+    span = _span(part)
+    row_bytes = span.length // part.rows
+    size = (rows.stop - rows.start) * row_bytes
+    data = part.file.read_span(span.start + rows.start * row_bytes, size)
+    values = torch.frombuffer(data, dtype=getattr(torch, DTYPES[part.dtype][0]))
+    require_sane(part, values)
+    return float32_of(values).view(rows.stop - rows.start, -1)
 
 
 def read_scale(part: Part) -> "Tensor | None":
@@ -187,7 +244,16 @@ def _convert(piece: _Piece, data: "Tensor", quantizer: DeviceQuantizer | None) -
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
     part, weight = piece.part, piece.weight
-    store_rows(part, values, piece.source_scale, weight, piece.row_scale, piece.group, quantizer)
+    store_rows(
+        part,
+        values,
+        piece.source_scale,
+        weight,
+        piece.row_scale,
+        piece.group,
+        quantizer,
+        piece.change if piece.changes else None,
+    )
     # A cast to float8 without a scale has a NaN for what is too large for the format.
     cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
     if cast and holds_nan(weight):
@@ -209,13 +275,14 @@ def store_rows(
     row_scale: "Tensor | None",
     group: int,
     quantizer: DeviceQuantizer | None = None,
+    change: Callable[[int, "Tensor"], None] | None = None,
 ) -> None:
     """Write rows of `part` into rows of a weight, as `convert_into` describes.
 
     values: [rows, n] as the file holds them, which a `quantizer` uses up; scale: [rows] or [1] if
     it scales them; weight: [rows, n] in its dtype; row_scale: [rows] float32 if it has scales;
-    group: columns that are rotated together in it. Raises ModelFileError for an infinity, a NaN or
-    a value beyond LARGEST.
+    group: columns that are rotated together in it; change(first, some): of float32 rows before they
+    are stored. Raises ModelFileError for an infinity, a NaN or a value beyond LARGEST.
     """
     import torch
 
@@ -230,8 +297,10 @@ def store_rows(
     )
 
     rotation = part.rotation or 0
-    as_it_is = row_scale is not None and values.dtype == weight.dtype and rotation == group
-    if as_it_is or row_scale is None:  # what is quantized shows its largest value by its scale
+    same = values.dtype == weight.dtype and rotation == group
+    as_it_is = row_scale is not None and same and change is None
+    # What is quantized shows its largest value by its scale.
+    if as_it_is or row_scale is None or change is not None:
         by = 1.0 if scale is None else _largest(scale)
         _require_sane(part, part.name, _largest(values) * by)
     if row_scale is not None and as_it_is:
@@ -239,7 +308,8 @@ def store_rows(
         row_scale.copy_(torch.ones(1, dtype=torch.float32) if scale is None else scale)
         return
     quantize = quantize_rows if quantizer is None else quantizer.quantize
-    whole = scale is None and (row_scale is not None or values.dtype == weight.dtype)
+    plain_rows = scale is None and change is None
+    whole = plain_rows and (row_scale is not None or values.dtype == weight.dtype)
     step = len(values) if whole else max(1, VALUES_AT_ONCE // values.shape[1])
     for first in range(0, len(values), step):
         rows = slice(first, first + step)
@@ -247,6 +317,9 @@ def store_rows(
         if scale is not None:
             by = scale if len(scale) == 1 else scale[rows]
             some = rotate(float32_of(some).mul_(by[:, None]), rotation)
+        if change is not None:
+            some = float32_of(some) if scale is None else some
+            change(first, some)
         if row_scale is None:
             # By way of float32, because PyTorch is slow where neither format is wider.
             cast = some.dtype != weight.dtype
@@ -279,6 +352,11 @@ def _largest(values: "Tensor") -> float:
         return values.view(torch.int8).bitwise_and(0x7F).amax().view(values.dtype).item()
     least, most = torch.aminmax(values)
     return torch.maximum(most, -least).item()  # a NaN is both of them
+
+
+def require_sane(part: Part, values: "Tensor") -> None:
+    """Raise ModelFileError, which names the part, unless a weight may have all these values."""
+    _require_sane(part, part.name, _largest(values))
 
 
 def _require_sane(part: Part, name: str, largest: float) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,12 @@ from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, Precision, Storage
 from ..engine.torch_state import own_state
 from ..messages import say
-from .convert import Progress, convert_into
+from .bake import changes_of
+from .convert import MakeRoom, Progress, convert_into
 from .diffusers_names import flux_from_diffusers
 from .inspect_once import inspect_once
 from .layouts import blocks_in, flux_dit_layout
+from .lora_file import inspect_lora
 from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
@@ -75,13 +78,16 @@ def load_flux_dit(
     progress: Progress | None = None,
     cache_folder: Path | None = None,
     device: "torch.device | None" = None,
+    baked: Sequence[tuple[Path, float]] = (),
 ) -> tuple["OffloadedModule", FluxGeometry]:
     """Read a Flux.1 transformer into CPU memory in `precision`.
 
     A matrix that the file holds in 8 bits with a scale stays as it is where 8 bits with a scale
     are asked for; only float8 becomes int8 if that is wanted. With a `cache_folder`, weights
     of 8 bits are kept there once they have been converted, and mapped from there instead of being
-    read and converted again. `device` converts them.
+    read and converted again. `device` converts them. baked: LoRAs with their strengths, that are
+    added to the weights as they are read; what they change is converted anew whatever the file
+    holds.
     """
     from ..engine.flux.transformer import build_flux_dit
 
@@ -90,12 +96,23 @@ def load_flux_dit(
     names = diffsynth_module("utils.state_dict_converters.flux_dit")
     renamed = names.FluxDiTStateDictConverter(sources)
     weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
-    convert = partial(convert_into, weights.module, renamed, progress, device)
+    loras = [(inspect_lora(lora, geometry), strength) for lora, strength in baked]
+
+    def convert(make_room: MakeRoom | None = None) -> None:
+        changes = changes_of(loras, renamed, progress)
+        convert_into(weights.module, renamed, progress, device, make_room, changes)
+
     mapped = (
         cache_folder is not None
         and precision.eight_bit
         and map_or_convert(
-            cache_folder, files_of(sources), weights, str(precision), convert, progress
+            cache_folder,
+            files_of(sources),
+            weights,
+            str(precision),
+            convert,
+            progress,
+            [(lora.file, strength) for lora, strength in loras],
         )
     )
     if not mapped:
@@ -104,7 +121,7 @@ def load_flux_dit(
     weights.report = say(
         "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
         "{parameters:.2f} B parameters, {size}, {where}",
-        file=path.name,
+        file=" + ".join([path.name, *(f"{lora.name} @ {s:g}" for lora, s in baked)]),
         double=geometry.double_blocks,
         single=geometry.single_blocks,
         width=geometry.hidden,

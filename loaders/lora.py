@@ -1,4 +1,7 @@
-"""A LoRA as the engine applies it: low-rank terms beside the weights, whoever wrote the file."""
+"""A LoRA as the engine applies it: low-rank terms beside the weights, whoever wrote the file.
+
+What terms cannot express is baked into the weights, by `bake`.
+"""
 
 import logging
 import math
@@ -43,20 +46,25 @@ def load_lora(
     clip: ClipGeometry | None = None,
     dtype: "torch.dtype | None" = None,
     progress: Progress | None = None,
+    only_text: bool = False,
 ) -> "Adapter":
     """Read a LoRA for a transformer of this geometry.
 
     clip: of the text encoder, by default CLIP-L's. dtype: of the factors, by default bfloat16.
+    only_text: leave out the part for the transformer.
     Raises ModelFileError as `inspect_lora`, and when the file holds an infinity or a NaN.
     """
     import torch
 
     from ..engine.quant.low_rank import Adapter
 
-    lora = inspect_lora(path, flux, clip)
+    lora = inspect_lora(path, flux, clip or ClipGeometry())
     dtype = dtype or torch.bfloat16
     kept, _ = _sorted(lora)
-    values = _read([change for changes in kept.values() for change in changes], dtype, progress)
+    kept = {n: c for n, c in kept.items() if c[0].target.of_text or not only_text}
+    values = read_tensors(
+        [change for changes in kept.values() for change in changes], dtype, progress
+    )
     terms: dict[str, tuple[LowRankTerm, ...]] = {}
     of_text: dict[str, tuple[LowRankTerm, ...]] = {}
     biases: dict[str, Tensor] = {}
@@ -99,17 +107,16 @@ def inspect_usable_lora(
 ) -> "AdapterReport":
     """What a LoRA holds, from its header.
 
-    Raises ModelFileError as `inspect_lora`, and when no layer of it can be changed by terms.
+    Raises ModelFileError as `inspect_lora`, and when there is nothing in it that can be used.
     """
     report = _report(inspect_lora(path, flux, clip))
     if report.layers + report.text_layers == 0:
         raise ModelFileError(
             say(
-                "{file} cannot stand beside the weights ({reasons}): it would have to be merged "
-                "into them. ComfyUI's own Load LoRA and ModelSave do that with a bf16 file of the "
-                "model; load what they save.",
+                "{file} changes CLIP-L alone, in a way that MajicFlux cannot use ({reasons}). "
+                "Choose another file.",
                 file=path.name,
-                reasons=", ".join(map(say, report.baking)),
+                reasons=", ".join(map(say, report.unused)),
             )
         )
     return report
@@ -118,31 +125,43 @@ def inspect_usable_lora(
 def _report(lora: LoraFile) -> "AdapterReport":
     from ..engine.quant.low_rank import AdapterReport
 
-    kept, baking = _sorted(lora)
+    kept, others = _sorted(lora)
+    unused = {reason: [*names] for reason, names in lora.unused.items()}
+    baking: dict[str, list[str]] = defaultdict(list)
+    for layer, (reason, changes) in others.items():
+        if changes[0].target.of_text:
+            names = [part.name for change in changes for part in change.tensors.values()]
+            unused.setdefault(reason, []).extend(names)
+        else:
+            baking[reason].append(layer)
     of_text = sum(changes[0].target.of_text for changes in kept.values())
     return AdapterReport(
         lora.path.name,
         lora.dialect,
         lora.methods,
         lora.ranks,
-        len(kept) - of_text,
+        len(kept) - of_text + sum(map(len, baking.values())),
         of_text,
-        lora.unused,
+        {reason: tuple(names) for reason, names in unused.items()},
         {reason: tuple(layers) for reason, layers in baking.items()},
     )
 
 
-def _sorted(lora: LoraFile) -> tuple[dict[str, list[Change]], dict[str, list[str]]]:
-    """Changes by the layer, of those that terms can express; and the other layers by the reason."""
+def _sorted(
+    lora: LoraFile,
+) -> tuple[dict[str, list[Change]], dict[str, tuple[str, list[Change]]]]:
+    """Changes by the layer, of those that terms can express; and of the others with the reason."""
     layers: dict[str, list[Change]] = defaultdict(list)
     for change in lora.changes:
         layers[change.target.layer].append(change)
-    reasons = {layer: _why_baked(changes) for layer, changes in layers.items()}
-    baking: dict[str, list[str]] = defaultdict(list)
-    for layer, reason in reasons.items():
-        if reason is not None:
-            baking[reason].append(layer)
-    return {n: changes for n, changes in layers.items() if reasons[n] is None}, baking
+    kept, others = dict[str, list[Change]](), dict[str, tuple[str, list[Change]]]()
+    for layer, changes in layers.items():
+        reason = _why_baked(changes)
+        if reason is None:
+            kept[layer] = changes
+        else:
+            others[layer] = reason, changes
+    return kept, others
 
 
 def _why_baked(changes: Sequence[Change]) -> str | None:
@@ -201,10 +220,13 @@ def _most_rank(changes: Sequence[Change]) -> int:
     return max(at(change.target.first) for change in changes)
 
 
-def _read(
-    changes: Iterable[Change], dtype: "torch.dtype", progress: Progress | None
+def read_tensors(
+    changes: Iterable[Change], dtype: "torch.dtype | None", progress: Progress | None
 ) -> dict[str, "Tensor"]:
-    """The tensors of the changes by their names: plain factors in `dtype`, all else in float32."""
+    """The tensors of the changes by their names: plain factors in `dtype`, all else in float32.
+
+    Without a dtype, float16 and bfloat16 stay what they are.
+    """
     import torch
     from torch import nn
 
@@ -214,6 +236,8 @@ def _read(
             if part is None:
                 continue
             kept = dtype if role in ("up", "down") else torch.float32
+            if dtype is None:
+                kept = {"F16": torch.float16, "BF16": torch.bfloat16}.get(part.dtype, torch.float32)
             empty = torch.empty(part.file.tensors[part.name].shape, dtype=kept)
             parameter = nn.Parameter(empty, requires_grad=False)
             holder.register_parameter(str(len(parts)), parameter)

@@ -1,4 +1,4 @@
-"""LoHa and LoKr as products of two matrices of low rank, exactly."""
+"""What LoRA, LoHa and LoKr add to a weight: as two matrices of low rank, exactly, or row by row."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -27,6 +27,29 @@ def factors(method: str, tensors: Mapping[str, "Tensor"]) -> tuple["Tensor", "Te
         (up, down), (next_up, next_down) = (_two(tensors, f"lokr_w{index}") for index in (1, 2))
         return torch.kron(up, next_up), torch.kron(down, next_down)
     return tensors["up"], tensors["down"]
+
+
+def rows_of_change(method: str, tensors: Mapping[str, "Tensor"], rows: slice) -> "Tensor":
+    """Some rows of the change, float32 [rows, in], but for its scale."""
+    import torch
+
+    if method == LOHA:
+        return _rows(tensors, "hada_w1", rows).mul_(_rows(tensors, "hada_w2", rows))
+    if method == LOKR:
+        height = len(tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_a"])
+        index = torch.arange(rows.start, rows.stop, device="cpu")
+        first = _rows(tensors, "lokr_w1", index // height)
+        second = _rows(tensors, "lokr_w2", index % height)
+        return (first[:, :, None] * second[:, None, :]).flatten(1)
+    return tensors["up"][rows].float() @ tensors["down"].float()
+
+
+def _rows(tensors: Mapping[str, "Tensor"], role: str, rows: "slice | Tensor") -> "Tensor":
+    """Of a matrix that is there as a whole or as the product of two."""
+    whole = tensors.get(role)
+    if whole is not None:
+        return whole[rows].float()
+    return tensors[f"{role}_a"][rows].float() @ tensors[f"{role}_b"].float()
 
 
 def _two(tensors: Mapping[str, "Tensor"], role: str) -> tuple["Tensor", "Tensor"]:

@@ -42,11 +42,15 @@ class LoraFile:
     declared: what PEFT says of the file.
     """
 
-    path: Path
+    file: SafetensorsFile
     dialect: str
     changes: tuple[Change, ...]
     unused: Mapping[str, tuple[str, ...]]
     declared: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -66,7 +70,7 @@ def inspect_lora(
 ) -> LoraFile:
     """What a LoRA changes of a Flux.1 transformer and of CLIP-L, from its header alone.
 
-    flux: of the model that it is for; None leaves open which. clip: by default CLIP-L's.
+    flux, clip: of the models that it is for; None leaves open which, so that sizes may be others.
     Raises ModelFileError when the file is none, is one for another model, is damaged or does not
     fit.
     """
@@ -90,7 +94,8 @@ class _Reading:
         flux: FluxGeometry | None,
         clip: ClipGeometry | None,
     ):
-        self.path, self.parts, self.fits = path, parts, flux is not None
+        self.path, self.parts = path, parts
+        self.fits, self.text_fits = flux is not None, clip is not None
         flux, clip = flux or FluxGeometry(), clip or ClipGeometry()
         self.names = names_of(flux, clip)
         self.known = names_of(with_all_blocks(flux), clip)
@@ -112,7 +117,7 @@ class _Reading:
         changes.sort(key=lambda c: (order[c.target.layer], c.target.first))
         unused = {reason: tuple(names) for reason, names in self.unused.items()}
         dialect = dialects.most_common(1)[0][0]
-        return LoraFile(self.path, dialect, tuple(changes), unused, _declared(file))
+        return LoraFile(file, dialect, tuple(changes), unused, _declared(file))
 
     def _model_layers(self) -> Iterator[str]:
         return (found.target.layer for found in self.names.values())
@@ -151,7 +156,8 @@ class _Reading:
             return
         used: set[str] = set()
         parts = {role: self.parts[name] for role, name in roles.items()}
-        for change in Layer(target, parts, layer, self.fits).changes():
+        fits = self.text_fits if target.of_text else self.fits
+        for change in Layer(target, parts, layer, fits).changes():
             all_parts = [*change.tensors.values(), change.alpha, change.magnitude]
             names = [part.name for part in all_parts if part is not None]
             used |= {*names}

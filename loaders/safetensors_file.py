@@ -121,12 +121,16 @@ class SafetensorsFile:
                     error=say("a scale or a marker of {size:,} bytes", size=size),
                 )
             )
-        with self.path.open("rb") as file:
+        return bytes(self.read_span(entry.start, size))
+
+    def read_span(self, start: int, size: int) -> bytearray:
+        """So many bytes of the file. Raises ModelFileError when it is no longer the same."""
+        with _opened(self.path) as file:
             state = os.fstat(file.fileno())
             if (state.st_size, state.st_mtime_ns) != self.identity[:2]:
                 raise changed(self.path)
-            file.seek(entry.start)
-            return file.read(size)
+            file.seek(start)
+            return bytearray(file.read(size))
 
 
 @contextmanager

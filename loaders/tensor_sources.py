@@ -106,6 +106,17 @@ def split(source: Source, count: int) -> list[Source]:
     ]
 
 
+def cut(source: Source, edges: Iterable[int]) -> Source:
+    """The same weight, in which a part begins at each of these rows."""
+    parts, first = [], 0
+    for part in source.parts:
+        inside = {edge - first for edge in edges if first < edge < first + part.rows}
+        for start, end in pairwise(sorted({0, part.rows} | inside)):
+            parts.append(replace(part, first_row=part.first_row + start, rows=end - start))
+        first += part.rows
+    return Source(tuple(parts))
+
+
 def halves_swapped(source: Source) -> Source:
     """The same weight with the second half of its rows before the first."""
     return stacked(reversed(split(source, 2)))

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +48,7 @@ OURS = re.compile(r".+\.majicflux(\.\w+\.part)?")
 FORMAT = 4  # raise it when the layout of a block or the conversion changes
 PAGE = 4096
 HEADER_BYTES = 16 * PAGE
-NAME_BYTES = 64  # of the source's name: with what follows it, less than any file system allows
+NAME_BYTES = 64  # of the sources' names: with what follows it, less than any file system allows
 SAMPLES = 16  # pages of each block whose checksum is kept: damage is found without reading it all
 SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody, if locks do not tell
@@ -56,21 +56,30 @@ WRITE_OUT_SECONDS = 1.0
 KEEPING = later("keeping {total:.1f} GB on disk")
 
 Convert = Callable[[MakeRoom], None]  # fills the weights, asking for room for what it writes
+Baked = Sequence[tuple[SafetensorsFile, float]]  # LoRAs in the weights, with their strengths
 
 
 def cache_path(
-    folder: Path, files: list[SafetensorsFile], weights: "OffloadedModule", precision: str
+    folder: Path,
+    files: list[SafetensorsFile],
+    weights: "OffloadedModule",
+    precision: str,
+    baked: Baked = (),
 ) -> Path:
     """Where the weights made of `files` in `precision` are kept.
 
-    The name holds the identity of the source: each file's size, time and header, the precision
-    and the layout of the blocks. A changed source therefore has another name.
+    The name tells the model and what is baked into it, and holds the identity of the source: each
+    file's size, time and header, the strengths, the precision and the layout of the blocks. A
+    changed source therefore has another name.
     """
     identity: list[Any] = [FORMAT, precision, [b.nbytes for b in weights.all_blocks]]
     identity += [file.identity for file in files]
+    identity += [[file.identity, strength] for file, strength in baked]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    name = os.fsencode(files[0].path.stem)[:NAME_BYTES].decode("utf-8", "ignore")
-    return folder / f"{name}-{key}{SUFFIX}"
+    names = [(files[0].path.stem, ""), *((f.path.stem, f"@{s:g}") for f, s in baked)]
+    room = (NAME_BYTES + 1) // len(names) - 1  # beside a plus between two
+    name = "+".join(_cut(stem, room - len(end)) + end for stem, end in names)
+    return folder / f"{_cut(name, NAME_BYTES)}-{key}{SUFFIX}"
 
 
 def map_or_convert(
@@ -80,12 +89,13 @@ def map_or_convert(
     precision: str,
     convert: Convert,
     progress: Progress | None = None,
+    baked: Baked = (),
 ) -> bool:
     """Map the weights from where they are kept, after `convert` has filled them if they are not.
 
     False when they cannot be kept; the weights then have no memory.
     """
-    path = cache_path(folder, files, weights, precision)
+    path = cache_path(folder, files, weights, precision, baked)
     return map_cached(weights, path) or convert_into_cache(weights, path, convert, progress)
 
 
@@ -170,6 +180,11 @@ def clear_cache(folder: Path) -> int:
             )
         ) from error
     return freed
+
+
+def _cut(name: str, size: int) -> str:
+    """As much of the name as so many bytes hold."""
+    return os.fsencode(name)[: max(0, size)].decode("utf-8", "ignore")
 
 
 def _fill(

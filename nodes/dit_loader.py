@@ -1,6 +1,6 @@
 """The node that loads a transformer."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..downloads import model_folders
 from ..engine.quant.formats import PRECISIONS, STORAGES
@@ -8,6 +8,11 @@ from ..host import current as host
 from . import model_files
 from .arguments import checked
 from .sockets import CATEGORY, DiTHandle, Node
+
+if TYPE_CHECKING:
+    from ..engine.flux.transformer import DiT, Origin
+    from ..engine.quant.formats import Precision
+    from ..loaders.convert import Progress
 
 io = host.io
 FOLDER = "diffusion_models"
@@ -119,8 +124,7 @@ class DiTLoader(Node):
         modulation_precision: str = SAME,
     ) -> io.NodeOutput:
         progress = host.loading_progress(cls.hidden.unique_id)
-        from ..engine.flux.transformer import DiT
-        from ..loaders.flux_dit import load_flux_dit
+        from ..engine.flux.transformer import Origin
 
         precision = PRECISIONS[weight_precision].with_kinds(
             attention=STORAGES.get(attention_precision),
@@ -129,13 +133,22 @@ class DiTLoader(Node):
         )
         path = model_folders.resolve(FOLDER, file)
         prepared = host.prepared_folder() if keep_prepared else None
-
-        def load() -> DiT:
-            device = host.compute_device()
-            weights, geometry = load_flux_dit(path, precision, progress, prepared, device)
-            patcher = host.make_patcher(weights, device, "MajicFluxDiT")
-            return DiT(weights, patcher, geometry, precision)
-
-        files = model_folders.fingerprint(FOLDER, file)
-        dit = model_files.shared(load, files, precision, keep_prepared)
+        dit = load_dit(Origin(path, prepared), precision, progress)
         return io.NodeOutput(dit, ui=host.node_text([dit.weights.report]))
+
+
+def load_dit(origin: "Origin", precision: "Precision", progress: "Progress") -> "DiT":
+    """The transformer of these files, which is read once for all nodes that have it."""
+    from ..engine.flux.transformer import DiT
+    from ..loaders.flux_dit import load_flux_dit
+
+    def load() -> DiT:
+        device = host.compute_device()
+        weights, geometry = load_flux_dit(
+            origin.file, precision, progress, origin.prepared, device, origin.baked
+        )
+        patcher = host.make_patcher(weights, device, "MajicFluxDiT")
+        return DiT(weights, patcher, geometry, precision, origin=origin)
+
+    files = [model_folders.state_of(path) for path in (origin.file, *(p for p, _ in origin.baked))]
+    return model_files.shared(load, files, precision, origin)

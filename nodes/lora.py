@@ -1,4 +1,4 @@
-"""The node that puts a LoRA beside a transformer."""
+"""The node that puts a LoRA beside a transformer, or into its weights."""
 
 import logging
 from collections import OrderedDict
@@ -14,6 +14,7 @@ from ..host import current as host
 from ..messages import say
 from . import model_files
 from .arguments import checked
+from .dit_loader import load_dit
 from .sockets import CATEGORY, DiTHandle, Node, TextEncodersHandle
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..engine.flux.transformer import DiT
     from ..engine.offload.offloaded_module import OffloadedModule
     from ..engine.quant.low_rank import Adapter
+    from ..loaders.convert import Progress
 
 log = logging.getLogger("majicflux")
 io = host.io
@@ -41,7 +43,8 @@ class LoRA(Node):
             category=CATEGORY,
             description=(
                 "Puts a LoRA beside the transformer. The weights stay as they are and are shared: "
-                "nothing is loaded again, and a new strength costs nothing. Chain several."
+                "nothing is loaded again, and a new strength costs nothing. Chain several. With "
+                "keep it is baked into the weights instead."
             ),
             search_aliases=[
                 "lora",
@@ -81,6 +84,18 @@ class LoRA(Node):
                     optional=True,
                     tooltip="For a LoRA that has a part for CLIP-L: few for Flux.1 have.",
                 ),
+                io.Boolean.Input(
+                    "keep",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Bake the LoRA into the weights while they are read: no step takes longer "
+                        "for it, but a new strength means reading and converting the transformer "
+                        "again, and 12 to 15 GB more of prepared weights. A file that cannot "
+                        "stand beside the weights is baked anyway."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -113,31 +128,52 @@ class LoRA(Node):
         file: str,
         strength: float,
         text_encoders: "TextEncoders | None" = None,
+        keep: bool = False,
     ) -> io.NodeOutput:
+        from ..loaders.lora import inspect_usable_lora, load_lora
+
         path = model_folders.resolve(FOLDER, file)
         clip = ClipGeometry() if text_encoders is None else text_encoders.clip_geometry
         progress = host.loading_progress(cls.hidden.unique_id)
 
-        def load() -> "Adapter":
-            from ..loaders.lora import inspect_usable_lora, load_lora
+        report = inspect_usable_lora(path, dit.geometry, clip)
+        baked = report.layers > 0 and (keep or bool(report.baking))
 
-            inspect_usable_lora(path, dit.geometry, clip)
-            return load_lora(path, dit.geometry, clip, progress=progress)
+        def load() -> "Adapter":
+            return load_lora(path, dit.geometry, clip, progress=progress, only_text=baked)
 
         files = model_folders.fingerprint(FOLDER, file)
-        adapter = _beside(dit.weights, path, load, files, dit.geometry, clip)
+        adapter = _beside(dit.weights, path, load, files, dit.geometry, clip, baked)
         lines = [str(adapter.report), say("strength {strength}", strength=f"{strength:g}")]
         if adapter.text_encoder and text_encoders is None:
             lines.append(say("The part for CLIP-L is not used: connect text_encoders."))
         log.info("%s, strength %g", path.name, strength)
         if strength != 0:
             added = (adapter, strength)
-            if adapter.reaches_transformer:
-                dit = replace(dit, adapters=(*dit.adapters, added))
+            if baked:
+                dit = _baked(dit, path, strength, progress)
+                lines.append(say("baked in, layers: {layers}", layers=report.layers))
+                lines.append(dit.weights.report)
+            elif adapter.reaches_transformer:
+                dit = dit.with_adapters((*dit.adapters, added))
             if text_encoders is not None and adapter.text_encoder:
                 adapters = (*text_encoders.adapters, added)
                 text_encoders = replace(text_encoders, adapters=adapters)
         return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
+
+
+def _baked(dit: "DiT", path: Path, strength: float, progress: "Progress") -> "DiT":
+    """The transformer read again with this file in its weights, and beside them what was there."""
+    from ..engine.quant.adapters import with_gains
+
+    assert dit.origin is not None, "a node has loaded it"
+    origin = replace(dit.origin, baked=(*dit.origin.baked, (path, strength)))
+    found = load_dit(origin, dit.precision, progress)
+    if not dit.adapters:
+        return found
+    module = found.weights.module
+    beside = ((with_gains(a, module) if a.magnitudes else a, s) for a, s in dit.adapters)
+    return found.with_adapters(tuple(beside))
 
 
 def _beside(

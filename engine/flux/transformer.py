@@ -1,6 +1,7 @@
 """DiffSynth's Flux transformer, built from a geometry instead of fixed sizes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,24 @@ ENDS = ("x_embedder", "final_proj_out")  # which every step needs, outside of th
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the weights of a transformer come from, for those who read them anew.
+
+    prepared: the folder of prepared weights, None if they are not kept. baked: LoRA files that were
+    added to the weights as they were read, with their strengths, in this order.
+    """
+
+    file: Path
+    prepared: Path | None
+    baked: tuple[tuple[Path, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class DiT:
     """A Flux.1 transformer with its weights in CPU memory.
 
     adapters: with their strengths; they stand beside the weights, which other handles share.
+    loaded: the handle without them, which lives as long as this one.
     """
 
     weights: OffloadedModule
@@ -33,6 +48,12 @@ class DiT:
     precision: Precision
     last_conditions: LastConditions = field(default_factory=LastConditions, repr=False)
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    origin: Origin | None = None
+    loaded: "DiT | None" = field(default=None, repr=False)
+
+    def with_adapters(self, adapters: tuple[tuple[Adapter, float], ...]) -> "DiT":
+        """A handle of the same weights with these beside them."""
+        return replace(self, adapters=adapters, loaded=self.loaded or self)
 
     @property
     def adapted_once(self) -> list[str]:

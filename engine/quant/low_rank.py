@@ -35,10 +35,10 @@ class AdapterReport:
     """What was found in a file.
 
     dialect: whose names it uses. methods: LoRA, LoHa, LoKr, DoRA. ranks: that occur, sorted.
-    layers, text_layers: how many of the transformer and of CLIP-L it reaches, those that need
-    baking not counted. unused: tensors by the reason why they are not used. baking: layers by the
-    reason why low-rank terms cannot express what the file does to them. Both kinds of reasons are
-    texts for `say`.
+    layers, text_layers: how many of the transformer and of CLIP-L it reaches. unused: tensors by
+    the reason why they are not used. baking: layers of the transformer by the reason why low-rank
+    terms cannot express what the file does to them, so that it is baked into the weights. Both
+    kinds of reasons are texts for `say`.
     """
 
     file: str = ""

@@ -34,7 +34,7 @@ def loras(server: Server) -> Path:
     save_file(kohya(0, QKV, PROJ), folder / "one.safetensors")
     both = kohya(5, QKV) | of_clip("lora_te1_text_model_")
     save_file(both, folder / "sub" / "other.safetensors")
-    whole = {f"diffusion_model.{PROJ}.diff": torch.ones(LAYERS[PROJ])}
+    whole = {f"diffusion_model.{PROJ}.diff": torch.ones(LAYERS[PROJ]) / 8}
     save_file(whole, folder / "whole.safetensors")
     sdxl = {"lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k.lora_down.weight":
             torch.zeros(4, 2048)}  # fmt: skip
@@ -120,8 +120,27 @@ def test_two_of_them_and_one_of_a_subfolder_with_a_part_for_clip(
     assert len({one, two, pixels(server, run)}) == 3
 
 
+def test_one_that_is_baked_in(server: Server, loras: Path, plain: Graph) -> None:
+    """Because it needs it, or because it is kept; a strength that was there before is mapped."""
+    without = pixels(server, server.run(plain))
+    graph = with_lora(plain, "whole.safetensors")
+    run = server.run(graph)
+    assert run.executed_nodes & LOADERS == set()
+    whole = pixels(server, run)
+    assert "layers that need baking in (of full rank): 1" in run.texts["11"]
+    assert "strength 1\nbaked in, layers: 1" in run.texts["11"]
+    halved = server.run(strong(graph, 0.5))
+    assert halved.executed_nodes == {"11", "4", "5", "6"}
+    assert len({without, whole, pixels(server, halved)}) == 3
+    assert "mapped from prepared weights" in server.run(graph).texts["11"]
+    kept = with_lora(plain, "sub/other.safetensors", text_encoders=["2", 0], keep=True)
+    assert "baked in, layers: 1" in server.run(kept).texts["11"]
+    names = [path.name for path in (server.base / "models" / "majicflux_prepared").iterdir()]
+    assert sum("+whole@" in name for name in names) == 2
+    assert sum("+other@1-" in name for name in names) == 1
+
+
 @pytest.mark.parametrize(("file", "said"), [
-    ("whole.safetensors", "cannot stand beside the weights (of full rank)"),
     ("sdxl.safetensors", "is a LoRA for SDXL, not a LoRA for Flux.1"),
     ("gone.safetensors", "gone.safetensors is not in models/loras"),
 ])  # fmt: skip

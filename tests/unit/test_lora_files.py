@@ -325,7 +325,7 @@ def test_what_has_no_low_rank_needs_baking(saved: Save) -> None:
     }
     adapter = load(saved(tensors))
     assert list(adapter.terms) == ["single_blocks.1.proj_out", OURS_LINEAR1]
-    assert adapter.report.layers == 2
+    assert adapter.report.layers == 6
     assert adapter.report.baking == {
         "of full rank": (
             "blocks.0.attn.norm_k_a", OURS_QKV, "single_blocks.0.proj_out",

@@ -19,7 +19,6 @@ from lora_dialects import (
     QKV,
     H,
     of_clip,
-    random_factors,
     random_of,
     written,
 )
@@ -27,6 +26,7 @@ from majicflux.cli import main
 from majicflux.engine.run.pipeline import Pipeline, encode_prompts, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import current, standalone
+from majicflux.host.canvas import to_graph
 from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import lora as loader
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -280,9 +280,9 @@ WRONG = {
     "SDXL": ({"lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k.lora_down.weight":
               random_of(4, 2048)}, "is a LoRA for SDXL, not a LoRA for Flux.1"),
     "nothing": ({"strange": random_of(1)}, "is not a LoRA for Flux.1"),
-    "a full weight": (whole_weight(), r"cannot stand beside the weights \(of full rank\)"),
-    "a large rank": (
-        written(random_factors([PROJ], 257), "diffusion_model."), r"\(a rank above 256\)",
+    "of CLIP-L a full weight": (
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1.diff": random_of(3072, 768)},
+        r"changes CLIP-L alone, in a way that MajicFlux cannot use \(of full rank\)",
     ),
 }  # fmt: skip
 
@@ -318,10 +318,109 @@ def test_wrong_files_of_which_only_the_model_or_the_values_tell(weights, put, fo
     assert LoRA.validate_inputs(None) is True, "it comes over a link"
 
 
-def test_a_file_of_which_a_part_cannot_be_used_tells_it(weights, put, said: list[str]) -> None:
-    dit = added(weights[0], put(kohya([QKV]) | whole_weight()), 1.0)
-    assert len(dit.adapters[0][0].terms) == 1
+def parameters(dit: Any) -> Tensors:
+    return {name: p.detach() for name, p in dit.weights.module.named_parameters()}
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    theirs = parameters(other)
+    return all(
+        torch.equal(p.view(torch.uint8), theirs[n].view(torch.uint8))
+        for n, p in parameters(one).items()
+    )
+
+
+def kept(dit: Any, file: str, strength: float, encoders: Any = None) -> Any:
+    return LoRA.execute(dit, file, strength, encoders, keep=True).args[0]
+
+
+def test_a_file_that_needs_it_is_baked_as_a_whole_and_tells_it(weights, put, said) -> None:
+    file = put(kohya([QKV]) | whole_weight())
+    dit = added(weights[0], file, 0.5)
+    assert not dit.adapters
     assert "layers that need baking in (of full rank): 1" in said[0]
+    assert said[1:3] == ["strength 0.5", "baked in, layers: 2"]
+    assert "style.safetensors @ 0.5: Flux.1 transformer" in said[3]
+    assert same_bits(dit, kept(weights[0], file, 0.5))
+    assert not same_bits(dit, weights[0])
+    assert LoRA.validate_inputs(file) is True
+    assert added(weights[0], file, 0.0) is weights[0]
+
+
+def test_baked_and_beside_are_the_same_picture(weights, put, said: list[str]) -> None:
+    """But for what bfloat16 rounds of the sum."""
+    file = put(kohya([QKV, PROJ]))
+    said.clear()
+    baked = kept(weights[0], file, 0.7)
+    assert said[1:3] == ["strength 0.7", "baked in, layers: 2"]
+    beside, plain = latents(added(weights[0], file, 0.7), weights), latents(weights[0], weights)
+    found = latents(baked, weights)
+    assert (found - beside).norm() < 0.05 * (plain - beside).norm()
+    assert torch.equal(latents(weights[0], weights), plain), "handles do not touch each other"
+
+
+def test_dora_is_the_same_baked_and_beside(weights, put: Put) -> None:
+    file = put(dora([PROJ]))
+    beside, plain = latents(added(weights[0], file, 0.7), weights), latents(weights[0], weights)
+    found = latents(kept(weights[0], file, 0.7), weights)
+    assert (found - beside).norm() < 0.05 * (plain - beside).norm()
+
+
+def test_a_baked_model_is_planned_as_a_plain_one(weights, put: Put) -> None:
+    put(kohya([QKV, PROJ]) | whole_weight())
+    for precision in ("bfloat16", "float8_e4m3fn", "int8 rotated"):
+        dit = DiTLoader.execute("majicflus_v134.safetensors", precision, False).args[0]
+        plans = []
+        for handle in (dit, kept(dit, "style.safetensors", 1.0)):
+            pipeline = PipelineNode.execute(
+                dit=handle, text_encoders=weights[1], vae=weights[2], vram_budget_gb=0.0
+            ).args[0]
+            request = GenerationRequest("a cat", 1, 2, 3.5, width=64, height=64)
+            plans.append(pipeline.plan(request.workload).as_dict())
+        assert plans[0] == plans[1]
+
+
+def test_chains_of_baked_ones_and_those_beside(weights, put: Put, reads: list[Path]) -> None:
+    """Whatever their order; who is beside a model stays beside what it becomes."""
+    one = put(kohya([QKV, PROJ]), "one.safetensors")
+    two = put(whole_weight(), "two.safetensors")
+    three = put(dora([PROJ]), "three.safetensors")
+    first = kept(kept(weights[0], one, 1.0), two, 0.5)
+    assert [(p.name, s) for p, s in first.origin.baked] == [(one, 1.0), (two, 0.5)]
+    last = added(first, three, 0.7)
+    between = kept(added(kept(weights[0], one, 1.0), three, 0.7), two, 0.5)
+    assert last.weights is between.weights is first.weights
+    assert torch.equal(latents(between, weights), latents(last, weights)), "DoRA's gains too"
+    assert not torch.equal(latents(first, weights), latents(last, weights))
+
+
+def test_the_same_chain_is_loaded_once_while_somebody_has_it(weights, put: Put) -> None:
+    file, other = put(whole_weight()), put(kohya([QKV]), "other.safetensors")
+    held = kept(added(weights[0], other, 1.0), file, 1.0)
+    gc.collect()
+    assert kept(weights[0], file, 1.0).weights is held.weights
+    assert kept(weights[0], file, 0.5).weights is not held.weights
+    alive = weakref.ref(held.weights)
+    del held
+    gc.collect()
+    assert alive() is None
+    put(kohya([PROJ]))
+    assert same_bits(kept(weights[0], file, 1.0), kept(weights[0], file, 1.0))
+
+
+def test_the_part_for_clip_of_a_baked_file_stays_beside(weights, put: Put) -> None:
+    file = put(whole_weight() | of_clip("lora_te1_text_model_"))
+    dit, encoders = LoRA.execute(weights[0], file, 0.5, weights[1]).args
+    ((adapter, strength),) = encoders.adapters
+    assert (len(adapter.text_encoder), strength) == (4, 0.5)
+    assert not adapter.reaches_transformer
+    assert not dit.adapters
+
+
+def test_a_part_for_clip_that_terms_cannot_express_is_told(weights, put, said) -> None:
+    put(kohya([QKV]) | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.diff": random_of(3072, 768)})
+    assert len(added(weights[0], "style.safetensors", 1.0).adapters) == 1, "not baked for that"
+    assert "tensors not used (of full rank): 1, as lora_te1_text_model_encoder" in said[0]
 
 
 def test_it_changes_for_the_host_with_the_file_alone(put: Put) -> None:
@@ -378,6 +477,31 @@ def test_a_graph_with_it_runs_without_a_server(folder, tmp_path, put: Put, capsy
         (picture,) = out.rglob("*.png")
         pictures.append(picture.read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_a_graph_that_bakes_runs_without_a_server(folder, tmp_path, put: Put, capsys) -> None:
+    put(kohya([QKV, PROJ]) | whole_weight())
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(with_lora(keep=True)), encoding="utf-8")
+    given = ["run", str(path), "--models", str(folder.parent), "--output", str(tmp_path / "out")]
+    for _ in range(2):
+        assert not main([*given, "--set", "9.strength=0.5"])
+    assert len([*(tmp_path / "out").rglob("*.png")]) == 2
+    names = [path.name for path in (folder.parent / "majicflux_prepared").iterdir()]
+    assert sum("+style@0.5-" in name for name in names) == 1
+
+
+def test_a_workflow_that_was_saved_before_there_was_keep() -> None:
+    canvas = json.loads((API.parents[1] / "text_to_image_lora.json").read_text(encoding="utf-8"))
+    (saved,) = (node for node in canvas["nodes"] if node["type"] == "MajicFluxLoRA")
+    file, strength, keep = saved["widgets_values"]
+    saved["widgets_values"] = [file, strength]
+    saved["inputs"] = [i for i in saved["inputs"] if i["name"] != "keep"]
+    schemas = {saved["type"]: LoRA.define_schema()}
+    found = to_graph({"nodes": [saved], "links": canvas["links"]}, schemas)
+    given = found[str(saved["id"])]["inputs"]
+    assert (given["file"], given["strength"], keep) == (file, strength, False)
+    assert "keep" not in given
 
 
 def test_the_doctor_tells_the_files_of_the_folder(put: Put) -> None:

@@ -43,6 +43,7 @@ CONTRACT = {
             "file:COMBO",
             "strength:FLOAT",
             "text_encoders:MAJICFLUX_TEXT_ENCODERS",
+            "keep:BOOLEAN",
         ],
         ["MAJICFLUX_DIT", "MAJICFLUX_TEXT_ENCODERS"],
     ),

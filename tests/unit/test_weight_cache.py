@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from file_layouts import sparse_file
+from lora_dialects import PROJ, QKV, random_factors, written
+from majicflux import cli
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.quant.formats import PRECISIONS, Precision
 from majicflux.loaders import demo_models, weight_cache
@@ -25,7 +27,13 @@ from majicflux.loaders.layouts import flux_dit_layout
 from majicflux.loaders.read_ahead import Reader
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.text_encoders import load_text_encoders
-from majicflux.loaders.weight_cache import cached_files, clear_cache, convert_into_cache, map_cached
+from majicflux.loaders.weight_cache import (
+    OURS,
+    cached_files,
+    clear_cache,
+    convert_into_cache,
+    map_cached,
+)
 
 FLOAT8 = PRECISIONS["float8_e4m3fn"]
 
@@ -520,3 +528,52 @@ def test_text_encoders_are_mapped_too(models: Path, tmp_path: Path) -> None:
     assert len(times) == 1, "kept once"
     assert load_text_encoders(clip, t5, torch.float32, cache_folder=tmp_path).module
     assert len(cached_files(tmp_path)) == 2
+
+
+def baked_name(loras: list[tuple[Path, float]], source: Path, folder: Path) -> str:
+    """Of the one file that is new once these were baked."""
+    before = {*cached_files(folder)}
+    weights, _ = load_flux_dit(source, FLOAT8, cache_folder=folder, baked=loras)
+    assert "mapped from prepared weights" in weights.report
+    (new,) = {*cached_files(folder)} - before
+    return new.name
+
+
+def test_what_is_baked_is_kept_by_its_file_and_strength(source, folder, saved, monkeypatch) -> None:
+    style = saved(written(random_factors([PROJ])), "loras/style.safetensors")
+    other = saved(written(random_factors([QKV])), "loras/other.safetensors")
+    counted = reads(monkeypatch)
+    load(source, folder)
+    both = [(style, 0.8), (other, 1.0)]
+    assert baked_name(both[:1], source, folder).startswith("majicflus_v134+style@0.8-")
+    assert baked_name([(style, -0.25)], source, folder).startswith("majicflus_v134+style@-0.25-")
+    assert baked_name(both, source, folder).startswith("majicflus_v134+style@0.8+other@1-")
+    baked_name(both[::-1], source, folder)
+    made = len(counted)
+    bits_of = [
+        bits(load_flux_dit(source, FLOAT8, cache_folder=folder, baked=loras)[0])
+        for loras in ([], both[:1], both, [(style, -0.25)])
+    ]
+    assert len(counted) == made
+    assert all(one != other for one, other in itertools.combinations(bits_of, 2))
+    assert bits_of[1] == bits(load_flux_dit(source, FLOAT8, baked=both[:1])[0])
+    saved(written(random_factors([PROJ], alpha=4.0)), "loras/style.safetensors")
+    baked_name(both[:1], source, folder)  # the file is another one
+
+
+def test_many_long_names_of_what_is_baked(source, folder, saved) -> None:
+    loras = [
+        (saved(written(random_factors([PROJ])), f"{'长' * 60}{i}.safetensors"), 0.125 * i)
+        for i in range(12)
+    ]
+    name = baked_name(loras, source, folder)
+    assert len(os.fsencode(name)) <= 64 + len(f"-{'0' * 24}.majicflux")
+    assert OURS.fullmatch(name)
+
+
+def test_the_list_tells_what_was_baked(source, saved, capsys) -> None:
+    folder = source.parent / "majicflux_prepared"
+    style = saved(written(random_factors([PROJ])), "loras/style.safetensors")
+    load_flux_dit(source, FLOAT8, cache_folder=folder, baked=[(style, 0.8)])
+    assert cli.main(["cache", "list", "--models", str(source.parent)]) == 0
+    assert "majicflus_v134+style@0.8-" in capsys.readouterr().out

@@ -28,12 +28,18 @@ from lora_dialects import (
     to_diffusers_names,
     written,
 )
+from lora_kinds import of
 from majicflux import cli
 from majicflux.benchmarks.random_models import CLIP, DIT
+from majicflux.engine.diffsynth_files import diffsynth_module
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry
+from majicflux.loaders import demo_models
+from majicflux.loaders.bake import changes_of
+from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.lora import describe_lora, load_lora
 from majicflux.loaders.lora_file import inspect_lora
 from majicflux.loaders.safetensors_file import ModelFileError
+from majicflux.loaders.tensor_sources import Sources
 
 
 def refused(path: Path, flux: FluxGeometry | None = DIT) -> str:
@@ -193,6 +199,8 @@ def small_files(folder: Path) -> list[bytes]:
          f"{PROJ}.lora_B.bias": random_of(H),
          "double_blocks.0.img_attn.norm.key_norm.scale": random_of(128)},
         {f"{PROJ}.diff": random_of(H, H), f"{PROJ}.diff_b": random_of(H)},
+        {**of(PROJ, kronecker((True, True), (8, 16), 1)), f"{QKV}.set_weight": random_of(3 * H, H)},
+        {**written(random_factors([PROJ], rank=2)), f"{PROJ}.dora_scale": random_of(1, H)},
     ]  # fmt: skip
     wholes = []
     for tensors in kinds:
@@ -227,9 +235,21 @@ def renamed(chance: random.Random, whole: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
+def bake(path: Path, sources: Sources) -> None:
+    """Into zeros, which become finite values."""
+    for name, changes in changes_of([(inspect_lora(path, DIT, CLIP), 1.0)], sources).items():
+        for change in changes:
+            values = torch.zeros(change.rows, math.prod(sources[name].shape[1:]))
+            change.apply(0, values)
+            assert values.isfinite().all()
+
+
 def test_every_broken_lora_is_refused_in_our_own_words(
-    tmp_path: Path, one_thread: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, models: Path, one_thread: None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    names = diffsynth_module("utils.state_dict_converters.flux_dit")
+    sources = inspect_flux_dit(models / demo_models.DIT_FILE)[1]
+    sources = names.FluxDiTStateDictConverter(sources)
     chance = random.Random(0)
     wholes = small_files(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -250,6 +270,7 @@ def test_every_broken_lora_is_refused_in_our_own_words(
         path.write_bytes(changed)
         try:
             adapter = load_lora(path, DIT, CLIP)
+            bake(path, sources)
         except ModelFileError:
             refusals += 1
             continue

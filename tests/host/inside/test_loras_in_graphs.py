@@ -40,14 +40,16 @@ def files(comfy) -> Iterator[None]:
         (folder / file).unlink()
 
 
-def graph_of(small_graph: Graph, *strengths: float) -> Graph:
+def graph_of(small_graph: Graph, *strengths: float, keep: bool = False) -> Graph:
     """Our sampler "ours" and ComfyUI's "stock", each behind its LoRAs of these strengths."""
     graph = {key: small_graph[key] for key in "1234"}
     graph["1"]["inputs"]["weight_precision"] = "bfloat16"
     graph["3"]["inputs"]["file"] = Path(VAE_FILE).name
     ours, theirs = ["1", 0], ["unet", 0]
     for file, strength in zip(FILES, strengths, strict=False):
-        graph[f"our {file}"] = node("MajicFluxLoRA", dit=ours, file=file, strength=strength)
+        graph[f"our {file}"] = node(
+            "MajicFluxLoRA", dit=ours, file=file, strength=strength, keep=keep
+        )
         graph[f"their {file}"] = node(
             "LoraLoaderModelOnly", model=theirs, lora_name=file, strength_model=strength
         )
@@ -94,6 +96,14 @@ def test_the_samples_of_comfyuis_own_loader(comfy, small_graph: Graph, strengths
     plain, _ = painted(comfy, graph_of(small_graph))
     assert difference(ours, theirs) <= 1e-4
     assert difference(plain, theirs) > 0.02
+
+
+def test_the_samples_where_they_are_baked_in(comfy, small_graph: Graph) -> None:
+    """Both programs round the sums to bfloat16, each in its own way."""
+    ours, theirs = painted(comfy, graph_of(small_graph, 0.7, 1.3, keep=True))
+    beside, _ = painted(comfy, graph_of(small_graph, 0.7, 1.3))
+    assert 0 < difference(ours, beside) < 0.02
+    assert difference(ours, theirs) < 0.02
 
 
 def test_what_is_kept_of_it_goes_with_the_transformer(comfy, small_graph: Graph) -> None:
