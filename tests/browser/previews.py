@@ -1,7 +1,8 @@
 """The previews of the templates: `python tests/browser/previews.py [name ...]`. Set COMFYUI_PATH.
 
 Each template is opened, run with the demo models at the size that they know, and photographed. The
-name `help` stands for the pictures of the help pages, which ComfyUI paints too. Needs what the browser tests need.
+name `help` stands for the pictures of the help pages, which ComfyUI paints too. Needs what the
+browser tests need.
 """
 
 import os
@@ -54,7 +55,9 @@ DOCS = Path(__file__).parents[2] / "web" / "docs"
 PLANNED_GB = 8.0  # as in a_real_plan
 SIDE, SEED, STEPS = 256, 7, 20  # of the pictures of the help pages
 SCENE = "a yellow house on the left, a blue car, three pine trees, mountains, a sunny day, summer"
-OTHER = "a yellow house on the left, a blue car, three pine trees, mountains, night, winter, snowing"
+OTHER = (
+    "a yellow house on the left, a blue car, three pine trees, mountains, night, winter, snowing"
+)
 TIMES_BRIGHTER = 8  # what differences between precisions are shown
 SIZE = (1200, 1000)  # of the pictures, at most
 SHOW = """([left, top, scale, x, y]) => {

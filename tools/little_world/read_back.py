@@ -19,9 +19,9 @@ Mask = np.ndarray  # bool [rows, columns]
 
 SKIES = {time: [top for top, _ in skies] for time, skies in country.SKY.items()}
 CITY_SKIES = {time: [top] for time, (top, _) in city.SKY.items()}
-# Of the pixels of the upper half, how many are brighter than what is around them where it rains or
-# snows; stars, and the edges of clouds, are fewer.
-FALLING = {"day": 0.0138, "sunset": 0.02, "night": 0.024}
+# Of the pixels of the upper half, how many are brighter than what is around them where something
+# falls; stars at night are fewer.
+FALLING = {"day": 0.006, "sunset": 0.01, "night": 0.024}
 HUES = {name: colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for name, rgb in city.NEON.items()}
 
 
@@ -50,10 +50,14 @@ def read_back(picture: Pixels, kind: str) -> dict[str, str | int | frozenset[str
 
 
 def _time(picture: Pixels, skies: Mapping[str, Sequence[Colour]]) -> str:
-    """By the colour of the sky at the top of the middle."""
-    height, width, _ = picture.shape
-    top = np.median(picture[: height // 25, width * 3 // 8 : width * 5 // 8], (0, 1))
+    top = _top(picture)
     return min(skies, key=lambda time: min(np.linalg.norm(top - sky) for sky in skies[time]))
+
+
+def _top(picture: Pixels) -> np.ndarray:
+    """The colour of the sky at the top of the middle."""
+    height, width, _ = picture.shape
+    return np.median(picture[: height // 25, width * 3 // 8 : width * 5 // 8], (0, 1))
 
 
 def _weather_of_the_city(picture: Pixels, time: str) -> str:
@@ -148,14 +152,20 @@ class CountryPicture:
         return slice(max(0, round(middle - half)), round(middle + half))
 
     def weather(self) -> str:
-        """By what is bright in the sky for itself alone, or else by its clouds."""
-        upper = self.picture[: self.height // 2].mean(2)
-        around = Image.fromarray(upper.round().astype(np.uint8)).filter(ImageFilter.MedianFilter(7))
-        if (upper - np.asarray(around) > 12).mean() > FALLING[self.time]:
+        """By the colour of the sky and what falls from it, or else by its clouds."""
+        clear, dull = (np.array(top) for top, _ in country.SKY[self.time])
+        top = _top(self.picture)
+        if np.linalg.norm(top - dull) < np.linalg.norm(top - clear) and self._falls():
             return "snow" if self.season == "winter" else "rain"
         sky = self._rows(0.02, 0.24).astype(np.float32)
         away = np.linalg.norm(sky - np.array(country.CLOUD[self.time], np.float32), axis=2)
         return "cloudy" if (away < 40).mean() > 0.05 else "clear"
+
+    def _falls(self) -> bool:
+        """Whether there are small bright things."""
+        upper = self.picture[: self.height // 2].mean(2)
+        around = Image.fromarray(upper.round().astype(np.uint8)).filter(ImageFilter.MedianFilter(7))
+        return bool((upper - np.asarray(around) > 12).mean() > FALLING[self.time])
 
     def house(self) -> tuple[str, str]:
         """Its colour, and its place, which is where the most of any paint is."""
