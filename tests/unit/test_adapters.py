@@ -326,7 +326,7 @@ def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit:
     given = (module, adapters, names, torch.bfloat16, CPU)
     with compute.applied_to(module, CPU), adapted(*given):
         bound = [module.get_submodule(name).adapted for name in names]
-        tensors = [up for each in bound for _, _, up in each.ups]
+        tensors = [x for each in bound for x in (each.up, each.first_ranks)]
         tensors += [weight for each in bound for weight in each.down.parameters()]
         assert sum(tensor.nbytes for tensor in tensors) == planned
 
