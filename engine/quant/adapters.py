@@ -6,117 +6,21 @@ change of it lost. The input meets `down` in the format in which it meets the we
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.hadamard import rotate
-from ..kernels.matmul import adds_low_rank, has_low_rank_kernels, int8_product, low_rank_rows
 from ..kernels.row_format import TILE
+from .bound_terms import BoundTerms
 from .formats import BFLOAT16, CONVERTED_AT_ONCE
-from .linear import ALL, LinearMethod, Rows, StoredLinear
+from .linear import LinearMethod, StoredLinear
 from .low_rank import Adapter, LowRankTerm
 from .quantize import float32_of, quantize_rows
-
-RANK_MULTIPLE = 16  # of the rows of a matrix that units multiply in 8 bits
-
-Adapters = Sequence[tuple[Adapter, float]]  # each with its strength
-
-
-@dataclass(frozen=True)
-class Span:
-    """Columns of a layer, and the ranks of all its terms that reach them."""
-
-    columns: slice
-    ranks: slice
-
-
-@dataclass(frozen=True)
-class ColumnTerms:
-    """What is added to some columns of a product. up, first_ranks: of these columns, see
-    `LowRankProduct`; sums: columns of theirs and ranks, each None where it is all, and up^T."""
-
-    up: Tensor
-    first_ranks: Tensor | None
-    sums: Sequence[tuple[slice | None, slice | None, Tensor]]
-
-
-@dataclass(frozen=True)
-class BoundTerms:
-    """What adapters add to the products of one layer: y[:, columns] += (x down^T)[:, ranks] up^T.
-
-    down: [ranks of all terms, in], in the format of the layer's rows; up: [out, ranks of a span],
-    scale and strength included, zero where no term is; first_ranks: the first of the ranks that
-    reach each tile of columns, None where `up` cannot be added within the layer's own product:
-    a tile is in two spans, or the product is changed before. gain, bias: float32 [out] or None,
-    y * gain + bias comes before the terms.
-    """
-
-    down: StoredLinear | None = None
-    up: Tensor | None = None
-    spans: Sequence[Span] = ()
-    first_ranks: Tensor | None = None
-    gain: Tensor | None = None
-    bias: Tensor | None = None
-    _parts: dict[tuple[int, int], ColumnTerms] = field(default_factory=dict, init=False)
-
-    def low(self, layer: StoredLinear, x: Rows) -> Tensor | None:
-        """x down^T [rows, ranks] of rows of the layer, for any columns of their product."""
-        if self.down is None:
-            return None
-        if has_low_rank_kernels(x):
-            return low_rank_rows(x, *self.down.matrix()[:2])
-        assert layer.method is not None
-        return layer.method(self.down, x, None, ALL).flatten(0, -2)
-
-    def product(
-        self, layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice, low: Tensor | None
-    ) -> Tensor:
-        """What the method of the layer gives, and the terms of `low`, which is that of x."""
-        assert layer.method is not None
-        if low is None:
-            return self._changed(layer.method(layer, x, out, columns), columns)
-        terms = self._of(columns)
-        if terms.first_ranks is not None and adds_low_rank(x):
-            added = low, terms.up, terms.first_ranks
-            return int8_product(x, *layer.matrix(columns), out, added)
-        y = self._changed(layer.method(layer, x, out, columns), columns)
-        flat = y.flatten(0, -2)
-        for some, ranks, up in terms.sums:
-            part = flat if some is None else flat[:, some]
-            part.addmm_(low if ranks is None else low[:, ranks], up.to(y.dtype))
-        return y
-
-    def _changed(self, y: Tensor, columns: slice) -> Tensor:
-        """By gain and bias, in place."""
-        if self.gain is not None:
-            y *= self.gain[columns]
-        if self.bias is not None:
-            y += self.bias[columns].to(y.dtype)
-        return y
-
-    def _of(self, columns: slice) -> ColumnTerms:
-        """Made once for each columns: there are a few, and they are asked for at every step."""
-        assert self.up is not None
-        assert self.down is not None
-        first, last, _ = columns.indices(len(self.up))
-        if (first, last) in self._parts:
-            return self._parts[first, last]
-        sums = []
-        for span in self.spans:
-            begin, end = max(first, span.columns.start), min(last, span.columns.stop)
-            if begin < end:
-                some = None if (begin, end) == (first, last) else slice(begin - first, end - first)
-                ranks = None if self.up.shape[1] == len(self.down.weight) else span.ranks
-                sums.append((some, ranks, self.up[begin:end].T))
-        tiles = self.first_ranks
-        if tiles is not None:
-            tiles = None if first % TILE else tiles[first // TILE :]
-        return self._parts.setdefault((first, last), ColumnTerms(self.up[first:last], tiles, sums))
+from .rank_layout import Adapters, rank_layout
 
 
 @contextmanager
@@ -163,7 +67,7 @@ def bound_bytes(
     nbytes, most = 0, 0
     for name in names:
         layer: Any = module.get_submodule(name)
-        layout = _layout(name, adapters)
+        layout = rank_layout(name, adapters)
         wanted = method.wanted(layer)
         quantized = wanted is not None and wanted.dtype is not None
         itemsize = 1 if quantized else method.dtype.itemsize
@@ -251,79 +155,10 @@ def _norms(adapters: Adapters) -> dict[str, Tensor]:
     return {name: norm for adapter, _ in adapters for name, norm in adapter.norms.items()}
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the terms of a layer are kept. downs: one after the other, each once; terms: with
-    strengths, the gains of their rows and their places among the downs; ranks: of all, and
-    those of a span, multiples of RANK_MULTIPLE."""
-
-    downs: Sequence[Tensor]
-    terms: Sequence[tuple[LowRankTerm, float, Tensor | None, slice]]
-    ranks: int
-    spans: Sequence[Span]
-    span_ranks: int
-
-    def first_ranks(self, columns: int) -> list[int] | None:
-        """For each tile of columns, 0 where no term is; None if one is in two spans."""
-        found: dict[int, int] = {}
-        for span in self.spans:
-            for tile in range(span.columns.start // TILE, -(-span.columns.stop // TILE)):
-                if found.setdefault(tile, span.ranks.start) != span.ranks.start:
-                    return None
-        return [found.get(tile, 0) for tile in range(-(-columns // TILE))]
-
-
-def _layout(name: str, adapters: Adapters) -> _Layout:
-    """Ranks that reach the same columns lie together, as far as terms do not share them."""
-    given = [
-        (term, strength, adapter.gains.get(name))
-        for adapter, strength in adapters
-        for term in adapter.terms.get(name, ())
-    ]
-    downs: list[Tensor] = []
-    places: dict[int, slice] = {}
-    terms, ranks = [], 0
-    for term, strength, gains in sorted(given, key=lambda some: some[0].first):
-        if id(term.down) not in places:
-            places[id(term.down)] = slice(ranks, ranks + term.rank)
-            downs.append(term.down)
-            ranks += term.rank
-        terms.append((term, strength, gains, places[id(term.down)]))
-    ranks = _padded(ranks)
-    reached = [(term.columns, place) for term, _, _, place in terms]
-    return _Layout(downs, terms, ranks, *_spans(reached, ranks))
-
-
-def _spans(reached: Sequence[tuple[slice, slice]], ranks: int) -> tuple[list[Span], int]:
-    """Columns that the same ranks reach, and how many ranks reach columns at most; every span has
-    so many, of which some may give nothing. reached: columns and ranks of each term."""
-    edges = sorted({edge for columns, _ in reached for edge in (columns.start, columns.stop)})
-    found: list[tuple[int, int, int]] = []
-    most = 0
-    for start, stop in pairwise(edges):
-        met = [place for columns, place in reached if columns.start <= start < columns.stop]
-        if met:
-            first = min(place.start for place in met) // RANK_MULTIPLE * RANK_MULTIPLE
-            most = max(most, _padded(max(place.stop for place in met)) - first)
-            found.append((start, stop, first))
-    spans: list[Span] = []
-    for start, stop, first in found:
-        first = min(first, ranks - most)
-        some = slice(first, first + most)
-        if spans and spans[-1].columns.stop == start and spans[-1].ranks == some:
-            start = spans.pop().columns.start
-        spans.append(Span(slice(start, stop), some))
-    return spans, most
-
-
-def _padded(ranks: int) -> int:
-    return -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
-
-
 def _bound(
     layer: StoredLinear, name: str, adapters: Adapters, dtype: torch.dtype, device: torch.device
 ) -> BoundTerms:
-    layout = _layout(name, adapters)
+    layout = rank_layout(name, adapters)
     gain, bias = _gain_and_bias(layer, name, adapters, device)
     if not layout.downs:
         return BoundTerms(gain=gain, bias=bias)
