@@ -238,14 +238,14 @@ def _int8_product(
     if BIAS:
         out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
     if RANKS > 0:
-        first = tl.multiple_of(tl.load(first_rank_ptr + left // SIDE), 16)
+        first_rank = tl.multiple_of(tl.load(first_rank_ptr + left // SIDE), 16)
         for start in tl.range(0, RANKS, STEP, num_stages=2):
             rank = start + tl.arange(0, STEP)[None, :]
-            of_row = low_ptr + row[:, None] * low_row + first + rank
+            of_row = low_ptr + row[:, None] * low_row + first_rank + rank
             of_column = up_ptr + column[:, None] * RANKS + rank
             low = tl.load(of_row, mask=(row < rows)[:, None], other=0.0)
             up = tl.load(of_column, mask=(column < columns)[:, None], other=0.0)
-            out = tl.dot(low, up.T, out)
+            out = tl.dot(low, up.T, out, input_precision="ieee")
     out_tiles.store([top, left], out.to(out_tiles.dtype))
 
 
@@ -259,7 +259,7 @@ def int8_product(
     float32 [columns]; everything contiguous, depth and columns multiples of 16.
     added: to that, before it is rounded; its ranks multiples of 16.
     """
-    (rows, depth), columns = x.shape, len(weight)
+    (rows, depth), columns = x.shape, weight.shape[0]  # `len` takes a microsecond
     if depth % 16 or columns % 16:
         raise ValueError(f"the int8 kernel needs multiples of 16, not {columns}x{depth}")
     from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
@@ -283,20 +283,20 @@ def int8_product(
 def _low_rank_rows(
     x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows,
     DEPTH: tl.constexpr, RANKS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    DEEP: tl.constexpr, SUM: tl.constexpr,
+    DEEP: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     deep = tl.arange(0, DEEP)[None, :]
     of_x = x_ptr + row.to(tl.int64)[:, None] * DEPTH + deep
     of_down = down_ptr + rank[:, None] * DEPTH + deep
-    total = tl.zeros((HIGH, WIDE), SUM)
+    total = tl.zeros((HIGH, WIDE), tl.int32 if INTEGERS else tl.float32)
     # Few programs, each of which waits for memory: so much of it is asked for ahead.
     for start in tl.range(0, DEPTH, DEEP, num_stages=5):
         inside = start + deep < DEPTH
         x = tl.load(of_x + start, mask=(row < rows)[:, None] & inside, other=0.0)
         down = tl.load(of_down + start, mask=(rank < RANKS)[:, None] & inside, other=0.0)
-        total += tl.dot(x, down.T, out_dtype=SUM)
+        total += tl.dot(x, down.T, out_dtype=total.dtype)
     x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
     scale = tl.load(scale_ptr + rank, mask=rank < RANKS)
     out = total.to(tl.float32) * x_scale[:, None] * scale[None, :]
@@ -311,13 +311,13 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
     For some 16 to 256 ranks, with which the large tiles of a product would leave most of a card
     without work.
     """
-    (rows, depth), ranks = x.shape, len(down)
+    (rows, depth), ranks = x.shape, down.shape[0]
     high, wide = 32, min(64, _power_of_2(ranks))
     _start(
         _low_rank_rows, x.device, (_cdiv(rows, high), _cdiv(ranks, wide), 1),
         (x, x_scale, down, scale, out, rows),
         DEPTH=depth, RANKS=ranks, HIGH=high, WIDE=wide, DEEP=128 if wide == 64 else 256,
-        SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
+        INTEGERS=x.dtype == torch.int8,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def low_rank_rows(x: QuantizedActivations, down: Tensor, scale: Tensor | None) -
     from . import fused_triton
 
     values, row_scale = _flat(x)
-    low = values.new_empty(len(values), len(down), dtype=x.dtype)
+    low = values.new_empty(values.shape[0], down.shape[0], dtype=x.dtype)
     fused_triton.low_rank_rows(values, row_scale, down, scale, low)
     return low
 
@@ -101,4 +101,4 @@ def _result(weight: Tensor, x: QuantizedActivations, out: Tensor | None) -> Tens
     """Memory for the product: `out` if its rows lie one after the other, or new."""
     if out is not None and out.is_contiguous():
         return out
-    return x.values.new_empty(*x.values.shape[:-1], len(weight), dtype=x.dtype)
+    return x.values.new_empty(*x.values.shape[:-1], weight.shape[0], dtype=x.dtype)

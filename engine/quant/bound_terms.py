@@ -79,7 +79,7 @@ class BoundTerms:
         """Made once for each columns: there are a few, and they are asked for at every step."""
         assert self.up is not None
         assert self.down is not None
-        first, last, _ = columns.indices(len(self.up))
+        first, last, _ = columns.indices(self.up.shape[0])
         if (first, last) in self._parts:
             return self._parts[first, last]
         sums = []

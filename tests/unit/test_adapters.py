@@ -1,6 +1,7 @@
 """What adapters add beside the stored weights."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -376,6 +377,19 @@ def test_streamed_pictures_and_chunks_are_the_same_bits(
     smallest = streaming.plan(REQUEST.workload).smallest_bytes
     streaming = replace(streaming, budget_bytes=smallest)
     assert torch.equal(latents(streaming), expected)
+
+
+def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[str]) -> None:
+    pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], mode="8-bit")
+    module, counts = pipeline.dit.weights.module, []
+    for count in (1, 3):
+        adapters = [(adapter_of(module, 8, seed), 0.5) for seed in range(count)]
+        kernels.clear()
+        latents(with_adapters(pipeline, *adapters))
+        counts.append(Counter(kernels))
+    one, three = counts
+    assert one == three
+    assert one["low_rank_rows"] == one["int8_product with terms"] > 0
 
 
 @pytest.mark.parametrize("name", [*LAYERS, CLIP_LAYER])
