@@ -13,8 +13,9 @@ from .rank_layout import Span
 
 @dataclass(frozen=True)
 class ColumnTerms:
-    """What is added to some columns of a product. up, first_ranks: of these columns, see
-    `LowRankProduct`; sums: columns of theirs and ranks, each None where it is all, and up^T."""
+    """What is added to some columns of a product: all at once, as a `LowRankProduct` of up and
+    first_ranks, or one by one. sums: for each which of these columns, which ranks, None meaning
+    all, and up^T."""
 
     up: Tensor
     first_ranks: Tensor | None
