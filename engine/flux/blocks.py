@@ -200,9 +200,9 @@ def _write_qkv(
     if some == width:  # one product, because the three lie side by side
         layer(rows, out=out, columns=slice(0, 3 * width))
     else:
-        for part, place in enumerate(out.split(some, dim=-1)):
-            first = part * width + heads.start
-            layer(rows, out=place, columns=slice(first, first + some))
+        firsts = (part * width + heads.start for part in range(3))
+        columns = [slice(first, first + some) for first in firsts]
+        layer.write(rows, out.split(some, dim=-1), columns)
     del rows
     rms_rope_(out, *(norm.weight for norm in norms), rope[:, :, tokens], some // HEAD_DIM)
 

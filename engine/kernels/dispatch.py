@@ -84,6 +84,13 @@ def int8_product_works(device: torch.device) -> bool:
 
 
 @cache
+def low_rank_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """The same for our kernels of low-rank terms beside a product of rows in this dtype."""
+    what = f"A low-rank term beside {str(dtype).removeprefix('torch.')} in Triton"
+    return _works(what, device, lambda: probe.low_rank(device, dtype))
+
+
+@cache
 def float8_takes_row_scales(device: torch.device) -> bool:
     """Whether PyTorch multiplies float8 with a scale for each row. On Windows it does not."""
     try:

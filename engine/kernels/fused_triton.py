@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .row_format import TILE, LowRankProduct
+
 ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 has no fractions from here on: adding it rounds
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -212,8 +214,9 @@ def rms_rope_(
 @triton.jit
 def _int8_product(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
-    rows, columns,
+    low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
     DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
+    RANKS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows and columns, which then stay in the cache.
     program = tl.program_id(0)
@@ -234,29 +237,87 @@ def _int8_product(
     out = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
     if BIAS:
         out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
+    if RANKS > 0:
+        first_rank = tl.multiple_of(tl.load(first_rank_ptr + left // SIDE), 16)
+        for start in tl.range(0, RANKS, STEP, num_stages=2):
+            rank = start + tl.arange(0, STEP)[None, :]
+            of_row = low_ptr + row[:, None] * low_row + first_rank + rank
+            of_column = up_ptr + column[:, None] * RANKS + rank
+            low = tl.load(of_row, mask=(row < rows)[:, None], other=0.0)
+            up = tl.load(of_column, mask=(column < columns)[:, None], other=0.0)
+            out = tl.dot(low, up.T, out, input_precision="ieee")
     out_tiles.store([top, left], out.to(out_tiles.dtype))
 
 
 def int8_product(
-    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor,
+    added: LowRankProduct | None = None,
+) -> None:  # fmt: skip
     """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, the sums exact in int32.
 
     x: int8 [rows, depth], x_scale: float32 [rows, 1]; weight: int8 [columns, depth], scale:
     float32 [columns]; everything contiguous, depth and columns multiples of 16.
+    added: to that, before it is rounded; its ranks multiples of 16.
     """
-    (rows, depth), columns = x.shape, len(weight)
+    (rows, depth), columns = x.shape, weight.shape[0]  # `len` takes a microsecond
     if depth % 16 or columns % 16:
         raise ValueError(f"the int8 kernel needs multiples of 16, not {columns}x{depth}")
     from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
 
-    side = 128  # of the tiles, the best of those that were measured on an H200
-    tiles = (TensorDescriptor.from_tensor(t, [side, side]) for t in (x, weight, out))
+    # The best size of those that were measured on an H200.
+    tiles = (TensorDescriptor.from_tensor(t, [TILE, TILE]) for t in (x, weight, out))
     x_tiles, w_tiles, out_tiles = tiles
+    ranks, beside = 0, (None, None, None, None)
+    if added is not None:
+        low, up, _ = added
+        ranks, beside = up.shape[1], (*added, low.shape[1])
     _start(
-        _int8_product, x.device, (_cdiv(rows, side) * _cdiv(columns, side), 1, 1),
-        (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, rows, columns),
-        DEPTH=depth, BIAS=bias is not None, SIDE=side, GROUP=8, num_warps=8,
+        _int8_product, x.device, (_cdiv(rows, TILE) * _cdiv(columns, TILE), 1, 1),
+        (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
+        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
+        RANKS=ranks, STEP=min(32, ranks & -ranks), num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _low_rank_rows(
+    x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows,
+    DEPTH: tl.constexpr, RANKS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+    DEEP: tl.constexpr, INTEGERS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
+    rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    deep = tl.arange(0, DEEP)[None, :]
+    of_x = x_ptr + row.to(tl.int64)[:, None] * DEPTH + deep
+    of_down = down_ptr + rank[:, None] * DEPTH + deep
+    total = tl.zeros((HIGH, WIDE), tl.int32 if INTEGERS else tl.float32)
+    # Few programs, each of which waits for memory: so much of it is asked for ahead.
+    for start in tl.range(0, DEPTH, DEEP, num_stages=5):
+        inside = start + deep < DEPTH
+        x = tl.load(of_x + start, mask=(row < rows)[:, None] & inside, other=0.0)
+        down = tl.load(of_down + start, mask=(rank < RANKS)[:, None] & inside, other=0.0)
+        total += tl.dot(x, down.T, out_dtype=total.dtype)
+    x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
+    scale = tl.load(scale_ptr + rank, mask=rank < RANKS)
+    out = total.to(tl.float32) * x_scale[:, None] * scale[None, :]
+    place = out_ptr + row[:, None] * RANKS + rank[None, :]
+    inside = (row < rows)[:, None] & (rank < RANKS)[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out [rows, ranks] = (x * x_scale) (down * scale)^T, as of `int8_product`, in int8 or float8.
+
+    For some 16 to 256 ranks, with which the large tiles of a product would leave most of a card
+    without work.
+    """
+    (rows, depth), ranks = x.shape, down.shape[0]
+    high, wide = 32, min(64, _power_of_2(ranks))
+    _start(
+        _low_rank_rows, x.device, (_cdiv(rows, high), _cdiv(ranks, wide), 1),
+        (x, x_scale, down, scale, out, rows),
+        DEPTH=depth, RANKS=ranks, HIGH=high, WIDE=wide, DEEP=128 if wide == 64 else 256,
+        INTEGERS=x.dtype == torch.int8,
     )  # fmt: skip
 
 

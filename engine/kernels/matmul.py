@@ -4,6 +4,8 @@ Weights are [columns, depth], their scale float32 [columns], the bias [columns].
 dtype that the rows were made from, and is `out` if that could be written.
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from . import dispatch
 from .libraries import row_scaled_product
 from .ops import rescale_
-from .row_format import QuantizedActivations
+from .row_format import LowRankProduct, QuantizedActivations
 
 ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 bytes each
 FEWEST_ROWS = 32  # of the same: cuBLAS wants more than 16
@@ -42,16 +44,19 @@ def float8_product(
 
 def int8_product(
     x: QuantizedActivations, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    out: Tensor | None = None,
+    out: Tensor | None = None, added: LowRankProduct | None = None,
 ) -> Tensor:  # fmt: skip
+    """added: for rows of which `adds_low_rank` says so."""
     assert scale is not None, "int8 weights have a scale"
     values, row_scale = _flat(x)
     y = _result(weight, x, out)
     if dispatch.fused(values) and dispatch.int8_product_works(values.device):
         from . import fused_triton
 
-        fused_triton.int8_product(values, row_scale, weight, scale, bias, y.flatten(0, -2))
+        given = (values, row_scale, weight, scale, bias, y.flatten(0, -2), added)
+        fused_triton.int8_product(*given)
         return y
+    assert added is None
     for first in range(0, len(values), ROWS_AT_ONCE):
         rows = values[first : first + ROWS_AT_ONCE]
         some = slice(first, first + len(rows))
@@ -61,6 +66,29 @@ def int8_product(
         sums.mul_(row_scale[some]).mul_(scale)
         y.flatten(0, -2)[some] = sums if bias is None else sums.add_(bias)
     return y
+
+
+def has_low_rank_kernels(x: Tensor | QuantizedActivations) -> TypeGuard[QuantizedActivations]:
+    """Whether `low_rank_rows` takes these rows."""
+    if isinstance(x, Tensor) or x.scale is None or not dispatch.fused(x.values):
+        return False
+    return dispatch.low_rank_works(x.values.device, x.values.dtype)
+
+
+def adds_low_rank(x: Tensor | QuantizedActivations) -> TypeGuard[QuantizedActivations]:
+    """Whether `int8_product` of these rows can add what they give in a few ranks."""
+    return has_low_rank_kernels(x) and x.values.dtype == torch.int8
+
+
+def low_rank_rows(x: QuantizedActivations, down: Tensor, scale: Tensor | None) -> Tensor:
+    """x (down * scale)^T, [rows, ranks]."""
+    assert scale is not None, "it is quantized as the rows are"
+    from . import fused_triton
+
+    values, row_scale = _flat(x)
+    low = values.new_empty(values.shape[0], down.shape[0], dtype=x.dtype)
+    fused_triton.low_rank_rows(values, row_scale, down, scale, low)
+    return low
 
 
 def _flat(x: QuantizedActivations) -> tuple[Tensor, Tensor]:
@@ -73,4 +101,4 @@ def _result(weight: Tensor, x: QuantizedActivations, out: Tensor | None) -> Tens
     """Memory for the product: `out` if its rows lie one after the other, or new."""
     if out is not None and out.is_contiguous():
         return out
-    return x.values.new_empty(*x.values.shape[:-1], len(weight), dtype=x.dtype)
+    return x.values.new_empty(*x.values.shape[:-1], weight.shape[0], dtype=x.dtype)

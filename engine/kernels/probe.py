@@ -9,12 +9,13 @@ from torch import Tensor
 from . import reference
 from .hadamard import rotate
 from .libraries import kitchen_int8_product, row_scaled_product
-from .row_format import EPS, FLOAT8_DTYPE, LIMITS, ActivationFormat
+from .row_format import EPS, FLOAT8_DTYPE, LIMITS, TILE, ActivationFormat
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it should have given
 
 WIDTH, HEADS, TOKENS = 3072, 24, 16
 GROUP = 256  # of columns that are rotated together
+ROWS, RANKS = 48, 16  # of trials of products
 
 
 def same(found: Tensor, right: Tensor) -> bool:
@@ -107,11 +108,36 @@ def float8_product(device: torch.device) -> Pairs:
     yield _product(device, FLOAT8_DTYPE, row_scaled_product)
 
 
-def _product(device: torch.device, dtype: torch.dtype, multiply) -> tuple[Tensor, Tensor]:
-    rows, weight, row_scale, scale, bias = _random((48, WIDTH), (32, WIDTH), (48, 1), (32,), (32,))
+def low_rank(device: torch.device, dtype: torch.dtype) -> Pairs:
+    """Ours in Triton: rows of few ranks, and for int8 the product that adds what they give."""
+    from . import fused_triton
+
+    def few_ranks(x, x_scale, down, scale, bias, out) -> None:
+        fused_triton.low_rank_rows(x, x_scale, down, scale, out)
+        out += bias
+
+    yield _product(device, dtype, few_ranks, 3 * RANKS)
+    if dtype != torch.int8:
+        return
+    low, up = (x.bfloat16() for x in _random((ROWS, 3 * RANKS), (2 * TILE, 2 * RANKS)))
+    first_rank = torch.tensor([0, RANKS], dtype=torch.int32)
+    added = low.to(device), up.to(device), first_rank.to(device)
+    multiply = partial(fused_triton.int8_product, added=added)
+    found, right = _product(device, dtype, multiply, 2 * TILE - RANKS)
+    for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, 2 * TILE - RANKS))):
+        right[:, some] += low[:, first : first + 2 * RANKS].float() @ up[some].float().T
+    yield found, right
+
+
+def _product(
+    device: torch.device, dtype: torch.dtype, multiply, columns: int = 32
+) -> tuple[Tensor, Tensor]:
+    rows, weight, row_scale, scale, bias = _random(
+        (ROWS, WIDTH), (columns, WIDTH), (ROWS, 1), (columns,), (columns,)
+    )
     rows, weight = (x.mul(LIMITS[dtype] / 8).to(dtype) for x in (rows, weight))
     row_scale, bias = row_scale.abs() / WIDTH, bias.bfloat16()
-    out = torch.empty(48, 32, dtype=torch.bfloat16, device=device)
+    out = torch.empty(ROWS, columns, dtype=torch.bfloat16, device=device)
     multiply(*(x.to(device) for x in (rows, row_scale, weight, scale, bias)), out)
     return out, (rows.float() * row_scale) @ (weight.float() * scale[:, None]).T + bias
 

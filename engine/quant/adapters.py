@@ -6,7 +6,7 @@ change of it lost. The input meets `down` in the format in which it meets the we
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,47 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.hadamard import rotate
+from ..kernels.row_format import TILE
+from .bound_terms import BoundTerms
 from .formats import BFLOAT16, CONVERTED_AT_ONCE
 from .linear import LinearMethod, StoredLinear
 from .low_rank import Adapter, LowRankTerm
 from .quantize import float32_of, quantize_rows
-
-RANK_MULTIPLE = 16  # of the rows of a matrix that units multiply in 8 bits
-
-Adapters = Sequence[tuple[Adapter, float]]  # each with its strength
-
-
-@dataclass(frozen=True)
-class BoundTerms:
-    """What adapters add to the products of one layer: y[:, columns] += (x down^T)[:, ranks] up^T.
-
-    down: [ranks of all terms, in], in the format of the layer's rows; ups: for each term its
-    columns, its ranks and up [columns, rank], scale and strength included; gain, bias: float32
-    [out] or None, y * gain + bias comes before the terms.
-    """
-
-    down: StoredLinear | None
-    ups: Sequence[tuple[slice, slice, Tensor]]
-    gain: Tensor | None = None
-    bias: Tensor | None = None
-
-    def add_to(self, y: Tensor, x: Any, columns: slice, method: LinearMethod | None) -> None:
-        """Add to y [..., these columns], contiguous, what the rows x of the layer give."""
-        first = columns.start or 0
-        last, flat = first + y.shape[-1], y.flatten(0, -2)
-        if self.gain is not None:
-            flat.mul_(self.gain[columns])
-        if self.bias is not None:
-            flat += self.bias[columns].to(y.dtype)
-        if self.down is None:
-            return
-        low = self.down(x) if method is None else method(self.down, x, None, slice(None))
-        low = low.flatten(0, -2)
-        for reached, ranks, up in self.ups:
-            begin, end = max(first, reached.start), min(last, reached.stop)
-            if begin < end:
-                part = up[begin - reached.start : end - reached.start].to(y.dtype)
-                flat[:, begin - first : end - first].addmm_(low[:, ranks], part.T)
+from .rank_layout import Adapters, rank_layout
 
 
 @contextmanager
@@ -101,17 +67,18 @@ def bound_bytes(
     nbytes, most = 0, 0
     for name in names:
         layer: Any = module.get_submodule(name)
-        downs, ups = _stacked(name, adapters)
-        ranks = _padded(sum(len(down) for down in downs))
+        layout = rank_layout(name, adapters)
         wanted = method.wanted(layer)
         quantized = wanted is not None and wanted.dtype is not None
         itemsize = 1 if quantized else method.dtype.itemsize
-        in_features, out_features = layer.weight.shape[1], layer.weight.shape[0]
-        nbytes += ranks * (in_features * itemsize + 4 * quantized)
-        nbytes += sum(term.up.numel() for term, *_ in ups) * method.dtype.itemsize
+        out_features, in_features = layer.weight.shape
+        nbytes += layout.ranks * (in_features * itemsize + 4 * quantized)
         vectors = any(name in {*a.biases, *a.gains} for a, _ in adapters)
         nbytes += 2 * 4 * out_features * vectors
-        most = max(most, ranks)
+        if layout.downs:
+            nbytes += out_features * layout.span_ranks * method.dtype.itemsize
+            nbytes += 4 * -(-out_features // TILE)
+        most = max(most, layout.ranks)
     return nbytes, most
 
 
@@ -188,45 +155,32 @@ def _norms(adapters: Adapters) -> dict[str, Tensor]:
     return {name: norm for adapter, _ in adapters for name, norm in adapter.norms.items()}
 
 
-def _stacked(
-    name: str, adapters: Adapters
-) -> tuple[list[Tensor], list[tuple[LowRankTerm, float, Tensor | None, slice]]]:
-    """The downs of a layer, each once; and its terms with their strengths, the gains of their rows
-    and their places among the downs."""
-    downs: list[Tensor] = []
-    places: dict[int, slice] = {}
-    ups, ranks = [], 0
-    for adapter, strength in adapters:
-        for term in adapter.terms.get(name, ()):
-            if id(term.down) not in places:
-                places[id(term.down)] = slice(ranks, ranks + len(term.down))
-                downs.append(term.down)
-                ranks += len(term.down)
-            ups.append((term, strength, adapter.gains.get(name), places[id(term.down)]))
-    return downs, ups
-
-
-def _padded(ranks: int) -> int:
-    return -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
-
-
 def _bound(
     layer: StoredLinear, name: str, adapters: Adapters, dtype: torch.dtype, device: torch.device
 ) -> BoundTerms:
-    downs, terms = _stacked(name, adapters)
+    layout = rank_layout(name, adapters)
     gain, bias = _gain_and_bias(layer, name, adapters, device)
-    if not downs:
-        return BoundTerms(None, (), gain, bias)
-    stacked = downs[0].new_zeros(_padded(sum(map(len, downs))), layer.weight.shape[1])
-    torch.cat(downs, out=stacked[: sum(map(len, downs))])
-    ups = []
-    for term, strength, gains, ranks in terms:
-        columns = slice(term.first, term.first + len(term.up))
-        up = term.up.to(device, torch.float32) * (term.scale * strength)
+    if not layout.downs:
+        return BoundTerms(gain=gain, bias=bias)
+    columns, width = layer.weight.shape
+    down = layout.downs[0].new_zeros(layout.ranks, width)
+    torch.cat([*layout.downs], out=down[: sum(map(len, layout.downs))])
+    up = torch.zeros(columns, layout.span_ranks, dtype=dtype, device=device)
+    for term, strength, gains, ranks in layout.terms:
+        some = term.up.to(device, torch.float32) * (term.scale * strength)
         if gains is not None:
-            up *= gains[columns, None].to(device)
-        ups.append((columns, ranks, up.to(dtype)))
-    return BoundTerms(_as_rows_come(layer, stacked.to(device), dtype), ups, gain, bias)
+            some *= gains[term.columns, None].to(device)
+        for span in layout.spans:
+            start = max(span.columns.start, term.first)
+            stop = min(span.columns.stop, term.columns.stop)
+            if start < stop:
+                place = slice(ranks.start - span.ranks.start, ranks.stop - span.ranks.start)
+                up[start:stop, place] += some[start - term.first : stop - term.first]
+    first_ranks = layout.first_ranks(columns)
+    tiled = first_ranks is not None and gain is None and bias is None
+    tiles = torch.tensor(first_ranks, dtype=torch.int32, device=device) if tiled else None
+    bound = _as_rows_come(layer, down.to(device), dtype)
+    return BoundTerms(bound, up, layout.spans, tiles, gain, bias)
 
 
 def _gain_and_bias(

@@ -1,6 +1,6 @@
 """A linear layer that stores its weight in one format and multiplies in another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from .formats import Storage, rotation_group
 
 ALL = slice(None)
 StorageOf = Callable[[str], Storage]  # of the linear layer of that name
+Rows = Tensor | QuantizedActivations
 
 
 class LinearMethod(Protocol):
@@ -34,7 +35,7 @@ class LinearMethod(Protocol):
     def __call__(
         self,
         layer: "StoredLinear",
-        x: Tensor | QuantizedActivations,
+        x: Rows,
         out: Tensor | None,
         columns: slice,
     ) -> Tensor:
@@ -45,13 +46,14 @@ class LinearMethod(Protocol):
 class Additions(Protocol):
     """What is added to the products of one layer."""
 
-    def add_to(
-        self,
-        y: Tensor,
-        x: Tensor | QuantizedActivations,
-        columns: slice,
-        method: LinearMethod | None,
-    ) -> None: ...
+    def low(self, layer: "StoredLinear", x: Rows) -> Tensor | None:
+        """What is made of x first, for any columns."""
+
+    def product(
+        self, layer: "StoredLinear", x: Rows, out: Tensor | None, columns: slice, low: Tensor | None
+    ) -> Tensor:
+        """These columns of the layer's product and what is added; `out` if it is written there."""
+        ...
 
 
 class StoredLinear(nn.Module):
@@ -87,25 +89,34 @@ class StoredLinear(nn.Module):
 
     def matrix(self, columns: slice = ALL) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight, scale and bias of these output columns."""
+        if columns == ALL:  # at every product: three views less to make
+            return self.weight, self.scale, self.bias
         scale, bias = (None if v is None else v[columns] for v in (self.scale, self.bias))
         return self.weight[columns], scale, bias
 
     def forward(
-        self, x: Tensor | QuantizedActivations, out: Tensor | None = None, columns: slice = ALL
+        self, x: Rows, out: Tensor | None = None, columns: slice = ALL, low: Tensor | None = None
     ) -> Tensor:
         """These columns of the result, written to `out` when that is given.
 
-        x: [..., in], or what `rows` gave.
+        x: [..., in], or what `rows` gave. low: what adapters make of x, if that is there already.
         """
-        if self.method is None:
+        if self.adapted is not None:
+            low = self.adapted.low(self, x) if low is None else low
+            y = self.adapted.product(self, x, out, columns, low)
+        elif self.method is None:
             y = dequantized_product(self, x, columns=columns)
         else:
             y = self.method(self, x, out, columns)
-        if self.adapted is not None:
-            self.adapted.add_to(y, x, columns, self.method)
         if out is not None and y is not out:
             out.copy_(y)
         return y
+
+    def write(self, x: Rows, outs: Sequence[Tensor], columns: Sequence[slice]) -> None:
+        """Some columns of the result to each of `outs`; what adapters make of x is made once."""
+        low = None if self.adapted is None else self.adapted.low(self, x)
+        for out, some in zip(outs, columns, strict=True):
+            self(x, out, some, low)
 
 
 class StoredNorm(nn.Module):
@@ -122,7 +133,7 @@ class StoredNorm(nn.Module):
 
 def dequantized_product(
     layer: StoredLinear,
-    x: Tensor | QuantizedActivations,
+    x: Rows,
     buffer: Tensor | None = None,
     out: Tensor | None = None,
     columns: slice = ALL,

@@ -29,6 +29,10 @@ class LowRankTerm:
     def rank(self) -> int:
         return len(self.down)
 
+    @property
+    def columns(self) -> slice:
+        return slice(self.first, self.first + len(self.up))
+
 
 @dataclass(frozen=True)
 class AdapterReport:

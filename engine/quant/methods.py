@@ -12,7 +12,7 @@ from ..kernels.matmul import float8_product, int8_product
 from ..kernels.ops import norm_modulate_quantize
 from ..kernels.row_format import LIMITS, ActivationFormat, QuantizedActivations
 from .formats import CONVERTED_AT_ONCE
-from .linear import LinearMethod, StoredLinear, dequantized_product
+from .linear import LinearMethod, Rows, StoredLinear, dequantized_product
 
 FEW_ROWS = 128  # which cost little to multiply; quantizing them would only lose accuracy
 SIDE_MULTIPLE = 16  # of both sides of a weight that matrix units multiply in 8 bits
@@ -37,7 +37,7 @@ class Dequantized:
     def __call__(
         self,
         layer: StoredLinear,
-        x: Tensor | QuantizedActivations,
+        x: Rows,
         out: Tensor | None,
         columns: slice,
     ) -> Tensor:
@@ -71,24 +71,25 @@ class EightBit:
     def __call__(
         self,
         layer: StoredLinear,
-        x: Tensor | QuantizedActivations,
+        x: Rows,
         out: Tensor | None,
         columns: slice,
     ) -> Tensor:
-        dtype = layer.weight.dtype
-        exact = isinstance(x, Tensor) and (
-            x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype != self.dtype
-        )
-        if not self.takes(layer) or exact:
-            return self.otherwise(layer, x, out, columns)
-        if self.kitchen and dtype == torch.int8 and isinstance(x, Tensor):
-            return kitchen_int8_product(x, *_scaled(layer, columns), layer.group)
         if isinstance(x, Tensor):
-            x = norm_modulate_quantize(
+            dtype = layer.weight.dtype
+            exact = x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype != self.dtype
+            if exact or not self.takes(layer):
+                return self.otherwise(layer, x, out, columns)
+            if self.kitchen and dtype == torch.int8:
+                return kitchen_int8_product(x, *_scaled(layer, columns), layer.group)
+            rows = norm_modulate_quantize(
                 x, wanted=ActivationFormat(dtype, LIMITS[dtype], layer.group)
             )
-        assert isinstance(x, QuantizedActivations)
-        product = int8_product if dtype == torch.int8 else float8_product
+            assert isinstance(rows, QuantizedActivations)
+            x = rows
+        elif x.scale is None:  # only rotated
+            return self.otherwise(layer, x, out, columns)
+        product = int8_product if x.values.dtype == torch.int8 else float8_product
         return product(x, *layer.matrix(columns), out)
 
     def takes(self, layer: StoredLinear) -> bool:

@@ -1,7 +1,10 @@
 """What adapters add beside the stored weights."""
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +12,11 @@ import torch
 
 from file_layouts import Tensors
 from majicflux.benchmarks import random_models
+from majicflux.engine import kernels as kernels_package
 from majicflux.engine.flux.transformer import DiT, build_flux_dit
+from majicflux.engine.kernels import dispatch
 from majicflux.engine.kernels.hadamard import rotate
+from majicflux.engine.kernels.row_format import LIMITS
 from majicflux.engine.offload.weight_block import CPU
 from majicflux.engine.quant import adapters as adapters_module
 from majicflux.engine.quant.adapters import adapted, bound_bytes, row_gains, touched
@@ -57,16 +63,16 @@ def delta(term: LowRankTerm, rows: int, strength: float = 1.0) -> torch.Tensor:
 class OneLayer(torch.nn.Module):
     """A stored layer named `layer`, and its weights in float64."""
 
-    def __init__(self, storage: Storage):
+    def __init__(self, storage: Storage, columns: int = COLUMNS):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(COLUMNS, WIDTH, generator=generator) * 0.02
-        self.layer = StoredLinear(WIDTH, COLUMNS, True, storage).to_empty(device="cpu")
+        weight = torch.randn(columns, WIDTH, generator=generator) * 0.02
+        self.layer = StoredLinear(WIDTH, columns, True, storage).to_empty(device="cpu")
         if self.layer.scale is None:
             self.layer.weight.data.copy_(weight)
         else:
             quantize_rows(weight, self.layer.weight.data, self.layer.scale.data, self.layer.group)
-        self.layer.bias.data.copy_(torch.randn(COLUMNS, generator=generator))
+        self.layer.bias.data.copy_(torch.randn(columns, generator=generator))
         self.exact = weight.double()
 
 
@@ -139,6 +145,114 @@ def test_a_down_that_several_terms_share_is_kept_once() -> None:
     added = y - model.layer(model.layer.rows(x))
     assert relative(added[..., :32], added[..., 64:].double()) < 1e-4
     assert (added[..., 32:64] == 0).all()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What our own kernels for 8 bits say, in float64; the names of those that were started."""
+    started: list[str] = []
+
+    def low_rank_rows(x, x_scale, down, scale, out) -> None:
+        started.append("low_rank_rows")
+        out.copy_((x.double() * x_scale) @ (down.double() * scale[:, None]).T)
+
+    def int8_product(x, x_scale, weight, scale, bias, out, added=None) -> None:
+        started.append("int8_product" if added is None else "int8_product with terms")
+        y = (x.double() * x_scale) @ (weight.double() * scale[:, None]).T + bias
+        if added is not None:
+            low, up, first_ranks = added
+            for tile, first in enumerate(first_ranks.tolist()):
+                some = slice(128 * tile, min(128 * (tile + 1), len(up)))
+                y[:, some] += low[:, first : first + up.shape[1]].double() @ up[some].double().T
+        out.copy_(y)
+
+    addmm_ = torch.Tensor.addmm_
+
+    def counted(*given: Any) -> torch.Tensor:
+        started.append("addmm_")
+        return addmm_(*given)
+
+    def dequantize(stored, scale, out) -> None:
+        out.copy_(stored).mul_(scale[:, None])
+
+    stand_in = SimpleNamespace(
+        low_rank_rows=low_rank_rows, int8_product=int8_product, dequantize=dequantize
+    )
+    monkeypatch.setitem(sys.modules, "majicflux.engine.kernels.fused_triton", stand_in)  # type: ignore
+    monkeypatch.setattr(kernels_package, "fused_triton", stand_in, raising=False)
+    monkeypatch.setattr(dispatch, "fused", lambda x: x.dtype in LIMITS)
+    monkeypatch.setattr(dispatch, "int8_product_works", lambda _: True)
+    monkeypatch.setattr(dispatch, "low_rank_works", lambda *_: True)
+    monkeypatch.setattr(torch.Tensor, "addmm_", counted)
+    return started
+
+
+SPLIT = [  # terms of queries, of keys and of values, each of 128 columns
+    term(16, 128, first=0, seed=1),
+    term(32, 128, first=128, seed=2),
+    term(20, 128, first=256, seed=3),
+]
+TERMS = {  # of the LoRAs that are there at once, and the sums that they are without our kernel
+    "one": ([(term(8, 384),)], 1),
+    "three": ([(term(8, 384),), (term(16, 384, seed=1),), (term(3, 384, seed=2),)], 1),
+    "split": ([SPLIT], 3),
+    "split, one down": ([[replace(SPLIT[0], first=first) for first in (0, 128, 256)]], 1),
+    "three split": ([SPLIT, SPLIT[::-1], SPLIT[:2]], 3),
+    "split beside whole": ([SPLIT, (term(8, 384),)], 2),
+    "queries alone": ([SPLIT[:1]], 1),
+}
+
+
+@pytest.mark.parametrize("case", TERMS)
+@pytest.mark.parametrize("storage", [INT8_ROTATED, FLOAT8], ids=str)
+def test_terms_are_few_products(kernels: list[str], storage: Storage, case: str) -> None:
+    """One of the rows for all columns and LoRAs; the sums join the int8 product where that is
+    ours, whatever columns are asked for, with the same bits."""
+    terms, sums = TERMS[case]
+    model = OneLayer(storage, 384)
+    layer = model.layer
+    use(layer, True)
+    adapters = [(Adapter({"layer": tuple(some)}), 0.5) for some in terms]
+    weight = model.exact + sum(delta(each, 384, 0.5) for some in terms for each in some)
+    x = torch.randn(1, 160, WIDTH, generator=torch.Generator().manual_seed(1))
+    bias = layer.bias.double()
+    rows = layer.rows(x)
+    without = relative(layer(rows) - bias, x.double() @ model.exact.T)
+    joined = storage is INT8_ROTATED
+    with adapted(model, adapters, ["layer"], torch.float32, CPU):
+        kernels.clear()
+        found = layer(rows)
+        assert relative(found - bias, x.double() @ weight.T) <= without * 1.01
+        expected = ["int8_product with terms"] if joined else ["addmm_"] * sums
+        assert kernels == ["low_rank_rows", *expected]
+        kernels.clear()
+        parts = torch.empty(3, 1, 160, 128)
+        layer.write(rows, [*parts], [slice(first, first + 128) for first in (0, 128, 256)])
+        assert kernels.count("low_rank_rows") == 1
+        met = 1 if case == "queries alone" else 3
+        assert kernels[1:] == ["int8_product with terms"] * 3 if joined else ["addmm_"] * met
+        close = torch.equal if joined else torch.allclose  # which a CPU's float8 is not
+        assert close(torch.cat([*parts], dim=-1), found)
+        few = layer.rows(x[:, 37:90])
+        assert close(layer(few), found[:, 37:90])
+
+
+@pytest.mark.parametrize("reason", ["a gain", "a bias", "terms within a tile"])
+def test_what_comes_before_the_terms_keeps_them_apart(kernels: list[str], reason: str) -> None:
+    model = OneLayer(INT8_ROTATED, 384)
+    use(model.layer, True)
+    vector = {"layer": torch.full((384,), 2.0)}
+    adapter = {
+        "a gain": Adapter({"layer": (term(8, 384),)}, gains=vector),
+        "a bias": Adapter({"layer": (term(8, 384),)}, biases=vector),
+        "terms within a tile": Adapter({"layer": (term(16, 64), term(16, 320, first=64, seed=1))}),
+    }[reason]
+    rows = model.layer.rows(torch.randn(1, 160, WIDTH))
+    with adapted(model, [(adapter, 1.0)], ["layer"], torch.float32, CPU):
+        kernels.clear()
+        model.layer(rows)
+    sums = 2 if reason == "terms within a tile" else 1
+    assert kernels == ["low_rank_rows", "int8_product", *["addmm_"] * sums]
 
 
 def test_a_bias_is_added_and_a_norm_replaced(make_pipeline) -> None:
@@ -265,6 +379,19 @@ def test_streamed_pictures_and_chunks_are_the_same_bits(
     assert torch.equal(latents(streaming), expected)
 
 
+def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[str]) -> None:
+    pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], mode="8-bit")
+    module, counts = pipeline.dit.weights.module, []
+    for count in (1, 3):
+        adapters = [(adapter_of(module, 8, seed), 0.5) for seed in range(count)]
+        kernels.clear()
+        latents(with_adapters(pipeline, *adapters))
+        counts.append(Counter(kernels))
+    one, three = counts
+    assert one == three
+    assert one["low_rank_rows"] == one["int8_product with terms"] > 0
+
+
 @pytest.mark.parametrize("name", [*LAYERS, CLIP_LAYER])
 def test_a_shortage_while_an_adapter_comes_is_survived(
     make_pipeline, monkeypatch, name: str
@@ -326,7 +453,7 @@ def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit:
     given = (module, adapters, names, torch.bfloat16, CPU)
     with compute.applied_to(module, CPU), adapted(*given):
         bound = [module.get_submodule(name).adapted for name in names]
-        tensors = [up for each in bound for _, _, up in each.ups]
+        tensors = [x for each in bound for x in (each.up, each.first_ranks)]
         tensors += [weight for each in bound for weight in each.down.parameters()]
         assert sum(tensor.nbytes for tensor in tensors) == planned
 

@@ -78,16 +78,69 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
     assert interpreted(INTERPRETED) == "equal\n"
 
 
+LOW_RANK = """
+import torch
+from majicflux.engine.kernels import fused_triton as fused
+generator = torch.Generator().manual_seed(0)
+def drawn(*shape):
+    return torch.randn(shape, generator=generator)
+def relative(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+depth = 272  # which fills no tile, as the rows and columns
+x = drawn(200, depth).mul(30).clamp(-127, 127).to(torch.int8)
+weight = drawn(176, depth).mul(30).clamp(-127, 127).to(torch.int8)
+x_scale, scale, bias = drawn(200, 1).abs(), drawn(176).abs() / depth, drawn(176)
+def exactly(x, x_scale, weight, scale):
+    return (x.double() * x_scale) @ (weight.double() * scale[:, None]).T
+for dtype in (torch.int8, torch.float8_e4m3fn):
+    for ranks in (16, 48, 96):
+        some = [t.to(dtype) if t.dtype == torch.int8 else t for t in (x, weight)]
+        given = some[0], x_scale, some[1][:ranks], scale[:ranks]
+        low = torch.empty(200, ranks)
+        fused.low_rank_rows(*given, low)
+        assert relative(low, exactly(*given)) < 1e-6, (dtype, ranks)
+first_rank = torch.tensor([32, 16], dtype=torch.int32)  # of the two tiles of columns
+for ranks in (16, 48, 64, 256):
+    low, up = drawn(200, ranks + 32), drawn(176, ranks)
+    found, plain = torch.empty(200, 176), torch.empty(200, 176)
+    given = x, x_scale, weight, scale, bias
+    fused.int8_product(*given, found, (low, up, first_rank))
+    exact = exactly(*given[:4]) + bias
+    exact[:, :128] += low[:, 32 : 32 + ranks].double() @ up[:128].double().T
+    exact[:, 128:] += low[:, 16 : 16 + ranks].double() @ up[128:].double().T
+    assert relative(found, exact) < 1e-6, ranks
+    some = slice(40, 77)
+    part = torch.empty(37, 176)
+    fused.int8_product(x[some], x_scale[some], *given[2:], part, (low[some], up, first_rank))
+    assert relative(part, exact[some]) < 1e-6
+    last = torch.empty(200, 48)
+    columns = weight[128:], scale[128:], bias[128:]
+    fused.int8_product(x, x_scale, *columns, last, (low, up[128:], first_rank[1:]))
+    assert relative(last, exact[:, 128:]) < 1e-6
+    fused.int8_product(*given, plain)
+    assert relative(plain, exactly(*given[:4]) + bias) < 1e-6
+print("equal")
+"""
+
+
+def test_the_kernels_of_low_rank_terms_say_what_float64_says() -> None:
+    """In float32: Triton's interpreter multiplies no bfloat16."""
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    assert interpreted(LOW_RANK) == "equal\n"
+
+
 TRIALS = """
 import torch
 from majicflux.engine.kernels import probe
 trials = list(probe.fused(torch.device("cpu"), False))
+for dtype in (torch.int8, torch.float8_e4m3fn):
+    trials.append(next(probe.low_rank(torch.device("cpu"), dtype)))
 print(len(trials), all(probe.same(*trial) for trial in trials))
 """
 
 
 def test_the_trials_find_the_kernels_right() -> None:
-    assert interpreted(TRIALS) == "9 True\n"
+    assert interpreted(TRIALS) == "11 True\n"
 
 
 def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +228,7 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     from triton.compiler.compiler import ASTSource, compile
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
-             torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
+             torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32"}  # fmt: skip
     compiled = []
 
     def start(kernel, device, programs, given, num_warps=4, **constants) -> None:
@@ -225,7 +278,17 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
         if methods:
             fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
         fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
-    assert len(compiled) == 2 * len(formats) + 6 + 2 * methods
+    first_rank, of_rows = empty(24, dtype=torch.int32), scale[:64, None]
+    ranks = [16, 48, 64, 256]
+    for some in ranks:
+        added = empty(64, some + 16), empty(3072, some), first_rank
+        if methods:
+            fused.int8_product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
+        for dtype in (torch.int8, torch.float8_e4m3fn)[: 1 + (capability >= FLOAT8_UNITS)]:
+            narrow = rows.view(dtype), of_rows, empty(some, 64, dtype=dtype), scale[:some]
+            fused.low_rank_rows(*narrow, empty(64, some))
+    of_ranks = len(ranks) * (1 + methods + (capability >= FLOAT8_UNITS))
+    assert len(compiled) == 2 * len(formats) + 6 + 2 * methods + of_ranks
 
 
 def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
