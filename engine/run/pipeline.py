@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import EncoderWidthError, NoTextEncodersError, NotTextToImageError, NoVaeError
+from ..errors import (
+    EncoderWidthError,
+    NoPictureError,
+    NoTextEncodersError,
+    NoVaeError,
+    UnknownChannelsError,
+)
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -16,7 +22,7 @@ from ..offload.weight_block import CPU
 from ..plan.plan import DENOISE, Plan, Workload
 from ..quant.compute import ComputePrecision
 from ..sampling.loop import OnPass, unpainted
-from ..sizes import CHANNELS, PATCH, PIXELS_PER_LATENT, STEP
+from ..sizes import OF_LATENTS, OF_MASK, PIXELS_PER_LATENT, STEP
 from ..torch_state import own_state
 from .pipeline_run import Component, OnStage, PipelineRun, ignore_stage
 from .report import Report
@@ -49,9 +55,9 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         g = self.dit.geometry
-        channels = g.in_channels
-        if channels != CHANNELS * PATCH**2:
-            raise NotTextToImageError(channels=channels)
+        known = (OF_LATENTS, 2 * OF_LATENTS, 2 * OF_LATENTS + OF_MASK)
+        if g.in_channels not in known:
+            raise UnknownChannelsError(channels=g.in_channels)
         if self.text_encoders is not None:
             self._require_width("CLIP-L", g.pooled_width, self.text_encoders.pooled_width)
             self._require_width("T5", g.text_width, self.text_encoders.t5_geometry.width)
@@ -59,6 +65,12 @@ class Pipeline:
     def _require_width(self, encoder: str, wanted: int, width: int) -> None:
         if width != wanted:
             raise EncoderWidthError(encoder=encoder, wanted=wanted, width=width)
+
+    def require_pictures(self, request: GenerationRequest) -> None:
+        """Raise NoPictureError where the transformer needs one that a prompt does not bring."""
+        g = self.dit.geometry
+        if g.takes_picture and not all(each.has_image for each in request.prompt_pictures):
+            raise NoPictureError(channels=g.in_channels)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -195,6 +207,7 @@ def _workload(
 ) -> Workload:
     if request.mask_is_empty:
         return request.workload
+    pipeline.require_pictures(request)
     tokens = pipeline.text_tokens(request.prompts, before_block)
     return replace(request.workload, text_tokens=tokens, preview_bytes=preview_bytes)
 

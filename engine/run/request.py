@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...messages import later
 from .. import errors
+from ..flux.picture_conditions import NO_PICTURES, PictureConditions
 from ..flux.text_encoders import TextEmbedding
 from ..latents import draw_noise, latent_mask
 from ..offload.weight_block import CPU
@@ -91,12 +92,20 @@ class GenerationRequest:
     @property
     def workload(self) -> Workload:
         steps, prompts = len(self.sigmas) - 1, len(self.prompts)
-        return Workload(self.width, self.height, self.pictures, steps, prompts)
+        references = max(each.reference_tokens for each in self.prompt_pictures)
+        return Workload(
+            self.width, self.height, self.pictures, steps, prompts, reference_tokens=references
+        )
 
     @property
     def prompts(self) -> list[str | TextEmbedding]:
         """The positive one, and the negative one where it is used."""
         return [self.prompt] if self.cfg == 1 else [self.prompt, self.negative]
+
+    @property
+    def prompt_pictures(self) -> list[PictureConditions]:
+        """What each prompt comes with; a text comes with none."""
+        return [NO_PICTURES if isinstance(p, str) else p.pictures for p in self.prompts]
 
     @property
     def has_texts(self) -> bool:

@@ -1,0 +1,129 @@
+"""Pictures in a CONDITIONING of ComfyUI's own nodes, through its own Flux and ours, in float32."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from majicflux.benchmarks.random_models import CLIP, DIT, T5, random_tensors
+from majicflux.engine.flux.conditioning import conditions_of
+from majicflux.engine.flux.picture_conditions import picture_tokens
+from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.quant.formats import FLOAT32, uniform
+from majicflux.host import native
+from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.layouts import flux_dit_layout
+
+pytestmark = pytest.mark.usefixtures("comfy")
+FLOAT = torch.float32
+SIGMA = torch.tensor(0.8)
+# What its node sets, of a model of so many channels, for a picture of 12 x 20 latents.
+BATCHES = [1, 3]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def conditioning(**options: Any) -> list[Any]:
+    options = {"pooled_output": randn(1, CLIP.width), "guidance": 2.5, **options}
+    return [[randn(1, 33, T5.width), options]]
+
+
+class BothModels:
+    """ComfyUI's Flux and ours, of one file."""
+
+    def __init__(self, path: Any, tensors: dict[str, Tensor]):
+        import comfy.model_detection
+
+        config = comfy.model_detection.model_config_from_unet(tensors, "")
+        config.set_inference_dtype(FLOAT, None)
+        self.theirs = config.get_model(tensors, "", "cpu")
+        self.theirs.load_model_weights(dict(tensors), "")
+        weights, self.geometry = load_flux_dit(path, uniform(FLOAT32))
+        self.module = weights.module
+
+    def expected(self, latents: Tensor, given: list[Any], mask: Tensor | None = None) -> Tensor:
+        (tokens, options), batch = given[0], len(latents)
+        masks = {} if mask is None else {"denoise_mask": mask.expand_as(latents)}
+        found = self.theirs.extra_conds(
+            noise=latents, device=latents.device, cross_attn=tokens, **options, **masks
+        )
+        conds = {name: c.process_cond(batch_size=batch, area=None).cond for name, c in found.items()}
+        clean = self.theirs.apply_model(latents, SIGMA.repeat(batch), **conds)
+        return (latents - clean) / SIGMA
+
+    def found(self, latents: Tensor, given: list[Any], mask: Tensor | None = None) -> Tensor:
+        prompt = native.from_conditioning("positive", given, self.geometry)
+        told = (3.5, FLOAT, latents.device, FLOAT, SIGMA.reshape(1))
+        (conditions,) = conditions_of(self.module, [prompt], *told)
+        pictures = picture_tokens(
+            prompt.pictures, self.geometry, latents.shape, mask, lambda x: x
+        )
+        return flux_velocity(self.module, replace(conditions, pictures=pictures))(latents, SIGMA)
+
+
+@pytest.fixture
+def models_of(saved: Callable) -> Callable[[int], BothModels]:
+    def load(channels: int) -> BothModels:
+        layout = flux_dit_layout(replace(DIT, in_channels=channels))
+        tensors = random_tensors(layout, 0, FLOAT)
+        return BothModels(saved(tensors), tensors)
+
+    return load
+
+
+def require_same(both: BothModels, batch: int, given: list[Any], mask: Tensor | None = None):
+    latents = randn(batch, 16, 12, 20)
+    with torch.no_grad():
+        found, expected = both.found(latents, given, mask), both.expected(latents, given, mask)
+    assert ((found - expected).norm() / expected.norm()).item() <= 1e-5
+    return found
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("channels", [64, 128, 384])
+def test_an_image_and_a_mask_beside_the_latents(
+    models_of: Callable[[int], BothModels], channels: int, batch: int
+) -> None:
+    both, found = models_of(channels), []
+    same_size = {"concat_latent_image": randn(1, 16, 12, 20)}
+    for options in (
+        same_size,
+        same_size | {"concat_mask": randn(1, 1, 96, 160).clamp(0, 1)},
+        {"concat_mask": randn(2, 1, 50, 70)},
+        {"concat_latent_image": randn(2, 16, 9, 31), "concat_mask": randn(4, 1, 201, 96)},
+        {"concat_latent_image": randn(5, 16, 30, 8)},
+    ):
+        given = conditioning(**options)
+        found.append(require_same(both, batch, given, torch.rand(batch, 1, 12, 20)))
+        require_same(both, batch, given)
+    different = len({tuple(x.flatten()[:8].tolist()) for x in found})
+    assert different == {64: 1, 128: 4, 384: 5}[channels]
+
+
+REFERENCES = {
+    "one": [(1, 16, 12, 20)],
+    "another size": [(1, 16, 8, 30)],
+    "odd sides": [(1, 16, 7, 13), (1, 16, 5, 5)],
+    "three": [(1, 16, 12, 20), (1, 16, 20, 6), (1, 16, 8, 8)],
+    "tall ones": [(1, 16, 20, 6), (1, 16, 19, 7), (1, 16, 4, 24)],
+    "of a batch": [(2, 16, 6, 6), (5, 16, 8, 4)],
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("method", [None, "offset", "index", "uxo"])
+@pytest.mark.parametrize("shapes", REFERENCES)
+def test_references_after_the_latents(
+    models_of: Callable[[int], BothModels], shapes: str, method: str | None, batch: int
+) -> None:
+    latents = [randn(*shape) for shape in REFERENCES[shapes]]
+    given = conditioning(reference_latents=latents, reference_latents_method=method)
+    if batch == 1:
+        latents = [x for x in latents]
+    found = require_same(models_of(64), batch, given)
+    assert found.shape == (batch, 16, 12, 20)
