@@ -620,6 +620,7 @@ def test_plan_says_everything_to_programs(capsys) -> None:
         "prompts": 1,
         "text_tokens": T5_TOKENS,
         "preview_bytes": 0,
+        "reference_tokens": 0,
     }
     assert found["workload"] == job
     assert found["budget_bytes"] == 6 * GB
