@@ -92,13 +92,14 @@ def plan_denoising(
         )
         return max(step, conditions)
 
-    chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
+    smaller = [chunk for chunk in CHUNKS if chunk < tokens]
+    chunks = [0, *smaller]
     # Between two steps there is a preview, which is left out where it finds no room.
     choices = [(chunk, max(values(chunk), fixed + workload.preview_bytes)) for chunk in chunks]
     grouped = []
     for groups in GROUPS:  # with the largest chunks that take no more than the smallest
         least = values(chunks[-1], groups)
-        chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
+        chunk = next(chunk for chunk in smaller or chunks if values(chunk, groups) <= least)
         grouped.append((chunk, least, groups))
     # Every chunk converts the weights again, or takes many small operations.
     repeating = conversion_bytes > 0 or not profile.fused
