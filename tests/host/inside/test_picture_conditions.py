@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,3 +144,21 @@ def test_references_after_the_latents(
     found = require_same(models_of(64), batch, given)
     plain = require_same(models_of(64), batch, conditioning())
     assert relative(found, plain) > 0.01
+
+
+def test_redux_lengthens_the_prompt(models_of) -> None:
+    import nodes
+
+    redux = SimpleNamespace(get_cond=lambda seen: seen)
+
+    def applied(strength_type: str) -> list[Any]:
+        seen = randn(1, 20, T5.width)
+        return nodes.StyleModelApply().apply_stylemodel(
+            conditioning(), redux, seen, 0.7, strength_type
+        )[0]
+
+    both = models_of(64)
+    found = require_same(both, 1, applied("multiply"))
+    assert relative(found, require_same(both, 1, conditioning())) > 0.01
+    with pytest.raises(ValueError, match="carries attention_mask"):
+        both.found(randn(1, 16, 12, 20), applied("attn_bias"))
