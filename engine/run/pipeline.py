@@ -14,6 +14,7 @@ from ..errors import (
     NoVaeError,
     UnknownChannelsError,
 )
+from ..flux.picture_conditions import PictureConditions
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -66,10 +67,19 @@ class Pipeline:
         if width != wanted:
             raise EncoderWidthError(encoder=encoder, wanted=wanted, width=width)
 
+    def lacks_pictures(self, request: GenerationRequest) -> bool:
+        """Whether the transformer takes a picture, and a prompt brings none."""
+        brought = all(each.has_image for each in request.prompt_pictures)
+        return self.dit.geometry.takes_picture and not brought
+
     def require_pictures(self, request: GenerationRequest) -> None:
-        """Raise NoPictureError where the transformer needs one that a prompt does not bring."""
+        """Raise NoPictureError where there is none that the transformer needs.
+
+        A fill model is satisfied with a picture and a mask of the request.
+        """
         g = self.dit.geometry
-        if g.takes_picture and not all(each.has_image for each in request.prompt_pictures):
+        filled = g.takes_mask and request.picture is not None and request.mask is not None
+        if self.lacks_pictures(request) and not filled:
             raise NoPictureError(channels=g.in_channels)
 
     @property
@@ -190,6 +200,8 @@ def paint(
     clean = (
         request.latents if request.picture is None else pipeline.encode.run(run, request.picture)
     )
+    if painting and pipeline.lacks_pictures(request):
+        prompts = _with_picture_to_fill(pipeline, run, request, prompts)
     inputs = request.sampler_inputs(clean)
     if painting:
         given = (inputs, prompts, request.guidance, on_pass, latents_dtype)
@@ -218,6 +230,19 @@ def _embedded(
     if request.has_texts:
         return pipeline.text.run(run, request.prompts)
     return checked_embeddings(request.prompts)
+
+
+def _with_picture_to_fill(
+    pipeline: Pipeline,
+    run: PipelineRun,
+    request: GenerationRequest,
+    prompts: Sequence[TextEmbedding],
+) -> list[TextEmbedding]:
+    """The prompts, with the request's picture and mask where they bring none."""
+    latents = pipeline.encode.run(run, request.greyed_picture)
+    latents = latents.repeat(request.pictures // len(latents), 1, 1, 1)
+    given = PictureConditions(latents, request.pixel_mask)
+    return [p if p.pictures.has_image else replace(p, pictures=given) for p in prompts]
 
 
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.

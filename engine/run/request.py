@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...messages import later
 from .. import errors
@@ -106,6 +107,25 @@ class GenerationRequest:
     def prompt_pictures(self) -> list[PictureConditions]:
         """What each prompt comes with; a text comes with none."""
         return [NO_PICTURES if isinstance(p, str) else p.pictures for p in self.prompts]
+
+    @property
+    def pixel_mask(self) -> Tensor:
+        """The mask in the size of the picture, [m, 1, height, width]; one for each picture that is
+        painted, where there are several."""
+        assert self.mask is not None
+        mask = F.interpolate(self.mask[:, None], (self.height, self.width), mode="bilinear")
+        if len(mask) == 1:
+            return mask
+        return mask.repeat(-(-self.pictures // len(mask)), 1, 1, 1)[: self.pictures]
+
+    @property
+    def greyed_picture(self) -> Tensor:
+        """The picture, grey where it is to be painted; one for each that is painted, where there
+        are several masks. As ComfyUI's InpaintModelConditioning."""
+        assert self.picture is not None
+        kept = 1 - self.pixel_mask.round().movedim(1, -1)
+        picture = self.picture if len(kept) == 1 else self.picture.repeat(self.batch_size, 1, 1, 1)
+        return (picture - 0.5) * kept + 0.5
 
     @property
     def has_texts(self) -> bool:

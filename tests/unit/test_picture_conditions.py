@@ -161,6 +161,27 @@ def test_a_noise_mask_is_the_mask_of_a_fill_model_that_is_given_no_other(make) -
     assert torch.allclose(alone, painted(pipeline, requested(pipeline, named, **given)), atol=1e-5)
 
 
+def test_each_picture_is_filled_where_its_own_mask_says(make) -> None:
+    pipeline = make(384)
+    pictures = torch.rand(2, 48, 64, 3, generator=torch.manual_seed(3))
+    masks = torch.zeros(2, 48, 64)
+    masks[0, :, :32] = 1
+    masks[1, :24] = 1
+
+    def sampled(images: Tensor, mask: Tensor, batch_size: int = 1) -> Tensor:
+        given = ("a cat", 0, 2, 3.5, 64, 48, batch_size)
+        return Sample.execute(pipeline, *given, image=images, mask=mask).args[1]["samples"]
+
+    found = sampled(pictures, masks, 2)
+    assert len(found) == 4
+    alone = sampled(pictures[:1], masks[:1])[0]
+    assert ((found[0] - alone).norm() / alone.norm()).item() < 1e-4
+    one_mask = sampled(pictures, masks[1:], 2)
+    for number in (1, 3):
+        difference = (one_mask[number] - found[number]).norm() / found[number].norm()
+        assert difference.item() < 1e-4
+
+
 @pytest.mark.parametrize("given", [{}, references((6, 8))])
 def test_a_fill_model_asks_for_a_picture(make, given: dict[str, Any]) -> None:
     pipeline, latent = make(384), {"samples": torch.zeros(1, 16, 6, 8)}
@@ -168,7 +189,7 @@ def test_a_fill_model_asks_for_a_picture(make, given: dict[str, Any]) -> None:
     refused = "fill, depth or canny" if not given else "reference_latents, which fill, depth and"
     with pytest.raises(ValueError, match=refused):
         Denoise.execute(pipeline, positive, latent, 0, 2, 3.5)
-    with pytest.raises(EngineError, match=r"needs a picture too\. Connect Inpaint"):
+    with pytest.raises(EngineError, match=r"needs a picture too\. Connect an image"):
         Sample.execute(pipeline, "a cat", 0, 2, 3.5, 64, 48, 1)
     with pytest.raises(EngineError, match="needs a picture too"):  # the negative prompt brings none
         Denoise.execute(

@@ -184,6 +184,31 @@ def test_fill_depth_and_canny_models(comfy, base: Graph, wide_model: str, channe
     assert "which needs a picture too. Connect" in error_of(comfy, graph)
 
 
+@pytest.mark.parametrize("channels", [384])
+def test_sample_fills_what_is_masked(comfy, base: Graph, wide_model: str) -> None:
+    """With an image and a mask of its own inputs, as InpaintModelConditioning would have it."""
+    base["1"]["inputs"]["file"] = base["unet"]["inputs"]["unet_name"] = wide_model
+    base["sigmas"]["inputs"]["steps"] = 3
+    graph = a_picture(base)
+    graph["picture"] = node("EmptyImage", width=SIZE, height=SIZE, batch_size=1, color=0x4080C0)
+    graph["given"] = node(
+        "InpaintModelConditioning", positive=["positive", 0], negative=["negative", 0],
+        vae=["vae", 0], pixels=["picture", 0], mask=["soft", 0], noise_mask=True,
+    )  # fmt: skip
+    given = {"positive": ["given", 0], "negative": ["given", 1], "latent_image": ["given", 2]}
+    graph |= stock(cfg=2.0, **given)
+    sample = {
+        "pipeline": ["4", 0], "prompt": "a cat", "seed": 7, "steps": 3, "guidance": 3.5,
+        "width": SIZE, "height": SIZE, "batch_size": 1, "negative_prompt": "fog", "cfg": 2.0,
+        "image": ["picture", 0], "mask": ["soft", 0], "keep_unmasked": False,
+        "sigmas": ["sigmas", 0],
+    }  # fmt: skip
+    graph["sample"] = node("MajicFluxSample", **sample)
+    graph["decoded"] = node("VAEDecode", samples=["stock", 0], vae=["vae", 0])
+    found, expected = outputs(comfy, graph, "sample", "decoded")
+    assert (found - expected).abs().max() <= 1e-3
+
+
 def a_picture(base: Graph) -> Graph:
     """An encoded picture with content, and a mask with a soft edge on its right half."""
     return base | {
