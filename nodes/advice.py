@@ -20,9 +20,9 @@ ADVICE: dict[type[errors.EngineError], str] = {
     ),
     errors.UnknownChannelsError: later("Choose another model."),
     errors.NoPictureError: later(
-        "Connect an image and a mask to sample (fill); or InpaintModelConditioning (fill) or "
-        "InstructPixToPixConditioning (depth, canny) to positive and, if cfg is not 1, to "
-        "negative; or choose a text-to-image model."
+        "Connect image and mask (fill) or reference (depth, canny) to sample, or to denoise what "
+        "InpaintModelConditioning or InstructPixToPixConditioning give; or choose a text-to-image "
+        "model."
     ),
     errors.EncoderWidthError: later("Choose another {encoder} in the bf16 text encoders node."),
     errors.NoTextEncodersError: later(

@@ -48,6 +48,10 @@ class PictureConditions:
     references: tuple[Tensor, ...] = ()
     placing: str = PLACINGS[0]
 
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self.has_image or bool(self.references)
+
     @property
     def has_image(self) -> bool:
         """Something for further channels; what is missing of it has a value that says nothing."""

@@ -227,9 +227,13 @@ def _workload(
 def _embedded(
     pipeline: Pipeline, run: PipelineRun, request: GenerationRequest
 ) -> list[TextEmbedding]:
+    """Of each prompt, with the pictures that it comes with."""
     if request.has_texts:
-        return pipeline.text.run(run, request.prompts)
-    return checked_embeddings(request.prompts)
+        prompts = pipeline.text.run(run, request.prompts)
+    else:
+        prompts = checked_embeddings(request.prompts)
+    both = zip(prompts, request.prompt_pictures, strict=True)
+    return [replace(prompt, pictures=pictures) for prompt, pictures in both]
 
 
 def _with_picture_to_fill(

@@ -33,7 +33,7 @@ class GenerationRequest:
     [n, 16, h, w] in model space; each is painted `batch_size` times, from a noise level that
     `strength` lowers. mask: [m, rows, columns] in 0..1, 1 where the picture may change.
     noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
-    to go on with the noise that `latents` have.
+    to go on with the noise that `latents` have. reference: for prompts that bring no pictures.
     """
 
     prompt: str | TextEmbedding
@@ -53,6 +53,7 @@ class GenerationRequest:
     mask: Tensor | None = None
     noise_of: Sequence[int] | None = None
     add_noise: bool = True
+    reference: PictureConditions = NO_PICTURES
 
     def __post_init__(self) -> None:
         for name, size in ((later("Width"), self.width), (later("Height"), self.height)):
@@ -105,8 +106,9 @@ class GenerationRequest:
 
     @property
     def prompt_pictures(self) -> list[PictureConditions]:
-        """What each prompt comes with; a text comes with none."""
-        return [NO_PICTURES if isinstance(p, str) else p.pictures for p in self.prompts]
+        """What each prompt comes with."""
+        brought = (NO_PICTURES if isinstance(p, str) else p.pictures for p in self.prompts)
+        return [pictures or self.reference for pictures in brought]
 
     @property
     def pixel_mask(self) -> Tensor:

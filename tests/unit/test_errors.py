@@ -97,9 +97,9 @@ SENTENCES: list[tuple[type[EngineError], dict[str, Any], str]] = [
         errors.NoPictureError,
         {"channels": 384},
         "This transformer takes 384 channels, so it is a fill, depth or canny model, which needs "
-        "a picture too. Connect an image and a mask to sample (fill); or InpaintModelConditioning "
-        "(fill) or InstructPixToPixConditioning (depth, canny) to positive and, if cfg is not 1, "
-        "to negative; or choose a text-to-image model.",
+        "a picture too. Connect image and mask (fill) or reference (depth, canny) to sample, or to "
+        "denoise what InpaintModelConditioning or InstructPixToPixConditioning give; or choose a "
+        "text-to-image model.",
     ),
     (
         errors.EncoderWidthError,

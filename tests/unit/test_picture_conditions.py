@@ -21,6 +21,8 @@ from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import native
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.nodes.denoise import Denoise
+from majicflux.nodes.encode_image import EncodeImage
+from majicflux.nodes.encode_prompt import EncodePrompt
 from majicflux.nodes.sample import Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,6 +184,38 @@ def test_each_picture_is_filled_where_its_own_mask_says(make) -> None:
         assert difference.item() < 1e-4
 
 
+@pytest.mark.parametrize("channels", [64, 128])
+def test_references_of_sample_are_those_of_a_conditioning(make, channels: int) -> None:
+    """Each picture of a batch is a reference of Kontext's, or the map of a picture."""
+    pipeline = make(channels)
+    images = torch.rand(2, 64, 32, 3, generator=torch.manual_seed(3))
+    latents = EncodeImage.execute(pipeline, images).args[0]["samples"]
+    options = (
+        {"reference_latents": [*latents.split(1)]}
+        if channels == 64
+        else {"concat_latent_image": latents}
+    )
+
+    def told(prompt: str, **pictures: Any) -> Any:
+        ((tokens, given),) = EncodePrompt.execute(pipeline, prompt, 3.5).args[0]
+        return [[tokens, given | pictures]]
+
+    def sampled(**inputs: Any) -> Tensor:
+        given = (pipeline, "a cat", 0, 2, 3.5, 64, 48, 2)
+        return Sample.execute(*given, cfg=2.0, negative_prompt="fog", **inputs).args[1]["samples"]
+
+    found = sampled(reference=images)
+    expected = sampled(positive=told("a cat", **options), negative=told("fog", **options))
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+    other = sampled(reference=images.flip(0, 1))
+    assert ((other - found).norm() / found.norm()).item() > 1e-3
+
+
+def test_a_fill_model_takes_no_reference(make) -> None:
+    with pytest.raises(ValueError, match="takes no reference: connect image and mask"):
+        Sample.execute(make(384), "a cat", 0, 2, 3.5, 64, 48, 1, reference=torch.ones(1, 48, 64, 3))
+
+
 @pytest.mark.parametrize("given", [{}, references((6, 8))])
 def test_a_fill_model_asks_for_a_picture(make, given: dict[str, Any]) -> None:
     pipeline, latent = make(384), {"samples": torch.zeros(1, 16, 6, 8)}
@@ -189,7 +223,7 @@ def test_a_fill_model_asks_for_a_picture(make, given: dict[str, Any]) -> None:
     refused = "fill, depth or canny" if not given else "reference_latents, which fill, depth and"
     with pytest.raises(ValueError, match=refused):
         Denoise.execute(pipeline, positive, latent, 0, 2, 3.5)
-    with pytest.raises(EngineError, match=r"needs a picture too\. Connect an image"):
+    with pytest.raises(EngineError, match=r"needs a picture too\. Connect image"):
         Sample.execute(pipeline, "a cat", 0, 2, 3.5, 64, 48, 1)
     with pytest.raises(EngineError, match="needs a picture too"):  # the negative prompt brings none
         Denoise.execute(
