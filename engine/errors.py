@@ -111,7 +111,14 @@ class PromptWeightError(EngineError):
 # Components
 
 
-class NotTextToImageError(EngineError):
+class UnknownChannelsError(EngineError):
+    fact = later(
+        "This transformer takes {channels} channels, and those of Flux.1 take 64, with a picture "
+        "128 (depth, canny) or 384 (fill)."
+    )
+
+
+class NoPictureError(EngineError):
     fact = later(
         "This transformer takes {channels} channels, so it is a fill, depth or canny model, which "
         "needs a picture too."

@@ -7,6 +7,8 @@ CHANNELS = 16  # of latents
 PIXELS_PER_LATENT = 8  # of the VAE, per side
 PATCH = 2  # latents per token of the transformer, per side
 STEP = PIXELS_PER_LATENT * PATCH
+OF_LATENTS = CHANNELS * PATCH**2  # values of a token: of its latents, or of those of a picture
+OF_MASK = STEP**2  # of its pixels in a mask
 MAX_SIDE = 8192
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.flux.picture_conditions import NO_PICTURES, PLACINGS, PictureConditions
 from ..engine.flux.text_encoders import TextEmbedding
 from ..engine.latents import to_model_space, to_vae_space
 from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, require_size
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 Conditioning = list[Any]  # of [tokens, options]
 Latent = dict[str, Any]
+HONOURED = (
+    "pooled_output",
+    "guidance",
+    "concat_latent_image",
+    "concat_mask",
+    "reference_latents",
+    "reference_latents_method",
+)  # of a CONDITIONING
 RATIO = "downscale_ratio_spacial"  # pixels for each of an empty latent; spelled as ComfyUI does
 
 
@@ -46,10 +55,7 @@ def from_conditioning(
             )
         )
     tokens, options = conditioning[0]
-    unknown = [
-        key for key, value in options.items()
-        if key not in ("pooled_output", "guidance") and value is not None
-    ]  # fmt: skip
+    unknown = [key for key, value in options.items() if key not in HONOURED and value is not None]
     if unknown:
         raise MajicFluxError(
             say(
@@ -91,7 +97,67 @@ def from_conditioning(
         )
     # What FluxDisableGuidance leaves is not what is left where no node gave one.
     guided = guidance is not None or "guidance" not in options
-    return TextEmbedding(tokens.cpu(), pooled.cpu(), guidance, guided)
+    pictures = _pictures(name, options, geometry)
+    return TextEmbedding(tokens.cpu(), pooled.cpu(), guidance, guided, pictures)
+
+
+def _pictures(name: str, options: dict[str, Any], geometry: "FluxGeometry") -> PictureConditions:
+    """Those of a CONDITIONING. A model without channels for one passes it over, as in ComfyUI."""
+    references = options.get("reference_latents")
+    if references is not None:
+        return _references(name, references, options, geometry)
+    if not geometry.takes_picture:
+        return NO_PICTURES
+    image, mask = (options.get(key) for key in ("concat_latent_image", "concat_mask"))
+    if image is not None:
+        image = _latents_of(name, "concat_latent_image", image)
+    if mask is not None:
+        mask = from_mask(mask, None)[:, None]
+    return PictureConditions(image, mask)
+
+
+def _references(
+    name: str, references: Any, options: dict[str, Any], geometry: "FluxGeometry"
+) -> PictureConditions:
+    placing = options.get("reference_latents_method") or PLACINGS[0]
+    if geometry.takes_picture:
+        raise MajicFluxError(
+            say(
+                "The CONDITIONING of {name} carries reference_latents, which fill, depth and "
+                "canny models cannot take. Remove ReferenceLatent, or choose a Kontext model.",
+                name=name,
+            )
+        )
+    if placing not in PLACINGS:
+        raise MajicFluxError(
+            say(
+                "The CONDITIONING of {name} places its references by {method}, which Majic nodes "
+                "cannot honour. Choose offset, index or uxo/uno in Edit Model Reference Method.",
+                name=name,
+                method=placing,
+            )
+        )
+    latents = [_latents_of(name, "reference_latents", each) for each in references]
+    return PictureConditions(references=tuple(latents), placing=placing)
+
+
+def _latents_of(name: str, key: str, given: Any) -> Tensor:
+    """Float32 in model space on the CPU, of a picture in a CONDITIONING."""
+    samples = tensor_of(key, "LATENT", given).float().cpu()
+    if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
+        raise MajicFluxError(
+            say(
+                "The CONDITIONING of {name} has {key} of the shape {shape}, but Flux.1's latents "
+                "are [batch, {channels}, height/8, width/8]. Encode the picture with the VAE of "
+                "Flux.1.",
+                name=name,
+                key=key,
+                shape=tuple(samples.shape),
+                channels=CHANNELS,
+            )
+        )
+    require_finite(name, samples)
+    return to_model_space(samples)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -18,7 +18,12 @@ ADVICE: dict[type[errors.EngineError], str] = {
     errors.PromptWeightError: later(
         "Brackets multiply the weights around them; usual ones are 0.5 to 1.5."
     ),
-    errors.NotTextToImageError: later("Choose a text-to-image model."),
+    errors.UnknownChannelsError: later("Choose another model."),
+    errors.NoPictureError: later(
+        "Connect image and mask (fill) or reference (depth, canny) to sample, or to denoise what "
+        "InpaintModelConditioning or InstructPixToPixConditioning give; or choose a text-to-image "
+        "model."
+    ),
     errors.EncoderWidthError: later("Choose another {encoder} in the bf16 text encoders node."),
     errors.NoTextEncodersError: later(
         "Connect bf16 text encoders to it, or an encoded prompt to positive and, if cfg is not 1, "

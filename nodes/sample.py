@@ -1,9 +1,11 @@
 """The node that paints pictures from a prompt."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..engine.sizes import MAX_SIDE, STEP
 from ..host import current as host
+from ..messages import MajicFluxError, say
 from . import run_ui, sampler_inputs
 from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle
@@ -11,7 +13,9 @@ from .sockets import CATEGORY, Node, PipelineHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.flux.picture_conditions import PictureConditions
     from ..engine.run.pipeline import Pipeline
+    from ..engine.run.report import StageReport
 
 io = host.io
 CUSTOM = "width x height"
@@ -154,6 +158,14 @@ class Sample(Node):
                     tooltip="The same for the negative prompt. Used when cfg is not 1.",
                 ),
                 sampler_inputs.sigmas(),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip=(
+                        "For Kontext models: the picture to change, or several in a batch. For "
+                        "depth and canny models: the depth map or the edges."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -194,6 +206,7 @@ class Sample(Node):
         positive: Any = None,
         negative: Any = None,
         sigmas: "Tensor | None" = None,
+        reference: "Tensor | None" = None,
     ) -> io.NodeOutput:
         from ..engine.run.pipeline import paint
         from ..host import native
@@ -221,10 +234,34 @@ class Sample(Node):
             sigmas=sigmas,
             strength=strength,
         )
+        encoded = []
+        if reference is not None:
+            given, encoded = _encoded(cls, pipeline, reference)
+            request = replace(request, reference=given)
         callbacks = run_ui.sampling_callbacks(cls, pipeline, request)
         pictures, latents, report = paint(pipeline, request, **callbacks)
+        report.stages[:0] = encoded
         if keep_unmasked and request.picture is not None and request.mask is not None:
             pictures = native.pasted(pictures, request.picture, request.mask)
         device = host.result_device()
         shown = run_ui.sampling_shown(cls, pipeline, request, report, lines)
         return io.NodeOutput(pictures.to(device), native.to_latent(latents, device), ui=shown)
+
+
+def _encoded(
+    node: Any, pipeline: "Pipeline", reference: "Tensor"
+) -> "tuple[PictureConditions, list[StageReport]]":
+    """What the reference is to the transformer, and how it was encoded."""
+    from ..engine.flux.picture_conditions import PictureConditions
+    from ..engine.run.pipeline import encode_pictures
+    from ..host import native
+
+    if pipeline.dit.geometry.takes_mask:
+        raise MajicFluxError(
+            say("A fill model takes no reference: connect image and mask instead.")
+        )
+    pictures = native.from_image(reference)
+    latents, report = encode_pictures(pipeline, pictures, **run_ui.callbacks(node))
+    if pipeline.dit.geometry.takes_picture:
+        return PictureConditions(latents), report.stages
+    return PictureConditions(references=latents.split(1)), report.stages

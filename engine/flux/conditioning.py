@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..offload.offloaded_module import onloaded
+from .picture_conditions import PictureTokens
 from .text_encoders import TextEmbedding
 
 
@@ -18,11 +19,12 @@ class Conditions:
 
     text: [1, text tokens, width], in the dtype that the residual is to have; modulation: by sigma,
     what all modulation layers give, [1, 1, n * width], the final norm's last. It waits in the
-    host's memory for its step.
+    host's memory for its step. pictures: where the prompt comes with any.
     """
 
     text: Tensor
     modulation: dict[float, Tensor] = field(default_factory=dict)
+    pictures: PictureTokens | None = None
 
 
 class LastConditions:

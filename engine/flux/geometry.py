@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from ..sizes import OF_LATENTS, OF_MASK
+
 ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 HEAD_DIM = sum(ROPE_AXES)
 TIMESTEP_CHANNELS = 256
@@ -18,8 +20,8 @@ class FluxGeometry:
     hidden: int = 3072
     double_blocks: int = 19
     single_blocks: int = 38
-    in_channels: int = 64  # latent channels x patch area
-    out_channels: int = 64
+    in_channels: int = OF_LATENTS  # more in fill, depth and canny models
+    out_channels: int = OF_LATENTS
     text_width: int = 4096
     pooled_width: int = 768
     guidance: bool = True  # absent in schnell
@@ -27,6 +29,16 @@ class FluxGeometry:
     @property
     def heads(self) -> int:
         return self.hidden // HEAD_DIM
+
+    @property
+    def takes_picture(self) -> bool:
+        """As further channels: a fill, depth or canny model."""
+        return self.in_channels >= 2 * OF_LATENTS
+
+    @property
+    def takes_mask(self) -> bool:
+        """Besides the picture: a fill model."""
+        return self.in_channels == 2 * OF_LATENTS + OF_MASK
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..offload.weight_block import CPU
 from ..quant.adapters import beside_plain_layers
 from ..quant.low_rank import Adapter
 from .geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
+from .picture_conditions import NO_PICTURES, PictureConditions
 from .prompts import (
     T5_TOKENS,
     Segments,
@@ -45,6 +46,7 @@ class TextEmbedding:
     pooled: Tensor  # CLIP vector [1, width]
     guidance: float | None = None  # where it has one of its own
     guided: bool = True  # False: the transformer is told no guidance at all
+    pictures: PictureConditions = NO_PICTURES
 
     @property
     def nbytes(self) -> int:

@@ -12,8 +12,10 @@ from ..offload.chunking import Chunking, split
 from ..offload.weight_block import CPU
 from ..sampling.guidance import classifier_free
 from ..sampling.solvers import Velocity
+from ..sizes import PATCH
 from .blocks import TokenSequence
 from .conditioning import Conditions, blocks_of, modulation_layers
+from .picture_conditions import Place
 
 # The first and the last layer take as many tokens at once whatever the memory: one of their sides
 # is so narrow that a card adds up in another order for fewer of them, and the picture would differ.
@@ -51,27 +53,28 @@ def flux_velocity(
     """
     chunking = chunking or Chunking()
     prompts = [each for each in (positive, negative) if each is not None]
-    rope: dict[tuple[int, int, int], Tensor] = {}  # the same at every step
+    rope: dict[tuple[object, ...], Tensor] = {}  # the same at every step
     widths = [len(layer.weight) for layer in modulation_layers(dit)]
 
-    def rope_of(text_tokens: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        size = (text_tokens, rows, columns)
-        if size not in rope:
-            rope[size] = _rope(dit, *size).to(device)
-        return rope[size]
+    def rope_of(prompt: Conditions, painted: Place, device: torch.device) -> Tensor:
+        references = () if prompt.pictures is None else prompt.pictures.places
+        tokens = (prompt.text.shape[1], painted, *references)
+        if tokens not in rope:
+            rope[tokens] = _rope(dit, *tokens).to(device)
+        return rope[tokens]
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         height, width = latents.shape[2:]
+        painted = Place(0, 0, 0, height // PATCH, width // PATCH)
         sequences, modulations = [], []
         for prompt in prompts:
             on_host = prompt.modulation[sigma.item()]
             modulation = chunking.retry(partial(on_host.to, latents.device, non_blocking=True))
             modulations.append(iter(modulation.split(widths, dim=-1)))
+            turned = rope_of(prompt, painted, latents.device)
+            x = chunking.retry(partial(_embedded, dit, latents, prompt))
             text_tokens = prompt.text.shape[1]
-            rows, columns = height // 2, width // 2
-            turned = rope_of(text_tokens, rows, columns, latents.device)
-            x = chunking.retry(partial(_embedded, dit, latents, prompt.text))
-            sequences.append(TokenSequence(x, text_tokens, rows * columns, turned))
+            sequences.append(TokenSequence(x, text_tokens, painted.tokens, turned))
         through_blocks(dit, sequences, modulations, chunking)
         slopes = []
         for sequence, modulation in zip(sequences, modulations, strict=True):
@@ -92,27 +95,40 @@ def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:
     return out
 
 
-def _embedded(dit: Any, latents: Tensor, text: Tensor) -> Tensor:
-    """The text, then the latents, as tokens of the transformer: [batch, tokens, width]."""
+def _embedded(dit: Any, latents: Tensor, prompt: Conditions) -> Tensor:
+    """The text, the latents with what lies beside them, and references, as tokens of the
+    transformer: [batch, tokens, width]."""
+    text, pictures = prompt.text, prompt.pictures
     patches = dit.patchify(latents.to(text.dtype))
+    references = 0 if pictures is None else sum(place.tokens for place in pictures.places)
     text_tokens = text.shape[1]
-    x = text.new_empty(len(latents), text_tokens + patches.shape[1], text.shape[2])
+    x = text.new_empty(len(latents), text_tokens + patches.shape[1] + references, text.shape[2])
     x[:, :text_tokens] = text
-    for picture, mine in enumerate(patches):
-        for some in split(slice(0, len(mine)), TOKENS_OF_ENDS):
-            x[picture, text_tokens:][some] = dit.x_embedder(mine[some])
+    for number, mine in enumerate(patches):
+        first = text_tokens
+        for part in [mine] if pictures is None else pictures.parts(number, mine):
+            place = x[number, first : first + len(part)]
+            for some in split(slice(0, len(part)), TOKENS_OF_ENDS):
+                place[some] = dit.x_embedder(part[some])
+            first += len(part)
     return x
 
 
-def _rope(dit: Any, text_tokens: int, rows: int, columns: int) -> Tensor:
-    """RoPE of the text, at (0, 0, 0), and of each 2x2 latent patch, at (0, row, column).
+def _rope(dit: Any, text_tokens: int, *pictures: Place) -> Tensor:
+    """RoPE of the text, at (0, 0, 0), and of each 2x2 latent patch, at (index, row, column).
 
     Its sines are computed in float64, which not every device has. The positions are float32:
     DiffSynth's own take the latents' dtype, and bfloat16 skips integers above 256, which a side
     of 4096 pixels reaches.
     """
-    ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=CPU)
-    ids[..., 1] = torch.arange(rows, device=CPU)[:, None]
-    ids[..., 2] = torch.arange(columns, device=CPU)
-    everything = torch.cat([ids.new_zeros(text_tokens, 3), ids.reshape(rows * columns, 3)])
-    return dit.pos_embedder(everything[None])
+    text = torch.zeros(text_tokens, 3, dtype=torch.float32, device=CPU)
+    return dit.pos_embedder(torch.cat([text, *map(_ids, pictures)])[None])
+
+
+def _ids(place: Place) -> Tensor:
+    """(index, row, column) of each of its tokens, float32."""
+    ids = torch.empty(place.rows, place.columns, 3, dtype=torch.float32, device=CPU)
+    ids[..., 0] = place.index
+    ids[..., 1] = place.top + torch.arange(place.rows, device=CPU)[:, None]
+    ids[..., 2] = place.left + torch.arange(place.columns, device=CPU)
+    return ids.reshape(place.tokens, 3)

@@ -6,7 +6,7 @@ from ..flux.geometry import HEAD_DIM, MLP_RATIO, FluxGeometry
 from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
 from ..offload.weight_sizes import WeightSizes
 from ..quant.formats import CONVERTED_AT_ONCE
-from ..sizes import CHANNELS
+from ..sizes import CHANNELS, OF_LATENTS
 from .device import DeviceProfile
 from .plan import DENOISE, StagePlan, Workload
 from .split import split_budget
@@ -39,16 +39,18 @@ def plan_denoising(
     """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
     the buffer in which weights are converted."""
     pictures, text_tokens = workload.batch_size, workload.text_tokens
-    tokens = workload.image_tokens + text_tokens
-    width = geometry.hidden
+    tokens, width = workload.tokens, geometry.hidden
     rows, columns = workload.latent_size
     latents = pictures * CHANNELS * rows * columns
     modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
     side_by_side = pictures * workload.prompts
+    beside = geometry.in_channels - OF_LATENTS  # of a picture and a mask
+    given_pictures = workload.image_tokens * beside + workload.reference_tokens * OF_LATENTS
     fixed = (
         (side_by_side * tokens + workload.prompts * (modulation + text_tokens)) * width * 4
         + workload.prompts * tokens * HEAD_DIM * 2 * 4  # RoPE, which prompts of one length share
         + latents * 10 * 4
+        + side_by_side * given_pictures * 4
         + conversion_bytes
         + adapters.always
     )
@@ -90,13 +92,14 @@ def plan_denoising(
         )
         return max(step, conditions)
 
-    chunks = [0, *(chunk for chunk in CHUNKS if chunk < tokens)]
+    smaller = [chunk for chunk in CHUNKS if chunk < tokens]
+    chunks = [0, *smaller]
     # Between two steps there is a preview, which is left out where it finds no room.
     choices = [(chunk, max(values(chunk), fixed + workload.preview_bytes)) for chunk in chunks]
     grouped = []
     for groups in GROUPS:  # with the largest chunks that take no more than the smallest
         least = values(chunks[-1], groups)
-        chunk = next(chunk for chunk in chunks if chunk and values(chunk, groups) <= least)
+        chunk = next(chunk for chunk in smaller or chunks if values(chunk, groups) <= least)
         grouped.append((chunk, least, groups))
     # Every chunk converts the weights again, or takes many small operations.
     repeating = conversion_bytes > 0 or not profile.fused
@@ -145,7 +148,7 @@ def step_seconds(
     """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
     if profile.copy_rate is None or profile.product_rate is None or profile.attention_rate is None:
         return None
-    tokens, width = workload.image_tokens + workload.text_tokens, geometry.hidden
+    tokens, width = workload.tokens, geometry.hidden
     blocks = geometry.double_blocks + geometry.single_blocks
     passes = workload.batch_size * workload.prompts
     products = 2 * 12 * width**2 * blocks * tokens * passes

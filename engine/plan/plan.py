@@ -26,7 +26,8 @@ LABELS = {
 @dataclass(frozen=True)
 class Workload:
     """The picture: pixels, pictures at once, denoising steps, prompts that each step follows, T5's
-    tokens of each, and bytes that a preview takes on the device."""
+    tokens of each, bytes that a preview takes on the device, and tokens of the reference pictures
+    of a prompt."""
 
     width: int
     height: int
@@ -35,10 +36,16 @@ class Workload:
     prompts: int = 1
     text_tokens: int = T5_TOKENS
     preview_bytes: int = 0
+    reference_tokens: int = 0
 
     @property
     def image_tokens(self) -> int:
         return (self.width // STEP) * (self.height // STEP)
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture and a prompt in the transformer."""
+        return self.image_tokens + self.text_tokens + self.reference_tokens
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -125,6 +132,8 @@ class Plan:
 
     @property
     def _smaller(self) -> str:
+        if self.workload.reference_tokens:
+            return say("a smaller picture or batch, or fewer or smaller reference pictures")
         if self.workload.text_tokens > T5_TOKENS:
             return say("a smaller picture or batch, or a shorter prompt")
         return say("a smaller picture or batch")

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import EncoderWidthError, NoTextEncodersError, NotTextToImageError, NoVaeError
+from ..errors import (
+    EncoderWidthError,
+    NoPictureError,
+    NoTextEncodersError,
+    NoVaeError,
+    UnknownChannelsError,
+)
+from ..flux.picture_conditions import PictureConditions
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -16,7 +23,7 @@ from ..offload.weight_block import CPU
 from ..plan.plan import DENOISE, Plan, Workload
 from ..quant.compute import ComputePrecision
 from ..sampling.loop import OnPass, unpainted
-from ..sizes import CHANNELS, PATCH, PIXELS_PER_LATENT, STEP
+from ..sizes import OF_LATENTS, OF_MASK, PIXELS_PER_LATENT, STEP
 from ..torch_state import own_state
 from .pipeline_run import Component, OnStage, PipelineRun, ignore_stage
 from .report import Report
@@ -49,9 +56,9 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         g = self.dit.geometry
-        channels = g.in_channels
-        if channels != CHANNELS * PATCH**2:
-            raise NotTextToImageError(channels=channels)
+        known = (OF_LATENTS, 2 * OF_LATENTS, 2 * OF_LATENTS + OF_MASK)
+        if g.in_channels not in known:
+            raise UnknownChannelsError(channels=g.in_channels)
         if self.text_encoders is not None:
             self._require_width("CLIP-L", g.pooled_width, self.text_encoders.pooled_width)
             self._require_width("T5", g.text_width, self.text_encoders.t5_geometry.width)
@@ -59,6 +66,21 @@ class Pipeline:
     def _require_width(self, encoder: str, wanted: int, width: int) -> None:
         if width != wanted:
             raise EncoderWidthError(encoder=encoder, wanted=wanted, width=width)
+
+    def lacks_pictures(self, request: GenerationRequest) -> bool:
+        """Whether the transformer takes a picture, and a prompt brings none."""
+        brought = all(each.has_image for each in request.prompt_pictures)
+        return self.dit.geometry.takes_picture and not brought
+
+    def require_pictures(self, request: GenerationRequest) -> None:
+        """Raise NoPictureError where there is none that the transformer needs.
+
+        A fill model is satisfied with a picture and a mask of the request.
+        """
+        g = self.dit.geometry
+        filled = g.takes_mask and request.picture is not None and request.mask is not None
+        if self.lacks_pictures(request) and not filled:
+            raise NoPictureError(channels=g.in_channels)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -178,6 +200,8 @@ def paint(
     clean = (
         request.latents if request.picture is None else pipeline.encode.run(run, request.picture)
     )
+    if painting and pipeline.lacks_pictures(request):
+        prompts = _with_picture_to_fill(pipeline, run, request, prompts)
     inputs = request.sampler_inputs(clean)
     if painting:
         given = (inputs, prompts, request.guidance, on_pass, latents_dtype)
@@ -195,6 +219,7 @@ def _workload(
 ) -> Workload:
     if request.mask_is_empty:
         return request.workload
+    pipeline.require_pictures(request)
     tokens = pipeline.text_tokens(request.prompts, before_block)
     return replace(request.workload, text_tokens=tokens, preview_bytes=preview_bytes)
 
@@ -202,9 +227,26 @@ def _workload(
 def _embedded(
     pipeline: Pipeline, run: PipelineRun, request: GenerationRequest
 ) -> list[TextEmbedding]:
+    """Of each prompt, with the pictures that it comes with."""
     if request.has_texts:
-        return pipeline.text.run(run, request.prompts)
-    return checked_embeddings(request.prompts)
+        prompts = pipeline.text.run(run, request.prompts)
+    else:
+        prompts = checked_embeddings(request.prompts)
+    both = zip(prompts, request.prompt_pictures, strict=True)
+    return [replace(prompt, pictures=pictures) for prompt, pictures in both]
+
+
+def _with_picture_to_fill(
+    pipeline: Pipeline,
+    run: PipelineRun,
+    request: GenerationRequest,
+    prompts: Sequence[TextEmbedding],
+) -> list[TextEmbedding]:
+    """The prompts, with the request's picture and mask where they bring none."""
+    latents = pipeline.encode.run(run, request.greyed_picture)
+    latents = latents.repeat(request.pictures // len(latents), 1, 1, 1)
+    given = PictureConditions(latents, request.pixel_mask)
+    return [p if p.pictures.has_image else replace(p, pictures=given) for p in prompts]
 
 
 # Each part of `paint` alone: what it gives, on the CPU, and what it used.

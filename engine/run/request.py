@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...messages import later
 from .. import errors
+from ..flux.picture_conditions import NO_PICTURES, PictureConditions
 from ..flux.text_encoders import TextEmbedding
 from ..latents import draw_noise, latent_mask
 from ..offload.weight_block import CPU
@@ -31,7 +33,7 @@ class GenerationRequest:
     [n, 16, h, w] in model space; each is painted `batch_size` times, from a noise level that
     `strength` lowers. mask: [m, rows, columns] in 0..1, 1 where the picture may change.
     noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
-    to go on with the noise that `latents` have.
+    to go on with the noise that `latents` have. reference: for prompts that bring no pictures.
     """
 
     prompt: str | TextEmbedding
@@ -51,6 +53,7 @@ class GenerationRequest:
     mask: Tensor | None = None
     noise_of: Sequence[int] | None = None
     add_noise: bool = True
+    reference: PictureConditions = NO_PICTURES
 
     def __post_init__(self) -> None:
         for name, size in ((later("Width"), self.width), (later("Height"), self.height)):
@@ -91,12 +94,40 @@ class GenerationRequest:
     @property
     def workload(self) -> Workload:
         steps, prompts = len(self.sigmas) - 1, len(self.prompts)
-        return Workload(self.width, self.height, self.pictures, steps, prompts)
+        references = max(each.reference_tokens for each in self.prompt_pictures)
+        return Workload(
+            self.width, self.height, self.pictures, steps, prompts, reference_tokens=references
+        )
 
     @property
     def prompts(self) -> list[str | TextEmbedding]:
         """The positive one, and the negative one where it is used."""
         return [self.prompt] if self.cfg == 1 else [self.prompt, self.negative]
+
+    @property
+    def prompt_pictures(self) -> list[PictureConditions]:
+        """What each prompt comes with."""
+        brought = (NO_PICTURES if isinstance(p, str) else p.pictures for p in self.prompts)
+        return [pictures or self.reference for pictures in brought]
+
+    @property
+    def pixel_mask(self) -> Tensor:
+        """The mask in the size of the picture, [m, 1, height, width]; one for each picture that is
+        painted, where there are several."""
+        assert self.mask is not None
+        mask = F.interpolate(self.mask[:, None], (self.height, self.width), mode="bilinear")
+        if len(mask) == 1:
+            return mask
+        return mask.repeat(-(-self.pictures // len(mask)), 1, 1, 1)[: self.pictures]
+
+    @property
+    def greyed_picture(self) -> Tensor:
+        """The picture, grey where it is to be painted; one for each that is painted, where there
+        are several masks. As ComfyUI's InpaintModelConditioning."""
+        assert self.picture is not None
+        kept = 1 - self.pixel_mask.round().movedim(1, -1)
+        picture = self.picture if len(kept) == 1 else self.picture.repeat(self.batch_size, 1, 1, 1)
+        return (picture - 0.5) * kept + 0.5
 
     @property
     def has_texts(self) -> bool:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ...messages import say
 from ..errors import NotFiniteError
 from ..flux.conditioning import Conditions, conditions_of
+from ..flux.picture_conditions import picture_tokens
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -132,6 +133,8 @@ class DenoiseStage:
             with visits as ring:
                 last = partial(dit.last_conditions.of, prompts, make, device, *key)
                 conditions = chunking.retry(last)
+                with_pictures = partial(self._with_pictures, conditions, inputs, prompts, device)
+                conditions = chunking.retry(with_pictures)
                 with ExitStack() as stack:
                     # With a new buffer for conversions.
                     stack.enter_context(compute.applied_to(module, device))
@@ -143,6 +146,22 @@ class DenoiseStage:
         latents = latents.float().cpu()
         require_numbers(self.name, latents)
         return latents
+
+    def _with_pictures(
+        self,
+        conditions: Sequence[Conditions],
+        inputs: SamplerInputs,
+        prompts: Sequence[TextEmbedding],
+        device: torch.device,
+    ) -> list[Conditions]:
+        """The conditions with what the pictures of their prompts are to the transformer."""
+        shape, noise_mask = inputs.noise.shape, inputs.mask
+        found = []
+        for each, prompt in zip(conditions, prompts, strict=True):
+            on_device = partial(Tensor.to, device=device, dtype=each.text.dtype)
+            given = (prompt.pictures, self.dit.geometry, shape, noise_mask, on_device)
+            found.append(replace(each, pictures=picture_tokens(*given)))
+        return found
 
 
 @dataclass(frozen=True)

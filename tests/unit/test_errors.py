@@ -88,10 +88,18 @@ SENTENCES: list[tuple[type[EngineError], dict[str, Any], str]] = [
         "usual ones are 0.5 to 1.5.",
     ),
     (
-        errors.NotTextToImageError,
+        errors.UnknownChannelsError,
+        {"channels": 256},
+        "This transformer takes 256 channels, and those of Flux.1 take 64, with a picture 128 "
+        "(depth, canny) or 384 (fill). Choose another model.",
+    ),
+    (
+        errors.NoPictureError,
         {"channels": 384},
         "This transformer takes 384 channels, so it is a fill, depth or canny model, which needs "
-        "a picture too. Choose a text-to-image model.",
+        "a picture too. Connect image and mask (fill) or reference (depth, canny) to sample, or to "
+        "denoise what InpaintModelConditioning or InstructPixToPixConditioning give; or choose a "
+        "text-to-image model.",
     ),
     (
         errors.EncoderWidthError,

@@ -25,7 +25,6 @@ from file_layouts import (
 from majicflux.benchmarks import random_models
 from majicflux.engine.kernels.hadamard import rotate
 from majicflux.engine.quant.formats import PRECISIONS
-from majicflux.engine.run.pipeline import Pipeline
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
@@ -360,16 +359,43 @@ def test_fewer_blocks_are_seen_in_the_names(plain: Tensors, saved) -> None:
     assert len(weights.module.single_blocks) == 3
 
 
-def test_a_fill_model_loads_but_does_not_paint_from_text(plain, saved, make_pipeline) -> None:
-    wide = torch.zeros(random_models.DIT.hidden, 384, dtype=torch.bfloat16)
-    weights, geometry = load_flux_dit(
-        saved(plain | {"img_in.weight": wide}), PRECISIONS["float8_e4m3fn"]
-    )
-    assert geometry.in_channels == 384
+WIDER = {
+    "any prefix": lambda plain: {PREFIX + name: tensor for name, tensor in plain.items()},
+    "Diffusers names": to_diffusers,
+    "scaled float8, old": lambda plain: scaled(plain, "old", per_row=False),
+    "scaled float8, new": lambda plain: scaled(plain, "new", per_row=True),
+    "plain float8": lambda plain: {n: t.to(FLOAT8) for n, t in plain.items()},
+}
+
+
+def wider(plain: Tensors, channels: int) -> Tensors:
+    weight = torch.randn(random_models.DIT.hidden, channels, generator=torch.manual_seed(1))
+    return plain | {"img_in.weight": weight.bfloat16()}
+
+
+@pytest.mark.parametrize("channels", [128, 384])
+@pytest.mark.parametrize("layout", WIDER)
+def test_fill_depth_and_canny_models_in_every_layout(plain, saved, layout, channels: int) -> None:
+    tensors = wider(plain, channels)
+    found = loaded(saved(WIDER[layout](tensors)))["x_embedder.weight"].float()
+    expected = tensors["img_in.weight"].float()
+    assert (found - expected).norm() / expected.norm() < (0.04 if "float8" in layout else 1e-9)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_fill_model_in_every_precision(plain, saved, tmp_path: Path, precision: str) -> None:
+    path = saved(wider(plain, 384))
+    weights, geometry = load_flux_dit(path, PRECISIONS[precision], cache_folder=tmp_path)
+    assert geometry == replace(random_models.DIT, in_channels=384)
+    again, _ = load_flux_dit(path, PRECISIONS[precision], cache_folder=tmp_path)
+    assert bits(parameters(weights)) == bits(parameters(again)), "from the disk"
+
+
+def test_a_transformer_of_other_channels_is_refused_by_the_pipeline(make_pipeline) -> None:
     pipeline = make_pipeline()
-    fill = type(pipeline.dit)(weights, pipeline.dit.patcher, geometry, FLOAT8)
-    with pytest.raises(ValueError, match="takes 384 channels, so it is a fill"):
-        Pipeline(fill, pipeline.text_encoders, pipeline.vae, None, torch.bfloat16)
+    dit = replace(pipeline.dit, geometry=replace(pipeline.dit.geometry, in_channels=256))
+    with pytest.raises(ValueError, match="takes 256 channels, and those of"):
+        replace(pipeline, dit=dit)
 
 
 @pytest.mark.parametrize("encoder", ["CLIP-L", "T5"])

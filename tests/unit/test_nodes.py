@@ -88,6 +88,7 @@ CONTRACT = {
             "positive:CONDITIONING",
             "negative:CONDITIONING",
             "sigmas:SIGMAS",
+            "reference:IMAGE",
         ],
         ["IMAGE", "LATENT"],
     ),

@@ -21,6 +21,7 @@ from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux import blocks, conditioning, vae_bands, velocity
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry, kind_of_layer
+from majicflux.engine.flux.picture_conditions import PictureConditions, picture_tokens
 from majicflux.engine.flux.prompts import CLIP_TOKENS, T5_TOKENS
 from majicflux.engine.flux.text_encoders import TextEmbedding, build_text_encoders
 from majicflux.engine.flux.transformer import build_flux_dit
@@ -52,12 +53,12 @@ from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
 from majicflux.engine.sampling.inputs import SamplerInputs
 from majicflux.engine.sampling.loop import sample
 from majicflux.engine.sampling.schedules import diffsynth_sigmas
-from majicflux.loaders import demo_models
 from majicflux.nodes.advice import advise
 
 META = torch.device("meta")
 FULL = FluxGeometry()
 ONE_OF_EACH = FluxGeometry(double_blocks=1, single_blocks=1)  # all blocks of a kind are alike
+Sizes = tuple[tuple[int, int], ...]  # rows and columns of latents
 SIZES = [(512, 512), (768, 1344), (1024, 1024), (2048, 2048), (1536, 640)]
 # Name: precision, whether products are in 8 bits.
 COMPUTED = {
@@ -187,31 +188,49 @@ def conversion_bytes(name: str, geometry: FluxGeometry) -> int:
 
 @cache
 def denoised(
-    name: str, job: Workload, tokens: int, groups: int, is_fused: bool, rank: int = 0
+    name: str,
+    job: Workload,
+    tokens: int,
+    groups: int,
+    is_fused: bool,
+    rank: int = 0,
+    references: Sizes = (),
+    channels: int = FULL.in_channels,
 ) -> int:
     """The most bytes that are alive at once, besides the weights. rank: of adapters in all layers
     of the blocks but their modulation."""
     del is_fused  # for the cache: the fixture says it to the engine
     precision, computing = computing_of(name)
-    module = transformer(ONE_OF_EACH, precision).module
+    geometry = replace(ONE_OF_EACH, in_channels=channels)
+    module = transformer(geometry, precision).module
     text = TextEmbedding(
         torch.empty(1, job.text_tokens, FULL.text_width), torch.empty(1, FULL.pooled_width)
     )
     noise = torch.empty(job.batch_size, 16, *job.latent_size)
+    given = pictures_of(references, job.batch_size), geometry, noise.shape, None
     task = SamplerInputs(diffsynth_sigmas(job.steps, job.width, job.height), noise)
     beside, names = adapters_of(module, rank)
     with torch.inference_mode(), LiveBytes() as live:
         with computing.applied_to(module, META):
-            given = (torch.bfloat16, META, torch.float32, task.sigmas)
-            prompts = conditions_of(module, [text] * job.prompts, 3.5, *given)
+            told = (torch.bfloat16, META, torch.float32, task.sigmas)
+            prompts = conditions_of(module, [text] * job.prompts, 3.5, *told)
         with (
             computing.applied_to(module, META),
             adapted(module, beside, names, torch.bfloat16, META),
         ):
+            prompts = [
+                replace(each, pictures=picture_tokens(*given, lambda x: x.to(META)))
+                for each in prompts
+            ]
             positive, negative = [*prompts, None][:2]
             velocity = flux_velocity(module, positive, Chunking(tokens, groups), negative, 2.0)
             sample(task, velocity, lambda _: None, META, torch.float32)
     return live.peak
+
+
+def pictures_of(references: Sizes, batch_size: int = 1) -> PictureConditions:
+    latents = (torch.empty(batch_size, 16, *size) for size in references)
+    return PictureConditions(references=tuple(latents))
 
 
 def adapters_of(module, rank: int) -> tuple[list[tuple[Adapter, float]], list[str]]:
@@ -231,7 +250,14 @@ def adapters_of(module, rank: int) -> tuple[list[tuple[Adapter, float]], list[st
     return [(Adapter(terms), 1.0)], [*terms]
 
 
-def assert_planned(name: str, job: Workload, card: str, rank: int = 0) -> set[tuple[int, int]]:
+def assert_planned(
+    name: str,
+    job: Workload,
+    card: str,
+    rank: int = 0,
+    references: Sizes = (),
+    channels: int = FULL.in_channels,
+) -> set[tuple[int, int]]:
     """Every plan for up to 24 GB is kept, and not much too large; returns the tokens at once and
     the groups of heads."""
     wrong: list[str] = []
@@ -239,7 +265,8 @@ def assert_planned(name: str, job: Workload, card: str, rank: int = 0) -> set[tu
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
     nbytes, ranks = bound_bytes(module, *adapters_of(module, rank), computing.method(module, META))
-    given = (FULL, AdapterSizes(0, nbytes, ranks))
+    given = (replace(FULL, in_channels=channels), AdapterSizes(0, nbytes, ranks))
+    job = replace(job, reference_tokens=pictures_of(references).reference_tokens)
     smallest = plan_of(name, job, None, CARDS[card], *given).smallest
     for budget in (*(smallest + n * smallest // 16 for n in range(16)), *range(GB, 25 * GB, GB)):
         phase = plan_of(name, job, budget, CARDS[card], *given)
@@ -249,7 +276,7 @@ def assert_planned(name: str, job: Workload, card: str, rank: int = 0) -> set[tu
         found.add(size)
         # The modulation of the blocks that are not there.
         absent = (12 * 18 + 3 * 37) * FULL.hidden * 4 * job.prompts
-        peak = denoised(name, job, *size, card == "fused", rank) + absent
+        peak = denoised(name, job, *size, card == "fused", rank, references, channels) + absent
         share = peak / phase.values
         if not 0.85 <= share <= 1:
             wrong.append(f"{size}: {peak / 1e6:.1f} MB, {share:.3f} of the plan")
@@ -345,6 +372,58 @@ def test_adapters_are_planned(as_cuda, monkeypatch, request, name: str, card: st
     assert_planned(name, job, card, rank=64)
 
 
+REFERENCES = [
+    ((512, 512), ((64, 64),)),
+    ((1024, 1024), ((128, 128), (65, 91))),
+    ((1024, 768), ((96, 128), (96, 128), (48, 48))),
+    ((2048, 2048), ((256, 256), (128, 128))),
+]
+
+
+@pytest.mark.parametrize(("name", "card"), [("float8", "fused"), ("int8 rotated", "plain")])
+@pytest.mark.parametrize(("size", "references"), REFERENCES)
+def test_references_are_planned(
+    as_cuda, request, size: tuple[int, int], references: Sizes, name: str, card: str
+) -> None:
+    if card == "fused":
+        request.getfixturevalue("fused")
+    job = Workload(*size, steps=1)
+    assert_planned(name, job, card, references=references)
+    tokens = pictures_of(references).reference_tokens
+    plain, more = (
+        plan_of(name, each, None, CARDS[card])
+        for each in (job, replace(job, reference_tokens=tokens))
+    )
+    assert more.smallest - plain.smallest > tokens * FULL.hidden * 4, "the residual at least"
+    assert more.values > plain.values
+
+
+def test_references_of_two_prompts_and_a_batch_are_planned(as_cuda, fused) -> None:
+    job = Workload(512, 512, 2, 1, prompts=2)
+    assert_planned("float8", job, "fused", references=((64, 64), (32, 32)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("channels", [128, 384])
+def test_a_picture_beside_the_latents_is_planned(as_cuda, fused, channels: int, batch) -> None:
+    job = Workload(1024, 1024, batch, steps=1)
+    assert_planned("float8", job, "fused", channels=channels)
+    wide, plain = (
+        plan_of("float8", job, 8 * GB, CARDS["fused"], replace(FULL, in_channels=n)).values
+        for n in (channels, 64)
+    )
+    assert wide - plain == batch * job.image_tokens * (channels - 64) * 4
+
+
+def test_fewer_references_are_advised_where_there_are_any() -> None:
+    phase = StagePlan("denoise", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
+    plan = Plan(Workload(64, 48, reference_tokens=12), 2 * GB, (phase,), None)
+    with pytest.raises(BudgetError) as refused:
+        plan.require_budget()
+    advise(refused.value)
+    assert "fewer or smaller reference pictures" in str(refused.value)
+
+
 def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:
     job, card = Workload(1024, 1024), CARDS["fused"]
     plain, small, large = (
@@ -358,6 +437,12 @@ def test_a_preview_is_planned_where_it_takes_more_than_a_step() -> None:
 
 def test_a_long_prompt_is_planned(as_cuda) -> None:
     assert_planned("bfloat16", Workload(512, 512, steps=1, text_tokens=2048), "plain")
+
+
+def test_fewer_tokens_than_any_chunk_has_are_planned() -> None:
+    job, card = Workload(64, 48, text_tokens=40), CARDS["plain"]
+    smallest = plan_of("bfloat16", job, None, card).smallest
+    assert plan_of("bfloat16", job, smallest, card).peak <= smallest
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn unscaled"])
@@ -620,6 +705,7 @@ def test_plan_says_everything_to_programs(capsys) -> None:
         "prompts": 1,
         "text_tokens": T5_TOKENS,
         "preview_bytes": 0,
+        "reference_tokens": 0,
     }
     assert found["workload"] == job
     assert found["budget_bytes"] == 6 * GB
@@ -668,10 +754,12 @@ def test_plan_refuses_what_is_no_number(capsys, arguments: list[str]) -> None:
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_plan_takes_the_sizes_of_a_file(models, capsys) -> None:
-    file = models / demo_models.DIT_FILE
+@pytest.mark.parametrize("channels", [64, 384])
+def test_plan_takes_the_sizes_of_a_file(plain, saved, capsys, channels: int) -> None:
+    wide = torch.zeros(random_models.DIT.hidden, channels, dtype=torch.bfloat16)
+    file = saved(plain | {"img_in.weight": wide})
     code, text, _ = said(capsys, "--json", "--file", file, "--precision", "bfloat16")
-    weights = transformer(random_models.DIT, "bfloat16")
+    weights = transformer(replace(random_models.DIT, in_channels=channels), "bfloat16")
     assert code == 0
     assert json.loads(text)["phases"][1]["resident"] == weights.travelling_bytes
 

@@ -16,6 +16,8 @@ from majicflux.loaders.text_encoders import inspect_clip, inspect_t5
 from majicflux.loaders.vae import inspect_vae
 
 FLUX_DEV = flux_dit_layout(FluxGeometry())
+FLUX_FILL = flux_dit_layout(FluxGeometry(in_channels=384))
+FLUX_DEPTH = FLUX_DEV | {"img_in.weight": (3072, 128)}  # and canny
 MAJICFLUS = {f"model.diffusion_model.{name}": shape for name, shape in FLUX_DEV.items()}
 
 
@@ -30,11 +32,12 @@ def key_hash(layout: Layout) -> str:
     [
         (MAJICFLUS, "3394f306c4cbf04334b712bf5aaed95f", 780),
         (FLUX_DEV, "a29710fea6dddb0314663ee823598e50", 780),
+        (FLUX_FILL, "f876d2a6fb247fb7da0f84fc7fb8a823", 780),
         (clip_layout(ClipGeometry()), "94eefa3dac9cec93cb1ebaf1747d7b78", 196),
         (t5_layout(T5Geometry()), "22540b49eaedbc2f2784b2091a234c7c", 219),
         (vae_layout(), "21ea55f476dfc4fd135587abb59dfe5d", 244),
     ],
-    ids=["majicflus_v134", "flux1-dev", "clip_l", "t5xxl", "ae"],
+    ids=["majicflus_v134", "flux1-dev", "flux1-fill-dev", "clip_l", "t5xxl", "ae"],
 )
 def test_layouts_are_those_of_the_real_files(layout, expected, tensors) -> None:
     from diffsynth.configs.model_configs import MODEL_CONFIGS
@@ -51,6 +54,15 @@ def test_a_full_size_transformer_is_recognised_from_its_header(tmp_path, layout)
     geometry, sources = inspect_flux_dit(path)
     assert geometry == FluxGeometry()
     assert len(sources) == 780
+
+
+@pytest.mark.parametrize(
+    ("layout", "channels"), [(FLUX_FILL, 384), (FLUX_DEPTH, 128)], ids=["fill", "depth and canny"]
+)
+def test_full_size_models_that_take_a_picture_are_recognised(tmp_path, layout, channels) -> None:
+    geometry, _ = inspect_flux_dit(sparse_file(tmp_path / "dit.safetensors", layout))
+    assert geometry == FluxGeometry(in_channels=channels)
+    assert (geometry.takes_picture, geometry.takes_mask) == (True, channels == 384)
 
 
 def test_full_size_encoders_and_vae_are_recognised(tmp_path: Path) -> None:

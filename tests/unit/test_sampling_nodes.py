@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.plan.plan import Workload
 from majicflux.engine.run.pipeline import Pipeline
@@ -27,7 +28,7 @@ from majicflux.nodes.pipeline import PipelineNode
 from majicflux.nodes.sample import SIZES, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GEOMETRY = SimpleNamespace(text_width=8, pooled_width=4)
+GEOMETRY = FluxGeometry(text_width=8, pooled_width=4)
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +460,7 @@ def conditioning(tokens: Any = (1, 5, 8), pooled: Any = (1, 4), **options: Any) 
 )
 def test_conditioning_is_honoured_or_refused(given: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        native.from_conditioning("positive", given, GEOMETRY)  # type: ignore[arg-type]
+        native.from_conditioning("positive", given, GEOMETRY)
 
 
 def test_each_node_keeps_the_report_of_its_part_and_no_picture(
@@ -486,14 +487,14 @@ def test_each_node_keeps_the_report_of_its_part_and_no_picture(
 
 
 def test_conditioning_without_a_pooled_vector_has_zeros() -> None:
-    found = native.from_conditioning("positive", conditioning(pooled=None), GEOMETRY)  # type: ignore[arg-type]
+    found = native.from_conditioning("positive", conditioning(pooled=None), GEOMETRY)
     assert torch.equal(found.pooled, torch.zeros(1, 4))
     assert found.guidance is None
 
 
 def test_what_is_encoded_comes_back() -> None:
     embedding = TextEmbedding(torch.rand(1, 5, 8), torch.rand(1, 4))
-    found = native.from_conditioning("positive", native.to_conditioning(embedding, 2.5), GEOMETRY)  # type: ignore[arg-type]
+    found = native.from_conditioning("positive", native.to_conditioning(embedding, 2.5), GEOMETRY)
     assert torch.equal(found.tokens, embedding.tokens)
     assert torch.equal(found.pooled, embedding.pooled)
     assert found.guidance == 2.5

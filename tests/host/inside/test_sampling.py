@@ -1,6 +1,8 @@
 """Our sampling nodes and ComfyUI's in the same graphs, in float32 on the CPU."""
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from comfyui_encoders import their_clip, their_t5
+from safetensors.torch import save_file
 from torch import Tensor
 
+from majicflux.benchmarks.random_models import DIT, random_tensors
 from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.loaders.demo_models import CLIP_FILE, DIT_FILE, VAE_FILE
+from majicflux.loaders.layouts import flux_dit_layout
 
 SIZE = 64
 Graph = dict[str, Any]
@@ -124,6 +129,84 @@ def test_guidance_that_is_disabled(comfy, base: Graph) -> None:
     disabled = same_latents(comfy, base | {"ours": ours(**positive)} | stock(**positive))
     (guided,) = outputs(comfy, base | {"ours": ours()}, "ours")
     assert difference(disabled, guided["samples"]) > 0.01
+
+
+@pytest.mark.parametrize("method", ["offset", "index", "uxo/uno"])
+def test_references_of_kontext(comfy, base: Graph, method: str) -> None:
+    """Two of the positive prompt and another one of the negative, in a batch."""
+    base["empty"]["inputs"]["batch_size"] = 2
+    base["sigmas"]["inputs"]["steps"] = 3
+    graph = a_picture(base) | {
+        "tall": node("ImageScale", image=["picture", 0], upscale_method="nearest-exact", width=40,
+                     height=104, crop="disabled"),
+        "tall encoded": node("VAEEncode", pixels=["tall", 0], vae=["vae", 0]),
+        "one": node("ReferenceLatent", conditioning=["positive", 0], latent=["encoded", 0]),
+        "two": node("ReferenceLatent", conditioning=["one", 0], latent=["tall encoded", 0]),
+        "placed": node("FluxKontextMultiReferenceLatentMethod", conditioning=["two", 0],
+                       reference_latents_method=method),
+        "other": node("ReferenceLatent", conditioning=["negative", 0], latent=["tall encoded", 0]),
+    }  # fmt: skip
+    given = {"positive": ["placed", 0], "negative": ["other", 0], "cfg": 2.0}
+    found = same_latents(comfy, graph | {"ours": ours(**given)} | stock(**given))
+    plain = {**given, "positive": ["positive", 0]}
+    (without,) = outputs(comfy, graph | {"ours": ours(**plain)}, "ours")
+    assert difference(found, without["samples"]) > 0.01
+
+
+@pytest.fixture
+def wide_model(models: Path, channels: int) -> Iterator[str]:
+    """The file of a transformer that takes so many channels."""
+    file = models / Path(DIT_FILE).with_name(f"of_{channels}_channels.safetensors")
+    layout = flux_dit_layout(replace(DIT, in_channels=channels))
+    save_file(random_tensors(layout, 1, torch.bfloat16), file)
+    yield file.name
+    file.unlink()
+
+
+@pytest.mark.parametrize("channels", [128, 384])
+def test_fill_depth_and_canny_models(comfy, base: Graph, wide_model: str, channels: int) -> None:
+    base["1"]["inputs"]["file"] = base["unet"]["inputs"]["unet_name"] = wide_model
+    base["sigmas"]["inputs"]["steps"] = 3
+    graph = a_picture(base)
+    graph["picture"] = node("EmptyImage", width=SIZE, height=SIZE, batch_size=1, color=0x4080C0)
+    both = {"positive": ["positive", 0], "negative": ["negative", 0], "vae": ["vae", 0]}
+    if channels == 384:
+        kind, both["mask"] = "InpaintModelConditioning", ["soft", 0]
+        both["noise_mask"] = True
+    else:
+        kind = "InstructPixToPixConditioning"
+    graph["given"] = node(kind, pixels=["picture", 0], **both)
+    given = {"positive": ["given", 0], "negative": ["given", 1], "cfg": 2.0}
+    graph |= {"ours": ours(latent=["given", 2], **given)}
+    same_latents(comfy, graph | stock(latent_image=["given", 2], **given))
+    graph["ours"] = ours()
+    graph["shown"] = node("PreviewAny", source=["ours", 0])
+    assert "which needs a picture too. Connect" in error_of(comfy, graph)
+
+
+@pytest.mark.parametrize("channels", [384])
+def test_sample_fills_what_is_masked(comfy, base: Graph, wide_model: str) -> None:
+    """With an image and a mask of its own inputs, as InpaintModelConditioning would have it."""
+    base["1"]["inputs"]["file"] = base["unet"]["inputs"]["unet_name"] = wide_model
+    base["sigmas"]["inputs"]["steps"] = 3
+    graph = a_picture(base)
+    graph["picture"] = node("EmptyImage", width=SIZE, height=SIZE, batch_size=1, color=0x4080C0)
+    graph["given"] = node(
+        "InpaintModelConditioning", positive=["positive", 0], negative=["negative", 0],
+        vae=["vae", 0], pixels=["picture", 0], mask=["soft", 0], noise_mask=True,
+    )  # fmt: skip
+    given = {"positive": ["given", 0], "negative": ["given", 1], "latent_image": ["given", 2]}
+    graph |= stock(cfg=2.0, **given)
+    sample = {
+        "pipeline": ["4", 0], "prompt": "a cat", "seed": 7, "steps": 3, "guidance": 3.5,
+        "width": SIZE, "height": SIZE, "batch_size": 1, "negative_prompt": "fog", "cfg": 2.0,
+        "image": ["picture", 0], "mask": ["soft", 0], "keep_unmasked": False,
+        "sigmas": ["sigmas", 0],
+    }  # fmt: skip
+    graph["sample"] = node("MajicFluxSample", **sample)
+    graph["decoded"] = node("VAEDecode", samples=["stock", 0], vae=["vae", 0])
+    found, expected = outputs(comfy, graph, "sample", "decoded")
+    assert (found - expected).abs().max() <= 1e-3
 
 
 def a_picture(base: Graph) -> Graph:
