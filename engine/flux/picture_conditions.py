@@ -138,12 +138,12 @@ def _channels(
     if geometry.takes_picture:
         image = given.image
         if image is None:
-            image = to_model_space(torch.zeros(1, CHANNELS, height, width))
+            image = to_model_space(torch.zeros(1, CHANNELS, height, width, dtype=torch.float32))
         yield _patches(_fitted(image, height, width))
     if geometry.takes_mask:
         mask = noise_mask if given.mask is None else given.mask
         if mask is None:
-            mask = torch.ones(1, 1, height, width)
+            mask = torch.ones(1, 1, height, width, dtype=torch.float32)
         pixels = _fitted(mask, PIXELS_PER_LATENT * height, PIXELS_PER_LATENT * width)
         yield _patches(F.pixel_unshuffle(pixels, PIXELS_PER_LATENT))
 
