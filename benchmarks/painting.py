@@ -16,6 +16,7 @@ from .flux_graphs import Graph
 
 PROMPT_SECONDS = 180  # after which a prompt counts as lost
 MAPPED = (".safetensors", ".majicflux")  # weights
+Held = tuple[float, float, float]
 ENDS = {
     "execution_success": "success",
     "execution_error": "error",
@@ -127,7 +128,7 @@ class Session:
         if self.server.process.poll() is not None:
             return  # the next prompt will say so
         self.server.post("/free", {"unload_models": True, "free_memory": forget})
-        last, end = (-1.0, -1.0), time.monotonic() + 15
+        last, end = (-1.0, -1.0, -1.0), time.monotonic() + 15
         while time.monotonic() < end:
             time.sleep(0.7)
             now = self.held()
@@ -135,17 +136,16 @@ class Session:
                 return
             last = now
 
-    def held_idle(self) -> tuple[float, float]:
+    def held_idle(self) -> Held:
         """`held` by a server that has forgotten all that it can."""
         self.free(forget=True)
         return self.held()
 
-    def held(self) -> tuple[float, float]:
-        """GiB of the card in use above what was before, and of memory that the server holds.
-
-        But for files that are mapped, whose pages the system may drop.
-        """
+    def held(self) -> Held:
+        """GiB of the card in use above what was before, of the server's resident memory, and of
+        this but for mapped weights, whose pages the system may drop."""
         card = self.counter() - self.before if self.counter else 0.0
-        maps = psutil.Process(self.server.process.pid).memory_maps()
-        own = sum(part.rss for part in maps if not part.path.endswith(MAPPED))
-        return card, own / 2**30
+        server = psutil.Process(self.server.process.pid)
+        mapped = sum(part.rss for part in server.memory_maps() if part.path.endswith(MAPPED))
+        resident = server.memory_info().rss
+        return card, resident / 2**30, (resident - mapped) / 2**30

@@ -12,12 +12,13 @@ from typing import Any
 
 from .card_counter import grabbing
 from .flux_graphs import PROMPT, Graph, native, ours
-from .painting import PROMPT_SECONDS, Painting, Session
+from .painting import PROMPT_SECONDS, Held, Painting, Session
 from .table import Row
 
 InTime = Callable[[str, float], bool]  # whether what is named, and takes so many seconds, may begin
 PEER = "fp8_e4m3fn"
-GROWTH_GIB = 0.1
+# What a server may hold more of, as `Session.held` has it, in GiB.
+GROWTH = (("card", 0.1), ("resident memory", 0.1), ("of that not mapped", None))
 SLOWER = 1.1  # times as long as alone, at most
 GRAB_GIB = 4
 LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
@@ -60,7 +61,7 @@ def in_turns(
         failed += sum(painting.status != "success" for painting in painted)
         alone[what] = min(painting.seconds for painting in painted)
     again: dict[str, list[float]] = {what: [] for what in alone}
-    early, number = (0.0, 0.0), 0
+    early, number = (0.0, 0.0, 0.0), 0
     while number < rounds and (number < SETTLED_ROUNDS or in_time("more rounds", ROUND_SECONDS)):
         for what, seconds in again.items():
             painted = twice(what)
@@ -100,9 +101,9 @@ def with_loras(session: Session, steps: int, side: int, judged: bool) -> Iterato
         yield Row(name, seconds["ours"][step], "s", theirs, PEER, bar)
 
 
-def _growth(place: str, early: tuple[float, float], late: tuple[float, float]) -> Iterator[Row]:
-    for name, before, now in zip(("card", "memory"), early, late, strict=True):
-        yield Row(f"{place}: growth, {name}", round(now - before, 3), "GiB", bar=GROWTH_GIB)
+def _growth(place: str, early: Held, late: Held) -> Iterator[Row]:
+    for (name, bar), before, now in zip(GROWTH, early, late, strict=True):
+        yield Row(f"{place}: growth, {name}", round(now - before, 3), "GiB", bar=bar)
 
 
 def under_pressure(session: Session, steps: int, side: int) -> Iterator[Row]:
@@ -167,7 +168,7 @@ def _meanwhile(seconds: float, do: Callable[[], object], paint: Callable[[], Pai
 def soak(session: Session, side: int, prompts: int, in_time: InTime) -> Iterator[Row]:
     """Mixed prompts, small and short; none lost, and nothing held that was not held before."""
     chosen, lost, number = random.Random(0), 0, 0
-    held: dict[int, tuple[float, float]] = {}
+    held: dict[int, Held] = {}
     ten = [kind for kind, (times, _) in KINDS.items() for _ in range(times)]
     for number in range(1, prompts + 1):
         last = number == prompts or not in_time("more prompts", PROMPT_ENDS)

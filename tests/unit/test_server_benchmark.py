@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from majicflux.benchmarks import server, turns
 from majicflux.benchmarks.card_counter import peak_of
-from majicflux.benchmarks.painting import Painting
+from majicflux.benchmarks.painting import Held, Painting
 from majicflux.benchmarks.table import Row
 
 CARD = server.where("8", "")
@@ -100,8 +100,8 @@ class Made:
 
     def free(self, forget: bool = False) -> None: ...
 
-    def held_idle(self) -> tuple[float, float]:
-        return 1.0, 2.0 + self.grows * len(self.painted)
+    def held_idle(self) -> Held:
+        return 1.0, 2.0 + self.grows * len(self.painted), 1.5
 
 
 def rows_of(session: Made, in_time: turns.InTime = lambda *_: True) -> list[Row]:
@@ -175,4 +175,4 @@ def test_under_pressure_the_same_bits_or_the_sentence(
 
 def test_growth_is_seen(tmp_path: Path) -> None:
     found = in_use(Made(tmp_path, lambda painting: painting, grows=0.03))
-    assert [name.split(": ")[-1] for name in found] == ["growth, memory"] * 2
+    assert [name.split(": ")[-1] for name in found] == ["growth, resident memory"] * 2
