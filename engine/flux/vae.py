@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..allocator import is_out_of_memory
 from ..diffsynth_files import diffsynth_module
 from ..offload.chunking import Chunking
 from ..offload.offloaded_module import OffloadedModule, onloaded
@@ -37,7 +36,7 @@ class VAE:
         """Model-space latents [batch, 16, h, w] -> float32 RGB [batch, 8h, 8w, 3] in 0..1, CPU.
 
         One picture at a time, in `bands` of rows, or at once where there are none; in the smallest
-        bands once the device is short of memory. The picture is the same with any, up to rounding.
+        bands once the device lacks memory. The picture is the same with any, up to rounding.
         Returns it and the bytes of weights that were moved.
         """
         decoder, chunking = self.weights.module["decoder"], chunking or Chunking()
@@ -90,18 +89,18 @@ def _each(
     smallest: Callable[[], BandPlan],
     chunking: Chunking,
 ) -> tuple[Tensor, int]:
-    """`run` for each item and its bands, which are the smallest once memory was short."""
+    """`run` for each item and its bands, which are the smallest once no memory can be freed."""
     done = []
+
+    def smaller() -> bool:
+        nonlocal bands
+        found, bands = bands, smallest()
+        return found != bands
+
     with visits as ring, onloaded(part):
         for item in batch:
-            try:
-                done.append(run(item, bands))
-                continue
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            bands = smallest()  # out of `except`, which keeps the failed run's tensors alive
-            done.append(chunking.retry(partial(run, item, bands)))
+            # With the same bands again where others leave the card for it: the same picture.
+            done.append(chunking.retry(lambda item=item: run(item, bands), smaller))
     return torch.cat(done), ring.moved_bytes
 
 
