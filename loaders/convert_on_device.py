@@ -79,10 +79,14 @@ class DeviceQuantizer:
 
     def close(self) -> None:
         """Give back the memory of the card and what is no longer used of pinned memory."""
+        import torch
+
         from ..engine.allocator import allocator_of
         from ..engine.offload.pinned import give_back_pinned
 
         self._threads.shutdown()
         if self._cuda:
+            # PyTorch keeps a thread's workspace when the thread is gone.
+            torch._C._cuda_clearCublasWorkspaces()
             allocator_of(self.device).give_back()
             give_back_pinned()
