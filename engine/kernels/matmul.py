@@ -51,10 +51,10 @@ def int8_product(
     values, row_scale = _flat(x)
     y = _result(weight, x, out)
     if dispatch.fused(values) and dispatch.int8_product_works(values.device):
-        from . import fused_triton
+        from . import triton_products
 
         given = (values, row_scale, weight, scale, bias, y.flatten(0, -2), added)
-        fused_triton.int8_product(*given)
+        triton_products.int8_product(*given)
         return y
     assert added is None
     for first in range(0, len(values), ROWS_AT_ONCE):
@@ -83,12 +83,19 @@ def adds_low_rank(x: Tensor | QuantizedActivations) -> TypeGuard[QuantizedActiva
 def low_rank_rows(x: QuantizedActivations, down: Tensor, scale: Tensor | None) -> Tensor:
     """x (down * scale)^T, [rows, ranks]."""
     assert scale is not None, "it is quantized as the rows are"
-    from . import fused_triton
+    from . import triton_products
 
     values, row_scale = _flat(x)
     low = values.new_empty(values.shape[0], down.shape[0], dtype=x.dtype)
-    fused_triton.low_rank_rows(values, row_scale, down, scale, low)
+    triton_products.low_rank_rows(values, row_scale, down, scale, low)
     return low
+
+
+def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:
+    """Add it to y [rows, columns], contiguous, for rows of which `has_low_rank_kernels` says so."""
+    from . import triton_products
+
+    triton_products.add_low_rank_(y, added)
 
 
 def _flat(x: QuantizedActivations) -> tuple[Tensor, Tensor]:

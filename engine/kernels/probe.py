@@ -98,9 +98,9 @@ def kitchen(device: torch.device) -> Pairs:
 
 def int8_product(device: torch.device) -> Pairs:
     """Ours in Triton, with rows and columns that do not fill a tile."""
-    from . import fused_triton
+    from . import triton_products
 
-    yield _product(device, torch.int8, fused_triton.int8_product)
+    yield _product(device, torch.int8, triton_products.int8_product)
 
 
 def float8_product(device: torch.device) -> Pairs:
@@ -109,22 +109,25 @@ def float8_product(device: torch.device) -> Pairs:
 
 
 def low_rank(device: torch.device, dtype: torch.dtype) -> Pairs:
-    """Ours in Triton: rows of few ranks, and for int8 the product that adds what they give."""
-    from . import fused_triton
+    """Ours in Triton: rows of few ranks, and what adds what they give, for int8 the product."""
+    from . import triton_products
 
     def few_ranks(x, x_scale, down, scale, bias, out) -> None:
-        fused_triton.low_rank_rows(x, x_scale, down, scale, out)
+        triton_products.low_rank_rows(x, x_scale, down, scale, out)
         out += bias
 
     yield _product(device, dtype, few_ranks, 3 * RANKS)
-    if dtype != torch.int8:
-        return
-    low, up = (x.bfloat16() for x in _random((ROWS, 3 * RANKS), (2 * TILE, 2 * RANKS)))
+    columns = 2 * TILE - RANKS
+    low, up = (x.bfloat16() for x in _random((ROWS, 3 * RANKS), (columns, 2 * RANKS)))
     first_rank = torch.tensor([0, RANKS], dtype=torch.int32)
     added = low.to(device), up.to(device), first_rank.to(device)
-    multiply = partial(fused_triton.int8_product, added=added)
-    found, right = _product(device, dtype, multiply, 2 * TILE - RANKS)
-    for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, 2 * TILE - RANKS))):
+    if dtype == torch.int8:
+        multiply = partial(triton_products.int8_product, added=added)
+        found, right = _product(device, dtype, multiply, columns)
+    else:
+        right = _random((ROWS, columns))[0]
+        triton_products.add_low_rank_(found := right.to(device, torch.bfloat16), added)
+    for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, columns))):
         right[:, some] += low[:, first : first + 2 * RANKS].float() @ up[some].float().T
     yield found, right
 

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..kernels.matmul import adds_low_rank, has_low_rank_kernels, int8_product, low_rank_rows
+from ..kernels.matmul import (
+    add_low_rank_,
+    adds_low_rank,
+    has_low_rank_kernels,
+    int8_product,
+    low_rank_rows,
+)
 from ..kernels.row_format import TILE
 from .linear import ALL, Rows, StoredLinear
 from .rank_layout import Span
@@ -58,11 +64,14 @@ class BoundTerms:
         if low is None:
             return self._changed(layer.method(layer, x, out, columns), columns)
         terms = self._of(columns)
-        if terms.first_ranks is not None and adds_low_rank(x):
-            added = low, terms.up, terms.first_ranks
+        added = None if terms.first_ranks is None else (low, terms.up, terms.first_ranks)
+        if added is not None and adds_low_rank(x):
             return int8_product(x, *layer.matrix(columns), out, added)
         y = self._changed(layer.method(layer, x, out, columns), columns)
         flat = y.flatten(0, -2)
+        if added is not None and has_low_rank_kernels(x):
+            add_low_rank_(flat, added)
+            return y
         for some, ranks, up in terms.sums:
             part = flat if some is None else flat[:, some]
             part.addmm_(low if ranks is None else low[:, ranks], up.to(y.dtype))

@@ -160,11 +160,18 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append("int8_product" if added is None else "int8_product with terms")
         y = (x.double() * x_scale) @ (weight.double() * scale[:, None]).T + bias
         if added is not None:
-            low, up, first_ranks = added
-            for tile, first in enumerate(first_ranks.tolist()):
-                some = slice(128 * tile, min(128 * (tile + 1), len(up)))
-                y[:, some] += low[:, first : first + up.shape[1]].double() @ up[some].double().T
+            add(y, added)
         out.copy_(y)
+
+    def add_low_rank_(y, added) -> None:
+        started.append("add_low_rank_")
+        add(y, added)
+
+    def add(y, added) -> None:
+        low, up, first_ranks = added
+        for tile, first in enumerate(first_ranks.tolist()):
+            some = slice(128 * tile, min(128 * (tile + 1), len(up)))
+            y[:, some] += low[:, first : first + up.shape[1]].double() @ up[some].double().T
 
     addmm_ = torch.Tensor.addmm_
 
@@ -175,11 +182,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def dequantize(stored, scale, out) -> None:
         out.copy_(stored).mul_(scale[:, None])
 
-    stand_in = SimpleNamespace(
-        low_rank_rows=low_rank_rows, int8_product=int8_product, dequantize=dequantize
+    products = SimpleNamespace(
+        low_rank_rows=low_rank_rows, int8_product=int8_product, add_low_rank_=add_low_rank_
     )
-    monkeypatch.setitem(sys.modules, "majicflux.engine.kernels.fused_triton", stand_in)  # type: ignore
-    monkeypatch.setattr(kernels_package, "fused_triton", stand_in, raising=False)
+    fused = SimpleNamespace(dequantize=dequantize)
+    for name, stand_in in (("triton_products", products), ("fused_triton", fused)):
+        monkeypatch.setitem(sys.modules, f"majicflux.engine.kernels.{name}", stand_in)  # type: ignore
+        monkeypatch.setattr(kernels_package, name, stand_in, raising=False)
     monkeypatch.setattr(dispatch, "fused", lambda x: x.dtype in LIMITS)
     monkeypatch.setattr(dispatch, "int8_product_works", lambda _: True)
     monkeypatch.setattr(dispatch, "low_rank_works", lambda *_: True)
@@ -192,23 +201,23 @@ SPLIT = [  # terms of queries, of keys and of values, each of 128 columns
     term(32, 128, first=128, seed=2),
     term(20, 128, first=256, seed=3),
 ]
-TERMS = {  # of the LoRAs that are there at once, and the sums that they are without our kernel
-    "one": ([(term(8, 384),)], 1),
-    "three": ([(term(8, 384),), (term(16, 384, seed=1),), (term(3, 384, seed=2),)], 1),
-    "split": ([SPLIT], 3),
-    "split, one down": ([[replace(SPLIT[0], first=first) for first in (0, 128, 256)]], 1),
-    "three split": ([SPLIT, SPLIT[::-1], SPLIT[:2]], 3),
-    "split beside whole": ([SPLIT, (term(8, 384),)], 2),
-    "queries alone": ([SPLIT[:1]], 1),
+TERMS = {  # of the LoRAs that are there at once
+    "one": [(term(8, 384),)],
+    "three": [(term(8, 384),), (term(16, 384, seed=1),), (term(3, 384, seed=2),)],
+    "split": [SPLIT],
+    "split, one down": [[replace(SPLIT[0], first=first) for first in (0, 128, 256)]],
+    "three split": [SPLIT, SPLIT[::-1], SPLIT[:2]],
+    "split beside whole": [SPLIT, (term(8, 384),)],
+    "queries alone": [SPLIT[:1]],
 }
 
 
 @pytest.mark.parametrize("case", TERMS)
 @pytest.mark.parametrize("storage", [INT8_ROTATED, FLOAT8], ids=str)
 def test_terms_are_few_products(kernels: list[str], storage: Storage, case: str) -> None:
-    """One of the rows for all columns and LoRAs; the sums join the int8 product where that is
-    ours, whatever columns are asked for, with the same bits."""
-    terms, sums = TERMS[case]
+    """One of the rows for all columns and LoRAs, and one that joins the int8 product or follows
+    the float8 one, whatever columns are asked for, with the same bits."""
+    terms = TERMS[case]
     model = OneLayer(storage, 384)
     layer = model.layer
     use(layer, True)
@@ -223,14 +232,12 @@ def test_terms_are_few_products(kernels: list[str], storage: Storage, case: str)
         kernels.clear()
         found = layer(rows)
         assert relative(found - bias, x.double() @ weight.T) <= without * 1.01
-        expected = ["int8_product with terms"] if joined else ["addmm_"] * sums
-        assert kernels == ["low_rank_rows", *expected]
+        added = "int8_product with terms" if joined else "add_low_rank_"
+        assert kernels == ["low_rank_rows", added]
         kernels.clear()
         parts = torch.empty(3, 1, 160, 128)
         layer.write(rows, [*parts], [slice(first, first + 128) for first in (0, 128, 256)])
-        assert kernels.count("low_rank_rows") == 1
-        met = 1 if case == "queries alone" else 3
-        assert kernels[1:] == ["int8_product with terms"] * 3 if joined else ["addmm_"] * met
+        assert kernels == ["low_rank_rows", *[added] * 3]
         close = torch.equal if joined else torch.allclose  # which a CPU's float8 is not
         assert close(torch.cat([*parts], dim=-1), found)
         few = layer.rows(x[:, 37:90])

@@ -7,7 +7,12 @@ import torch
 
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.kernels.hadamard import hadamard, rotate
-from majicflux.engine.kernels.matmul import has_low_rank_kernels, int8_product, low_rank_rows
+from majicflux.engine.kernels.matmul import (
+    add_low_rank_,
+    has_low_rank_kernels,
+    int8_product,
+    low_rank_rows,
+)
 from majicflux.engine.kernels.ops import add_gated_, norm_modulate_quantize, rms_rope_
 from majicflux.engine.kernels.row_format import LIMITS, ActivationFormat, QuantizedActivations
 from majicflux.engine.quant.linear import StoredNorm
@@ -224,6 +229,7 @@ def test_few_ranks_join_the_int8_product(device, ranks: int) -> None:
     for tile, first in enumerate(first_ranks.tolist()):
         some = slice(128 * tile, 128 * (tile + 1))
         exact[:, some] += low[:, first : first + ranks].double() @ up[some].double().T
+    of_terms = exact - plain
     assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-3 * exact.std()).all()
     for rows in (slice(0, 1), slice(40, 77), slice(512, None)):
         few = QuantizedActivations(x.values[:, rows], x.scale[:, rows], x.dtype)
@@ -234,6 +240,11 @@ def test_few_ranks_join_the_int8_product(device, ranks: int) -> None:
     part = int8_product(x, weight[some], scale[some], bias[some], added=added)
     assert torch.equal(part[0], found[:, some])
     assert (int8_product(x, *given)[0] - plain).norm() <= 3e-3 * plain.norm()
+    for rows in (slice(None), slice(0, 1), slice(40, 77)):
+        y = (plain - bias).bfloat16()[rows]
+        exact = y.double() + of_terms[rows]
+        add_low_rank_(y, (low[rows].contiguous(), up, first_ranks))
+        assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-3 * exact.std()).all()
 
 
 @pytest.mark.parametrize("device", [CUDA])

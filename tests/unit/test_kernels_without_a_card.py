@@ -80,7 +80,7 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
 
 LOW_RANK = """
 import torch
-from majicflux.engine.kernels import fused_triton as fused
+from majicflux.engine.kernels import triton_products as fused
 generator = torch.Generator().manual_seed(0)
 def drawn(*shape):
     return torch.randn(shape, generator=generator)
@@ -117,6 +117,8 @@ for ranks in (16, 48, 64, 256):
     columns = weight[128:], scale[128:], bias[128:]
     fused.int8_product(x, x_scale, *columns, last, (low, up[128:], first_rank[1:]))
     assert relative(last, exact[:, 128:]) < 1e-6
+    fused.add_low_rank_(found.copy_(bias.expand(200, 176)), (low, up, first_rank))
+    assert relative(found, exact - exactly(*given[:4])) < 1e-6
     fused.int8_product(*given, plain)
     assert relative(plain, exactly(*given[:4]) + bias) < 1e-6
 print("equal")
@@ -256,7 +258,9 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    monkeypatch.setattr(fused, "_start", start)
+    products = pytest.importorskip("majicflux.engine.kernels.triton_products")
+    for module in (fused, products):
+        monkeypatch.setattr(module, "start", start)
     residual = empty(1, 64, 3072, dtype=torch.float32)
     modulation = empty(1, 1, 3072, dtype=torch.float32)
     beside = empty(1, 64, 3072), None, empty(1, 64, 12288)
@@ -276,24 +280,25 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     methods = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
     for bias in (None, empty(3072)):
         if methods:
-            fused.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
+            products.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
         fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
     first_rank, of_rows = empty(24, dtype=torch.int32), scale[:64, None]
     ranks = [16, 48, 64, 256]
     for some in ranks:
         added = empty(64, some + 16), empty(3072, some), first_rank
         if methods:
-            fused.int8_product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
+            products.int8_product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
+            products.add_low_rank_(empty(64, 3072), added)
         for dtype in (torch.int8, torch.float8_e4m3fn)[: 1 + (capability >= FLOAT8_UNITS)]:
             narrow = rows.view(dtype), of_rows, empty(some, 64, dtype=dtype), scale[:some]
-            fused.low_rank_rows(*narrow, empty(64, some))
-    of_ranks = len(ranks) * (1 + methods + (capability >= FLOAT8_UNITS))
+            products.low_rank_rows(*narrow, empty(64, some))
+    of_ranks = len(ranks) * (1 + 2 * methods + (capability >= FLOAT8_UNITS))
     assert len(compiled) == 2 * len(formats) + 6 + 2 * methods + of_ranks
 
 
 def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
-    fused_triton = pytest.importorskip("majicflux.engine.kernels.fused_triton")
-    monkeypatch.setattr(fused_triton, "_compiled", {})
+    triton_start = pytest.importorskip("majicflux.engine.kernels.triton_start")
+    monkeypatch.setattr(triton_start, "_compiled", {})
     started = []
 
     class Kernel:
@@ -314,10 +319,10 @@ def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> N
     for given in cases:
         for constant in (1, 2):
             for _ in range(2):
-                fused_triton._start(Kernel(), x.device, (3, 1, 1), given, WIDTH=constant)
+                triton_start.start(Kernel(), x.device, (3, 1, 1), given, WIDTH=constant)
     # The first of two through Triton, which is told the warps too; the second as it was compiled.
     assert started == [(0, (3, 1, 1), 4), (1, (3, 1, 1), 3)] * 2 * len(cases)
-    fused_triton._start(Kernel(), x.device, (5, 1, 1), (x[4:], 32), WIDTH=1)
+    triton_start.start(Kernel(), x.device, (5, 1, 1), (x[4:], 32), WIDTH=1)
     assert started[-1] == (1, (5, 1, 1), 3), "another tensor and number of the same kind"
 
 

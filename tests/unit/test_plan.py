@@ -171,13 +171,17 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = SimpleNamespace(
         norm_modulate_quantize=norm_modulate_quantize, rms_rope_=rms_rope_, add_gated_=add_gated_,
-        int8_product=lambda *_: None, dequantize=lambda *_: None, low_rank_rows=lambda *_: None,
+        dequantize=lambda *_: None,
     )  # fmt: skip
+    products = SimpleNamespace(
+        int8_product=lambda *_: None, low_rank_rows=lambda *_: None, add_low_rank_=lambda *_: None
+    )
     monkeypatch.setattr(dispatch, "fused", lambda x: x.device == META)
     monkeypatch.setattr(dispatch, "int8_product_works", lambda _: True)
     monkeypatch.setattr(dispatch, "low_rank_works", lambda *_: True)
-    monkeypatch.setitem(sys.modules, "majicflux.engine.kernels.fused_triton", stand_in)  # type: ignore
-    monkeypatch.setattr(kernels, "fused_triton", stand_in, raising=False)
+    for name, module in (("fused_triton", stand_in), ("triton_products", products)):
+        monkeypatch.setitem(sys.modules, f"majicflux.engine.kernels.{name}", module)  # type: ignore
+        monkeypatch.setattr(kernels, name, module, raising=False)
 
 
 @cache

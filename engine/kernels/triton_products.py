@@ -1,0 +1,168 @@
+"""Products in 8 bits and what adapters add to them, in Triton.
+
+Imported only where Triton is (see `dispatch`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .row_format import TILE, LowRankProduct
+from .triton_start import cdiv, power_of_2, start
+
+
+@triton.jit
+def _plus_low_rank(
+    out, low_ptr, up_ptr, first_rank_ptr, low_row, row, column, rows, columns,
+    RANKS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`out` at these rows and columns, and what a `LowRankProduct` adds there."""
+    first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
+    for first in tl.range(0, RANKS, STEP, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+        rank = first + tl.arange(0, STEP)[None, :]
+        of_row = low_ptr + row[:, None] * low_row + first_rank + rank
+        of_column = up_ptr + column[:, None] * RANKS + rank
+        low = tl.load(of_row, mask=(row < rows)[:, None], other=0.0)
+        up = tl.load(of_column, mask=(column < columns)[:, None], other=0.0)
+        out = tl.dot(low, up.T, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _int8_product(
+    x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
+    low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
+    DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
+    RANKS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    # Programs that run at the same time share rows and columns, which then stay in the cache.
+    program = tl.program_id(0)
+    high, across = tl.cdiv(rows, SIDE), tl.cdiv(columns, SIDE)
+    first = program // (GROUP * across) * GROUP
+    size = min(high - first, GROUP)
+    top = (first + program % (GROUP * across) % size) * SIDE
+    left = program % (GROUP * across) // size * SIDE
+
+    total = tl.zeros((SIDE, SIDE), tl.int32)
+    for deep in range(0, DEPTH, SIDE):
+        x, w = x_tiles.load([top, deep]), w_tiles.load([left, deep])
+        total += tl.dot(x, w.T, out_dtype=tl.int32)
+
+    row, column = top + tl.arange(0, SIDE), left + tl.arange(0, SIDE)
+    x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
+    w_scale = tl.load(w_scale_ptr + column, mask=column < columns)
+    out = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
+    if RANKS > 0:
+        out = _plus_low_rank(
+            out, low_ptr, up_ptr, first_rank_ptr + left // SIDE, low_row,
+            row, column, rows, columns, RANKS, STEP,
+        )  # fmt: skip
+    out_tiles.store([top, left], out.to(out_tiles.dtype))
+
+
+def int8_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor,
+    added: LowRankProduct | None = None,
+) -> None:  # fmt: skip
+    """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, the sums exact in int32.
+
+    x: int8 [rows, depth], x_scale: float32 [rows, 1]; weight: int8 [columns, depth], scale:
+    float32 [columns]; everything contiguous, depth and columns multiples of 16.
+    added: to that, before it is rounded; its ranks multiples of 16.
+    """
+    (rows, depth), columns = x.shape, weight.shape[0]  # `len` takes a microsecond
+    if depth % 16 or columns % 16:
+        raise ValueError(f"the int8 kernel needs multiples of 16, not {columns}x{depth}")
+    from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
+
+    # The best size of those that were measured on an H200.
+    tiles = (TensorDescriptor.from_tensor(t, [TILE, TILE]) for t in (x, weight, out))
+    x_tiles, w_tiles, out_tiles = tiles
+    ranks, beside = 0, (None, None, None, None)
+    if added is not None:
+        low, up, _ = added
+        ranks, beside = up.shape[1], (*added, low.shape[1])
+    start(
+        _int8_product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
+        (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
+        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
+        RANKS=ranks, STEP=min(32, ranks & -ranks), num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _low_rank_rows(
+    x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows,
+    DEPTH: tl.constexpr, RANKS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+    DEEP: tl.constexpr, AHEAD: tl.constexpr, INTEGERS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
+    rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    within = tl.arange(0, DEEP)[None, :]
+    # Beyond the last row or rank it is read again: a load without a mask is the faster one.
+    of_x = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * DEPTH + within
+    of_down = down_ptr + tl.minimum(rank, RANKS - 1)[:, None] * DEPTH + within
+    total = tl.zeros((HIGH, WIDE), tl.int32 if INTEGERS else tl.float32)
+    # Few programs, each of which waits for memory: so much of it is asked for ahead.
+    for deep in tl.range(0, DEPTH, DEEP, num_stages=AHEAD):
+        if DEPTH % DEEP == 0:
+            x, down = tl.load(of_x + deep), tl.load(of_down + deep)
+        else:
+            inside = deep + within < DEPTH
+            x = tl.load(of_x + deep, mask=inside, other=0.0)
+            down = tl.load(of_down + deep, mask=inside, other=0.0)
+        total = tl.dot(x, down.T, total, out_dtype=total.dtype)
+    x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
+    scale = tl.load(scale_ptr + rank, mask=rank < RANKS)
+    out = total.to(tl.float32) * x_scale[:, None] * scale[None, :]
+    place = out_ptr + row[:, None] * RANKS + rank[None, :]
+    inside = (row < rows)[:, None] & (rank < RANKS)[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out [rows, ranks] = (x * x_scale) (down * scale)^T, as of `int8_product`, in int8 or float8.
+
+    For some 16 to 256 ranks, with which the large tiles of a product would leave most of a card
+    without work.
+    """
+    (rows, depth), ranks = x.shape, down.shape[0]
+    high, wide = 64, min(64, power_of_2(ranks))
+    # The best sizes of those that were measured on an H200 and fit into other cards' memory.
+    deep, ahead = (128, 5) if wide == 64 else (256, 4)
+    start(
+        _low_rank_rows, x.device, (cdiv(rows, high), cdiv(ranks, wide), 1),
+        (x, x_scale, down, scale, out, rows),
+        DEPTH=depth, RANKS=ranks, HIGH=high, WIDE=wide, DEEP=deep, AHEAD=ahead,
+        INTEGERS=x.dtype == torch.int8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_low_rank(
+    y_tiles, low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
+    HIGH: tl.constexpr, SIDE: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    top, left = tl.program_id(1) * HIGH, tl.program_id(0) * SIDE
+    row, column = top + tl.arange(0, HIGH), left + tl.arange(0, SIDE)
+    out = _plus_low_rank(
+        y_tiles.load([top, left]).to(tl.float32), low_ptr, up_ptr, first_rank_ptr + left // SIDE,
+        low_row, row, column, rows, columns, RANKS, STEP,
+    )  # fmt: skip
+    y_tiles.store([top, left], out.to(y_tiles.dtype))
+
+
+def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:
+    """Add it to y [rows, columns], contiguous, rounded once."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (rows, columns), (low, up, _) = y.shape, added
+    high, ranks = 64, up.shape[1]
+    start(
+        _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high), 1),
+        (TensorDescriptor.from_tensor(y, [high, TILE]), *added, low.shape[1], rows, columns),
+        HIGH=high, SIDE=TILE, RANKS=ranks, STEP=min(32, ranks & -ranks),
+    )  # fmt: skip
