@@ -10,7 +10,7 @@ from torch import nn
 from ..diffsynth_files import diffsynth_module
 from ..offload.offloaded_module import OffloadedModule
 from ..offload.patcher import Patcher
-from ..quant.adapters import touched
+from ..quant.adapters import LastTerms, touched
 from ..quant.formats import Precision, Storage
 from ..quant.linear import StorageOf, store
 from ..quant.low_rank import Adapter
@@ -47,6 +47,7 @@ class DiT:
     geometry: FluxGeometry
     precision: Precision
     last_conditions: LastConditions = field(default_factory=LastConditions, repr=False)
+    last_terms: LastTerms = field(default_factory=LastTerms, repr=False)
     adapters: tuple[tuple[Adapter, float], ...] = ()
     origin: Origin | None = None
     loaded: "DiT | None" = field(default=None, repr=False)

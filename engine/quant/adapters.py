@@ -4,7 +4,7 @@ Beside, never merged: a weight that has been rounded to 8 bits would be rounded 
 change of it lost. The input meets `down` in the format in which it meets the weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ..kernels.hadamard import rotate
 from ..kernels.row_format import TILE
-from .bound_terms import BoundTerms
-from .formats import BFLOAT16, CONVERTED_AT_ONCE
+from .bound_terms import BoundTerms, layer_of
+from .formats import CONVERTED_AT_ONCE
 from .linear import LinearMethod, StoredLinear
 from .low_rank import Adapter, LowRankTerm
 from .quantize import float32_of, quantize_rows
 from .rank_layout import Adapters, rank_layout
+
+CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -30,10 +32,12 @@ def adapted(
     names: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
+    last: "LastTerms | None" = None,
 ) -> Iterator[None]:
     """Let these layers of `module` add the terms of `adapters`, in memory of `device`.
 
     names: some of `touched`. The layers have their methods already. dtype: of the activations.
+    last: where they are kept for another run, if they shall be.
     """
     layers, norms = [], []
     try:
@@ -41,7 +45,8 @@ def adapted(
             layer = module.get_submodule(name)
             assert isinstance(layer, StoredLinear)
             layers.append(layer)
-            layer.adapted = _bound(layer, name, adapters, dtype, device)
+            make = partial(_bound, layer, name, adapters, dtype, device)
+            layer.adapted = make() if last is None else last.of(name, make, device)
         for name, weight in _norms(adapters).items():
             norm: Any = module.get_submodule(name)
             norms.append((norm, norm.weight))
@@ -52,6 +57,29 @@ def adapted(
             layer.adapted = None
         for norm, weight in norms:
             norm.weight = weight
+
+
+class LastTerms:
+    """What was bound in the last run, in the host's memory: making it takes as long as some steps,
+    copying it as long as a part of one."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[Any, ...] = ()
+        self._kept: dict[str, BoundTerms] = {}
+
+    def made_of(self, *given: Any) -> "LastTerms":
+        """The same, with nothing in it that was made of other adapters or for other methods."""
+        if given != self._made_of:
+            self._made_of, self._kept = given, {}
+        return self
+
+    def of(self, name: str, make: Callable[[], BoundTerms], device: torch.device) -> BoundTerms:
+        """On `device` what was made for the layer of this name, or is now."""
+        if name in self._kept:
+            return self._kept[name].to(device)
+        bound = make()
+        self._kept[name] = bound.to(CPU)
+        return bound
 
 
 def touched(adapters: Adapters) -> list[str]:
@@ -203,19 +231,15 @@ def _gain_and_bias(
 
 def _as_rows_come(layer: StoredLinear, down: Tensor, dtype: torch.dtype) -> StoredLinear:
     """`down` as a layer whose input has the format of that of `layer`."""
-    found = StoredLinear(down.shape[1], len(down), False, BFLOAT16)
-    found.group = layer.group
+    group = layer.group
     if layer.method is not None:
         wanted = layer.method.wanted(layer)
-        found.group = 0 if wanted is None else wanted.group
+        group = 0 if wanted is None else wanted.group
         if wanted is not None and wanted.dtype is not None:
             into = torch.empty_like(down, dtype=wanted.dtype)
             scale = down.new_empty(len(down), dtype=torch.float32)
-            quantize_rows(down, into, scale, wanted.group)
-            found.weight = nn.Parameter(into, requires_grad=False)
-            found.scale = nn.Parameter(scale, requires_grad=False)
-            return found
-    if found.group:
-        down = rotate(down.float(), found.group)
-    found.weight = nn.Parameter(down.to(dtype), requires_grad=False)
-    return found
+            quantize_rows(down, into, scale, group)
+            return layer_of(into, scale, group)
+    if group:
+        down = rotate(down.float(), group)
+    return layer_of(down.to(dtype), None, group)

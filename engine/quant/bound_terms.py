@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..kernels.matmul import (
     add_low_rank_,
@@ -13,6 +14,7 @@ from ..kernels.matmul import (
     low_rank_rows,
 )
 from ..kernels.row_format import TILE
+from .formats import BFLOAT16
 from .linear import ALL, Rows, StoredLinear
 from .rank_layout import Span
 
@@ -46,6 +48,18 @@ class BoundTerms:
     gain: Tensor | None = None
     bias: Tensor | None = None
     _parts: dict[tuple[int, int], ColumnTerms] = field(default_factory=dict, init=False)
+
+    def to(self, device: torch.device) -> "BoundTerms":
+        """The same in memory of `device`."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        down = self.down
+        if down is not None:
+            down = layer_of(down.weight.to(device), moved(down.scale), down.group)
+        vectors = moved(self.first_ranks), moved(self.gain), moved(self.bias)
+        return BoundTerms(down, moved(self.up), self.spans, *vectors)
 
     def low(self, layer: StoredLinear, x: Rows) -> Tensor | None:
         """x down^T [rows, ranks] of rows of the layer, for any columns of their product."""
@@ -103,3 +117,13 @@ class BoundTerms:
         if tiles is not None:
             tiles = None if first % TILE else tiles[first // TILE :]
         return self._parts.setdefault((first, last), ColumnTerms(self.up[first:last], tiles, sums))
+
+
+def layer_of(weight: Tensor, scale: Tensor | None, group: int) -> StoredLinear:
+    """A layer without a bias of these, as `StoredLinear` has them."""
+    layer = StoredLinear(weight.shape[1], weight.shape[0], False, BFLOAT16)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if scale is not None:
+        layer.scale = nn.Parameter(scale, requires_grad=False)
+    layer.group = group
+    return layer

@@ -23,7 +23,7 @@ from ..plan.measure import MEASURING_BYTES, device_profile, measured_profile
 from ..plan.plan import DECODE, DENOISE, ENCODE, LABELS, TEXT, StagePlan, Workload
 from ..plan.text import plan_text
 from ..plan.vae import plan_decode, plan_encode
-from ..quant.adapters import adapted, bound_bytes, plain_bytes
+from ..quant.adapters import LastTerms, adapted, bound_bytes, plain_bytes
 from ..quant.compute import ComputePrecision
 from ..sampling.inputs import SamplerInputs
 from ..sampling.loop import OnPass, sample
@@ -118,8 +118,10 @@ class DenoiseStage:
         with run.memory_of(self, predicted) as (plan, chunking):
             visits = dit.weights.running_on(device, run.before_block, through, plan.ring, chunking)
 
-            def beside(names: Sequence[str]) -> AbstractContextManager[None]:
-                return adapted(module, dit.adapters, names, compute.dtype, device)
+            def beside(
+                names: Sequence[str], last: LastTerms | None = None
+            ) -> AbstractContextManager[None]:
+                return adapted(module, dit.adapters, names, compute.dtype, device, last)
 
             def make() -> list[Conditions]:
                 with compute.applied_to(module, device), beside(dit.adapted_once):
@@ -131,14 +133,15 @@ class DenoiseStage:
             adapters = dit.adapters if dit.adapted_once else ()
             key = (guidance, compute, latents_dtype, adapters, *inputs.sigmas.tolist())
             with visits as ring:
-                last = partial(dit.last_conditions.of, prompts, make, device, *key)
-                conditions = chunking.retry(last)
+                conditions_now = partial(dit.last_conditions.of, prompts, make, device, *key)
+                conditions = chunking.retry(conditions_now)
                 with_pictures = partial(self._with_pictures, conditions, inputs, prompts, device)
                 conditions = chunking.retry(with_pictures)
                 with ExitStack() as stack:
                     # With a new buffer for conversions.
                     stack.enter_context(compute.applied_to(module, device))
-                    chunking.retry(lambda: stack.enter_context(beside(dit.adapted_always)))
+                    last = dit.last_terms.made_of(dit.adapters, compute)
+                    chunking.retry(lambda: stack.enter_context(beside(dit.adapted_always, last)))
                     positive, negative = [*conditions, None][:2]
                     velocity = flux_velocity(module, positive, chunking, negative, inputs.cfg)
                     latents = sample(inputs, velocity, on_pass, device, latents_dtype)

@@ -413,6 +413,7 @@ def test_a_shortage_while_an_adapter_comes_is_survived(
     pipeline = with_adapters(replace(pipeline, text_encoders=encoders), (lora, 1.0))
     expected = latents(pipeline)
     pipeline.dit.last_conditions.forget()
+    pipeline.dit.last_terms.made_of()
     encoders.forget()
     where = "_on_device" if name == CLIP_LAYER else "_bound"
     real, failures = getattr(adapters_module, where), []
@@ -427,6 +428,28 @@ def test_a_shortage_while_an_adapter_comes_is_survived(
     assert torch.equal(latents(pipeline), expected)
     assert failures == [name]
     assert not any(layer.adapted for layer in stored_linears(pipeline.dit.weights.module))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn", "int8 rotated"])
+def test_what_is_bound_serves_the_next_run_too(make_pipeline, monkeypatch, precision: str) -> None:
+    pipeline = make_pipeline(precision=PRECISIONS[precision])
+    lora = adapter_of(pipeline.dit.weights.module)
+    one, other = (with_adapters(pipeline, (lora, strength)) for strength in (1.0, 0.5))
+    real, made = adapters_module._bound, []
+
+    def counted(*given: Any) -> Any:
+        made.append(given[1])
+        return real(*given)
+
+    monkeypatch.setattr(adapters_module, "_bound", counted)
+    expected = latents(one)
+    everything = set(made)
+    made.clear()
+    assert torch.equal(latents(one), expected)
+    assert not made
+    assert not torch.equal(latents(other), expected)
+    assert set(made) == everything
+    assert torch.equal(latents(one), expected)
 
 
 def test_a_new_strength_needs_no_conditions_where_none_depends_on_it(make_pipeline) -> None:
