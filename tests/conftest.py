@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,20 +121,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def convolutions() -> Iterator[None]:
-    """Those in bfloat16 are made in float32, on processors that take minutes for them otherwise."""
-    plain = F.conv2d
+def bfloat16_products() -> Iterator[None]:
+    """Those on a processor without units for them are made in float32: they take up to six times
+    as long otherwise, and convolutions minutes."""
 
-    def in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *rest,
-                   **named) -> torch.Tensor:  # fmt: skip
-        if x.dtype != torch.bfloat16 or x.device != CPU:
-            return plain(x, weight, bias, *rest, **named)
-        bias = None if bias is None else bias.float()
-        return plain(x.float(), weight.float(), bias, *rest, **named).to(x.dtype)
+    def in_float32(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*given: Any, out: torch.Tensor | None = None, **named: Any) -> torch.Tensor:
+            tensors = [x for x in given if isinstance(x, torch.Tensor)]
+            if any(x.dtype != torch.bfloat16 or x.device != CPU for x in tensors):
+                return make(*given, **named) if out is None else make(*given, out=out, **named)
+            wide = make(*(x.float() if isinstance(x, torch.Tensor) else x for x in given), **named)
+            return wide.to(torch.bfloat16) if out is None else out.copy_(wide)
+
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            patch.setattr(F, "conv2d", in_float32)
+            for module, name in ((F, "conv2d"), (F, "linear"), (torch, "addmm")):
+                patch.setattr(module, name, in_float32(getattr(module, name)))
         yield
 
 

@@ -324,11 +324,11 @@ def test_a_shortage_of_the_ring_is_survived(unseen, make_pipeline, monkeypatch, 
 
 
 @pytest.mark.parametrize("budget", [ROOMY, None])
-@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("failures", [1, 2, 3])
 def test_a_shortage_in_the_decoder_is_survived(
     make_pipeline, monkeypatch, caplog, budget: int | None, failures: int
 ) -> None:
-    """In the smallest bands, and if that is not enough with fewer weights."""
+    """With the same picture once other weights have left, or its own, then in smallest bands."""
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=budget)
     picture = paint(pipeline, REQUEST, lambda *_: None, lambda: None)[0]
     decoder = pipeline.vae.weights.module["decoder"]
@@ -355,10 +355,11 @@ def test_a_shortage_in_the_decoder_is_survived(
     smallest = plan_decode(*REQUEST.workload.latent_size, 2, 0)
     assert len(bands) == failures + 1
     assert (bands[0] is None) == (budget is None)
-    assert bands[1:] == [smallest] * failures
+    assert bands[1:] == [bands[0], bands[0], smallest][:failures]
+    assert torch.equal(found, picture) or failures == 3
     assert (found - picture).abs().max() < 0.02
-    assert (resident(pipeline) < before) == (failures == 2)
-    assert caplog.text.count("less memory than planned") == failures - 1
+    assert resident(pipeline) < before
+    assert caplog.text.count("less memory than planned") == min(failures, 2)
     assert_at_rest(pipeline)
 
 
