@@ -7,7 +7,7 @@ a picture of 256 x 256 has 256 across.
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .canvas import BLACK, Canvas, Colour, Figure, lit, mix, unit_of
 from .scenes import Scene
@@ -88,7 +88,7 @@ def begin_country(scene: Scene, r: random.Random, width: int, height: int) -> Co
     """Sky and backdrop."""
     canvas = Canvas(width, height, *_sky_of(scene), round(HORIZON * height))
     country = Country(canvas, scene, r, unit_of(width, height))
-    _sky(country)
+    _sky(replace(country, r=random.Random(r.random())))  # the same land lies under any sky
     _backdrop(country)
     return country
 
@@ -101,15 +101,15 @@ def _sky(country: Country) -> None:
     """Stars, sun or moon, and clouds that leave it free."""
     canvas, scene, r = country.canvas, country.scene, country.r
     width, height = canvas.width, canvas.height
+    slots = [0.14, 0.38, 0.62, 0.86]
+    if scene.lighthouse:
+        slots.remove(0.14 if scene.place == "left" else 0.86)
+    r.shuffle(slots)
     if scene.light == "moon":
         for _ in range(24):
             size = country.about(0.7, 1.2)
             place = r.random() * width, r.random() * height * 0.4
             canvas.oval(*place, size, size, (226, 230, 250))
-    slots = [0.14, 0.38, 0.62, 0.86]
-    if scene.lighthouse:
-        slots.remove(0.14 if scene.place == "left" else 0.86)
-    r.shuffle(slots)
     if scene.light:
         y = height * (0.27 if scene.time == "sunset" else 0.15)
         colour = LIGHT[scene.time]

@@ -5,6 +5,7 @@ B: pictures of a batch, T: text tokens, N: image tokens, one for 16x16 pixels, W
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -155,30 +156,54 @@ class DiT(nn.Module):
         self._ropes: dict[tuple[object, ...], Tensor] = {}
 
     def forward(
-        self, latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: Tensor,
+        beside: Tensor | None = None,
+        reference: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
         """Velocity, noise less picture, in model space: [B, 16, h, w], as the latents are.
 
-        sigma, guidance: [B]; text: [B, T, text width]; pooled: [B, pooled width].
+        sigma, guidance: [B]; text: [B, T, text width]; pooled: [B, pooled width]; beside: further
+        channels [B, channels, h, w]; reference: latents of a picture, of any size, that the tokens
+        can look at; control: [B, N, W], added after each double block.
         """
         height, width = latents.shape[2:]
-        words = text.shape[1]
-        rope = self._rope(words, height // PATCH, width // PATCH, latents.device)
-        condition = self.time_in(sinusoids(sigma)) + self.vector_in(pooled)
-        condition = F.silu((condition + self.guidance_in(sinusoids(guidance))).float())
+        words, painted = text.shape[1], height * width // PATCH**2
+        sizes = [x.shape[2:] for x in (latents, reference) if x is not None]
+        rope = self.rope(words, sizes, latents.device)
+        condition = self.condition(sigma, pooled, guidance)
+        if beside is not None:
+            latents = torch.cat([latents, beside], 1)
         img, txt = self.img_in(patches(latents)), self.txt_in(text)
+        if reference is not None:
+            img = torch.cat([img, self.img_in(patches(reference))], 1)
         for block in self.double_blocks:
             img, txt = block(img, txt, condition, rope[:, words:], rope[:, :words])
+            if control is not None:
+                img = img + control
         x = torch.cat([txt, img], 1)
         for block in self.single_blocks:
             x = block(x, condition, rope)
-        return unpatched(self.final_layer(x[:, words:], condition), height, width)
+        found = self.final_layer(x[:, words : words + painted], condition)
+        return unpatched(found, height, width)
 
-    def _rope(self, words: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        size = (words, rows, columns, device)
-        if size not in self._ropes:
-            self._ropes[size] = rope(words, rows, columns).to(device)
-        return self._ropes[size]
+    def condition(self, sigma: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
+        """[B, W], what all modulations are made of."""
+        condition = self.time_in(sinusoids(sigma)) + self.vector_in(pooled)
+        return F.silu((condition + self.guidance_in(sinusoids(guidance))).float())
+
+    def rope(self, words: int, sizes: Sequence[torch.Size], device: torch.device) -> Tensor:
+        """sizes: of the latents to paint, and of a reference."""
+        key = (words, *sizes, device)
+        if key not in self._ropes:
+            grids = [(height // PATCH, width // PATCH) for height, width in sizes]
+            self._ropes[key] = rope(words, *grids).to(device)
+        return self._ropes[key]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -197,12 +222,18 @@ def rotated(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)
 
 
-def rope(words: int, rows: int, columns: int) -> Tensor:
-    """Cosines and sines [2, words + rows * columns, HEAD_DIM / 2]: all text is at (0, 0, 0)."""
-    place = torch.zeros(rows, columns, len(ROPE_AXES), dtype=torch.float64)
-    place[..., 1] = torch.arange(rows)[:, None]
-    place[..., 2] = torch.arange(columns)
-    place = torch.cat([place.new_zeros(words, len(ROPE_AXES)), place.flatten(0, 1)])
+def rope(words: int, *grids: tuple[int, int]) -> Tensor:
+    """Cosines and sines [2, tokens, HEAD_DIM / 2]: all text is at (0, 0, 0).
+
+    grids: rows and columns of the painted picture, whose index is 0, and of one with index 1.
+    """
+    places = [torch.zeros(words, len(ROPE_AXES), dtype=torch.float64)]
+    for index, (rows, columns) in enumerate(grids):
+        place = torch.full((rows, columns, len(ROPE_AXES)), index, dtype=torch.float64)
+        place[..., 1] = torch.arange(rows)[:, None]
+        place[..., 2] = torch.arange(columns)
+        places.append(place.flatten(0, 1))
+    place = torch.cat(places)
     angles = []
     for axis, width in enumerate(ROPE_AXES):
         exponent = torch.arange(0, width, 2, dtype=torch.float64) / width

@@ -1,6 +1,6 @@
 """Rectified flow: from pictures to noise in training, and back for a look at what was learnt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -48,7 +48,6 @@ def mean_square(found: Tensor, wanted: Tensor) -> Tensor:
     return (found.float() - wanted).square().mean()
 
 
-@torch.no_grad()
 def paint_latents(
     model: LittleFlux,
     words: Words,
@@ -58,27 +57,45 @@ def paint_latents(
     steps: int = 20,
     guidance: float = 3.5,
     cfg: float | None = None,
-    seed: int = 1,
 ) -> Tensor:
     """[prompts, 16, h, w]. cfg: for a model that has not learnt guidance yet; it sees few tokens,
     as in its training."""
     length = PACK_T5_LENGTH if cfg is None else T5_LENGTH
-    count, (width, height) = len(prompts), size
-    texts = [words(prompt, length) for prompt in [*prompts, *[""] * count]]
+    count, passes = len(prompts), 1 if cfg is None else 2
+    texts = [words(prompt, length) for prompt in [*prompts, *[""] * count][: passes * count]]
     t5_ids, clip_ids = (torch.tensor([ids[k] for ids in texts], device=device) for k in (0, 1))
+    strength = torch.full((passes * count,), guidance, device=device)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        x, now = x.repeat(passes, 1, 1, 1), sigma.repeat(passes)
+        v = model(x, now, t5_ids, clip_ids, strength).float()
+        if cfg is None:
+            return v
+        conditional, unconditional = v.chunk(2)
+        return guided(conditional, unconditional, torch.full_like(sigma, cfg))
+
+    return descend(velocity, count, size, device, steps)
+
+
+@torch.no_grad()
+def descend(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    count: int,
+    size: Size,
+    device: torch.device,
+    steps: int,
+) -> Tensor:
+    """Latents [count, 16, h, w], from the same noise each.
+
+    velocity: of such latents at sigmas [count].
+    """
+    width, height = size
     one = (1, CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
-    x = draw_noise(seed, one).repeat(count, 1, 1, 1).to(device)
-    strength = torch.full((2 * count,), guidance, device=device)
-    used = count if cfg is None else 2 * count
-    sigmas = diffsynth_sigmas(steps, width, height).tolist()
-    for sigma, after in pairwise(sigmas):
-        now = torch.full((used,), sigma, device=device)
+    x = draw_noise(1, one).repeat(count, 1, 1, 1).to(device)
+    for sigma, after in pairwise(diffsynth_sigmas(steps, width, height).tolist()):
         with bfloat16_on_a_card(device):
-            given = (t5_ids[:used], clip_ids[:used], strength[:used])
-            v = model(x.repeat(used // count, 1, 1, 1), now, *given).float()
-        if cfg is not None:
-            v = guided(*v.chunk(2), torch.full((count,), cfg, device=device))
-        x = x + (after - sigma) * v
+            v = velocity(x, torch.full((count,), sigma, device=device))
+        x = x + (after - sigma) * v.float()
     return x
 
 

@@ -57,10 +57,20 @@ class LittleFlux(nn.Module):
         self.dit, self.t5, self.clip = DiT(geometry.dit), T5(geometry.t5), Clip(geometry.clip)
 
     def forward(
-        self, latents: Tensor, sigma: Tensor, t5_ids: Tensor, clip_ids: Tensor, guidance: Tensor
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        t5_ids: Tensor,
+        clip_ids: Tensor,
+        guidance: Tensor,
+        **conditions: Tensor,
     ) -> Tensor:
-        """Velocity [B, 16, h, w] of latents in model space; sigma, guidance: [B]."""
-        return self.dit(latents, sigma, self.t5(t5_ids), self.clip(clip_ids), guidance)
+        """Velocity [B, 16, h, w] of latents in model space; sigma, guidance: [B].
+
+        conditions: those of `DiT` that are made of pictures, for a transformer that knows them.
+        """
+        text, pooled = self.t5(t5_ids), self.clip(clip_ids)
+        return self.dit(latents, sigma, text, pooled, guidance, **conditions)
 
     def blocks(self) -> Iterator[nn.Module]:
         """All layers that there are several of."""

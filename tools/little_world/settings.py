@@ -27,6 +27,9 @@ class Settings:
     guidance_batch: int = 256
     style_batch: int = 128
     style_pictures: int = 4096  # of each size
+    condition_batch: int = 128
+    condition_pictures: int = 24_000  # or pairs of them
+    condition_first: int = 2_000  # that are there before a kind begins
     save_every: float = 60.0  # seconds
     sheet_steps: int = 20
 
@@ -37,5 +40,6 @@ class Settings:
             seconds=seconds, device="cpu", workers=2, geometry=TOY,
             sizes=((64, 64), (80, 48), (48, 80)), pictures=40, first=12, crop=32,
             vae_batch=4, decoder_batch=2, batch=8, guidance_batch=4, style_batch=4,
-            style_pictures=8, save_every=1.0, sheet_steps=2,
+            style_pictures=8, condition_batch=4, condition_pictures=8, condition_first=3,
+            save_every=1.0, sheet_steps=2,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,8 +34,10 @@ class Shelf:
     """The pictures of one size, in shared memory; `done` tells which ones are there.
 
     seeds: of the scenes. pictures: uint8 [n, height, width, 3]; ids: int16 [n, CAPTIONS, tokens].
+    at_once: pictures of a slot, one below the other.
     """
 
+    at_once: ClassVar[int] = 1
     size: Size
     seeds: range
     pictures: np.ndarray = field(init=False)
@@ -44,7 +47,7 @@ class Shelf:
 
     def __post_init__(self) -> None:
         (width, height), n = self.size, len(self.seeds)
-        self.pictures = _shared((n, height, width, 3), np.uint8)
+        self.pictures = _shared((n, self.at_once * height, width, 3), np.uint8)
         self.t5_ids = _shared((n, CAPTIONS, T5_LENGTH), np.int16)
         self.clip_ids = _shared((n, CAPTIONS, CLIP_LENGTH), np.int16)
         self.done = _shared((n,), np.uint8)
@@ -70,15 +73,16 @@ class Supply:
         count: int,
         workers: int,
         words_folder: Path,
+        kind: type[Shelf] = Shelf,
     ) -> None:
-        """words_folder: of the two tokenizers.
+        """words_folder: of the two tokenizers; kind: of all shelves.
 
         It forks, so it comes before anything that starts threads or a card.
         """
         self.shelves, seed = [], FIRST_SEED
         for size, share in zip(sizes, shares, strict=True):
             own = max(1, round(count * share))
-            self.shelves.append(Shelf(size, range(seed, seed + own)))
+            self.shelves.append(kind(size, range(seed, seed + own)))
             seed += own
         self._words_folder = words_folder
         Words(words_folder)  # if they cannot be read, here; and what that imports, for all
