@@ -22,8 +22,8 @@ from .supply import Shelf
 from .workshop import Workshop, encoded
 
 BASE = "guidance.safetensors"
-MUON_RATE, ADAMW_RATE = 8e-4, 4e-4
-LORA_RATE = 2e-3
+MUON_RATE, ADAMW_RATE = 1e-3, 1e-3
+LORA_RATE, NET_RATE = 2e-3, 1e-3
 GREY = 128  # of what is to be painted, in the picture that a fill model is shown
 
 
@@ -73,8 +73,7 @@ class Fill(Lesson):
         self.model = self.flux
 
     def optimizers(self) -> Sequence[Muon | AdamW]:
-        dit = self.flux.dit
-        return for_whole(dit, dit.double_blocks, dit.single_blocks)
+        return for_whole(self.flux.dit)
 
     def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
         count, height, width, _ = pictures.shape
@@ -106,8 +105,7 @@ class Kontext(Lesson):
         self.model = self.flux
 
     def optimizers(self) -> Sequence[Muon | AdamW]:
-        dit = self.flux.dit
-        return for_whole(dit, dit.double_blocks, dit.single_blocks)
+        return for_whole(self.flux.dit)
 
     def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
         before, after = pictures.chunk(2, 1)
@@ -151,7 +149,9 @@ class CannyNet(Lesson):
         self.model = Controlled(self.flux, self.net)
 
     def optimizers(self) -> Sequence[Muon | AdamW]:
-        return for_whole(self.net, self.net.dit.double_blocks)
+        """Not Muon, which wants a gradient of everything: no one reads what the net has of the text
+        in the end."""
+        return [AdamW(self.net.requires_grad_(True).parameters(), NET_RATE)]
 
     def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
         return encoded(self.vae, pictures), encoded(self.vae, edges(pictures))
@@ -181,7 +181,7 @@ def widen(dit: DiT, channels: int) -> None:
     dit.img_in = new
 
 
-def for_whole(net: nn.Module, *layers: nn.ModuleList) -> Sequence[Muon | AdamW]:
-    """Optimizers of all that is in it; layers: its blocks."""
-    blocks = [block for each in layers for block in each]
-    return muon_and_adamw(blocks, net.requires_grad_(True), MUON_RATE, ADAMW_RATE)
+def for_whole(dit: DiT) -> Sequence[Muon | AdamW]:
+    """Optimizers of all that is in it."""
+    blocks = [*dit.double_blocks, *dit.single_blocks]
+    return muon_and_adamw(blocks, dit.requires_grad_(True), MUON_RATE, ADAMW_RATE)
