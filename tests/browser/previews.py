@@ -2,7 +2,8 @@
 
 Each template is opened, run with the demo models at the size that they know, and photographed. The
 name `help` stands for the pictures of the help pages, which ComfyUI paints too. Needs what the
-browser tests need.
+browser tests need, and for templates with models that see pictures CONDITION_MODELS, the folder
+of `tools/little_world/train_conditions.py`; without it they are left out.
 """
 
 import os
@@ -25,6 +26,7 @@ from browser.test_canvas import (
     NAMES,
     WORKFLOWS,
     made_small,
+    read,
 )
 from browser.test_screens import DONE, outputs
 
@@ -48,7 +50,34 @@ PAINTED_HERE = {  # prompts of the little world, where the template's own is of 
         "prompt": "a purple house in the middle, a red car, two pine trees, a sunny day, summer",
         "strength": 1.0,
     },
+    "fill_inpainting": {
+        "prompt": "a purple house in the middle, a red car, two pine trees, a sunny day, summer",
+    },
+    "fill_outpainting": {
+        "prompt": "a white house in the middle, a red car, two pine trees, a sunny day, summer",
+        "left": 64, "top": 0, "right": 64, "bottom": 0,
+    },
+    "kontext_edit": {"prompt": "make it winter, falling snow"},
+    "canny_control_lora": {
+        "prompt": "a blue house in the middle, a yellow car, two pine trees, night, winter",
+    },
+    "controlnet_union_canny": {
+        "prompt": "an orange house in the middle, a green car, two pine trees, sunset, autumn",
+    },
+}  # fmt: skip
+SEEING = {  # templates with a model that sees pictures: its kind, and the node that loads it
+    "fill_inpainting": ("fill", "MajicFluxDiTLoader"),
+    "fill_outpainting": ("fill", "MajicFluxDiTLoader"),
+    "kontext_edit": ("kontext", "MajicFluxDiTLoader"),
+    "canny_control_lora": ("canny", "MajicFluxLoRA"),
+    "controlnet_union_canny": ("controlnet", "MajicFluxControlNet"),
 }
+FOLDERS = {
+    "MajicFluxDiTLoader": "diffusion_models",
+    "MajicFluxLoRA": "loras",
+    "MajicFluxControlNet": "controlnet",
+}
+MIDDLE = (64, 0, 192, 256)  # of a picture that is painted further to its sides
 HOUSE = (70, 110, 186, 215)  # and around it
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
 DOCS = Path(__file__).parents[2] / "web" / "docs"
@@ -69,6 +98,7 @@ SHOW = """([left, top, scale, x, y]) => {
 def main() -> None:
     base = Path(tempfile.mkdtemp())
     write_demo_models(base / "models")
+    seeing = put_models_that_see(base / "models")
     server = Server(Path(os.environ["COMFYUI_PATH"]), base / "comfyui", base / "models")
     try:
         house = paint(Scene("meadow", "day", "summer", "clear", house="white", place="middle",
@@ -77,6 +107,8 @@ def main() -> None:
             chromium = shutil.which("chromium") or shutil.which("google-chrome")
             browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
             for name in sys.argv[1:] or [*NAMES, "help"]:
+                if name in SEEING and name not in seeing:
+                    continue
                 if name == "help":
                     for language, locale in (("en", "en-US"), ("zh", "zh-CN")):
                         speak(lambda language=language: language)
@@ -88,12 +120,7 @@ def main() -> None:
                     show_precisions(server, DOCS / "MajicFluxDiTLoader" / "precisions.jpg")
                     show_strengths(server, DOCS / "MajicFluxSample" / "strengths.jpg")
                     continue
-                picture = house.convert("RGBA")
-                if name == "inpainting":
-                    hole = Image.new("L", picture.size, 255)
-                    ImageDraw.Draw(hole).rectangle(HOUSE, fill=0)
-                    picture.putalpha(hole)
-                picture.save(server.base / "input" / "example.png")
+                example(house, name).save(server.base / "input" / "example.png")
                 server.post("/free", {"unload_models": True, "free_memory": True})
                 page = opened(browser, server)
                 photograph(page, name)
@@ -101,6 +128,33 @@ def main() -> None:
     finally:
         server.stop()
         shutil.rmtree(base)
+
+
+def put_models_that_see(models: Path) -> list[str]:
+    """Under the names that the templates have for the real ones; returns whose model is there."""
+    trained, found = os.environ.get("CONDITION_MODELS"), []
+    for name in SEEING.keys() & set(NAMES) if trained else ():
+        kind, loader = SEEING[name]
+        graph = read(WORKFLOWS / "api" / f"{name}.json").values()
+        (file,) = (n["inputs"]["file"] for n in graph if n["class_type"] == loader)
+        source = Path(trained, f"{kind}.safetensors")
+        if source.exists():
+            (models / FOLDERS[loader]).mkdir(exist_ok=True)
+            shutil.copyfile(source, models / FOLDERS[loader] / file)
+            found.append(name)
+    return found
+
+
+def example(house: Image.Image, name: str) -> Image.Image:
+    """The picture that this template begins with."""
+    picture = house.convert("RGBA")
+    if name == "fill_outpainting":
+        return picture.crop(MIDDLE)
+    if name in ("inpainting", "fill_inpainting"):
+        hole = Image.new("L", picture.size, 255)
+        ImageDraw.Draw(hole).rectangle(HOUSE, fill=0)
+        picture.putalpha(hole)
+    return picture
 
 
 def opened(browser: Browser, server: Server, locale: str = "en-US") -> Page:
