@@ -18,7 +18,6 @@ COLOURED = [
     ("make the {1} {0}", "把{1}变成{0}"),
     ("{0} {1}", "{0}的{1}"),
     ("change the {1} to {0}", "{1}改成{0}"),
-    ("a {0} {1}", "一{0}{1}"),
 ]
 ASKED = [("{}", "{}"), ("make it {}", "变成{}"), ("change to {}", "改成{}"), ("now {}", "现在{}")]
 FALLING = ("rain", "snow")
@@ -50,8 +49,6 @@ def draw_change(scene: Scene, r: Random) -> tuple[Scene, list[Phrase]]:
 
 def instruction(phrases: list[Phrase], r: Random, chinese: bool) -> str:
     text = r.choice(phrases)[chinese].replace("|", "")
-    if not chinese:
-        text = text.replace("a orange", "an orange")
     return text[0].upper() + text[1:] if r.random() < 0.3 else text
 
 
@@ -60,13 +57,19 @@ def _changes(scene: Scene, r: Random) -> Iterator[tuple[Scene, list[Phrase]]]:
     times = TIMES if scene.kind != "city" else ("sunset", "night")
     time = _another(times, scene.time, r)
     yield replace(scene, time=time), _asked(TIME[time])
-    if scene.kind == "city":
-        weather = _another(("rain", "clear"), scene.weather, r)
-        yield replace(scene, weather=weather), _asked(WEATHER[weather])
-        neon = tuple(r.sample(NEONS, 2))
-        names = [(english.format(*neon), _in_chinese(chinese, *neon)) for english, chinese in NEON]
-        yield replace(scene, neon=neon), _asked(names)
-        return
+    yield from _in_city(scene, r) if scene.kind == "city" else _in_country(scene, r)
+
+
+def _in_city(scene: Scene, r: Random) -> Iterator[tuple[Scene, list[Phrase]]]:
+    weather = _another(("rain", "clear"), scene.weather, r)
+    yield replace(scene, weather=weather), _asked(WEATHER[weather])
+    neon = tuple(r.sample(NEONS, 2))
+    names = [COLOURS[colour] for colour in neon]
+    phrases = [(english.format(*neon), chinese.format(*names)) for english, chinese in NEON]
+    yield replace(scene, neon=neon), _asked(phrases)
+
+
+def _in_country(scene: Scene, r: Random) -> Iterator[tuple[Scene, list[Phrase]]]:
     season = _another(SEASONS, scene.season, r)
     falling = "snow" if season == "winter" else "rain"
     weather = falling if scene.weather in FALLING else scene.weather
@@ -108,7 +111,3 @@ def _coloured(nouns: list[Phrase], colour: str) -> list[Phrase]:
         for noun in nouns
         for english, chinese in COLOURED
     ]
-
-
-def _in_chinese(phrase: str, *colours: str) -> str:
-    return phrase.format(*(COLOURS[name] for name in colours))

@@ -118,8 +118,15 @@ class Kontext(Lesson):
         return self.flux.dit.state_dict()
 
 
-class Canny(Lesson):
-    """As the LoRA of FLUX.1-Canny it sees edges."""
+class Edges(Lesson):
+    """A model that stays as it is; something beside it sees edges."""
+
+    def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        return encoded(self.vae, pictures), encoded(self.vae, edges(pictures))
+
+
+class Canny(Edges):
+    """The LoRA of FLUX.1-Canny."""
 
     def __init__(self, shop: Workshop) -> None:
         super().__init__(shop)
@@ -130,9 +137,6 @@ class Canny(Lesson):
         learnt = [p for p in self.flux.parameters() if p.requires_grad]
         return [AdamW(learnt, LORA_RATE)]
 
-    def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        return encoded(self.vae, pictures), encoded(self.vae, edges(pictures))
-
     def conditions(self, seen: Tensor, *more: Tensor) -> dict[str, Tensor]:
         return {"beside": seen.float()}
 
@@ -140,8 +144,8 @@ class Canny(Lesson):
         return control_tensors(self.flux.dit, self.adapters)
 
 
-class CannyNet(Lesson):
-    """A ControlNet that sees edges."""
+class CannyNet(Edges):
+    """A ControlNet."""
 
     def __init__(self, shop: Workshop) -> None:
         super().__init__(shop)
@@ -152,9 +156,6 @@ class CannyNet(Lesson):
         """Not Muon, which wants a gradient of everything: no one reads what the net has of the text
         in the end."""
         return [AdamW(self.net.requires_grad_(True).parameters(), NET_RATE)]
-
-    def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        return encoded(self.vae, pictures), encoded(self.vae, edges(pictures))
 
     def conditions(self, seen: Tensor, *more: Tensor) -> dict[str, Tensor]:
         return {"edges": seen.float()}
