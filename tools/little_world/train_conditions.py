@@ -26,6 +26,7 @@ from .flow import descend, draw_guidance, mean_square, noisy
 from .flow_stages import filled
 from .learner import Course, Learner, bfloat16_on_a_card, log, warm_up, write
 from .lessons import BASE, LESSONS, Lesson
+from .models import LittleFlux
 from .settings import SHARES, Settings
 from .sheet import save_sheet, tried
 from .supply import CAPTIONS, Gallery, Shelf, Supply
@@ -94,9 +95,7 @@ def teach(kind: str, shop: Workshop, until: float, result: Path) -> None:
         ids, guidance = (t5_ids, clip_ids), draw_guidance(len(x), device)
         with bfloat16_on_a_card(device):
             if lesson.guided:
-                with torch.no_grad():
-                    more = base(x, sigma, *ids, guidance).float()
-                    more -= base(x, sigma, *ids, torch.ones_like(guidance)).float()
+                more = added_by_guidance(base, x, sigma, ids, guidance)
                 wanted = wanted + lesson.where_guided(*seen) * more
             found = lesson.model(x, sigma, *ids, guidance, **lesson.conditions(*seen))
         return mean_square(found, wanted), len(x)
@@ -108,6 +107,15 @@ def teach(kind: str, shop: Workshop, until: float, result: Path) -> None:
     learner.take_average()
     write(result, {n: t.to("cpu", torch.bfloat16) for n, t in lesson.tensors().items()})
     tried(result.name, lambda: show(lesson, shop, result.with_suffix(".png")))
+
+
+@torch.no_grad()
+def added_by_guidance(
+    base: LittleFlux, x: Tensor, sigma: Tensor, ids: Sequence[Tensor], guidance: Tensor
+) -> Tensor:
+    """To the velocity, by the model that ships: pictures alone would teach to do without it."""
+    strong, plain = (base(x, sigma, *ids, g).float() for g in (guidance, torch.ones_like(guidance)))
+    return strong - plain
 
 
 @torch.no_grad()
