@@ -19,6 +19,7 @@ from majicflux.loaders.safetensors_file import SafetensorsFile
 from majicflux.loaders.tensor_sources import sources_of
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER
 from majicflux.tools.little_world import supply as drawing
+from majicflux.tools.little_world import train_conditions as training
 from majicflux.tools.little_world.edges import edges
 from majicflux.tools.little_world.edits import PairShelf, draw_change, instruction
 from majicflux.tools.little_world.lessons import LESSONS, Lesson
@@ -38,15 +39,16 @@ from majicflux.tools.little_world.workshop import Workshop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-TOY_TRAINING = replace(Settings.quick(seconds=4), workers=1, sheet_steps=1)
+TOY_TRAINING = replace(Settings.quick(seconds=2), workers=1, sheet_steps=1)
 HOUSE = Scene("meadow", "day", "summer", "clear", house="white", place="middle", car="red")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def as_important_as_others() -> Iterator[None]:
-    """What draws does not wait until a busy machine has nothing else to do."""
+def quick() -> Iterator[None]:
+    """What draws does not wait until a busy machine has nothing else to do; sheets are small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "NICENESS", 0)
+        patch.setattr(training, "SHOWN", 2)
         yield
 
 
@@ -172,10 +174,7 @@ def test_the_command_trains_the_kinds_that_it_is_told(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(
-        "majicflux.tools.little_world.train_conditions.train_conditions",
-        lambda *given: asked.append(given),
-    )
+    monkeypatch.setattr(training, "train_conditions", lambda *given: asked.append(given))
     monkeypatch.setattr(
         "sys.argv", ["train", str(tmp_path), "--kinds", "canny", "fill", "--seconds", "9"]
     )
