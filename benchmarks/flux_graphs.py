@@ -14,6 +14,9 @@ Graph = dict[str, Any]
 PROMPT = "A red fox in the snow at dawn, detailed fur, film photograph"
 GUIDANCE = 3.5
 LORA = "random.safetensors"
+CONTROL_NET, PICTURE = "random.safetensors", "random.png"
+CONTROL_STRENGTH = 0.7
+SEEN = ("reference", "control net")  # what a picture can be to ours and ComfyUI's
 DIT, CLIP, T5, VAE = (
     Path(file).name
     for file in (
@@ -73,3 +76,42 @@ def native(seed: int, steps: int, side: int, dtype: str, lora: float = 0.0) -> G
         "9": node("VAEDecode", samples=["8", 0], vae=["3", 0]),
         "10": node("SaveImage", images=["9", 0], filename_prefix="native"),
     }  # fmt: skip
+
+
+def ours_seeing(picture: str, *given: Any) -> Graph:
+    """picture: one of SEEN; given: to `ours`."""
+    graph = ours(*given)
+    graph["picture"] = {"class_type": "LoadImage", "inputs": {"image": PICTURE}}
+    if picture == "reference":
+        graph["5"]["inputs"]["reference"] = ["picture", 0]
+        return graph
+    inputs = {
+        "file": CONTROL_NET, "image": ["picture", 0], "strength": CONTROL_STRENGTH,
+        "weight_precision": graph["1"]["inputs"]["weight_precision"], "start": 0.0, "end": 1.0,
+    }  # fmt: skip
+    graph["net"] = {"class_type": "MajicFluxControlNet", "inputs": inputs}
+    graph["5"]["inputs"]["control"] = ["net", 0]
+    return graph
+
+
+def native_seeing(picture: str, *given: Any) -> Graph:
+    """picture: one of SEEN; given: to `native`."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    graph = native(*given)
+    graph["picture"] = node("LoadImage", image=PICTURE)
+    if picture == "reference":
+        graph["seen"] = node("VAEEncode", pixels=["picture", 0], vae=["3", 0])
+        graph["with"] = node("ReferenceLatent", conditioning=["4", 0], latent=["seen", 0])
+        graph["5"]["inputs"]["conditioning"] = ["with", 0]
+        return graph
+    graph["net"] = node("ControlNetLoader", control_net_name=CONTROL_NET)
+    graph["with"] = node(
+        "ControlNetApplyAdvanced", positive=["5", 0], negative=["6", 0], control_net=["net", 0],
+        image=["picture", 0], strength=CONTROL_STRENGTH, start_percent=0.0, end_percent=1.0,
+        vae=["3", 0],
+    )  # fmt: skip
+    graph["8"]["inputs"].update(positive=["with", 0], negative=["with", 1])
+    return graph

@@ -6,19 +6,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import BinaryIO
 
+from PIL import Image
 from safetensors.torch import save_file
 
-from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.geometry import (
+    HEAD_DIM,
+    MLP_RATIO,
+    TIMESTEP_CHANNELS,
+    ClipGeometry,
+    FluxGeometry,
+    T5Geometry,
+)
+from majicflux.engine.sizes import OF_LATENTS
 from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 from . import random_models
-from .flux_graphs import LORA
+from .flux_graphs import CONTROL_NET, LORA, PICTURE
 from .random_lora import random_lora
 
 LORA_RANK = 16
+CONTROL_BLOCKS = 6
+COARSE = 32  # pixels of a random picture before it is enlarged
 PREFIX = "model.diffusion_model."
 
 
@@ -68,6 +80,49 @@ def write_lora(folder: Path, small: bool = False) -> None:
         layout = flux_dit_layout(random_models.DIT if small else FluxGeometry())
         tensors = random_lora(layout.items(), LORA_RANK)
         save_file({f"diffusion_model.{name}": t for name, t in tensors.items()}, path)
+
+
+def write_seen(base: Path, small: bool = False) -> None:
+    """PICTURE in the input folder of a ComfyUI's `base`, and CONTROL_NET, 4 GB, as Union-Pro 2.0's
+    in the names of Diffusers; those there are kept."""
+    path, picture = base / "models" / "controlnet" / CONTROL_NET, base / "input" / PICTURE
+    if not path.exists():
+        layout = _control_net_layout(random_models.DIT if small else FluxGeometry(), small)
+        _write(path, layout, "", partial(_draw, layout))
+    if not picture.exists():
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        noise = Random(0).randbytes(3 * COARSE * COARSE)  # not so fine that nothing is in latents
+        image = Image.frombytes("RGB", (COARSE, COARSE), noise)
+        image.resize((64, 64) if small else (1024, 1024), Image.Resampling.BICUBIC).save(picture)
+
+
+def _control_net_layout(g: FluxGeometry, small: bool) -> Layout:
+    width, embedders = g.hidden, "time_text_embed."
+    linears = {
+        "x_embedder": (width, OF_LATENTS), "controlnet_x_embedder": (width, OF_LATENTS),
+        "context_embedder": (width, g.text_width),
+    }  # fmt: skip
+    for name, inputs in (
+        ("timestep", TIMESTEP_CHANNELS), ("guidance", TIMESTEP_CHANNELS), ("text", g.pooled_width)
+    ):  # fmt: skip
+        linears[f"{embedders}{name}_embedder.linear_1"] = (width, inputs)
+        linears[f"{embedders}{name}_embedder.linear_2"] = (width, width)
+    norms: Layout = {}
+    for number in range(1 if small else CONTROL_BLOCKS):
+        block = f"transformer_blocks.{number}."
+        linears[f"controlnet_blocks.{number}"] = (width, width)
+        for stream, projections in (
+            ("", ("to_q", "to_k", "to_v", "to_out.0")),
+            ("_context", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        ):
+            linears[f"{block}norm1{stream}.linear"] = (6 * width, width)
+            linears |= {f"{block}attn.{name}": (width, width) for name in projections}
+            linears[f"{block}ff{stream}.net.0.proj"] = (MLP_RATIO * width, width)
+            linears[f"{block}ff{stream}.net.2"] = (width, MLP_RATIO * width)
+        for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            norms[f"{block}attn.{norm}.weight"] = (HEAD_DIM,)
+    weights = {f"{name}.weight": shape for name, shape in linears.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()} | norms
 
 
 def _skip(file: BinaryIO, end: int) -> None:

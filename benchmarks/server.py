@@ -27,7 +27,7 @@ from majicflux.dev import find_comfyui
 from . import flux_graphs, turns
 from .card_counter import card_counter, leaving_free
 from .comfyui import ROOT, ComfyUI
-from .full_size import write_lora, write_models
+from .full_size import write_lora, write_models, write_seen
 from .painting import Painting, Session
 from .table import Row, report
 
@@ -47,6 +47,7 @@ PARTS = {
     "speeds": "side by side (the default, with --first)",
     "first": "first prompts of fresh servers",
     "loras": "with a LoRA",
+    "pictures": "with a picture as a reference, and through a control net",
     "turns": "in turns, cancelled, under pressure",
     "soak": "mixed prompts",
 }
@@ -237,6 +238,8 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> Iterator[Row]:
     parts = {part for part in PARTS if getattr(chosen, part)} or {"speeds", "first"}
     if "loras" in parts:
         write_lora(bench.scratch / "models", small=quick)
+    if "pictures" in parts:
+        write_seen(bench.scratch, small=quick)
     cards = "free" if quick else chosen.cards or (CARDS if "speeds" in parts else TURNS_CARDS)
     all_flags = chosen.flags or (FLAGS if "speeds" in parts and not quick else [""])
     for card, session in _servers(bench, cards, all_flags) if parts != {"first"} else ():
@@ -247,6 +250,8 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> Iterator[Row]:
             side_by_side(bench, session, budgets, list(filter(None, chosen.peers.split(","))))
         if "loras" in parts:
             yield from turns.with_loras(session, *scale, not quick)
+        if "pictures" in parts:
+            yield from turns.with_pictures(session, *scale, not quick)
         if "turns" in parts:
             rounds = chosen.rounds or (2 if quick else 20)
             yield from turns.cancelled(session, *scale)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .card_counter import grabbing
-from .flux_graphs import PROMPT, Graph, native, ours
+from .flux_graphs import PROMPT, SEEN, Graph, native, native_seeing, ours, ours_seeing
 from .painting import PROMPT_SECONDS, Held, Painting, Session
 from .table import Row
 
@@ -20,6 +20,7 @@ PEER = "fp8_e4m3fn"
 # What a server may hold more of, as `Session.held` has it, in GiB.
 GROWTH = (("card", 0.1), ("resident memory", 0.1), ("of that not mapped", None))
 SLOWER = 1.1  # times as long as alone, at most
+SEEING_FASTER = 1.6  # than ComfyUI, with a picture
 GRAB_GIB = 4
 LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
 SETTLED, SETTLED_ROUNDS = 10, 3  # prompts and rounds, after which a server may not grow
@@ -99,6 +100,29 @@ def with_loras(session: Session, steps: int, side: int, judged: bool) -> Iterato
         bar = theirs if judged and step not in ("first", "without") else None
         name = f"{session.where}, LoRA: {step}"
         yield Row(name, seconds["ours"][step], "s", theirs, PEER, bar)
+
+
+def with_pictures(session: Session, steps: int, side: int, judged: bool) -> Iterator[Row]:
+    """A picture as a reference, and through a control net: ours beside ComfyUI's, each twice."""
+    seeds = itertools.count(3000)
+    failed = 0
+    for seen in SEEN:
+        seconds: dict[str, float] = {}
+        for what in ("ours", PEER):
+            session.free(forget=True)
+            for number in (1, 2):
+                given = next(seeds), steps, side
+                graph = (
+                    ours_seeing(seen, *given)
+                    if what == "ours"
+                    else native_seeing(seen, *given, PEER)
+                )
+                painting = session.paint(graph, f"{seen}: {what}", number)
+                failed += painting.status != "success"
+                seconds[what] = painting.seconds
+        bar = round(seconds[PEER] / SEEING_FASTER, 2) if judged else None
+        yield Row(f"{session.where}, {seen}", seconds["ours"], "s", seconds[PEER], PEER, bar)
+    yield Row(f"{session.where}, with a picture: failed", failed, "", bar=0)
 
 
 def _growth(place: str, early: Held, late: Held) -> Iterator[Row]:
