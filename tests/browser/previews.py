@@ -34,6 +34,7 @@ from comfyui_server import Server
 from majicflux.benchmarks.flux_graphs import Graph, ours
 from majicflux.loaders.demo_models import write_demo_models
 from majicflux.messages import speak
+from majicflux.tools.little_world.depth import depth_map
 from majicflux.tools.little_world.painting import paint
 from majicflux.tools.little_world.scenes import Scene
 
@@ -58,7 +59,7 @@ PAINTED_HERE = {  # prompts of the little world, where the template's own is of 
         "left": 64, "top": 0, "right": 64, "bottom": 0,
     },
     "kontext_edit": {"prompt": "make it winter, falling snow"},
-    "canny_control_lora": {
+    "depth_control_lora": {
         "prompt": "a blue house in the middle, a yellow car, two pine trees, night, winter",
     },
     "controlnet_union_canny": {
@@ -69,7 +70,7 @@ SEEING = {  # templates with a model that sees pictures: its kind, and the node 
     "fill_inpainting": ("fill", "MajicFluxDiTLoader"),
     "fill_outpainting": ("fill", "MajicFluxDiTLoader"),
     "kontext_edit": ("kontext", "MajicFluxDiTLoader"),
-    "canny_control_lora": ("canny", "MajicFluxLoRA"),
+    "depth_control_lora": ("depth", "MajicFluxLoRA"),
     "controlnet_union_canny": ("controlnet", "MajicFluxControlNet"),
 }
 FOLDERS = {
@@ -78,6 +79,10 @@ FOLDERS = {
     "MajicFluxControlNet": "controlnet",
 }
 MIDDLE = (64, 0, 192, 256)  # of a picture that is painted further to its sides
+GIVEN = Scene(
+    "meadow", "day", "summer", "clear", house="white", place="middle", car="red", trees=2,
+    tree="pine",
+)  # fmt: skip
 HOUSE = (70, 110, 186, 215)  # and around it
 EDGE, MARGIN, TOP, SCALE = 40, 100, 150, 0.8
 DOCS = Path(__file__).parents[2] / "web" / "docs"
@@ -101,8 +106,6 @@ def main() -> None:
     seeing = put_models_that_see(base / "models")
     server = Server(Path(os.environ["COMFYUI_PATH"]), base / "comfyui", base / "models")
     try:
-        house = paint(Scene("meadow", "day", "summer", "clear", house="white", place="middle",
-                            car="red", trees=2, tree="pine"), Random(0))  # fmt: skip
         with sync_playwright() as playwright:
             chromium = shutil.which("chromium") or shutil.which("google-chrome")
             browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
@@ -120,7 +123,7 @@ def main() -> None:
                     show_precisions(server, DOCS / "MajicFluxDiTLoader" / "precisions.jpg")
                     show_strengths(server, DOCS / "MajicFluxSample" / "strengths.jpg")
                     continue
-                example(house, name).save(server.base / "input" / "example.png")
+                example(name).save(server.base / "input" / "example.png")
                 server.post("/free", {"unload_models": True, "free_memory": True})
                 page = opened(browser, server)
                 photograph(page, name)
@@ -145,9 +148,10 @@ def put_models_that_see(models: Path) -> list[str]:
     return found
 
 
-def example(house: Image.Image, name: str) -> Image.Image:
+def example(name: str) -> Image.Image:
     """The picture that this template begins with."""
-    picture = house.convert("RGBA")
+    draw = depth_map if name == "depth_control_lora" else paint
+    picture = draw(GIVEN, Random(0)).convert("RGBA")
     if name == "fill_outpainting":
         return picture.crop(MIDDLE)
     if name in ("inpainting", "fill_inpainting"):

@@ -20,6 +20,7 @@ from majicflux.loaders.tensor_sources import sources_of
 from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER
 from majicflux.tools.little_world import supply as drawing
 from majicflux.tools.little_world import train_conditions as training
+from majicflux.tools.little_world.depth import depth_map
 from majicflux.tools.little_world.edges import edges
 from majicflux.tools.little_world.edits import PairShelf, draw_change, instruction
 from majicflux.tools.little_world.lessons import LESSONS, Lesson
@@ -106,7 +107,7 @@ def test_the_pack_loads_the_transformers(trained: Path, kind: str, channels: int
 
 
 def test_the_lora_is_of_all_layers_and_of_a_further_picture(trained: Path) -> None:
-    file, dit = load_file(trained / "canny.safetensors"), LittleFlux(TOY).dit.state_dict()
+    file, dit = load_file(trained / "depth.safetensors"), LittleFlux(TOY).dit.state_dict()
     for name, tensor in dit.items():
         if name.endswith("_norm.scale"):
             assert file.pop(name).shape == tensor.shape
@@ -135,10 +136,11 @@ def test_the_control_net_is_in_the_names_of_diffusers(trained: Path) -> None:
     assert len(load_file(path)["transformer_blocks.0.attn.to_k.weight"]) == TOY.hidden
 
 
-@pytest.mark.parametrize("kind", ["fill", "canny", "controlnet"])
+@pytest.mark.parametrize("kind", ["fill", "depth", "controlnet"])
 def test_a_lesson_begins_with_what_the_model_knows(lesson, kind: str) -> None:
     given = lesson(kind)
-    latents, *seen = given.derive(drawn(HOUSE, replace(HOUSE, time="night"))[:, :64, :64])
+    scenes = drawn(HOUSE, replace(HOUSE, time="night"))
+    latents, *seen = given.derive(scenes[:, : 64 * given.shelf.at_once, :64])
     ids = torch.randint(400, (2, 64)), torch.randint(400, (2, 77))
     x, one = torch.randn(latents.shape), torch.ones(2)
     found = given.model(x, one, *ids, one, **given.conditions(*seen))
@@ -156,7 +158,7 @@ def test_a_lesson_teaches_what_a_picture_means(lesson, kind: str) -> None:
     learnt |= {name for name, p in given.model.named_parameters() if p.requires_grad}
     assert learnt
     assert not [name for name in learnt if "t5" in name or "clip" in name]
-    pair = 2 if given.shelf is PairShelf else 1
+    pair = given.shelf.at_once
     latents, *seen = given.derive(drawn(HOUSE, HOUSE)[:, : 64 * pair, :64])
     ids = torch.randint(400, (2, 64)), torch.randint(400, (2, 77))
     x, one = torch.randn(latents.shape), torch.ones(2)
@@ -176,11 +178,11 @@ def test_the_command_trains_the_kinds_that_it_is_told(
     asked = []
     monkeypatch.setattr(training, "train_conditions", lambda *given: asked.append(given))
     monkeypatch.setattr(
-        "sys.argv", ["train", str(tmp_path), "--kinds", "canny", "fill", "--seconds", "9"]
+        "sys.argv", ["train", str(tmp_path), "--kinds", "depth", "fill", "--seconds", "9"]
     )
     main()
     ((folder, settings, kinds),) = asked
-    assert (folder, settings.seconds, kinds) == (tmp_path, 9, ["canny", "fill"])
+    assert (folder, settings.seconds, kinds) == (tmp_path, 9, ["depth", "fill"])
 
 
 def test_edges_are_those_of_comfyuis_node() -> None:
@@ -192,6 +194,19 @@ def test_edges_are_those_of_comfyuis_node() -> None:
     assert found.shape == pictures.shape
     assert ((found[..., 0] > 0) != (expected[:, 0] > 0)).float().mean() < 1e-4
     assert 0.005 < expected.mean() < 0.3
+
+
+def test_a_depth_map_tells_how_near_the_things_of_a_picture_are() -> None:
+    picture = np.asarray(paint(HOUSE, Random(3)))
+    near = np.asarray(depth_map(HOUSE, Random(3)))
+    assert near.shape == picture.shape
+    assert (near == near[..., :1]).all(), "grey"
+    assert (near[:80] == 0).all(), "the sky"
+    white = np.abs(picture.astype(int) - (250, 248, 242)).sum(-1) < 20
+    wall = near[120:195, 64:192][white[120:195, 64:192]]
+    assert len(wall) > 300
+    assert np.ptp(wall) <= 2, "all of a house is as near as its feet"
+    assert near[170:190, 128].mean() < near[225:232, 128].mean(), "the road is nearer"
 
 
 def test_masks_are_of_three_kinds() -> None:

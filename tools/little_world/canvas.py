@@ -96,6 +96,10 @@ class Canvas:
         if glow is not None:
             self.shine(x, y, rx, ry, glow)
 
+    def standing(self, y: float) -> "Canvas":
+        """What is used to draw a thing that stands at this row of the picture."""
+        return self
+
     def paste(self, image: Image.Image, top: int) -> None:
         """A picture of the canvas's width over everything from the row `top` on."""
         fine = image.resize((image.width * FINE, image.height * FINE), Image.Resampling.BILINEAR)
@@ -127,7 +131,7 @@ class Figure:
     way: int = 1  # -1: seen in a mirror
 
     def polygon(self, points: Sequence[Point], colour: Colour, glow: Colour | None = None) -> None:
-        self.canvas.polygon([self._at(*point) for point in points], colour, glow)
+        self.canvas.standing(self.y).polygon([self._at(*point) for point in points], colour, glow)
 
     def box(
         self,
@@ -141,12 +145,13 @@ class Figure:
     ) -> None:
         corner = self._at(x if self.way > 0 else x + width, y)
         size = width * self.unit, height * self.unit
-        self.canvas.box(*corner, *size, colour, glow, round_by * self.unit)
+        self.canvas.standing(self.y).box(*corner, *size, colour, glow, round_by * self.unit)
 
     def oval(
         self, x: float, y: float, rx: float, ry: float, colour: Colour, glow: Colour | None = None
     ) -> None:
-        self.canvas.oval(*self._at(x, y), rx * self.unit, ry * self.unit, colour, glow)
+        radii = rx * self.unit, ry * self.unit
+        self.canvas.standing(self.y).oval(*self._at(x, y), *radii, colour, glow)
 
     def _at(self, x: float, y: float) -> Point:
         return self.x + self.way * x * self.unit, self.y + y * self.unit

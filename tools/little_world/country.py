@@ -84,9 +84,11 @@ class Country:
         self.canvas.polygon([*line, (width + 8, height), (0, height)], colour)
 
 
-def begin_country(scene: Scene, r: random.Random, width: int, height: int) -> Country:
-    """Sky and backdrop."""
-    canvas = Canvas(width, height, *_sky_of(scene), round(HORIZON * height))
+def begin_country(
+    scene: Scene, r: random.Random, width: int, height: int, kind: type[Canvas]
+) -> Country:
+    """Sky and backdrop, on a canvas of this kind."""
+    canvas = kind(width, height, *_sky_of(scene), round(HORIZON * height))
     country = Country(canvas, scene, r, unit_of(width, height))
     _sky(replace(country, r=random.Random(r.random())))  # the same land lies under any sky
     _backdrop(country)

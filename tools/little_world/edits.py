@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar
 
-import numpy as np
-
 from .captions import CARS, COLOURS, HOUSES, NEON, SEASON, TIME, WEATHER, Phrase
 from .painting import paint
 from .scenes import NEONS, SEASONS, TIMES, WEATHERS, Scene, draw_scene
 from .supply import CAPTIONS, Shelf
-from .vocabulary import T5_LENGTH, Words
+from .vocabulary import Words
 
 PAINTED = {"house": HOUSES, "car": CARS, "sails": [("sails", "帆")]}
 COLOURED = [
@@ -35,11 +33,8 @@ class PairShelf(Shelf):
         asked = draw_change(scene, r)
         by_chance = r.random()  # the same for both, as far as they are alike
         both = [paint(one, Random(by_chance), *self.size) for one in (scene, asked[0])]
-        self.pictures[slot] = np.concatenate([np.asarray(picture) for picture in both])
-        for number in range(CAPTIONS):
-            text = instruction(asked[1], r, chinese=number % 2 == 1)
-            self.t5_ids[slot, number], self.clip_ids[slot, number] = words(text, T5_LENGTH)
-        self.done[slot] = 1
+        texts = [instruction(asked[1], r, chinese=number % 2 == 1) for number in range(CAPTIONS)]
+        self.put(slot, words, both, texts)
 
 
 def draw_change(scene: Scene, r: Random) -> tuple[Scene, list[Phrase]]:

@@ -1,4 +1,4 @@
-"""What models that see pictures are taught: to fill a hole, to edit, to follow edges.
+"""What models that see pictures are taught: to fill a hole, to edit, to follow depth or edges.
 
 B: pictures of a batch; latents are [B, 16, h, w] in model space.
 """
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...engine.sizes import OF_LATENTS, OF_MASK, PIXELS_PER_LATENT
 from .control_net import Controlled, ControlNet
+from .depth import DepthShelf
 from .dit import DiT, linear
 from .edges import edges
 from .edits import PairShelf
@@ -118,15 +119,10 @@ class Kontext(Lesson):
         return self.flux.dit.state_dict()
 
 
-class Edges(Lesson):
-    """A model that stays as it is; something beside it sees edges."""
+class Depth(Lesson):
+    """The LoRA of FLUX.1-Depth, beside a model that stays as it is."""
 
-    def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        return encoded(self.vae, pictures), encoded(self.vae, edges(pictures))
-
-
-class Canny(Edges):
-    """The LoRA of FLUX.1-Canny."""
+    shelf = DepthShelf
 
     def __init__(self, shop: Workshop) -> None:
         super().__init__(shop)
@@ -137,6 +133,10 @@ class Canny(Edges):
         learnt = [p for p in self.flux.parameters() if p.requires_grad]
         return [AdamW(learnt, LORA_RATE)]
 
+    def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        picture, depth = pictures.chunk(2, 1)
+        return encoded(self.vae, picture), encoded(self.vae, depth)
+
     def conditions(self, seen: Tensor, *more: Tensor) -> dict[str, Tensor]:
         return {"beside": seen.float()}
 
@@ -144,13 +144,16 @@ class Canny(Edges):
         return control_tensors(self.flux.dit, self.adapters)
 
 
-class CannyNet(Edges):
-    """A ControlNet."""
+class CannyNet(Lesson):
+    """A ControlNet that sees edges."""
 
     def __init__(self, shop: Workshop) -> None:
         super().__init__(shop)
         self.net = ControlNet(self.flux.dit)
         self.model = Controlled(self.flux, self.net)
+
+    def derive(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        return encoded(self.vae, pictures), encoded(self.vae, edges(pictures))
 
     def optimizers(self) -> Sequence[Muon | AdamW]:
         """Not Muon, which wants a gradient of everything: no one reads what the net has of the text
@@ -167,7 +170,7 @@ class CannyNet(Edges):
 LESSONS: dict[str, type[Lesson]] = {
     "fill": Fill,
     "kontext": Kontext,
-    "canny": Canny,
+    "depth": Depth,
     "controlnet": CannyNet,
 }
 

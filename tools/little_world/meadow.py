@@ -4,7 +4,7 @@ import random
 
 from PIL import Image
 
-from .canvas import BLACK, Colour, mix
+from .canvas import BLACK, Canvas, Colour, mix
 from .country import DARK, PAINT, SNOW, WOOD, Country, begin_country
 from .scenes import Scene
 
@@ -20,9 +20,11 @@ HOUSE_FOOT, TREE_FOOT, WHEELS = 0.78, 0.77, 0.925  # parts of the height
 HALF_HOUSE, TREE_PITCH = 46, 38  # units that a house and a tree keep to themselves
 
 
-def paint_meadow(scene: Scene, r: random.Random, width: int, height: int) -> Image.Image:
+def paint_meadow(
+    scene: Scene, r: random.Random, width: int, height: int, kind: type[Canvas] = Canvas
+) -> Image.Image:
     """Without rain or snow in the air."""
-    country = begin_country(scene, r, width, height)
+    country = begin_country(scene, r, width, height, kind)
     unit = country.unit
     country.hill(0.66 * height, 3 * unit, country.ground)
     house = _house_place(country)

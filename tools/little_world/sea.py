@@ -4,7 +4,7 @@ import random
 
 from PIL import Image
 
-from .canvas import WHITE, gradient, mix
+from .canvas import WHITE, Canvas, gradient, mix
 from .country import DARK, PAINT, WOOD, Country, begin_country
 from .scenes import Scene
 
@@ -15,9 +15,11 @@ SHORE = 0.57  # of the height
 BOAT_PLACES = ((0.33, 0.93), (0.67, 0.92), (0.5, 0.7), (0.17, 0.71))
 
 
-def paint_sea(scene: Scene, r: random.Random, width: int, height: int) -> Image.Image:
+def paint_sea(
+    scene: Scene, r: random.Random, width: int, height: int, kind: type[Canvas] = Canvas
+) -> Image.Image:
     """Without rain or snow in the air."""
-    country = begin_country(scene, r, width, height)
+    country = begin_country(scene, r, width, height, kind)
     _water(country)
     if scene.lighthouse:
         _lighthouse(country, width * (0.87 if scene.place == "right" else 0.13))

@@ -13,12 +13,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .captions import caption
 from .learner import log
 from .painting import paint
-from .scenes import draw_scene
+from .scenes import Scene, draw_scene
 from .vocabulary import CLIP_LENGTH, T5_LENGTH, Words
 
 FIRST_SEED = 10_000_000  # tests and measurements have smaller ones
@@ -56,11 +57,20 @@ class Shelf:
         """Fill a slot with the scene of its seed."""
         r = Random(self.seeds[slot])
         scene = draw_scene(r)
-        self.pictures[slot] = np.asarray(paint(scene, r, *self.size))
-        for number in range(CAPTIONS):
-            text = caption(scene, r, chinese=number % 2 == 1, whole=number >= 2)
+        self.put(slot, words, [paint(scene, r, *self.size)], captions_of(scene, r))
+
+    def put(
+        self, slot: int, words: Words, pictures: Sequence[Image.Image], texts: Sequence[str]
+    ) -> None:
+        self.pictures[slot] = np.concatenate([np.asarray(picture) for picture in pictures])
+        for number, text in enumerate(texts):
             self.t5_ids[slot, number], self.clip_ids[slot, number] = words(text, T5_LENGTH)
         self.done[slot] = 1
+
+
+def captions_of(scene: Scene, r: Random) -> list[str]:
+    given = [{"chinese": number % 2 == 1, "whole": number >= 2} for number in range(CAPTIONS)]
+    return [caption(scene, r, **each) for each in given]
 
 
 class Supply:

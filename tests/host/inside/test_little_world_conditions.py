@@ -73,7 +73,7 @@ def test_comfyui_computes_what_was_trained(lesson: Lesson) -> None:
         model = of_comfyui(tensors if kind in ("fill", "kontext") else plain(flux))
         if kind == "kontext":
             more = {"ref_latents": [seen]}
-        if kind == "canny":
+        if kind == "depth":
             model = with_lora(model, tensors)
         if kind == "controlnet":
             more = {"control": control_of(tensors, seen, given)}
