@@ -28,6 +28,7 @@ from majicflux.loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_toke
 from majicflux.loaders.vae import load_vae
 
 CPU = torch.device("cpu")
+PRODUCTS = {(m, n): getattr(m, n) for m, n in ((F, "conv2d"), (F, "linear"), (torch, "addmm"))}
 os.environ["LC_ALL"] = "C.UTF-8"  # the messages are in English, whatever the machine's language
 
 
@@ -137,9 +138,16 @@ def bfloat16_products() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            for module, name in ((F, "conv2d"), (F, "linear"), (torch, "addmm")):
-                patch.setattr(module, name, in_float32(getattr(module, name)))
+            for module, name in PRODUCTS:
+                patch.setattr(module, name, in_float32(PRODUCTS[module, name]))
         yield
+
+
+@pytest.fixture
+def products_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For measurements of memory, which the copies in float32 take too."""
+    for (module, name), product in PRODUCTS.items():
+        monkeypatch.setattr(module, name, product)
 
 
 @pytest.fixture

@@ -158,6 +158,7 @@ def test_weights_leave_before_less_is_computed_at_once() -> None:
     assert (left, chunking.tokens, chunking.groups) == ([-1], 256, 1)
 
 
+@pytest.mark.usefixtures("products_as_they_are")
 @pytest.mark.parametrize(
     ("size", "less"), [((0, 1), (256, 1)), ((256, 1), (256, 2)), ((256, 2), None)]
 )
