@@ -120,8 +120,8 @@ class UnknownChannelsError(EngineError):
 
 class NoPictureError(EngineError):
     fact = later(
-        "This transformer takes {channels} channels, so it is a fill, depth or canny model, which "
-        "needs a picture too."
+        "This transformer takes {channels} channels, as a fill, depth or canny model does, or one "
+        "with a control LoRA: it needs a picture too."
     )
 
 

@@ -124,7 +124,8 @@ def _references(
         raise MajicFluxError(
             say(
                 "The CONDITIONING of {name} carries reference_latents, which fill, depth and "
-                "canny models cannot take. Remove ReferenceLatent, or choose a Kontext model.",
+                "canny models and control LoRAs cannot take. Remove ReferenceLatent, or choose a "
+                "Kontext model.",
                 name=name,
             )
         )

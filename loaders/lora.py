@@ -144,6 +144,7 @@ def _report(lora: LoraFile) -> "AdapterReport":
         of_text,
         {reason: tuple(names) for reason, names in unused.items()},
         {reason: tuple(layers) for reason, layers in baking.items()},
+        any(change.takes_picture for change in lora.changes),
     )
 
 

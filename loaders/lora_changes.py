@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..engine.flux.geometry import FIRST_LAYER
+from ..engine.sizes import OF_LATENTS
 from ..messages import say
 from .lora_models import FLUX_LORA, model_of_size
 from .lora_names import Target
@@ -11,7 +13,7 @@ from .recognise import not_wanted
 from .safetensors_file import DTYPES, ModelFileError
 from .tensor_sources import Part, missing, require_readable
 
-CONTROL_INPUTS = 128  # of the first layer: those of the noisy picture and of another
+CONTROL_INPUTS = 2 * OF_LATENTS  # of the first layer: those of the noisy picture and of another
 
 LORA_, LOHA, LOKR = "LoRA", "LoHa", "LoKr"
 # The matrices of each method, as the products of two; LoKr may have either of its own as a whole.
@@ -30,7 +32,7 @@ class Change:
 
     method: one of FACTORS, or DIFF, SET, NORM or BIAS. tensors: by their role. rank: of the change
     as low-rank factors, 0 when it has none; divisor: the rank that alpha is divided by, 0 where
-    alpha has no effect. layer: its name in the file.
+    alpha has no effect. layer: its name in the file. inputs: of the product of factors.
     """
 
     target: Target
@@ -41,6 +43,18 @@ class Change:
     divisor: int = 0
     alpha: Part | None = None
     magnitude: Part | None = None
+    inputs: int = 0
+
+    @property
+    def takes_picture(self) -> bool:
+        """Whether the first layer sees a picture beside the noise then, as by a control LoRA."""
+        of_first = self.target.layer == FIRST_LAYER
+        return of_first and self.inputs == CONTROL_INPUTS > self.target.inputs
+
+    @property
+    def lacks_inputs(self) -> bool:
+        """Whether it is for a model that takes no picture, unlike this one."""
+        return self.target.layer == FIRST_LAYER and 0 < self.inputs < self.target.inputs
 
     @property
     def scales_rows(self) -> bool:
@@ -112,15 +126,15 @@ class Layer:
             rows, columns = rows * sizes[1][0], columns * sizes[1][1]
         elif sizes[-1] != sizes[0]:
             raise self._misfit(tensors["hada_w2_a"], [rows, divisors[1]])
-        self._require_size(rows, columns)
         alpha, magnitude = parts.get("alpha"), parts.get("magnitude")
+        self._require_size(rows, columns, decomposed=magnitude is not None)
         if alpha is not None and not _is_number(alpha):
             raise self._misfit(alpha, [])
         if magnitude is not None and self._shape(magnitude, 1) != (1, target.inputs):
             self._require(magnitude, (target.columns,))
         # ComfyUI's and LyCORIS' choice: of LoKr the second matrix, of LoHa the first.
         divisor = (divisors[-1] if method == LOKR else divisors[0]) if divisors else 0
-        return Change(target, method, tensors, self.name, rank, divisor, alpha, magnitude)
+        return Change(target, method, tensors, self.name, rank, divisor, alpha, magnitude, columns)
 
     def _size(self, part: Part) -> tuple[int, int]:
         shape = self._shape(part, 2)
@@ -173,24 +187,20 @@ class Layer:
             )
         )
 
-    def _require_size(self, rows: int, columns: int) -> None:
-        """Of the product of factors."""
+    def _require_size(self, rows: int, columns: int, decomposed: bool) -> None:
+        """Of the product of factors. decomposed: by DoRA, which cannot bring the first layer a
+        picture that the model does not take."""
         target = self.target
         if self.fits and (rows, columns) == (target.columns, target.inputs):
             return
         kind = model_of_size(target.layer, rows, columns)
         if kind is not None:
             raise not_wanted(self.path, (), kind, FLUX_LORA)
-        if not self.fits:
+        sizes = columns, target.inputs
+        with_picture = sizes == (CONTROL_INPUTS, OF_LATENTS) and not decomposed
+        other_inputs = target.layer == FIRST_LAYER and (with_picture or columns == OF_LATENTS)
+        if not self.fits or (rows == target.columns and other_inputs):
             return
-        if target.layer == "x_embedder" and columns == CONTROL_INPUTS:
-            raise ModelFileError(
-                say(
-                    "{file} is a control LoRA, as for depth or edges: it needs a picture beside "
-                    "the noise, which MajicFlux does not give it. Choose another file.",
-                    file=self.path.name,
-                )
-            )
         raise self._other_size(self.name, (rows, columns), (target.columns, target.inputs))
 
 

@@ -30,6 +30,7 @@ PEFT, MOST_DECLARED = "lora_adapter_metadata", 2**20  # characters of what it sa
 # Why a tensor is not used.
 IN_T5 = later("T5")
 NO_SUCH_LAYER = later("layers that this model does not have")
+NO_PICTURE = later("the first layer of a model that takes no picture")
 NO_SUCH_METHOD = later("a method that MajicFlux does not know")
 TWICE = later("a second time")
 UNKNOWN = later("unknown names")
@@ -163,8 +164,8 @@ class _Reading:
             used |= {*names}
             kind = change.method if change.method in (BIAS, NORM) else "weight"
             place = (target.layer, target.first, target.columns, kind)
-            if place in self.taken:
-                self.unused[TWICE] += names
+            if place in self.taken or change.lacks_inputs:
+                self.unused[NO_PICTURE if change.lacks_inputs else TWICE] += names
                 continue
             self.taken.add(place)
             yield change

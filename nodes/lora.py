@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from ..downloads import model_folders
 from ..engine.flux.geometry import ClipGeometry
 from ..host import current as host
-from ..messages import say
+from ..messages import MajicFluxError, say
 from . import model_files
 from .arguments import checked
 from .dit_loader import load_dit
@@ -132,21 +132,33 @@ class LoRA(Node):
     ) -> io.NodeOutput:
         from ..loaders.lora import inspect_usable_lora, load_lora
 
-        path = model_folders.resolve(FOLDER, file)
+        path, own = model_folders.resolve(FOLDER, file), dit.without_adapters.geometry
         clip = ClipGeometry() if text_encoders is None else text_encoders.clip_geometry
         progress = host.loading_progress(cls.hidden.unique_id)
 
-        report = inspect_usable_lora(path, dit.geometry, clip)
+        report = inspect_usable_lora(path, own, clip)
         baked = report.layers > 0 and (keep or bool(report.baking))
+        if baked and report.takes_picture:
+            raise MajicFluxError(
+                say(
+                    "{file} is a control LoRA, which cannot be baked into the weights. Turn keep "
+                    "off, or choose a file of rank 256 or less.",
+                    file=file,
+                )
+            )
 
         def load() -> "Adapter":
-            return load_lora(path, dit.geometry, clip, progress=progress, only_text=baked)
+            return load_lora(path, own, clip, progress=progress, only_text=baked)
 
         files = model_folders.fingerprint(FOLDER, file)
-        adapter = _beside(dit.weights, path, load, files, dit.geometry, clip, baked)
+        adapter = _beside(dit.weights, path, load, files, own, clip, baked)
         lines = [str(adapter.report), say("strength {strength}", strength=f"{strength:g}")]
         if adapter.text_encoder and text_encoders is None:
             lines.append(say("The part for CLIP-L is not used: connect text_encoders."))
+        if report.takes_picture and strength != 0:
+            lines.append(
+                say("A control LoRA: connect a depth map or edges to reference of the sample node.")
+            )
         log.info("%s, strength %g", path.name, strength)
         if strength != 0:
             added = (adapter, strength)

@@ -163,7 +163,7 @@ class Sample(Node):
                     optional=True,
                     tooltip=(
                         "For Kontext models: the picture to change, or several in a batch. For "
-                        "depth and canny models: the depth map or the edges."
+                        "depth and canny models and control LoRAs: the depth map or the edges."
                     ),
                 ),
             ],

@@ -141,6 +141,26 @@ def of_clip(prefix: str, index: int = 2) -> Tensors:
     return written(factors, prefix, underscores="." not in prefix)
 
 
+def control_lora(rank: int = 8) -> Tensors:
+    """As Black Forest Labs write them: every linear layer with its bias, the first one with the
+    channels of a picture, and the norms."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+    tensors: Tensors = {}
+    for name, shape in flux_dit_layout(DIT).items():
+        layer = name.rpartition(".")[0]
+        if name.endswith("norm.scale"):
+            tensors[name] = 1 + random(*shape) / 4
+        elif name.endswith(".weight"):
+            inputs = 2 * shape[1] if layer == "img_in" else shape[1]
+            tensors[f"{layer}.lora_A.weight"] = random(rank, inputs) / inputs**0.5
+            tensors[f"{layer}.lora_B.weight"] = random(shape[0], rank) / rank
+            tensors[f"{layer}.lora_B.bias"] = random(shape[0]) / 8
+    return tensors
+
+
 def kronecker(whole: tuple[bool, bool], first: tuple[int, int], rank: int) -> Tensors:
     """The parts of a LoKr of PROJ, whose first matrix is of this shape."""
     second = H // first[0], H // first[1]

@@ -9,8 +9,9 @@ ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 HEAD_DIM = sum(ROPE_AXES)
 TIMESTEP_CHANNELS = 256
 MLP_RATIO = 4
+FIRST_LAYER = "x_embedder"  # in DiffSynth's names, as below
 CLIP_HEAD_DIM = 64  # of every CLIP text encoder
-BLOCK = re.compile(r"(single_)?blocks\.\d+\.")  # in DiffSynth's names
+BLOCK = re.compile(r"(single_)?blocks\.\d+\.")
 
 
 @dataclass(frozen=True)

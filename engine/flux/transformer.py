@@ -14,11 +14,18 @@ from ..quant.adapters import LastTerms, touched
 from ..quant.formats import Precision, Storage
 from ..quant.linear import StorageOf, store
 from ..quant.low_rank import Adapter
+from ..quant.rank_layout import rank_layout
 from .conditioning import LastConditions
-from .geometry import ROPE_AXES, TIMESTEP_CHANNELS, FluxGeometry, kind_of_layer
+from .geometry import (
+    FIRST_LAYER,
+    ROPE_AXES,
+    TIMESTEP_CHANNELS,
+    FluxGeometry,
+    kind_of_layer,
+)
 
 ROPE_THETA = 10000
-ENDS = ("x_embedder", "final_proj_out")  # which every step needs, outside of the blocks
+ENDS = (FIRST_LAYER, "final_proj_out")  # which every step needs, outside of the blocks
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,9 @@ class Origin:
 class DiT:
     """A Flux.1 transformer with its weights in CPU memory.
 
-    adapters: with their strengths; they stand beside the weights, which other handles share.
-    loaded: the handle without them, which lives as long as this one.
+    geometry: with the channels that its adapters take. adapters: with their strengths; they stand
+    beside the weights, which other handles share. loaded: the handle without them, which lives as
+    long as this one.
     """
 
     weights: OffloadedModule
@@ -52,9 +60,16 @@ class DiT:
     origin: Origin | None = None
     loaded: "DiT | None" = field(default=None, repr=False)
 
+    @property
+    def without_adapters(self) -> "DiT":
+        return self.loaded or self
+
     def with_adapters(self, adapters: tuple[tuple[Adapter, float], ...]) -> "DiT":
         """A handle of the same weights with these beside them."""
-        return replace(self, adapters=adapters, loaded=self.loaded or self)
+        loaded = self.without_adapters
+        channels = max(loaded.geometry.in_channels, rank_layout(FIRST_LAYER, adapters).inputs)
+        geometry = replace(loaded.geometry, in_channels=channels)
+        return replace(self, adapters=adapters, geometry=geometry, loaded=loaded)
 
     @property
     def adapted_once(self) -> list[str]:

@@ -99,8 +99,8 @@ def bound_bytes(
         wanted = method.wanted(layer)
         quantized = wanted is not None and wanted.dtype is not None
         itemsize = 1 if quantized else method.dtype.itemsize
-        out_features, in_features = layer.weight.shape
-        nbytes += layout.ranks * (in_features * itemsize + 4 * quantized)
+        out_features = len(layer.weight)
+        nbytes += layout.ranks * (layout.inputs * itemsize + 4 * quantized)
         vectors = any(name in {*a.biases, *a.gains} for a, _ in adapters)
         nbytes += 2 * 4 * out_features * vectors
         if layout.downs:
@@ -190,9 +190,12 @@ def _bound(
     gain, bias = _gain_and_bias(layer, name, adapters, device)
     if not layout.downs:
         return BoundTerms(gain=gain, bias=bias)
-    columns, width = layer.weight.shape
-    down = layout.downs[0].new_zeros(layout.ranks, width)
-    torch.cat([*layout.downs], out=down[: sum(map(len, layout.downs))])
+    columns = len(layer.weight)
+    down = layout.downs[0].new_zeros(layout.ranks, layout.inputs)
+    ranks = 0
+    for some in layout.downs:
+        down[ranks : ranks + len(some), : some.shape[1]] = some
+        ranks += len(some)
     up = torch.zeros(columns, layout.span_ranks, dtype=dtype, device=device)
     for term, strength, gains, ranks in layout.terms:
         some = term.up.to(device, torch.float32) * (term.scale * strength)

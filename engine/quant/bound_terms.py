@@ -38,7 +38,7 @@ class BoundTerms:
     scale and strength included, zero where no term is; first_ranks: the first of the ranks that
     reach each tile of columns, None where `up` cannot be added within the layer's own product:
     a tile is in two spans, or the product is changed before. gain, bias: float32 [out] or None,
-    y * gain + bias comes before the terms.
+    y * gain + bias comes before the terms. x may have inputs that only `down` sees.
     """
 
     down: StoredLinear | None = None
@@ -75,6 +75,8 @@ class BoundTerms:
     ) -> Tensor:
         """What the method of the layer gives, and the terms of `low`, which is that of x."""
         assert layer.method is not None
+        if isinstance(x, Tensor) and x.shape[-1] > layer.weight.shape[1]:
+            x = x[..., : layer.weight.shape[1]]
         if low is None:
             return self._changed(layer.method(layer, x, out, columns), columns)
         terms = self._of(columns)

@@ -16,7 +16,8 @@ SOME = 3  # names that stand for all in a report
 class LowRankTerm:
     """scale * up @ down, added to the weight's output columns [first, first + len(up)).
 
-    down: [rank, in]; up: [columns, rank]; both in bfloat16. scale: alpha / rank, or
+    down: [rank, in], of a control LoRA's first layer with inputs that the layer itself has not;
+    up: [columns, rank]; both in bfloat16. scale: alpha / rank, or
     alpha / sqrt(rank). Terms of one layer that have equal downs have the same one.
     """
 
@@ -42,7 +43,8 @@ class AdapterReport:
     layers, text_layers: how many of the transformer and of CLIP-L it reaches. unused: tensors by
     the reason why they are not used. baking: layers of the transformer by the reason why low-rank
     terms cannot express what the file does to them, so that it is baked into the weights. Both
-    kinds of reasons are texts for `say`.
+    kinds of reasons are texts for `say`. takes_picture: a control LoRA, with which the transformer
+    sees a picture beside the noise.
     """
 
     file: str = ""
@@ -53,6 +55,7 @@ class AdapterReport:
     text_layers: int = 0
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     baking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    takes_picture: bool = False
 
     def __str__(self) -> str:
         ranks = [str(rank) for rank in self.ranks]

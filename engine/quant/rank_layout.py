@@ -33,6 +33,11 @@ class RankLayout:
     spans: Sequence[Span]
     span_ranks: int
 
+    @property
+    def inputs(self) -> int:
+        """Of the widest down."""
+        return max((down.shape[1] for down in self.downs), default=0)
+
     def first_ranks(self, columns: int) -> list[int] | None:
         """For each tile of columns, 0 where no term is; None if one is in two spans."""
         found: dict[int, int] = {}

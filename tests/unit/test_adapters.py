@@ -474,6 +474,8 @@ def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit:
         torch.bfloat16, frozenset({torch.float8_e4m3fn}) if eight_bit else frozenset()
     )
     adapters = [(adapter_of(weights.module, rank), 1.0) for rank in (4, 20)]
+    of_picture = term(8, random_models.DIT.hidden, 128), term(4, random_models.DIT.hidden, 64)
+    adapters.append((Adapter({"x_embedder": of_picture}), 1.0))
     names = touched(adapters)
     planned, ranks = bound_bytes(
         weights.module, adapters, names, compute.method(weights.module, CPU)

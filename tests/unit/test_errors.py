@@ -96,10 +96,10 @@ SENTENCES: list[tuple[type[EngineError], dict[str, Any], str]] = [
     (
         errors.NoPictureError,
         {"channels": 384},
-        "This transformer takes 384 channels, so it is a fill, depth or canny model, which needs "
-        "a picture too. Connect image and mask (fill) or reference (depth, canny) to sample, or to "
-        "denoise what InpaintModelConditioning or InstructPixToPixConditioning give; or choose a "
-        "text-to-image model.",
+        "This transformer takes 384 channels, as a fill, depth or canny model does, or one with a "
+        "control LoRA: it needs a picture too. Connect image and mask (fill) or reference (depth, "
+        "canny) to sample, or to denoise what InpaintModelConditioning or "
+        "InstructPixToPixConditioning give; or choose a text-to-image model.",
     ),
     (
         errors.EncoderWidthError,

@@ -18,6 +18,7 @@ from lora_dialects import (
     PROJ,
     QKV,
     H,
+    control_lora,
     of_clip,
     random_of,
     written,
@@ -265,6 +266,26 @@ def test_dora(weights, put: Put, reads: list[Path]) -> None:
     torch.testing.assert_close(gains, expected, rtol=1e-2, atol=1e-3)
     assert len(reads) == 1
     assert not torch.equal(latents(dit, weights), latents(weights[0], weights))
+
+
+def test_a_control_lora(weights, put: Put, said: list[str]) -> None:
+    """The handle takes a picture, the one that it stands beside does not."""
+    file, style = put(control_lora()), put(kohya([QKV, "img_in"]), "other.safetensors")
+    dit = added(weights[0], file, 0.5)
+    assert (
+        said[-1] == "A control LoRA: connect a depth map or edges to reference of the sample node."
+    )
+    assert dit.geometry.takes_picture
+    assert not weights[0].geometry.takes_picture
+    assert added(weights[0], file, 0.0) is weights[0]
+    chained = added(dit, style, 1.0)
+    assert chained.geometry.takes_picture
+    assert chained.adapters[1][0] is added(weights[0], style, 1.0).adapters[0][0]
+    with pytest.raises(MajicFluxError, match="is a control LoRA, which cannot be baked"):
+        LoRA.execute(weights[0], file, 1.0, keep=True)
+    baked = LoRA.execute(dit, style, 1.0, keep=True).args[0]
+    assert baked.geometry.takes_picture
+    assert not baked.without_adapters.geometry.takes_picture
 
 
 def whole_weight() -> Tensors:

@@ -11,6 +11,7 @@ from conftest import RecordingPatcher, build_pipeline
 from torch import Tensor
 
 from file_layouts import Tensors
+from lora_dialects import control_lora
 from majicflux.benchmarks.random_models import CLIP, DIT, T5
 from majicflux.engine.errors import EngineError
 from majicflux.engine.flux.transformer import DiT
@@ -20,6 +21,7 @@ from majicflux.engine.run.pipeline import Pipeline, denoise
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import native
 from majicflux.loaders.flux_dit import load_flux_dit
+from majicflux.loaders.lora import load_lora
 from majicflux.nodes.denoise import Denoise
 from majicflux.nodes.encode_image import EncodeImage
 from majicflux.nodes.encode_prompt import EncodePrompt
@@ -42,11 +44,13 @@ def references(*shapes: tuple[int, int], seed: int = 0) -> dict[str, Any]:
     return {"reference_latents": [randn(1, 16, *shape, seed=seed) for shape in shapes]}
 
 
+CONTROL = 64 + 128  # channels of the first layer, and of that of a control LoRA beside it
 BESIDE = {"concat_latent_image": randn(1, 16, 6, 8), "concat_mask": randn(1, 1, 48, 64)}
 # Channels of the transformer, and what positive and negative bring.
 GIVEN = {
     "fill": (384, BESIDE, {**BESIDE, "concat_mask": randn(1, 1, 20, 20)}),
     "depth": (128, BESIDE, BESIDE),
+    "control LoRA": (CONTROL, BESIDE, BESIDE),
     "one reference": (64, references((6, 8)), {}),
     "other references": (64, references((6, 8), (7, 5)), references((10, 4), seed=1)),
 }
@@ -58,10 +62,14 @@ def make(models: Path, plain: Tensors, saved: Callable) -> Callable[..., Pipelin
 
     def made(channels: int, precision: str = "bfloat16", **options: Any) -> Pipeline:
         pipeline = build_pipeline(models, PRECISIONS[precision], torch.float32, **options)
-        wide = plain | {"img_in.weight": randn(DIT.hidden, channels).bfloat16() / channels**0.5}
+        own = 64 if channels == CONTROL else channels
+        wide = plain | {"img_in.weight": randn(DIT.hidden, own).bfloat16() / own**0.5}
         weights, geometry = load_flux_dit(saved(wide), PRECISIONS[precision])
         patcher = RecordingPatcher(weights, pipeline.dit.patcher.device)
         dit = DiT(weights, patcher, geometry, pipeline.dit.precision)
+        if channels == CONTROL:
+            lora = load_lora(saved(control_lora(), "lora.safetensors"), geometry, CLIP)
+            dit = dit.with_adapters(((lora, 0.6),))
         return replace(pipeline, dit=dit)
 
     return made
@@ -184,7 +192,7 @@ def test_each_picture_is_filled_where_its_own_mask_says(make) -> None:
         assert difference.item() < 1e-4
 
 
-@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("channels", [64, 128, CONTROL])
 def test_references_of_sample_are_those_of_a_conditioning(make, channels: int) -> None:
     """Each picture of a batch is a reference of Kontext's, or the map of a picture."""
     pipeline = make(channels)
@@ -214,6 +222,16 @@ def test_references_of_sample_are_those_of_a_conditioning(make, channels: int) -
 def test_a_fill_model_takes_no_reference(make) -> None:
     with pytest.raises(ValueError, match="takes no reference: connect image and mask"):
         Sample.execute(make(384), "a cat", 0, 2, 3.5, 64, 48, 1, reference=torch.ones(1, 48, 64, 3))
+
+
+def test_a_control_lora_asks_for_a_picture(make) -> None:
+    pipeline = make(CONTROL)
+    with pytest.raises(EngineError, match=r"takes 128 channels, .* control LoRA: it needs a pic"):
+        Sample.execute(pipeline, "a cat", 0, 2, 3.5, 64, 48, 1)
+    with pytest.raises(ValueError, match="canny models and control LoRAs cannot take"):
+        native.from_conditioning(
+            "positive", conditioning(**references((6, 8))), pipeline.dit.geometry
+        )
 
 
 @pytest.mark.parametrize("given", [{}, references((6, 8))])

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lora_dialects import (
     QKV,
     H,
     Save,
+    control_lora,
     full_size,
     kronecker,
     of_clip,
@@ -146,13 +148,19 @@ def test_a_shape_that_does_not_fit(saved: Save, changes: dict, said: str) -> Non
     assert said in refused(saved(tensors))
 
 
-def test_a_control_lora_is_refused_by_what_it_needs(saved: Save) -> None:
-    tensors = {
-        "img_in.lora_A.weight": torch.zeros(128, 128), "img_in.lora_B.weight": torch.zeros(H, 128),
-        **written(random_factors([QKV])),
-    }  # fmt: skip
-    assert "is a control LoRA" in refused(saved(tensors))
-    assert describe_lora(saved(tensors)).ranks == (4, 128)
+def test_a_control_lora_fits_models_that_take_a_picture_alone_or_none(saved: Save) -> None:
+    path = saved(control_lora())
+    assert describe_lora(path).takes_picture
+    for channels, beside_noise in ((64, True), (128, False)):
+        lora = load_lora(path, replace(DIT, in_channels=channels), CLIP)
+        assert lora.report.takes_picture == beside_noise
+    of_fill = replace(DIT, in_channels=384)
+    said = f"adds to img_in has the shape [{H}, 128], where the model has [{H}, 384]"
+    assert said in refused(path, of_fill)
+    decomposed = control_lora() | {"img_in.dora_scale": torch.ones(H, 1)}
+    assert f"img_in has the shape [{H}, 128], where" in refused(saved(decomposed))
+    wide = written({"img_in": (torch.zeros(4, 384), torch.zeros(H, 4), 1.0)})
+    assert f"img_in has the shape [{H}, 384], where" in refused(saved(wide))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])

@@ -1,6 +1,7 @@
 """Pictures in a CONDITIONING of ComfyUI's own nodes, through its own Flux and ours, in float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,14 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_dialects import control_lora
 from majicflux.benchmarks.random_models import CLIP, DIT, T5, random_tensors
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.picture_conditions import picture_tokens
+from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.quant.adapters import adapted, touched
+from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import FLOAT32, uniform
 from majicflux.host import native
 from majicflux.loaders.flux_dit import load_flux_dit
 from majicflux.loaders.layouts import flux_dit_layout
+from majicflux.loaders.lora import load_lora
 
 pytestmark = pytest.mark.usefixtures("comfy")
 FLOAT = torch.float32
@@ -46,8 +52,9 @@ class BothModels:
         config.set_inference_dtype(FLOAT, None)
         self.theirs = config.get_model(tensors, "", "cpu")
         self.theirs.load_model_weights(dict(tensors), "")
-        weights, self.geometry = load_flux_dit(path, uniform(FLOAT32))
+        weights, geometry = load_flux_dit(path, uniform(FLOAT32))
         self.module = weights.module
+        self.dit = DiT(weights, None, geometry, uniform(FLOAT32))  # nothing moves them
 
     def expected(self, latents: Tensor, given: list[Any], mask: Tensor | None = None) -> Tensor:
         (tokens, options), batch = given[0], len(latents)
@@ -62,11 +69,41 @@ class BothModels:
         return (latents - clean) / SIGMA
 
     def found(self, latents: Tensor, given: list[Any], mask: Tensor | None = None) -> Tensor:
-        prompt = native.from_conditioning("positive", given, self.geometry)
+        geometry = self.dit.geometry
+        prompt = native.from_conditioning("positive", given, geometry)
         told = (3.5, FLOAT, latents.device, FLOAT, SIGMA.reshape(1))
-        (conditions,) = conditions_of(self.module, [prompt], *told)
-        pictures = picture_tokens(prompt.pictures, self.geometry, latents.shape, mask, lambda x: x)
-        return flux_velocity(self.module, replace(conditions, pictures=pictures))(latents, SIGMA)
+        names = touched(self.dit.adapters)
+        with (
+            ComputePrecision(FLOAT).applied_to(self.module, latents.device),
+            adapted(self.module, self.dit.adapters, names, FLOAT, latents.device),
+        ):
+            (conditions,) = conditions_of(self.module, [prompt], *told)
+            pictures = picture_tokens(prompt.pictures, geometry, latents.shape, mask, lambda x: x)
+            velocity = flux_velocity(self.module, replace(conditions, pictures=pictures))
+            return velocity(latents, SIGMA)
+
+    @contextmanager
+    def with_loras(self, *loras: tuple[Path, float]) -> Iterator[None]:
+        """Both with these files at these strengths."""
+        import comfy.lora_convert
+        import comfy.model_patcher
+        import comfy.sd
+        import comfy.utils
+
+        dit, device = self.dit, torch.device("cpu")
+        patcher = comfy.model_patcher.ModelPatcher(self.theirs, device, device)
+        adapters = []
+        for path, strength in loras:
+            file = comfy.utils.load_torch_file(str(path))
+            patcher, _ = comfy.sd.load_lora_for_models(patcher, None, file, strength, 0)
+            adapters.append((load_lora(path, dit.geometry, CLIP, dtype=FLOAT), strength))
+        patcher.patch_model()
+        self.dit = dit.with_adapters(tuple(adapters))
+        try:
+            yield
+        finally:
+            patcher.unpatch_model()
+            self.dit = dit
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +199,62 @@ def test_redux_lengthens_the_prompt(models_of) -> None:
     assert relative(found, require_same(both, 1, conditioning())) > 0.01
     with pytest.raises(ValueError, match="carries attention_mask"):
         both.found(randn(1, 16, 12, 20), applied("attn_bias"))
+
+
+@pytest.fixture
+def lora_files(tmp_path: Path) -> dict[str, Path]:
+    tensors = control_lora()
+    given = {
+        "depth": tensors,
+        "canny": {n: t.flip(0) for n, t in tensors.items()},
+        "ordinary": {
+            "diffusion_model.img_in.lora_A.weight": randn(4, 64) / 8,
+            "diffusion_model.img_in.lora_B.weight": randn(DIT.hidden, 4),
+            "diffusion_model.img_in.diff_b": randn(DIT.hidden),
+            "diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight": randn(4, DIT.hidden) / 16,
+            "diffusion_model.double_blocks.0.img_mlp.0.lora_B.weight": randn(4 * DIT.hidden, 4),
+        },
+    }
+    for name, file in given.items():
+        save_file({n: t.contiguous() for n, t in file.items()}, tmp_path / f"{name}.safetensors")
+    return {name: tmp_path / f"{name}.safetensors" for name in given}
+
+
+# Files and strengths, in the order in which both apply them.
+CONTROL = {
+    "one": [("depth", 1.0)],
+    "weaker": [("depth", 0.4)],
+    "opposite": [("depth", -0.5)],
+    "two": [("depth", 0.7), ("canny", 0.3)],
+    "after an ordinary one": [("ordinary", 0.8), ("depth", 1.0)],
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("chain", CONTROL)
+def test_control_loras(models_of, lora_files, chain: str, channels: int, batch: int) -> None:
+    both = models_of(channels)
+    loras = [(lora_files[name], strength) for name, strength in CONTROL[chain]]
+    given = conditioning(concat_latent_image=randn(1, 16, 12, 20))
+    without = require_same(both, batch, given)
+    with both.with_loras(*loras):
+        found = require_same(both, batch, given)
+        no_picture = require_same(both, batch, conditioning())
+    assert relative(found, no_picture) > 0.01
+    assert relative(found, without) > 0.01
+    assert torch.equal(require_same(both, batch, given), without)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 384])
+def test_a_lora_that_knows_no_picture(models_of, lora_files, channels: int) -> None:
+    """Beside a model that takes one, all of it counts but what it adds to the first weight."""
+    both = models_of(channels)
+    given = conditioning(concat_latent_image=randn(1, 16, 12, 20))
+    with both.with_loras((lora_files["ordinary"], 0.7)):
+        require_same(both, 1, given)
+        unused = both.dit.adapters[0][0].report.unused
+    names = ("diffusion_model.img_in.lora_A.weight", "diffusion_model.img_in.lora_B.weight")
+    reason = "the first layer of a model that takes no picture"
+    found = {why: tuple(sorted(those)) for why, those in unused.items()}
+    assert found == ({} if channels == 64 else {reason: names})
