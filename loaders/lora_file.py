@@ -79,8 +79,10 @@ def inspect_lora(
     names = list(file.tensors)
     if is_lora(names):
         other = lora_of_another_model({name: entry.shape for name, entry in file.tensors.items()})
-        if other is not None:
-            raise not_wanted(path, names, other, FLUX_LORA)
+    else:
+        other = kind_of(names)  # the norms of a whole model have the names of a LoRA's
+    if other is not None:
+        raise not_wanted(path, names, other, FLUX_LORA)
     sources = sources_of([file])
     return _Reading(path, {n: s.parts[0] for n, s in sources.items()}, flux, clip).whole(file)
 
@@ -185,8 +187,7 @@ class _Reading:
                     name=self.unused[NO_SUCH_METHOD][0],
                 )
             )
-        kind = None if is_lora(names) else kind_of(names)
-        return not_wanted(self.path, names, kind, FLUX_LORA)
+        return not_wanted(self.path, names, None, FLUX_LORA)
 
 
 def _declared(file: SafetensorsFile) -> Mapping[str, Any]:

@@ -52,6 +52,11 @@ PARTS = (FLUX_DIT, CLIP, T5, VAE)
 BETTER_FILE = later("MajicFlux cannot read it; use the bf16 or float8 .safetensors.")
 CHECKPOINT = later("Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints.")
 OTHER_MODEL = later("MajicFlux runs Flux.1 models.")
+VARY = later(
+    "MajicFlux cannot apply it; to paint by a picture use FLUX.1-Redux with ComfyUI's Apply Style "
+    "Model."
+)
+FACES = later("MajicFlux cannot apply it: it needs further models, which read faces.")
 TRANSFORMER_OF = later("a transformer of {name}")
 QUANTISED = later("a file quantized by {name}")
 FLUX_ENCODERS = later(
@@ -78,6 +83,8 @@ UMT5 = Kind(
 # Of each group, the first kind whose marker is found is the answer. These have tensors of the same
 # names as ours.
 RELATIVES = (
+    Kind(("controlnet_cond_embedding.", "control_model.", "zero_convs.", "lora_controlnet",
+          "lllite_"), later("a ControlNet for SDXL or Stable Diffusion"), OTHER_MODEL),
     Kind(("controlnet_", "control_net."), later("a ControlNet"),
          later("It belongs in models/controlnet.")),
     Kind(("double_stream_modulation_img.",), later("a Flux.2 transformer"), OTHER_MODEL),
@@ -121,8 +128,13 @@ LORA = Kind(
 )  # fmt: skip
 OTHERS = (
     LORA,
-    Kind(("ip_adapter_", "image_proj.", "pulid_", "redux_up."),
-         later("an IP-Adapter, PuLID or Redux model"), OTHER_MODEL),
+    Kind(("ip_adapter_double_stream_", "ip_adapter_proj_model."),
+         later("an IP-Adapter of XLabs"), VARY),
+    Kind(("ip_adapter.", ".to_k_ip."), later("an IP-Adapter"), VARY),
+    Kind(("pulid_", "id_adapter_attn_layers."), later("a PuLID model"), FACES),
+    Kind(("image_proj.",), later("a part of InfiniteYou or of an IP-Adapter"), FACES),
+    Kind(("redux_up.",), later("a Redux style model"),
+         later("Choose it in ComfyUI's Load Style Model; it belongs in models/style_models.")),
     Kind(("layers.0.post_attention_layernorm.weight", "layers.0.mlp.gate_proj.weight"),
          later("a language model, the text encoder of other models"), FLUX_ENCODERS),
     Kind(("vision_model.encoder.layers.0.", "visual.transformer.resblocks.0."),

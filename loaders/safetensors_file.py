@@ -46,18 +46,20 @@ DTYPES = {
 }
 
 FIRST_BYTES = 400  # of a file, that tell what it is if it is not safetensors
+NAMING_BYTES = 2**18  # of a pickle, among which are the names in it
 FIRST_LINE = 100  # characters of a text that are shown
 
 ARCHIVE = later("{file} is an archive; unpack it and choose what is inside.")
+PICKLES = TORCH_PICKLE, PYTHON_PICKLE = b"PK\x03\x04", b"\x80"
 # How the first bytes of other formats begin, and what to say about them.
 OTHER_FORMATS = (
     (b"GGUF", later(
         "{file} is a GGUF file, which MajicFlux cannot read; use the bf16 or float8 .safetensors."
     )),
-    (b"PK\x03\x04", later(
+    (TORCH_PICKLE, later(
         "{file} is a PyTorch pickle, which can run code when opened; use the .safetensors."
     )),
-    (b"\x80", later(
+    (PYTHON_PICKLE, later(
         "{file} is a Python pickle, which can run code when opened; use the .safetensors."
     )),
     (b"version https://git-lfs", later(
@@ -67,6 +69,17 @@ OTHER_FORMATS = (
     (b"7z\xbc\xaf", ARCHIVE),
     (b"Rar!", ARCHIVE),
     (b"\x1f\x8b", ARCHIVE),
+)  # fmt: skip
+# Names in pickles of what there is in no other format, and what to say instead.
+PICKLED = (
+    (b"to_k_ip.weight", later(
+        "{file} is an IP-Adapter, which MajicFlux cannot apply, in a pickle, which can run code "
+        "when opened. To paint by a picture use FLUX.1-Redux with ComfyUI's Apply Style Model."
+    )),
+    (b"image_proj", later(
+        "{file} is a part of InfiniteYou or of an IP-Adapter, which MajicFlux cannot apply, in a "
+        "pickle, which can run code when opened. Choose another file."
+    )),
 )  # fmt: skip
 
 
@@ -179,6 +192,9 @@ def _read_header(
     for magic, sentence in OTHER_FORMATS:
         # A safetensors file can begin with any byte, but its ninth is always the JSON's "{".
         if first.startswith(magic) and first[8:9] != b"{":
+            if magic in PICKLES:
+                names = first + file.read(NAMING_BYTES)
+                sentence = next((said for part, said in PICKLED if part in names), sentence)
             raise ModelFileError(say(sentence, file=name))
     length = int.from_bytes(first[:8], "little")
     if len(first) < 10 or first[8:9] != b"{" or length > FORMAT_HEADER_BYTES:

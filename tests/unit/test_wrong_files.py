@@ -18,6 +18,7 @@ from majicflux.lab.precision import measure
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from majicflux.loaders.layouts import clip_layout
+from majicflux.loaders.lora_file import inspect_lora
 from majicflux.loaders.recognise import FLUX_DIT
 from majicflux.loaders.safetensors_file import ModelFileError, SafetensorsFile
 from majicflux.loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
@@ -96,7 +97,6 @@ def test_sdxl_checkpoint(tmp_path: Path) -> None:
         ("noise_refiner.0.attention.qkv.weight", "a transformer of Z-Image / Lumina"),
         ("model.layers.0.post_attention_layernorm.weight", "a language model"),
         ("vision_model.encoder.layers.0.mlp.fc1.weight", "a CLIP vision model"),
-        ("redux_up.weight", "an IP-Adapter, PuLID or Redux model"),
         ("something.else", "none of its 1 tensors"),
         ("something.else", "\nIts names: something.else ..."),
     ],
@@ -106,6 +106,86 @@ def test_other_kinds_are_named(tmp_path: Path, name: str, said: str) -> None:
 
 
 BFL, DIFFUSERS = FLUX_DIT.markers
+
+
+# Names in published files, and what is said of them in one or two sentences.
+BESIDE_A_MODEL = {
+    "InstantX, converted": (
+        ["image_proj.proj.0.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"],
+        r"is an IP-Adapter, not .*\. MajicFlux cannot apply it; .* FLUX\.1-Redux with ComfyUI's",
+    ),
+    "XLabs IP-Adapter": (
+        ["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",
+         "ip_adapter_proj_model.norm.weight", "ip_adapter_proj_model.proj.weight"],
+        r"is an IP-Adapter of XLabs, not .*\. MajicFlux cannot apply it; ",
+    ),
+    "XLabs ControlNet": (
+        ["controlnet_blocks.0.weight", "double_blocks.0.img_attn.norm.key_norm.scale",
+         "double_blocks.0.img_attn.qkv.weight", "img_in.weight", "input_hint_block.0.weight",
+         "pos_embed_input.weight"],
+        r"is a ControlNet, not .*\. .*models/controlnet",
+    ),
+    "Union-Pro 2.0": (
+        ["controlnet_blocks.0.weight", "controlnet_x_embedder.weight",
+         "transformer_blocks.0.attn.add_q_proj.weight", "transformer_blocks.0.attn.norm_q.weight"],
+        r"is a ControlNet, not .*\. .*models/controlnet",
+    ),
+    "SDXL ControlNet": (
+        ["controlnet_cond_embedding.conv_in.weight", "controlnet_down_blocks.0.weight"],
+        r"is a ControlNet for SDXL or Stable Diffusion, not .*\. MajicFlux runs Flux\.1 models",
+    ),
+    "old ControlNet": (
+        ["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"],
+        "is a ControlNet for SDXL or Stable Diffusion, not ",
+    ),
+    "PuLID 0.9": (
+        ["pulid_ca.19.to_q.weight", "pulid_encoder.proj_out"],
+        r"is a PuLID model, not .*\. MajicFlux cannot apply it: it needs further models, which",
+    ),
+    "PuLID 1.1": (["id_adapter_attn_layers.0.to_q.weight"], "is a PuLID model, not "),
+    "InfiniteYou": (
+        ["image_proj.latents", "image_proj.proj_in.weight"],
+        r"is a part of InfiniteYou or of an IP-Adapter, not .*\. MajicFlux cannot apply it: ",
+    ),
+    "Redux": (
+        ["redux_up.weight", "redux_up.bias", "redux_down.weight", "redux_down.bias"],
+        r"is a Redux style model, not .*\. Choose it in ComfyUI's Load Style Model; it belongs in",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "inspect", [inspect_flux_dit, inspect_lora, inspect_clip, inspect_t5, inspect_vae]
+)
+@pytest.mark.parametrize("names_and_text", BESIDE_A_MODEL.values(), ids=BESIDE_A_MODEL)
+def test_what_stands_beside_a_model_is_named_with_a_reason(
+    tmp_path: Path, inspect: Callable[[Path], object], names_and_text: tuple[list[str], str]
+) -> None:
+    names, text = names_and_text
+    assert re.search(text, refused(inspect, saved(tmp_path, *names)))
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"image_proj": ["norm.weight"], "ip_adapter": ["0.to_k_ip.weight"]}, "is an IP-Adapter, "),
+        ({"image_proj": ["latents", "proj_in.weight"]}, "is a part of InfiniteYou or of an IP-Ad"),
+        ({"model": ["weight"]}, "is a PyTorch pickle, which can run code when opened; use the .sa"),
+    ],
+)
+def test_pickles_of_which_there_are_no_safetensors(tmp_path, parts, said: str, old: bool) -> None:
+    path = tmp_path / "ip-adapter.bin"
+    state = {part: {name: torch.zeros(2, 2) for name in names} for part, names in parts.items()}
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    said = said.replace("PyTorch", "Python") if old else said
+    for inspect in (inspect_flux_dit, inspect_lora):
+        assert said in refused(inspect, path)
+
+
+def test_a_whole_model_is_no_lora_that_replaces_norms(models: Path) -> None:
+    message = refused(inspect_lora, models / demo_models.DIT_FILE)
+    assert "is a Flux.1 transformer, not a LoRA for Flux.1" in message
 
 
 @pytest.mark.parametrize(
