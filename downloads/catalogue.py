@@ -1,6 +1,7 @@
 """The model files that MajicFlux knows by name: what they are, and where they are published."""
 
 from dataclasses import dataclass
+from typing import Any
 
 MODELSCOPE = "modelscope"
 HUGGINGFACE = "huggingface"
@@ -122,14 +123,205 @@ TURBO = KnownFile(
     size=694_082_424,
     sha256="77f7523a5e9c3da6cfc730c6b07461129fa52997ea06168e9ed5312228aa0bff",
 )
+# What takes a picture. Hashes as Black Forest Labs publish them, sizes as public installers do; the
+# copies of other people are held to both.
+KONTEXT_BF16 = KnownFile(
+    "flux1-kontext-dev.safetensors",
+    "diffusion_models",
+    FLUX_DEV_LICENCE,
+    (
+        Place(
+            MODELSCOPE,
+            "black-forest-labs/FLUX.1-Kontext-dev",
+            "flux1-kontext-dev.safetensors",
+            "master",
+        ),
+    ),
+    size=23_802_947_360,
+    sha256="843a26dc765d3105dba081c30bce7b14c65b0988f9e8d14e9fbc8856a6deebd5",
+)
+KONTEXT_FLOAT8 = KnownFile(
+    "flux1-dev-kontext_fp8_scaled.safetensors",
+    "diffusion_models",
+    FLUX_DEV_LICENCE,
+    (
+        Place(
+            HUGGINGFACE,
+            "Comfy-Org/flux1-kontext-dev_ComfyUI",
+            "split_files/diffusion_models/flux1-dev-kontext_fp8_scaled.safetensors",
+            "main",
+        ),
+    ),
+    size=11_904_640_136,
+    sha256="630ba795ec64283b4230ea23cf79406c2c68b7c578229ed139f30043eadb30a2",
+)
+FILL = KnownFile(
+    "flux1-fill-dev.safetensors",
+    "diffusion_models",
+    FLUX_DEV_LICENCE,
+    (
+        Place(
+            MODELSCOPE, "black-forest-labs/FLUX.1-Fill-dev", "flux1-fill-dev.safetensors", "master"
+        ),
+        Place(
+            HUGGINGFACE,
+            "Comfy-Org/flux1-dev",
+            "split_files/diffusion_models/flux1-fill-dev.safetensors",
+            "main",
+        ),
+    ),
+    size=23_804_922_408,
+    sha256="03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca",
+)
+# Its size is not known. 780 tensors in bf16 are so many bytes, the header comes on top.
+DEPTH = KnownFile(
+    "flux1-depth-dev.safetensors",
+    "diffusion_models",
+    FLUX_DEV_LICENCE,
+    (
+        Place(MODELSCOPE, "licyks/flux_controlnet", "flux1-depth-dev.safetensors", "master"),
+        Place(
+            HUGGINGFACE, "black-forest-labs/FLUX.1-Depth-dev", "flux1-depth-dev.safetensors", "main"
+        ),
+    ),
+    least_size=23_803_209_856,
+    sha256="41360d1662f44ca45bc1b665fe6387e91802f53911001630d970a4f8be8dac21",
+)
+CANNY = KnownFile(
+    "flux1-canny-dev.safetensors",
+    "diffusion_models",
+    FLUX_DEV_LICENCE,
+    (
+        Place(MODELSCOPE, "licyks/flux_controlnet", "flux1-canny-dev.safetensors", "master"),
+        Place(
+            HUGGINGFACE,
+            "Comfy-Org/flux1-dev",
+            "split_files/diffusion_models/flux1-canny-dev.safetensors",
+            "main",
+        ),
+    ),
+    size=23_803_351_736,
+    sha256="996876670169591cb412b937fbd46ea14cbed6933aef17c48a2dcd9685c98cdb",
+)
+DEPTH_LORA = KnownFile(
+    "flux1-depth-dev-lora.safetensors",
+    "loras",
+    FLUX_DEV_LICENCE,
+    (
+        Place(MODELSCOPE, "licyks/flux_controlnet", "flux1-depth-dev-lora.safetensors", "master"),
+        Place(
+            HUGGINGFACE,
+            "Comfy-Org/flux1-dev",
+            "split_files/loras/flux1-depth-dev-lora.safetensors",
+            "main",
+        ),
+    ),
+    size=1_244_440_512,
+    sha256="1938b38ea0fdd98080fa3e48beb2bedfbc7ad102d8b65e6614de704a46d8b907",
+)
+CANNY_LORA = KnownFile(
+    "flux1-canny-dev-lora.safetensors",
+    "loras",
+    FLUX_DEV_LICENCE,
+    (
+        Place(MODELSCOPE, "licyks/flux_controlnet", "flux1-canny-dev-lora.safetensors", "master"),
+        Place(
+            HUGGINGFACE,
+            "black-forest-labs/FLUX.1-Canny-dev-lora",
+            "flux1-canny-dev-lora.safetensors",
+            "main",
+        ),
+    ),
+    size=1_244_443_944,
+    sha256="8eaa21b9c43d5e7242844deb64b8cf22ae9010f813f955ca8c05f240b8a98f7e",
+)
+REDUX = KnownFile(
+    "flux1-redux-dev.safetensors",
+    "style_models",
+    FLUX_DEV_LICENCE,
+    (
+        Place(
+            MODELSCOPE,
+            "black-forest-labs/FLUX.1-Redux-dev",
+            "flux1-redux-dev.safetensors",
+            "master",
+        ),
+        Place(HUGGINGFACE, "Comfy-Org/Flux1-Redux-Dev", "flux1-redux-dev.safetensors", "main"),
+    ),
+    size=129_063_232,
+    sha256="a1b3bdcb4bdc58ce04874b9ca776d61fc3e914bb6beab41efb63e4e2694dca45",
+)
+# What Redux sees with.
+SIGCLIP = KnownFile(
+    "sigclip_vision_patch14_384.safetensors",
+    "clip_vision",
+    ENCODERS_LICENCE,
+    (
+        Place(
+            MODELSCOPE, "licyks/flux_controlnet", "sigclip_vision_patch14_384.safetensors", "master"
+        ),
+        Place(
+            HUGGINGFACE,
+            "Comfy-Org/sigclip_vision_384",
+            "sigclip_vision_patch14_384.safetensors",
+            "main",
+        ),
+    ),
+    size=856_505_640,
+    sha256="1fee501deabac72f0ed17610307d7131e3e9d1e838d0363aa3c2b97a6e03fb33",
+)
+
+
+def _control_net(name: str, modelscope: str, huggingface: str, **known: Any) -> KnownFile:
+    """Published under the name of Diffusers in a repository of its own, on each hub."""
+    places = (MODELSCOPE, modelscope, "master"), (HUGGINGFACE, huggingface, "main")
+    path = "diffusion_pytorch_model.safetensors"
+    found = tuple(Place(hub, repository, path, revision) for hub, repository, revision in places)
+    return KnownFile(f"{name}.safetensors", "controlnet", FLUX_DEV_LICENCE, found, **known)
+
+
+UNION_PRO_2 = _control_net(
+    "FLUX.1-dev-ControlNet-Union-Pro-2.0",
+    "LiblibAI/FLUX.1-dev-ControlNet-Union-Pro-2.0",
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
+    size=4_281_779_224,
+    sha256="9d03f63f36206bab2f36aed5cfedc8693c2881397534e9d5f9ae9a0a41362517",
+)
+UNION_PRO = _control_net(
+    "FLUX.1-dev-ControlNet-Union-Pro",
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro",
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro",
+    size=6_603_953_920,
+)
+# The hash as one public installer pins it; the size is that of the tensors in bf16.
+INPAINTING_NET = _control_net(
+    "FLUX.1-dev-Controlnet-Inpainting-Beta",
+    "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta",
+    "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta",
+    least_size=4_281_778_176,
+    sha256="ca46c5f7b5de02caee7c069f2aedbf628af8def8578319ceae3be1588d448448",
+)
 
 GROUPS: dict[str, tuple[KnownFile, ...]] = {
     "majicflus": (MAJICFLUS_BF16, MAJICFLUS_FLOAT8),
     "flux-dev-parts": (CLIP_L, T5_XXL, AE),
-    "turbo": (TURBO,),  # which nothing needs: not in all
+    # What nothing needs, and is not in all.
+    "turbo": (TURBO,),
+    "kontext": (KONTEXT_BF16, KONTEXT_FLOAT8),
+    "fill": (FILL,),
+    "depth": (DEPTH,),
+    "canny": (CANNY,),
+    "depth-lora": (DEPTH_LORA,),
+    "canny-lora": (CANNY_LORA,),
+    "redux": (REDUX, SIGCLIP),
+    "controlnet": (UNION_PRO_2,),
+    "controlnet-union": (UNION_PRO,),
+    "controlnet-inpainting": (INPAINTING_NET,),
     "all": (MAJICFLUS_BF16, MAJICFLUS_FLOAT8, CLIP_L, T5_XXL, AE),
 }
 KNOWN_FILES = tuple({file: None for group in GROUPS.values() for file in group})
+# One of each group stands in for another: each hub has it in a precision of its own.
+SISTERS = (GROUPS["majicflus"], GROUPS["kontext"])
 
 
 def group_of(file: KnownFile) -> str:
@@ -138,5 +330,6 @@ def group_of(file: KnownFile) -> str:
 
 
 def files_of(group: str, hub: str) -> list[KnownFile]:
-    """The files of a group that `hub` has: of majicflus each hub has one, in its own precision."""
+    """The files of a group that `hub` has: of majicflus and Kontext each hub has one, in its own
+    precision."""
     return [file for file in GROUPS[group] if file.place(hub) is not None]

@@ -8,10 +8,10 @@ from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, hidden, model_parts
 from ..messages import say
-from .catalogue import GROUPS, KNOWN_FILES, group_of
+from .catalogue import KNOWN_FILES, SISTERS, group_of
 
 CHECKPOINTS = "checkpoints"
-MAJICFLUS = [file.name for file in GROUPS["majicflus"]]
+STAND_INS = {file.name: [other.name for other in files] for files in SISTERS for file in files}
 
 
 def choices(category: str) -> list[str]:
@@ -26,10 +26,11 @@ def names(category: str) -> list[str]:
 def resolve(category: str, name: str) -> Path:
     """The file, or the folder of shards, that a choice stands for.
 
-    Of majicflus each hub has another file: the one that is there stands in for the other.
+    Of majicflus and Kontext each hub has another file: the one that is there stands in for the
+    other.
     Raises ModelFileError when none is in the host's folders.
     """
-    for other in (name, *(MAJICFLUS if name in MAJICFLUS else ())):
+    for other in (name, *STAND_INS.get(name, ())):
         path = host.model_path(category, other) or host.model_path(CHECKPOINTS, other)
         if path is not None:
             return path

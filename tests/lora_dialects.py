@@ -11,7 +11,8 @@ import torch
 from file_layouts import Tensors, to_diffusers
 from majicflux.benchmarks.random_models import CLIP, DIT
 from majicflux.engine.diffsynth_files import diffsynth_module
-from majicflux.loaders.layouts import flux_dit_layout
+from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.loaders.layouts import Layout, flux_dit_layout
 
 Save = Callable[..., Path]
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # layer -> down, up, alpha
@@ -141,24 +142,34 @@ def of_clip(prefix: str, index: int = 2) -> Tensors:
     return written(factors, prefix, underscores="." not in prefix)
 
 
-def control_lora(rank: int = 8) -> Tensors:
+def control_lora_layout(flux: FluxGeometry, rank: int) -> Layout:
     """As Black Forest Labs write them: every linear layer with its bias, the first one with the
     channels of a picture, and the norms."""
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-    tensors: Tensors = {}
-    for name, shape in flux_dit_layout(DIT).items():
+    layout: Layout = {}
+    for name, shape in flux_dit_layout(flux).items():
         layer = name.rpartition(".")[0]
         if name.endswith("norm.scale"):
-            tensors[name] = 1 + random(*shape) / 4
+            layout[name] = shape
         elif name.endswith(".weight"):
             inputs = 2 * shape[1] if layer == "img_in" else shape[1]
-            tensors[f"{layer}.lora_A.weight"] = random(rank, inputs) / inputs**0.5
-            tensors[f"{layer}.lora_B.weight"] = random(shape[0], rank) / rank
-            tensors[f"{layer}.lora_B.bias"] = random(shape[0]) / 8
-    return tensors
+            ranks = min(rank, shape[0])  # the last layer has but 64 outputs
+            layout[f"{layer}.lora_A.weight"] = ranks, inputs
+            layout[f"{layer}.lora_B.weight"] = shape[0], ranks
+            layout[f"{layer}.lora_B.bias"] = shape[:1]
+    return layout
+
+
+def control_lora(rank: int = 8) -> Tensors:
+    """A small one."""
+
+    def random(shape: tuple[int, ...], scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * scale
+
+    return {
+        name: 1 + random(shape, 1 / 4) if name.endswith("norm.scale")
+        else random(shape, shape[1] ** -0.5 if "lora_A" in name else 1 / 8)
+        for name, shape in control_lora_layout(DIT, rank).items()
+    }  # fmt: skip
 
 
 def kronecker(whole: tuple[bool, bool], first: tuple[int, int], rank: int) -> Tensors:

@@ -15,7 +15,10 @@ const CONTROL = "control_after_generate"; // ComfyUI's widget beside a seed
 const UI = "majicflux", TEXT_EVENT = "majicflux.text"; // host/comfyui.py sends them
 const PANEL = "majicflux_text"; // our widget that shows a text
 const BAR = ["#8E6CEF", "#1F9E98", "#B88A00", "#808080"]; // resident, visiting, working, free
-const MAJICFLUS = ["majicflus_v1.safetensors", "majicflus_v134.safetensors"]; // one model
+const SISTERS = [ // files of one model
+    ["majicflus_v1.safetensors", "majicflus_v134.safetensors"],
+    ["flux1-dev-kontext_fp8_scaled.safetensors", "flux1-kontext-dev.safetensors"],
+];
 const TEMPLATES = [ // from simple to special
     "text_to_image", "text_to_image_6gb", "text_to_image_lora", "image_to_image", "inpainting",
     "batch_with_a_grid", "compare_precisions", "mixed_with_stock_nodes",
@@ -204,8 +207,9 @@ function useFileThatIsThere(workflow) {
     const nodes = [workflow, ...(workflow.definitions?.subgraphs ?? [])].flatMap((graph) => graph.nodes ?? []);
     for (const node of nodes) {
         const named = node.widgets_values?.[0];
-        if (node.type !== "MajicFluxDiTLoader" || !MAJICFLUS.includes(named) || files.includes(named)) continue;
-        const other = MAJICFLUS.find((file) => files.includes(file));
+        const sisters = SISTERS.find((names) => names.includes(named));
+        if (node.type !== "MajicFluxDiTLoader" || !sisters || files.includes(named)) continue;
+        const other = sisters.find((file) => files.includes(file));
         if (!other) continue;
         node.widgets_values[0] = other;
         delete node.properties?.models;

@@ -9,14 +9,22 @@ from types import SimpleNamespace
 import pytest
 from rooms import FILES, ROOT, imported_packages
 
+from lora_dialects import control_lora_layout
 from majicflux import cli
 from majicflux.downloads import download
 from majicflux.downloads.catalogue import (
     AE,
+    CANNY,
+    CANNY_LORA,
     CLIP_L,
+    DEPTH,
+    DEPTH_LORA,
+    FILL,
     GROUPS,
     HUGGINGFACE,
     KNOWN_FILES,
+    KONTEXT_BF16,
+    KONTEXT_FLOAT8,
     MAJICFLUS_BF16,
     MAJICFLUS_FLOAT8,
     T5_XXL,
@@ -34,7 +42,9 @@ def elements(layout: Layout) -> int:
 
 
 FLUX = elements(flux_dit_layout(FluxGeometry()))
+FLUX_VECTORS = sum(s[0] for s in flux_dit_layout(FluxGeometry()).values() if len(s) == 1)
 T5 = t5_layout(T5Geometry())
+CONTROL_LORA = 2 * sum(map(math.prod, control_lora_layout(FluxGeometry(), 128).values()))
 EMBEDDING_TWICE = {**T5, "encoder.embed_tokens.weight": T5["shared.weight"]}
 
 
@@ -45,6 +55,12 @@ EMBEDDING_TWICE = {**T5, "encoder.embed_tokens.weight": T5["shared.weight"]}
         (CLIP_L, 2 * elements(clip_layout(ClipGeometry()))),
         (T5_XXL, 2 * elements(EMBEDDING_TWICE)),
         (AE, 4 * elements(vae_layout())),
+        (KONTEXT_BF16, 2 * FLUX),
+        (KONTEXT_FLOAT8, FLUX + FLUX_VECTORS),
+        (FILL, 2 * elements(flux_dit_layout(FluxGeometry(in_channels=384)))),
+        (CANNY, 2 * elements(flux_dit_layout(FluxGeometry(in_channels=128)))),
+        (DEPTH_LORA, CONTROL_LORA),
+        (CANNY_LORA, CONTROL_LORA),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -52,12 +68,14 @@ def test_a_size_is_that_of_the_tensors_and_a_header(file: KnownFile, tensor_byte
     assert 0 < file.size - tensor_bytes < MOST_HEADER_BYTES
 
 
-def test_the_least_size_of_the_bf16_file_is_that_of_its_tensors() -> None:
+def test_the_least_size_of_a_bf16_file_is_that_of_its_tensors() -> None:
     assert MAJICFLUS_BF16.least_size == 2 * FLUX
+    of_depth = flux_dit_layout(FluxGeometry(in_channels=128))
+    assert DEPTH.least_size == 2 * elements(of_depth)
 
 
 def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
-    names = {f"{file.folder}/{file.name}" for file in KNOWN_FILES}
+    names = {f"{file.folder}/{file.name}" for file in (*GROUPS["all"], *GROUPS["turbo"])}
     demo = {name for key, name in vars(demo_models).items() if key.endswith("_FILE")}
     demo -= {demo_models.LORA_FILE}  # which the demo models alone have
     assert names == demo | {"diffusion_models/majicflus_v1.safetensors"}
@@ -81,6 +99,9 @@ def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:
         (["majicflus", "--from", "huggingface"], ["majicflus_v1"], 11e9),
         (["flux-dev-parts"], ["clip_l", "t5xxl_fp16", "ae"], 10e9),
         (["turbo"], ["FLUX.1-Turbo-Alpha"], 0.5e9),
+        (["kontext"], ["flux1-kontext-dev"], 20e9),
+        (["kontext", "--from", "huggingface"], ["flux1-dev-kontext_fp8_scaled"], 11e9),
+        (["redux"], ["flux1-redux-dev", "sigclip_vision_patch14_384"], 0.9e9),
     ],
 )
 def test_a_command_lists_its_files_and_begins_only_if_all_fit(

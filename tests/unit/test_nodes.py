@@ -249,7 +249,7 @@ def test_a_missing_file_is_named_with_its_folder_and_its_pages(
     *pages, fetch, _, folder = more[1:]
     assert pages == [place.page for place in file.places]
     assert all(place.repository in place.page for place in file.places)
-    group = "turbo" if file.folder == "loras" else "all"
+    group = "all" if file in GROUPS["all"] else next(n for n in GROUPS if file in GROUPS[n])
     command = f'python -m majicflux.cli download {group} --models "{tmp_path}"'
     assert fetch == f"Or run {command} in ComfyUI's custom_nodes."
     assert folder == str(tmp_path / file.folder)
@@ -257,9 +257,10 @@ def test_a_missing_file_is_named_with_its_folder_and_its_pages(
 
 @pytest.mark.parametrize("folder", ["diffusion_models", "checkpoints"])
 @pytest.mark.parametrize(("wanted", "there"), [
-    (wanted, there) for wanted in GROUPS["majicflus"] for there in GROUPS["majicflus"]
+    (wanted, there) for group in ("majicflus", "kontext")
+    for wanted in GROUPS[group] for there in GROUPS[group]
 ], ids=lambda file: file.name)  # fmt: skip
-def test_either_file_of_majicflus_stands_in_for_the_other(
+def test_either_file_of_majicflus_or_kontext_stands_in_for_the_other(
     models: Path, tmp_path: Path, monkeypatch, wanted: KnownFile, there: KnownFile, folder: str
 ) -> None:
     """Each hub has another one, and a workflow names but one of them."""
