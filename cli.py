@@ -162,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="pictures at once")
     plan.add_argument("--steps", type=_positive, default=20, metavar="N")
     plan.add_argument(
+        "--references", type=_size, nargs="+", default=(), metavar="WIDTHxHEIGHT",
+        help="pictures that a Kontext model is shown",
+    )  # fmt: skip
+    plan.add_argument(
         "--file", type=Path, help="a transformer, by default one of FLUX.1-dev's sizes"
     )
     plan.add_argument("--precision", choices=PRECISIONS, default="float8_e4m3fn")
@@ -240,8 +244,9 @@ def _plan(options: argparse.Namespace) -> None:
     from .engine.sizes import require_size
     from .loaders.flux_dit import inspect_flux_dit
 
-    for name, side in zip(("Width", "Height"), options.size, strict=True):
-        require_size(name, side)
+    for size in (options.size, *options.references):
+        for name, side in zip(("Width", "Height"), size, strict=True):
+            require_size(name, side)
     if (options.copy_rate is None) != (options.matrix_rate is None):
         raise MajicFluxError(say("The time is told from --copy-rate and --matrix-rate together."))
     geometry = None if options.file is None else inspect_flux_dit(options.file)[0]
@@ -253,6 +258,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.compute == "8-bit",
         options.copy_rate,
         options.matrix_rate,
+        options.references,
     )
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
     try:

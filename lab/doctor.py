@@ -258,9 +258,9 @@ def _plan() -> str:
         smallest = in_gb_above(plan.smallest_bytes)
         return say("on a card, 1024x1024 needs {smallest} GB of VRAM or more", smallest=smallest)
     computing, card = _measured(PLANNED)
-    rates = [None, None]  # where the card is too full to be measured
+    rates = None, None  # where the card is too full to be measured
     if card.copy_rate and card.product_rate:
-        rates = [card.copy_rate / 1e9, card.product_rate / 1e12]
+        rates = card.copy_rate / 1e9, card.product_rate / 1e12
     plan = estimate_plan(
         None, PRECISIONS[PLANNED], JOB, host.free_memory(device) / GB, bool(computing.eight_bit),
         *rates,

@@ -1,5 +1,7 @@
 """The plan of a card that is not here, for models that are not here either."""
 
+from collections.abc import Sequence
+
 from ..flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
 from ..flux.model_sizes import conversion_bytes, flux_dit_sizes, text_encoder_sizes, vae_sizes
 from ..quant.formats import BFLOAT16, Precision, itemsize
@@ -8,7 +10,7 @@ from .device import WORKSPACE_BYTES, DeviceProfile
 from .plan import Plan, Workload
 from .text import plan_text
 from .units import GB
-from .vae import plan_decode
+from .vae import plan_decode, plan_encode
 
 ATTENTION_SHARE = 0.5  # of the rate of products in 8 bits that attention, in bfloat16, reaches
 
@@ -21,12 +23,18 @@ def estimate_plan(
     eight_bit: bool,
     copy_rate: float | None,
     matrix_rate: float | None,
+    references: Sequence[tuple[int, int]] = (),
 ) -> Plan:
     """The plan for an NVIDIA card with fused kernels, CLIP-L, T5-XXL and the VAE in bfloat16.
 
-    picture: width, height, batch size, steps. Rates in GB/s and TFLOP/s, to predict the time.
+    picture: width, height, batch size, steps; references: widths and heights. Rates in GB/s and
+    TFLOP/s, to predict the time.
     """
-    geometry, workload, dtype = geometry or FluxGeometry(), Workload(*picture), BFLOAT16.dtype
+    geometry, dtype = geometry or FluxGeometry(), BFLOAT16.dtype
+    seen = [Workload(*size) for size in references]
+    workload = Workload(*picture, reference_tokens=sum(each.image_tokens for each in seen))
+    if geometry.takes_picture:
+        seen.append(workload)
     dit = flux_dit_sizes(geometry, precision)
     encoders = text_encoder_sizes(ClipGeometry(), T5Geometry(), dtype)
     vae = vae_sizes(dtype)
@@ -40,8 +48,10 @@ def estimate_plan(
         dit, geometry, workload, itemsize(dtype), eight_bit and precision.eight_bit,
         conversion_bytes(geometry, precision, dtype, eight_bit), budget, profile,
     )  # fmt: skip
+    largest = sorted(seen, key=lambda each: each.image_tokens)[-1:]
     stages = (
         plan_text(encoders, T5Geometry(), itemsize(dtype), budget, profile, others),
+        *(plan_encode(vae, each, itemsize(dtype), budget, profile) for each in largest),
         denoising,
         plan_decode(vae, workload, itemsize(dtype), budget, profile),
     )

@@ -186,6 +186,24 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path: Path, option: str) -> N
     assert ": give a " in done.stderr
 
 
+def test_the_plan_counts_reference_pictures_in(tmp_path: Path) -> None:
+    def planned(*more: str) -> dict:
+        done = majicflux(tmp_path, "plan", "--json", "--vram=8", *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    alone, shown = planned(), planned("--references", "1024x1024", "512x768")
+    tokens = shown["workload"]["reference_tokens"]
+    assert tokens == 64 * 64 + 32 * 48
+    names = [phase["name"] for phase in shown["phases"]]
+    assert names == ["text encoders", "VAE encode", "denoising", "VAE decode"]
+    values = {name: plan["phases"][-2]["values"] for name, plan in
+              {"alone": alone, "shown": shown}.items()}  # fmt: skip
+    assert values["shown"] > values["alone"] + tokens * 3072 * 4, "they are tokens of the residual"
+    done = majicflux(tmp_path, "plan", "--references", "1000x1024")
+    assert "Width 1000 is not a multiple of 16" in done.stderr
+
+
 def test_the_plan_tells_a_time_from_both_rates_only(tmp_path: Path) -> None:
     done = majicflux(tmp_path, "plan", "--copy-rate=5")
     assert (done.returncode, done.stdout) == (1, "")
@@ -211,6 +229,7 @@ def test_the_plan_tells_a_time_from_both_rates_only(tmp_path: Path) -> None:
         ["plan", "--vram", "0.1"],
         ["plan", "--json", "--vram", "8", "--precision", "int8 rotated", "--batch", "2"],
         ["plan", "--file", f"MODELS/{demo_models.DIT_FILE}"],
+        ["plan", "--references", "1024x1024", "512x768"],
         ["cache", "list", "--models", "MODELS"],
         ["cache", "clear"],
     ],

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.plan import estimate
-from majicflux.engine.plan.plan import Plan
+from majicflux.engine.plan.plan import DENOISE, Plan
 from majicflux.engine.plan.units import GB, in_gb_above
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.sampling.schedules import SCHEDULES
@@ -128,30 +129,38 @@ def test_every_choice_is_explained() -> None:
         assert all(f"`{n}`" in about_sampling for n in [*SOLVERS, *SCHEDULES])
 
 
-def planned(gb: float, side: int = 1024) -> Plan:
-    job = (side, side, 1, 20)
-    return estimate.estimate_plan(None, PRECISIONS["float8_e4m3fn"], job, gb, True, None, None)
+def planned(gb: float, side: int = 1024, channels: int = 64, references: int = 0) -> Plan:
+    """references: of 1024 x 1024."""
+    given = (PRECISIONS["float8_e4m3fn"], (side, side, 1, 20), gb, True, None, None)
+    geometry = FluxGeometry(in_channels=channels)
+    return estimate.estimate_plan(geometry, *given, [(1024, 1024)] * references)
 
 
 def in_gb(size: int) -> str:
     return f"{size / GB:.2f} GB"
 
 
-def travelling(gb: float, side: int) -> str:
-    return in_gb(planned(gb, side).stages[1].visiting)
+def travelling(gb: float, *job: int) -> str:
+    return in_gb(planned(gb, *job).of(DENOISE).visiting)
 
 
 def rows(*cells: list[object]) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_the_figures_of_the_readmes_are_the_planners(page: str) -> None:
-    smallest = {side: f"{in_gb_above(planned(4, side).smallest_bytes)} GB" for side in SIDES}
-    assert rows(*(
-        [f"{side}×{side}", smallest[side], *(travelling(gb, side) for gb in (4, 8, 12))]
-        for side in SIDES
-    )) in text(ROOT / page)  # fmt: skip
+@pytest.mark.parametrize(("page", "kontext"), [
+    ("README.md", "Kontext with one reference"), ("README.zh-CN.md", "Kontext 带一张参考图"),
+])  # fmt: skip
+def test_the_figures_of_the_readmes_are_the_planners(page: str, kontext: str) -> None:
+    jobs = {f"{side}×{side}": (side,) for side in SIDES}
+    jobs |= {f"1024×1024, {kontext}": (1024, 64, 1), "1024×1024, Fill": (1024, 384)}
+
+    def row(name: str, job: tuple[int, ...]) -> list[object]:
+        smallest = in_gb_above(planned(4, *job).smallest_bytes)
+        name = name.replace(", ", "，") if "zh" in page else name
+        return [name, f"{smallest} GB", *(travelling(gb, *job) for gb in (4, 8, 12))]
+
+    assert rows(*(row(*each) for each in jobs.items())) in text(ROOT / page)
 
 
 @pytest.mark.parametrize("path", [
