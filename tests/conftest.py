@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from picture_models import write_picture_models
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -163,6 +164,7 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """A running ComfyUI with the pack and the random models."""
     comfyui = Path(os.environ["COMFYUI_PATH"])
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), models)
+    write_picture_models(server.base / "models")
     yield server
     server.stop()
 

@@ -1,16 +1,19 @@
-"""Makes ComfyUI's own DualCLIPLoader take text encoders in the sizes of their files.
+"""Makes ComfyUI's own loaders take text encoders, SigLIP and Redux in the sizes of their files.
 
 Put into custom_nodes of a test server. Where a tokenizer of as many entries lies beside a file, it
 is taken too; else the file must have the rows of ComfyUI's own, see
 `comfyui_server.Server.real_vocabularies`.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import comfy.clip_vision
 import comfy.sd
 import comfy.utils
+from comfy.ldm.flux.redux import ReduxImageEncoder
 from comfy.sd1_clip import SDTokenizer
 from comfy.text_encoders import flux
 from torch.nn import functional as F
@@ -101,5 +104,38 @@ def load_small(ckpt_paths: list[str], *args: Any, model_options: Any = None, **o
     return loaded
 
 
+def siglip_sizes(tensors: dict[str, Any]) -> dict[str, Any]:
+    embeddings = "vision_model.embeddings."
+    width, _, patch, _ = tensors[f"{embeddings}patch_embedding.weight"].shape
+    patches = len(tensors[f"{embeddings}position_embedding.weight"])
+    layers = sum(name.endswith("mlp.fc1.bias") for name in tensors)
+    return {
+        "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
+        "hidden_size": width, "num_attention_heads": 1, "num_hidden_layers": layers,
+        "intermediate_size": len(tensors["vision_model.encoder.layers.0.mlp.fc1.bias"]),
+        "patch_size": patch, "image_size": patch * math.isqrt(patches),
+    }  # fmt: skip
+
+
+def load_vision(tensors: dict[str, Any], *args: Any, **options: Any) -> Any:
+    """SigLIP, where ComfyUI does not know the sizes."""
+    found = load_clip_vision(tensors, *args, **options)
+    if found is None:
+        found = comfy.clip_vision.ClipVisionModel(siglip_sizes(tensors))
+        missing, _ = found.load_sd(tensors)
+        assert not missing
+    return found
+
+
+def load_redux(path: str) -> comfy.sd.StyleModel:
+    tensors = load_file(path)
+    model = ReduxImageEncoder(tensors["redux_up.weight"].shape[1], len(tensors["redux_down.bias"]))
+    model.load_state_dict(tensors)
+    return comfy.sd.StyleModel(model)
+
+
+load_clip_vision = comfy.clip_vision.load_clipvision_from_sd
 comfy.sd.load_clip = load_small
+comfy.clip_vision.load_clipvision_from_sd = load_vision
+comfy.sd.load_style_model = load_redux
 NODE_CLASS_MAPPINGS = {}

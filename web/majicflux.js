@@ -21,6 +21,7 @@ const SISTERS = [ // files of one model
 ];
 const TEMPLATES = [ // from simple to special
     "text_to_image", "text_to_image_6gb", "text_to_image_lora", "image_to_image", "inpainting",
+    "kontext_edit", "fill_inpainting", "fill_outpainting", "redux_variation", "depth_control_lora",
     "batch_with_a_grid", "compare_precisions", "mixed_with_stock_nodes",
 ];
 const FOUND_FIRST = ["MajicFluxDiTLoader", "MajicFluxSample"]; // in a search, of ours
@@ -151,10 +152,11 @@ function showReport(node, output) {
 const begins = (has) => has("image") || has("latent");
 const IDLE = {
     MajicFluxSample: {
+        prompt: (_, has) => has("positive"),
         width: (value, has) => begins(has) || value("size").includes("("), // a preset has a ratio
         height: (value, has) => begins(has) || value("size").includes("("),
         size: (_, has) => begins(has),
-        negative_prompt: (value) => value("cfg") === 1,
+        negative_prompt: (value, has) => value("cfg") === 1 || has("negative"),
         strength: (_, has) => !begins(has),
         keep_unmasked: (_, has) => !has("mask"),
     },

@@ -13,11 +13,16 @@ from typing import Any
 from majicflux.downloads.catalogue import (
     AE,
     CLIP_L,
+    DEPTH_LORA,
+    FILL,
     GROUPS,
     HUB_NAMES,
     HUGGINGFACE,
     KNOWN_FILES,
+    KONTEXT_FLOAT8,
     MAJICFLUS_FLOAT8,
+    REDUX,
+    SIGCLIP,
     T5_XXL,
     TURBO,
     KnownFile,
@@ -61,7 +66,8 @@ def _stock(name: str, title: str, output: Socket, *inputs: Socket) -> Schema:
 def schemas() -> dict[str, Schema]:
     """The nodes of the templates by type: this pack's, and ComfyUI's own as far as needed."""
     integer, text, combo = io.Int, io.String, io.Combo
-    vae, clip = io.Custom("VAE"), io.Custom("CLIP")
+    vae, clip, style = io.Custom("VAE"), io.Custom("CLIP"), io.Custom("STYLE_MODEL")
+    vision, seen = io.Custom("CLIP_VISION"), io.Custom("CLIP_VISION_OUTPUT")
     stock = [
         _stock("DualCLIPLoader", "Load CLIP (Dual)", clip.Output(), combo.Input("clip_name1"),
                combo.Input("clip_name2"), combo.Input("type"), combo.Input("device")),
@@ -75,6 +81,19 @@ def schemas() -> dict[str, Schema]:
         _stock("ImageGrid", "Make Image Grid", io.Image.Output(id="images"),
                io.Image.Input("images"),
                *(integer.Input(n) for n in ("columns", "cell_width", "cell_height", "padding"))),
+        Schema("ImagePadForOutpaint", "Pad Image for Outpainting", "", [
+            io.Image.Input("image"),
+            *(integer.Input(name) for name in ("left", "top", "right", "bottom", "feathering")),
+        ], [io.Image.Output(), io.Mask.Output()]),
+        _stock("CLIPVisionLoader", "Load CLIP Vision", vision.Output(), combo.Input("clip_name")),
+        _stock("StyleModelLoader", "Load Style Model", style.Output(),
+               combo.Input("style_model_name")),
+        _stock("CLIPVisionEncode", "CLIP Vision Encode", seen.Output(),
+               vision.Input("clip_vision"), io.Image.Input("image"), combo.Input("crop")),
+        _stock("StyleModelApply", "Apply Style Model", io.Conditioning.Output(),
+               io.Conditioning.Input("conditioning"), style.Input("style_model"),
+               seen.Input("clip_vision_output"), io.Float.Input("strength"),
+               combo.Input("strength_type")),
         _stock("PrimitiveInt", "Int", integer.Output(),
                integer.Input("value", control_after_generate=True)),
         _stock("PrimitiveStringMultiline", "Text (Multiline)", text.Output(),
@@ -245,9 +264,27 @@ def _row(file: KnownFile) -> str:
     return f"- **{file.name}**, {size:.1f} GB, {links} → `models/{file.folder}`"
 
 
-def _note(title: str, chinese: str, english: str, prompt: str = "", *more: KnownFile) -> str:
-    """prompt: the Chinese one that the template's says in English; more: files besides all."""
-    rows = "\n".join(map(_row, (*GROUPS["all"], *more)))
+def _note(
+    title: str,
+    chinese: str,
+    english: str,
+    prompt: str = "",
+    *more: KnownFile,
+    model: str = "majicflus",
+) -> str:
+    """prompt: the Chinese one that the template's says in English; model: the group of its
+    transformer, of whose files one is enough; more: files besides those of all templates."""
+    rows = "\n".join(map(_row, (*GROUPS[model], *GROUPS["flux-dev-parts"], *more)))
+    groups = ["all"] if model == "majicflus" else [model, "flux-dev-parts"]
+    groups += [name for name in GROUPS if more and GROUPS[name] == more]
+    download = "\n\n".join(
+        f"`python -m majicflux.cli download {group} --models ../models`" for group in groups
+    )
+    several = len(GROUPS[model]) > 1
+    either = several * "前两个文件任选其一，有哪个就用哪个。"
+    either_too = (
+        several * "Either of the first two will do; the loader takes the one that is there. "
+    )
     why = f"提示词请用英文：T5 读不了中文。原文：{prompt}\n\n" if prompt else ""
     return f"""## {title}
 
@@ -259,11 +296,11 @@ def _note(title: str, chinese: str, english: str, prompt: str = "", *more: Known
 
 {rows}
 
-前两个文件任选其一，有哪个就用哪个。放好后按 R。连不上 Hugging Face 时，在 custom_nodes 里运行：
+{either}放好后按 R。连不上 Hugging Face 时，在 custom_nodes 里运行：
 
-`python -m majicflux.cli download all --models ../models`
+{download}
 
-Either of the first two will do; the loader takes the one that is there. Then press R.
+{either_too}Then press R.
 """
 
 
@@ -277,11 +314,15 @@ CITY_IN_CHINESE = (
     "高科技氛围,细节丰富,电影感宽幅画面。"
 )
 WATERCOLOR = "A watercolor painting, soft colors, the texture of paper, a hand-drawn illustration."
+EDIT = "Turn this picture into a watercolor painting. Keep everything where it is."
+AROUND = "The same scene goes on to both sides, natural light."
+ROOM_BY_DEPTH = "A cosy wooden cabin in a snowy forest, warm light in the windows, dusk."
 CAT = "A cat with a red scarf, soft natural light, a photograph."
 
 
 def _dit(template: Template, column: int, **values: Any) -> Source:
-    return template.add("MajicFluxDiTLoader", column, file=MAJICFLUS_FLOAT8.name, **values), 0
+    values = {"file": MAJICFLUS_FLOAT8.name, **values}
+    return template.add("MajicFluxDiTLoader", column, **values), 0
 
 
 def _encoders_and_vae(template: Template) -> dict[str, Any]:
@@ -290,9 +331,9 @@ def _encoders_and_vae(template: Template) -> dict[str, Any]:
     return {"text_encoders": (encoders, 0), "vae": (vae, 0)}
 
 
-def _pipeline(template: Template, **values: Any) -> Source:
+def _pipeline(template: Template, file: KnownFile = MAJICFLUS_FLOAT8, **values: Any) -> Source:
     """The three loaders in the first column, the pipeline in the second."""
-    dit = _dit(template, 0)
+    dit = _dit(template, 0, file=file.name)
     parts = _encoders_and_vae(template)
     return template.add("MajicFluxPipeline", 1, dit=dit, **parts, **values), 0
 
@@ -305,8 +346,9 @@ def _save(template: Template, column: int, images: Source, tall: int = 360, **va
 def _sample(template: Template, column: int, **values: Any) -> int:
     sample = template.add("MajicFluxSample", column, **{"size": "1024x1024 (1:1)", **values})
     shown = ("prompt", "size", "seed", "steps", "guidance", "strength", "batch_size")
-    begins = "image" in values
-    template.app(sample, *(name for name in shown if name != ("size" if begins else "strength")))
+    hidden = {"size"} if "image" in values else {"strength"}
+    hidden |= {"prompt"} if "positive" in values else set()
+    template.app(sample, *(name for name in shown if name not in hidden))
     return sample
 
 
@@ -399,6 +441,130 @@ def inpainting() -> Template:
     return template
 
 
+def kontext_edit() -> Template:
+    template = Template("kontext_edit")
+    pipeline = _pipeline(template, KONTEXT_FLOAT8)
+    picture = template.add("LoadImage", 1, image="example.png")
+    template.app(picture, "image")
+    sample = _sample(
+        template, 2, pipeline=pipeline, reference=(picture, 0), prompt=EDIT, guidance=2.5
+    )
+    _save(template, 3, (sample, 0))
+    template.note(3, _note(
+        "用 Kontext 修改图片 / Edit a picture with Kontext",
+        "选一张图片，用英文写明改什么、保留什么。尺寸是结果的尺寸，一百万像素左右最好。"
+        "几张图合成一个批次接到 reference，就能把它们放进同一个画面。",
+        "Choose a picture and say what to change and what to keep. The size is that of the "
+        "result; about a megapixel is best. Several pictures in a batch, connected to reference, "
+        "are brought together.",
+        model="kontext",
+    ))  # fmt: skip
+    return template
+
+
+def fill_inpainting() -> Template:
+    template = Template("fill_inpainting")
+    pipeline = _pipeline(template, FILL)
+    picture = template.add("LoadImage", 1, image="example.png")
+    template.app(picture, "image")
+    sample = _sample(
+        template, 2, pipeline=pipeline, image=(picture, 0), mask=(picture, 1), prompt=CAT,
+        guidance=30.0,
+    )  # fmt: skip
+    _save(template, 3, (sample, 0))
+    template.note(3, _note(
+        "用 Fill 局部重绘 / Inpainting with Fill",
+        "右键点击载入图片的节点，打开遮罩编辑器 (MaskEditor)，涂出要重画的地方，保存后运行。"
+        "Fill 看得见遮罩周围的画面，strength 用 1；guidance 用 30。遮罩之外的像素保持原样。",
+        "Right-click Load Image, choose Open in MaskEditor, paint over what is to change, save "
+        "and run. Fill sees what is around the mask, so strength stays 1; guidance is 30. Pixels "
+        "outside of the mask stay as they are.",
+        model="fill",
+    ))  # fmt: skip
+    return template
+
+
+def fill_outpainting() -> Template:
+    template = Template("fill_outpainting")
+    pipeline = _pipeline(template, FILL)
+    picture = template.add("LoadImage", 1, image="example.png")
+    wider = template.add(
+        "ImagePadForOutpaint", 1, image=(picture, 0), left=256, top=0, right=256, bottom=0,
+        feathering=24,
+    )  # fmt: skip
+    template.app(picture, "image")
+    template.app(wider, "left", "top", "right", "bottom")
+    sample = _sample(
+        template, 2, pipeline=pipeline, image=(wider, 0), mask=(wider, 1), prompt=AROUND,
+        guidance=30.0,
+    )  # fmt: skip
+    _save(template, 3, (sample, 0))
+    template.note(3, _note(
+        "用 Fill 扩图 / Outpainting with Fill",
+        "四个数是每一边加多少像素，用 8 的倍数。提示词写扩出来的部分要有什么；guidance 用 30。"
+        "原来的画面保持不变，交界处按 feathering 过渡。",
+        "Four numbers say how many pixels each side gets, in multiples of 8. The prompt says what "
+        "is to be there; guidance is 30. The picture itself stays as it is and blends over the "
+        "width of feathering.",
+        model="fill",
+    ))  # fmt: skip
+    return template
+
+
+def redux_variation() -> Template:
+    template = Template("redux_variation", (*WIDTHS, 360))
+    pipeline = _pipeline(template)
+    prompt = template.add("MajicFluxEncodePrompt", 1, pipeline=pipeline, prompt="")
+    picture = template.add("LoadImage", 1, image="example.png")
+    vision = template.add("CLIPVisionLoader", 2, clip_name=SIGCLIP.name)
+    style = template.add("StyleModelLoader", 2, style_model_name=REDUX.name)
+    seen = template.add(
+        "CLIPVisionEncode", 2, clip_vision=(vision, 0), image=(picture, 0), crop="center"
+    )
+    applied = template.add(
+        "StyleModelApply", 2, conditioning=(prompt, 0), style_model=(style, 0),
+        clip_vision_output=(seen, 0), strength=1.0, strength_type="multiply",
+    )  # fmt: skip
+    template.app(picture, "image")
+    template.app(prompt, "prompt")
+    sample = _sample(template, 3, pipeline=pipeline, positive=(applied, 0))
+    _save(template, 4, (sample, 0))
+    template.note(4, _note(
+        "用 Redux 画出相似的图 / Variations of a picture with Redux",
+        "选一张图片：Redux 把它变成提示词，画出内容和风格相近的新图。"
+        "strength 小一些，英文提示词的作用就大一些；strength_type 只能用 multiply。",
+        "Choose a picture: Redux makes a prompt of it, from which others of its kind are painted. "
+        "With a lower strength a prompt in English counts more; strength_type must be multiply.",
+        "", REDUX, SIGCLIP,
+    ))  # fmt: skip
+    return template
+
+
+def depth_control_lora() -> Template:
+    template = Template("depth_control_lora")
+    dit = _dit(template, 0)
+    parts = _encoders_and_vae(template)
+    lora = template.add("MajicFluxLoRA", 1, dit=dit, file=DEPTH_LORA.name)
+    pipeline = template.add("MajicFluxPipeline", 1, dit=(lora, 0), **parts), 0
+    depth = template.add("LoadImage", 1, "深度图 / Depth map", image="example.png")
+    template.app(depth, "image")
+    sample = _sample(
+        template, 2, pipeline=pipeline, reference=(depth, 0), prompt=ROOM_BY_DEPTH, guidance=10.0
+    )
+    template.app(lora, "strength")
+    _save(template, 3, (sample, 0))
+    template.note(3, _note(
+        "按深度图来画 / Paint by a depth map",
+        "选一张深度图：近处白，远处黑。照片的深度图由其他节点包的预处理节点生成，接到 reference。"
+        "麦橘超然配上这个 LoRA 就按它的构图来画；strength 小一些更自由。",
+        "Choose a depth map: near is white, far is black. Preprocessors of other packs make one of "
+        "a photograph; connect it to reference. With this LoRA majicflus follows it; a lower "
+        "strength leaves more freedom.",
+        "", DEPTH_LORA,
+    ))  # fmt: skip
+    return template
+
+
 def mixed_with_stock_nodes() -> Template:
     template = Template("mixed_with_stock_nodes")
     dit = _dit(template, 0)
@@ -487,6 +653,11 @@ BUILDERS = [  # from simple to special: web/majicflux.js lists them so
     text_to_image_lora,
     image_to_image,
     inpainting,
+    kontext_edit,
+    fill_inpainting,
+    fill_outpainting,
+    redux_variation,
+    depth_control_lora,
     batch_with_a_grid,
     compare_precisions,
     mixed_with_stock_nodes,

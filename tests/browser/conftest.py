@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from picture_models import write_picture_models
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from comfyui_server import Server
@@ -47,6 +48,7 @@ def server(
     """A running ComfyUI with the pack and the random models."""
     flags = ["--cpu", *(["--front-end-root", str(NEWEST_CANVAS)] if newest else [])]
     server = Server(Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("c"), models, flags)
+    write_picture_models(server.base / "models")
     yield server
     server.stop()
 

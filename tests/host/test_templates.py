@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageChops, ImageOps
 
 from comfyui_server import Server
 
@@ -44,6 +45,38 @@ def test_every_value_is_one_that_its_widget_can_hold(server: Server, path: Path)
             else:
                 value = STANDS_IN.get(value, value)
                 assert problem(value, kind, options) is None, (name, key, value)
+
+
+SMALL = {"width": 64, "height": 64, "steps": 2, "left": 32, "right": 16, "top": 0, "bottom": 0}
+TAKES_A_PICTURE = {  # and the size of what comes out
+    "kontext_edit": (64, 64),
+    "fill_inpainting": (64, 64),
+    "fill_outpainting": (112, 64),
+    "redux_variation": (64, 64),
+    "depth_control_lora": (64, 64),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_A_PICTURE)
+def test_the_picture_that_a_template_takes_is_seen(server: Server, name: str) -> None:
+    graph = json.loads((API[0].parent / f"{name}.json").read_text(encoding="utf-8"))
+    for node in graph.values():
+        node["inputs"] |= {key: SMALL[key] for key in node["inputs"].keys() & SMALL.keys()}
+    (loader,) = (n for n, node in graph.items() if node["class_type"] == "LoadImage")
+
+    def painted(file: str) -> Image.Image:
+        graph[loader]["inputs"]["image"] = file
+        run = server.run(graph)
+        assert not run.of("execution_error")
+        (path,) = server.outputs(run)
+        return Image.open(path).convert("RGB")
+
+    folder = server.base / "input"
+    with Image.open(folder / "example.png") as example:  # with the mask in its alpha
+        ImageOps.mirror(example).save(folder / "mirrored.png")
+    found, other = painted("example.png"), painted("mirrored.png")
+    assert found.size == TAKES_A_PICTURE[name]
+    assert ImageChops.difference(found, other).getbbox()
 
 
 @pytest.mark.parametrize(("value", "kind", "options"), [

@@ -23,6 +23,7 @@ from majicflux.nodes import NODES
 from majicflux.nodes.sample import CUSTOM
 from majicflux.workflows import build
 
+FOLDERS = ("diffusion_models", "loras", "text_encoders", "vae", "style_models", "clip_vision")
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 API_FILES = sorted((WORKFLOWS / "api").glob("*.json"))
 TEXT_TO_IMAGE = WORKFLOWS / "api" / "text_to_image.json"
@@ -352,7 +353,7 @@ def test_missing_models_can_be_downloaded_from_the_canvas(path: Path) -> None:
         for model in node["properties"].get("models", []):
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(".safetensors")
-            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "vae")
+            assert model["directory"] in FOLDERS
             offered.add(model["name"])
     assert wanted == offered
 
