@@ -1,6 +1,7 @@
 """The node LoRA beside ComfyUI's own loader, in float32 on the CPU, and when it is freed."""
 
 import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lora_dialects import DOWN_UP, LAYERS, written
 from majicflux.loaders.demo_models import DIT_FILE, VAE_FILE
 
 Graph = dict[str, Any]
+COMPARED = Path(__file__).parents[3] / "workflows" / "api" / "compare_precisions.json"
 FILES = ("first.safetensors", "second.safetensors")
 
 
@@ -124,3 +126,35 @@ def test_what_is_kept_of_it_goes_with_the_transformer(comfy, small_graph: Graph)
     comfy.manager.unload_all_models()
     gc.collect()
     assert {id(files) for files in kept.values()} <= before
+
+
+def test_precisions_are_compared_with_it(comfy, monkeypatch) -> None:
+    """The template of three precisions, each behind the node: one file, read once."""
+    loader = comfy.pack("loaders.lora")
+    read, reads = loader.load_lora, []
+    monkeypatch.setattr(loader, "load_lora", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
+    graph = json.loads(COMPARED.read_text(encoding="utf-8"))
+    of_kind = {kind: [n for n, each in graph.items() if each["class_type"] == f"MajicFlux{kind}"]
+               for kind in ("DiTLoader", "Pipeline", "Sample")}  # fmt: skip
+    for sample in of_kind["Sample"]:
+        graph[sample]["inputs"] |= {"width": 64, "height": 64, "steps": 2}
+    executor = comfy.executor()
+
+    def latents() -> list[torch.Tensor]:
+        kind, data = comfy.run(executor, graph)[-1]
+        assert kind == "execution_success", data
+        found = (executor.caches.outputs.get_local(sample) for sample in of_kind["Sample"])
+        return [entry.outputs[1][0]["samples"] for entry in found]
+
+    plain = latents()
+    for number, pipeline in enumerate(of_kind["Pipeline"]):
+        given = graph[pipeline]["inputs"]
+        graph[f"lora {number}"] = node("MajicFluxLoRA", dit=given["dit"], file=FILES[0], strength=1)
+        given["dit"] = [f"lora {number}", 0]
+    *eight_bit, exact = latents()
+    assert len(eight_bit) == 2
+    assert len(reads) == 1
+    for found, before in zip((*eight_bit, exact), plain, strict=True):
+        assert difference(found, before) > 0.02
+    for found in eight_bit:
+        assert 0 < difference(found, exact) < difference(found, plain[-1])
