@@ -49,6 +49,7 @@ ROOM = {
     "MajicFluxTextEncoders": 84,
     "MajicFluxVAELoader": 84,
     "MajicFluxPipeline": 200,
+    "MajicFluxEncodePrompt": 130,
     "MajicFluxSample": 52,
     "MajicFluxDenoise": 100,
     "LoadImage": 280,
