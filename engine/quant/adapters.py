@@ -192,10 +192,10 @@ def _bound(
         return BoundTerms(gain=gain, bias=bias)
     columns = len(layer.weight)
     down = layout.downs[0].new_zeros(layout.ranks, layout.inputs)
-    ranks = 0
+    first = 0
     for some in layout.downs:
-        down[ranks : ranks + len(some), : some.shape[1]] = some
-        ranks += len(some)
+        down[first : first + len(some), : some.shape[1]] = some
+        first += len(some)
     up = torch.zeros(columns, layout.span_ranks, dtype=dtype, device=device)
     for term, strength, gains, ranks in layout.terms:
         some = term.up.to(device, torch.float32) * (term.scale * strength)

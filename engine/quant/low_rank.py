@@ -16,9 +16,9 @@ SOME = 3  # names that stand for all in a report
 class LowRankTerm:
     """scale * up @ down, added to the weight's output columns [first, first + len(up)).
 
-    down: [rank, in], of a control LoRA's first layer with inputs that the layer itself has not;
-    up: [columns, rank]; both in bfloat16. scale: alpha / rank, or
-    alpha / sqrt(rank). Terms of one layer that have equal downs have the same one.
+    down: [rank, in], with more inputs than the layer itself has in a control LoRA's first layer;
+    up: [columns, rank]; both in bfloat16. scale: alpha / rank, or alpha / sqrt(rank). Terms of one
+    layer that have equal downs have the same one.
     """
 
     down: "Tensor"
