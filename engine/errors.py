@@ -132,6 +132,13 @@ class EncoderWidthError(EngineError):
     )
 
 
+class ControlNetWidthError(EngineError):
+    fact = later(
+        "This ControlNet has a width of {width} where the transformer has {wanted}, so it is for "
+        "another model."
+    )
+
+
 class NoTextEncodersError(EngineError):
     fact = later("The pipeline has no text encoders.")
 

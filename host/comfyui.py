@@ -319,12 +319,20 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
     def weights(self) -> OffloadedModule:
         return self.model.weights
 
-    def load(self, working_bytes: int, weight_cap: int | None) -> None:
-        self.weight_cap = weight_cap
-        if weight_cap is not None:  # before the manager looks for room among the others
-            self.weights.release(self.weights.resident_bytes - weight_cap)
+    def load(
+        self,
+        working_bytes: int,
+        weight_cap: int | None,
+        *beside: tuple["WeightsPatcher", int | None],
+    ) -> None:
+        together = [(self, weight_cap), *beside]
+        for each, cap in together:
+            each.weight_cap = cap
+            if cap is not None:  # before the manager looks for room among the others
+                each.weights.release(each.weights.resident_bytes - cap)
+        patchers = [each for each, _ in reversed(together)]  # which the manager loads backwards
         mm.load_models_gpu(
-            [self], memory_required=working_bytes, minimum_memory_required=working_bytes
+            patchers, memory_required=working_bytes, minimum_memory_required=working_bytes
         )
 
     def release(self, weight_bytes: int) -> None:

@@ -235,6 +235,15 @@ def from_image(image: Tensor) -> Tensor:
 
     Raises MajicFluxError when it is no picture.
     """
+    whole = from_whole_image(image)
+    for name, side in (("Height", whole.shape[1]), ("Width", whole.shape[2])):
+        if side < STEP:
+            require_size(name, side)
+    return cropped(whole, *whole.shape[1:3])
+
+
+def from_whole_image(image: Tensor) -> Tensor:
+    """The same of any size."""
     if image.ndim != 4 or image.shape[-1] < 3 or image.numel() == 0:
         raise MajicFluxError(
             say(
@@ -242,11 +251,8 @@ def from_image(image: Tensor) -> Tensor:
                 shape=tuple(image.shape),
             )
         )
-    for name, side in (("Height", image.shape[1]), ("Width", image.shape[2])):
-        if side < STEP:
-            require_size(name, side)
     require_finite("image", image)
-    return cropped(image[..., :3].float().cpu(), *image.shape[1:3])
+    return image[..., :3].float().cpu()
 
 
 def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:

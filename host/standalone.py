@@ -282,12 +282,24 @@ class StandalonePatcher:
         self.device = device
         _patchers.add(self)
 
-    def load(self, working_bytes: int, weight_cap: int | None) -> None:
+    def load(
+        self,
+        working_bytes: int,
+        weight_cap: int | None,
+        *beside: "tuple[StandalonePatcher, int | None]",
+    ) -> None:
+        together = [(self, weight_cap), *beside]
+        for each, cap in together:
+            each._load(working_bytes, cap, [patcher for patcher, _ in together])
+
+    def _load(
+        self, working_bytes: int, weight_cap: int | None, kept: "Sequence[StandalonePatcher]"
+    ) -> None:
         from ..engine.allocator import allocator_of
 
         wanted = self.weights.travelling_bytes if weight_cap is None else weight_cap
         if self.device.type == "cuda":
-            wanted = min(wanted, self._make_room(wanted, working_bytes))
+            wanted = min(wanted, self._make_room(wanted, working_bytes, kept))
             allocator_of(self.device).give_back()
         self.weights.keep_resident(self.device, wanted)
 
@@ -303,13 +315,16 @@ class StandalonePatcher:
     def pin(self) -> None:
         self.weights.pin(_pin, _unpin)
 
-    def _make_room(self, wanted: int, working_bytes: int) -> int:
-        """Send the other components home until `wanted` fits; returns what fits in the end."""
+    def _make_room(
+        self, wanted: int, working_bytes: int, kept: "Sequence[StandalonePatcher]"
+    ) -> int:
+        """Send the components that are not `kept` home until `wanted` fits; returns what fits in
+        the end."""
         for other in (self, *_patchers):
             fits = free_memory(self.device) + self.weights.resident_bytes - working_bytes
             if fits >= wanted:
                 break
-            if other is not self:
+            if other not in kept:
                 other.release(wanted - fits)
         return max(0, free_memory(self.device) + self.weights.resident_bytes - working_bytes)
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, Precision, Storage
 from ..engine.torch_state import own_state
 from ..messages import say
-from .bake import changes_of
+from .bake import Loras, changes_of
 from .convert import MakeRoom, Progress, convert_into
 from .diffusers_names import flux_from_diffusers
 from .inspect_once import inspect_once
@@ -97,10 +98,36 @@ def load_flux_dit(
     renamed = names.FluxDiTStateDictConverter(sources)
     weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
     loras = [(inspect_lora(lora, geometry), strength) for lora, strength in baked]
+    mapped = fill(weights, renamed, precision, progress, cache_folder, device, loras)
+    weights.report = say(
+        "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
+        "{parameters:.2f} B parameters, {size}, {where}",
+        file=" + ".join([path.name, *(f"{lora.name} @ {s:g}" for lora, s in baked)]),
+        double=geometry.double_blocks,
+        single=geometry.single_blocks,
+        width=geometry.hidden,
+        parameters=parameters_of(sources) / 1e9,
+        size=size_and_time(weights, contents_of(weights), start),
+        where=where_kept(mapped),
+    )
+    log.info(weights.report)
+    return weights, geometry
+
+
+def fill(
+    weights: "OffloadedModule",
+    sources: Sources,
+    precision: Precision,
+    progress: Progress | None,
+    cache_folder: Path | None,
+    device: "torch.device | None",
+    loras: Loras = (),
+) -> bool:
+    """Read the weights from sources of their names; returns whether they are mapped."""
 
     def convert(make_room: MakeRoom | None = None) -> None:
-        changes = changes_of(loras, renamed, progress)
-        convert_into(weights.module, renamed, progress, device, make_room, changes)
+        changes = changes_of(loras, sources, progress)
+        convert_into(weights.module, sources, progress, device, make_room, changes)
 
     mapped = (
         cache_folder is not None
@@ -118,19 +145,7 @@ def load_flux_dit(
     if not mapped:
         weights.allocate()
         convert()
-    weights.report = say(
-        "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
-        "{parameters:.2f} B parameters, {size}, {where}",
-        file=" + ".join([path.name, *(f"{lora.name} @ {s:g}" for lora, s in baked)]),
-        double=geometry.double_blocks,
-        single=geometry.single_blocks,
-        width=geometry.hidden,
-        parameters=_parameters(sources) / 1e9,
-        size=size_and_time(weights, _contents(weights), start),
-        where=where_kept(mapped),
-    )
-    log.info(weights.report)
-    return weights, geometry
+    return mapped
 
 
 def storage_in(precision: Precision, sources: Sources, name: str) -> Storage:
@@ -149,7 +164,7 @@ def storage_in(precision: Precision, sources: Sources, name: str) -> Storage:
     return FLOAT8 if dtype == "F8_E4M3" and wanted.dtype != "int8" else wanted
 
 
-def _contents(weights: "OffloadedModule") -> str:
+def contents_of(weights: "OffloadedModule") -> str:
     """The dtypes of the weights and their share, the largest first."""
     counts: Counter[str] = Counter()
     for parameter in weights.module.parameters():
@@ -159,19 +174,22 @@ def _contents(weights: "OffloadedModule") -> str:
     return ", ".join(share for share in shares if not share.endswith(" 0%"))
 
 
-def _parameters(sources: Sources) -> int:
+def parameters_of(sources: Sources) -> int:
     return sum(math.prod(source.shape) for source in sources.values())
 
 
 def _geometry(path: Path, sources: Sources) -> FluxGeometry:
-    def size(name: str, axis: int) -> int:
-        try:
-            return sources[name].shape[axis]
-        except (KeyError, IndexError):
-            raise missing(path, name) from None
+    return replace(
+        sizes_of(path, sources),
+        in_channels=size_of(path, sources, "img_in.weight", 1),
+        out_channels=size_of(path, sources, "final_layer.linear.weight", 0),
+    )
 
-    head_dim = size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
-    hidden = size("img_in.weight", 0)
+
+def sizes_of(path: Path, sources: Sources) -> FluxGeometry:
+    """That of weights in the names of Black Forest Labs, apart from both ends."""
+    head_dim = size_of(path, sources, "double_blocks.0.img_attn.norm.query_norm.scale", 0)
+    hidden = size_of(path, sources, "img_in.weight", 0)
     if head_dim != HEAD_DIM or hidden == 0 or hidden % HEAD_DIM:
         raise ModelFileError(
             say(
@@ -187,9 +205,15 @@ def _geometry(path: Path, sources: Sources) -> FluxGeometry:
         hidden=hidden,
         double_blocks=blocks_in(path, sources, "double_blocks.", flux_dit_layout(FluxGeometry())),
         single_blocks=blocks_in(path, sources, "single_blocks.", flux_dit_layout(FluxGeometry())),
-        in_channels=size("img_in.weight", 1),
-        out_channels=size("final_layer.linear.weight", 0),
-        text_width=size("txt_in.weight", 1),
-        pooled_width=size("vector_in.in_layer.weight", 1),
+        text_width=size_of(path, sources, "txt_in.weight", 1),
+        pooled_width=size_of(path, sources, "vector_in.in_layer.weight", 1),
         guidance="guidance_in.in_layer.weight" in sources,
     )
+
+
+def size_of(path: Path, sources: Sources, name: str, axis: int) -> int:
+    """Raises ModelFileError where there is no such tensor or axis."""
+    try:
+        return sources[name].shape[axis]
+    except (KeyError, IndexError):
+        raise missing(path, name) from None

@@ -13,6 +13,7 @@ from ..engine.flux.geometry import (
     MLP_RATIO,
     TIMESTEP_CHANNELS,
     ClipGeometry,
+    ControlGeometry,
     FluxGeometry,
     T5Geometry,
 )
@@ -53,6 +54,19 @@ def flux_dit_layout(g: FluxGeometry) -> Layout:
         layout[prefix + "norm.key_norm.scale"] = (HEAD_DIM,)
     _linear(layout, "final_layer.linear", g.hidden, g.out_channels)
     _linear(layout, "final_layer.adaLN_modulation.1", g.hidden, 2 * g.hidden)
+    return layout
+
+
+def control_net_layout(g: ControlGeometry) -> Layout:
+    """The same names for the layers of a transformer, and Diffusers' for what else it has."""
+    layout = flux_dit_layout(g)
+    layout = {name: shape for name, shape in layout.items() if not name.startswith("final_layer.")}
+    for kind, count in (("", g.double_blocks), ("single_", g.single_blocks)):
+        for index in range(count):
+            _linear(layout, f"controlnet_{kind}blocks.{index}", g.hidden, g.hidden)
+    _linear(layout, "controlnet_x_embedder", g.hint_channels, g.hidden)
+    if g.modes:
+        layout["controlnet_mode_embedder.weight"] = (g.modes, g.hidden)
     return layout
 
 

@@ -48,6 +48,11 @@ VAE = Kind(
     later("Choose it in the Flux VAE node; it belongs in models/vae."),
 )
 PARTS = (FLUX_DIT, CLIP, T5, VAE)
+CONTROL_NET = Kind(
+    ("controlnet_x_embedder.weight",),
+    later("a ControlNet for Flux.1"),
+    later("Choose it in the ControlNet node; it belongs in models/controlnet."),
+)
 
 BETTER_FILE = later("MajicFlux cannot read it; use the bf16 or float8 .safetensors.")
 CHECKPOINT = later("Load it with ComfyUI's Load Checkpoint; it belongs in models/checkpoints.")
@@ -86,7 +91,7 @@ RELATIVES = (
     Kind(("controlnet_cond_embedding.", "control_model.", "zero_convs.", "lora_controlnet",
           "lllite_"), later("a ControlNet for SDXL or Stable Diffusion"), OTHER_MODEL),
     Kind(("controlnet_", "control_net."), later("a ControlNet"),
-         later("It belongs in models/controlnet.")),
+         later("Choose it in the ControlNet node; it belongs in models/controlnet.")),
     Kind(("double_stream_modulation_img.",), later("a Flux.2 transformer"), OTHER_MODEL),
     _other("Chroma", "distilled_guidance_layer."),
     _other("HunyuanVideo", "individual_token_refiner.", "context_embedder.token_refiner."),
@@ -126,6 +131,24 @@ LORA = Kind(
     later("a LoRA"),
     later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
 )  # fmt: skip
+OTHER_CONTROL_NET = later("MajicFlux runs those for Flux.1: Union-Pro 2.0 knows most kinds.")
+# Of control nets, with tensors of the same names or none.
+CONTROL_NETS = (
+    Kind(("controlnet_cond_embedding.", "zero_convs.", "lora_controlnet", "lllite_"),
+         later("a ControlNet for SDXL or Stable Diffusion"), OTHER_CONTROL_NET),
+    Kind(("controlnet_blocks.0.linear.",), later("Mistoline's ControlNet"), OTHER_CONTROL_NET),
+    Kind(("pos_embed_input.weight", "input_hint_block."),
+         later("a ControlNet of XLabs, which looks at pixels"), OTHER_CONTROL_NET),
+    Kind((".img_mod.", ".img_mlp.net.", "control_img_in."), later("a ControlNet for Qwen-Image"),
+         OTHER_CONTROL_NET),
+    Kind(("pos_embed_input.proj.", "pos_embed.proj."),
+         later("a ControlNet for Stable Diffusion 3"), OTHER_CONTROL_NET),
+)  # fmt: skip
+INFUSENET = Kind(
+    (),
+    later("InfuseNet of InfiniteYou, which needs a face model that runs code when opened"),
+    OTHER_CONTROL_NET,
+)
 OTHERS = (
     LORA,
     Kind(("ip_adapter_double_stream_", "ip_adapter_proj_model."),
@@ -187,6 +210,23 @@ def expecting(path: Path, names: Collection[str], wanted: Kind) -> Iterator[None
         if kind is None:
             raise
         raise not_wanted(path, names, kind, wanted) from error
+
+
+@contextmanager
+def expecting_control_net(path: Path, names: Collection[str]) -> Iterator[None]:
+    """The same for a control net, which is a part of no checkpoint."""
+    other = _first(CONTROL_NETS, names)
+    if other is None and not _shown([CONTROL_NET], names):
+        other = kind_of(names)
+    if other is not None or not _shown([CONTROL_NET], names):
+        raise not_wanted(path, names, other, CONTROL_NET)
+    try:
+        yield
+    except ModelFileError as error:
+        kind = _first(QUANTISATIONS, names)
+        if kind is None:
+            raise
+        raise not_wanted(path, names, kind, CONTROL_NET) from error
 
 
 def not_wanted(

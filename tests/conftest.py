@@ -41,10 +41,17 @@ class RecordingPatcher:
         self.device = device
         self.loads: list[tuple[int, int | None]] = []
 
-    def load(self, working_bytes: int, weight_cap: int | None) -> None:
+    def load(
+        self,
+        working_bytes: int,
+        weight_cap: int | None,
+        *beside: "tuple[RecordingPatcher, int | None]",
+    ) -> None:
         self.loads.append((working_bytes, weight_cap))
         budget = float("inf") if weight_cap is None else weight_cap
         self.weights.keep_resident(self.device, budget)
+        for other, cap in beside:
+            other.load(working_bytes, cap)
 
     def release(self, weight_bytes: int) -> None:
         self.weights.release(weight_bytes)

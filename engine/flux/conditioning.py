@@ -127,5 +127,6 @@ def blocks_of(dit: Any) -> list[Any]:
 
 
 def modulation_layers(dit: Any) -> list[Any]:
+    """In their order; a control net has no last one."""
     of_blocks = [layer for block in blocks_of(dit) for layer in block.modulation_layers()]
-    return [*of_blocks, dit.final_norm_out.linear]
+    return [*of_blocks, *(norm.linear for norm in (dit.final_norm_out,) if norm is not None)]

@@ -1,9 +1,10 @@
 """Sizes of the models. Nothing here needs PyTorch."""
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 
-from ..sizes import OF_LATENTS, OF_MASK
+from ..sizes import OF_LATENTS, OF_MASK, PATCH
 
 ROPE_AXES = (16, 56, 56)  # share of the head for (index, row, column)
 HEAD_DIM = sum(ROPE_AXES)
@@ -12,6 +13,7 @@ MLP_RATIO = 4
 FIRST_LAYER = "x_embedder"  # in DiffSynth's names, as below
 CLIP_HEAD_DIM = 64  # of every CLIP text encoder
 BLOCK = re.compile(r"(single_)?blocks\.\d+\.")
+CONTROL_OUTPUT = re.compile(r"controlnet_(single_)?blocks\.\d+")  # of a control net's block
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,62 @@ class FluxGeometry:
     def takes_mask(self) -> bool:
         """Besides the picture: a fill model."""
         return self.in_channels == 2 * OF_LATENTS + OF_MASK
+
+
+@dataclass(frozen=True)
+class ControlGeometry(FluxGeometry):
+    """Sizes of a control net for Flux.1, which has the first blocks of a transformer and no last
+    layer. Its blocks are those that are used; the defaults are Union-Pro 2.0's.
+
+    hint_channels: of the tokens of the picture that it is shown; modes: that it must be told one
+    of, 0 for a net of one kind.
+    """
+
+    double_blocks: int = 5
+    single_blocks: int = 0
+    hint_channels: int = OF_LATENTS
+    modes: int = 0
+
+    @property
+    def inpaints(self) -> bool:
+        """It is shown a mask besides the picture."""
+        return self.hint_channels == OF_LATENTS + PATCH**2
+
+
+def blocks_used(double_blocks: int, single_blocks: int) -> int:
+    """How many of a control net's double blocks tell the transformer something, or what follows."""
+    joint = FluxGeometry().double_blocks
+    return double_blocks if single_blocks else -(-joint // -(-joint // double_blocks))
+
+
+def lockstep(transformer: FluxGeometry, net: ControlGeometry) -> list[list[int]]:
+    """For each block of a transformer the numbers of a control net's that run just before it.
+
+    What the last of them found is added after each block until others run, or the joint blocks
+    end. The blocks of the net, joint and then single ones, are spread over those of FLUX.1-dev
+    whatever the transformer has, as in ComfyUI and DiffSynth.
+    """
+    joint, single = FluxGeometry().double_blocks, FluxGeometry().single_blocks
+    apart = -(-joint // net.double_blocks)
+    places = [min(number * apart, joint) for number in range(net.double_blocks)]
+    if net.single_blocks:
+        apart = -(-single // net.single_blocks)
+        places += [joint + number * apart for number in range(net.single_blocks)]
+    found, done = [], 0
+    for place in _places(transformer):
+        if place < joint or net.single_blocks:
+            found.append([*range(done, due := bisect_right(places, place))])
+            done = due
+        else:
+            found.append([])
+    return found
+
+
+def _places(transformer: FluxGeometry) -> list[int]:
+    """Where its blocks are among those of FLUX.1-dev."""
+    joint = FluxGeometry().double_blocks
+    singles = range(joint, joint + transformer.single_blocks)
+    return [*range(transformer.double_blocks), *singles]
 
 
 @dataclass(frozen=True)
@@ -107,7 +165,7 @@ VAE_ENCODER = VAEPart(
 def kind_of_layer(name: str) -> str:
     """The field of `Precision` that a layer or norm of this name belongs to."""
     if not BLOCK.match(name):
-        return "rest"
+        return "attention" if CONTROL_OUTPUT.match(name) else "rest"
     if ".linear" in name:
         return "modulation"
     return "attention" if ".attn." in name else "mlp"

@@ -116,7 +116,7 @@ def picture_tokens(
     batch, _, height, width = shape
     channels = [on_device(x) for x in _channels(given, geometry, height, width, noise_mask)]
     spread = [[x[which] for which in _spread(len(x), batch)] for x in channels]
-    references = [on_device(_patches(_whole(x[:batch]))) for x in given.references]
+    references = [on_device(patches(_whole(x[:batch]))) for x in given.references]
     return PictureTokens(
         [[x[number] for x in spread] for number in range(batch)],
         [[x[number % len(x)] for x in references] for number in range(batch)],
@@ -139,16 +139,16 @@ def _channels(
         image = given.image
         if image is None:
             image = to_model_space(torch.zeros(1, CHANNELS, height, width, dtype=torch.float32))
-        yield _patches(_fitted(image, height, width))
+        yield patches(_fitted(image, height, width))
     if geometry.takes_mask:
         mask = noise_mask if given.mask is None else given.mask
         if mask is None:
             mask = torch.ones(1, 1, height, width, dtype=torch.float32)
         pixels = _fitted(mask, PIXELS_PER_LATENT * height, PIXELS_PER_LATENT * width)
-        yield _patches(F.pixel_unshuffle(pixels, PIXELS_PER_LATENT))
+        yield patches(F.pixel_unshuffle(pixels, PIXELS_PER_LATENT))
 
 
-def _patches(values: Tensor) -> Tensor:
+def patches(values: Tensor) -> Tensor:
     """[n, channels, h, w] as tokens of 2x2."""
     return F.pixel_unshuffle(values, PATCH).flatten(2).transpose(1, 2)
 
@@ -160,9 +160,14 @@ def _whole(latents: Tensor) -> Tensor:
 
 
 def _fitted(values: Tensor, height: int, width: int) -> Tensor:
-    """The middle of [n, channels, h, w] in the proportions that are wanted, scaled.
+    """The middle of [n, channels, h, w] in the proportions that are wanted, scaled."""
+    return F.interpolate(middle(values, height, width), (height, width), mode="bilinear")
 
-    As ComfyUI's `common_upscale`.
+
+def middle(values: Tensor, height: int, width: int) -> Tensor:
+    """The middle of [n, channels, h, w] in the proportions of this size, as a view.
+
+    As ComfyUI's `common_upscale` crops.
     """
     rows, columns = values.shape[2:]
     found, wanted = columns / rows, width / height
@@ -171,8 +176,7 @@ def _fitted(values: Tensor, height: int, width: int) -> Tensor:
         left = min(round((columns - columns * (wanted / found)) / 2), (columns - 1) // 2)
     elif found < wanted:
         top = min(round((rows - rows * (found / wanted)) / 2), (rows - 1) // 2)
-    middle = values[..., top : rows - top, left : columns - left]
-    return F.interpolate(middle, (height, width), mode="bilinear")
+    return values[..., top : rows - top, left : columns - left]
 
 
 def _spread(count: int, batch: int) -> list[int]:

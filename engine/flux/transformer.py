@@ -11,11 +11,11 @@ from ..diffsynth_files import diffsynth_module
 from ..offload.offloaded_module import OffloadedModule
 from ..offload.patcher import Patcher
 from ..quant.adapters import LastTerms, touched
-from ..quant.formats import Precision, Storage
+from ..quant.formats import Precision
 from ..quant.linear import StorageOf, store
 from ..quant.low_rank import Adapter
 from ..quant.rank_layout import rank_layout
-from .conditioning import LastConditions
+from .conditioning import LastConditions, blocks_of, modulation_layers
 from .geometry import (
     FIRST_LAYER,
     ROPE_AXES,
@@ -93,19 +93,23 @@ def build_flux_dit(
     `storage_of` its name."""
     from .blocks import DoubleBlock, SingleBlock
 
-    def stored_as(name: str) -> Storage:
-        return getattr(precision, kind_of_layer(name))
-
     dit = sized_flux_dit(geometry, DoubleBlock, SingleBlock)
-    store(dit, storage_of or stored_as)
-    blocks = [*dit.blocks, *dit.single_blocks]
-    passes = [part for block in blocks for part in block.weight_blocks()]
-    modulation = [[layer] for block in blocks for layer in block.modulation_layers()]
+    store(dit, storage_of or stored_as(precision))
+    passes = [part for block in blocks_of(dit) for part in block.weight_blocks()]
+    return OffloadedModule(dit, passes, needed_once(dit), scoped=True)
+
+
+def stored_as(precision: Precision) -> StorageOf:
+    """The storage of the kind that a layer of a name is of."""
+    return lambda name: getattr(precision, kind_of_layer(name))
+
+
+def needed_once(dit: Any) -> list[list[Any]]:
+    """The layers that a run needs before its first step, in their order."""
     embedders = [dit.context_embedder, dit.pooled_text_embedder, dit.time_embedder]
     if dit.guidance_embedder is not None:
         embedders.append(dit.guidance_embedder)
-    once = [embedders, *modulation, [dit.final_norm_out.linear]]
-    return OffloadedModule(dit, passes, once, scoped=True)
+    return [embedders, *([layer] for layer in modulation_layers(dit))]
 
 
 def sized_flux_dit(geometry: FluxGeometry, joint_block: Any, single_block: Any) -> Any:

@@ -1,6 +1,7 @@
 """The forward of the Flux transformer, as a velocity for solvers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,20 +22,36 @@ from .picture_conditions import Place
 # is so narrow that a card adds up in another order for fewer of them, and the picture would differ.
 TOKENS_OF_ENDS = 1024
 
-# For each prompt what the modulation layers gave, in their order.
-Modulations = Sequence[Iterator[Tensor]]
+Ropes = dict[tuple[object, ...], Tensor]  # by the tokens that they turn: the same at every step
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of all sequences through the blocks, at some latents and one of the sigmas.
+
+    modulations: for each prompt what the modulation layers gave, in their order.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    sequences: Sequence[TokenSequence]
+    modulations: Sequence[Iterator[Tensor]]
+
+    def through(self, block: Any, chunking: Chunking) -> None:
+        """All sequences, in place."""
+        layers = block.modulation_layers()
+        of_block = [[next(of_prompt) for _ in layers] for of_prompt in self.modulations]
+        block(self.sequences, of_block, chunking)
+
+
 # How the sequences pass through the blocks, in place: here a step is left out that need not be
 # computed, or what a control net found is added.
-Blocks = Callable[[Any, Sequence[TokenSequence], Modulations, Chunking], None]
+Blocks = Callable[[Any, Pass, Chunking], None]
 
 
-def all_blocks(
-    dit: Any, sequences: Sequence[TokenSequence], modulations: Modulations, chunking: Chunking
-) -> None:
+def all_blocks(dit: Any, running: Pass, chunking: Chunking) -> None:
     for block in blocks_of(dit):
-        layers = block.modulation_layers()
-        of_block = [[next(of_prompt) for _ in layers] for of_prompt in modulations]
-        block(sequences, of_block, chunking)
+        running.through(block, chunking)
 
 
 def flux_velocity(
@@ -53,36 +70,45 @@ def flux_velocity(
     """
     chunking = chunking or Chunking()
     prompts = [each for each in (positive, negative) if each is not None]
-    rope: dict[tuple[object, ...], Tensor] = {}  # the same at every step
-    widths = [len(layer.weight) for layer in modulation_layers(dit)]
-
-    def rope_of(prompt: Conditions, painted: Place, device: torch.device) -> Tensor:
-        references = () if prompt.pictures is None else prompt.pictures.places
-        tokens = (prompt.text.shape[1], painted, *references)
-        if tokens not in rope:
-            rope[tokens] = _rope(dit, *tokens).to(device)
-        return rope[tokens]
+    ropes: Ropes = {}
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         height, width = latents.shape[2:]
-        painted = Place(0, 0, 0, height // PATCH, width // PATCH)
-        sequences, modulations = [], []
-        for prompt in prompts:
-            on_host = prompt.modulation[sigma.item()]
-            modulation = chunking.retry(partial(on_host.to, latents.device, non_blocking=True))
-            modulations.append(iter(modulation.split(widths, dim=-1)))
-            turned = rope_of(prompt, painted, latents.device)
-            x = chunking.retry(partial(_embedded, dit, latents, prompt))
-            text_tokens = prompt.text.shape[1]
-            sequences.append(TokenSequence(x, text_tokens, painted.tokens, turned))
-        through_blocks(dit, sequences, modulations, chunking)
+        running = begun(dit, prompts, latents, sigma, ropes, chunking)
+        through_blocks(dit, running, chunking)
         slopes = []
-        for sequence, modulation in zip(sequences, modulations, strict=True):
+        for sequence, modulation in zip(running.sequences, running.modulations, strict=True):
             out = chunking.retry(partial(_final, dit, sequence.image, next(modulation)))
             slopes.append(dit.unpatchify(out, height, width).to(latents.dtype))
         return slopes[0] if negative is None else classifier_free(slopes[0], slopes[1], cfg)
 
     return velocity
+
+
+def begun(
+    dit: Any,
+    prompts: Sequence[Conditions],
+    latents: Tensor,
+    sigma: Tensor,
+    ropes: Ropes,
+    chunking: Chunking,
+) -> Pass:
+    """A pass that has been through no block yet. ropes: are remembered there."""
+    height, width = latents.shape[2:]
+    painted = Place(0, 0, 0, height // PATCH, width // PATCH)
+    widths = [len(layer.weight) for layer in modulation_layers(dit)]
+    sequences, modulations = [], []
+    for prompt in prompts:
+        on_host = prompt.modulation[sigma.item()]
+        modulation = chunking.retry(partial(on_host.to, latents.device, non_blocking=True))
+        modulations.append(iter(modulation.split(widths, dim=-1)))
+        references = () if prompt.pictures is None else prompt.pictures.places
+        tokens = (prompt.text.shape[1], painted, *references)
+        if tokens not in ropes:
+            ropes[tokens] = _rope(dit, *tokens).to(latents.device)
+        x = chunking.retry(partial(_embedded, dit, latents, prompt))
+        sequences.append(TokenSequence(x, prompt.text.shape[1], painted.tokens, ropes[tokens]))
+    return Pass(latents, sigma, sequences, modulations)
 
 
 def _final(dit: Any, image: Tensor, modulation: Tensor) -> Tensor:

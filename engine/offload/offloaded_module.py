@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..allocator import is_out_of_memory
 from ..offload.weight_block import CPU
 from .chunking import Chunking
-from .pinned import PinnedWeights
+from .pinned import PinnedTogether, PinnedWeights
 from .prefetch import BeforeBlock, PrefetchRing
 from .transfers import PlainTransfers, Transfers, transfers_to
 from .weight_block import WeightBlock
@@ -153,7 +153,7 @@ class OffloadedModule:
         for block in {*self.all_blocks} - {*chosen}:  # leave before others come
             if block.resident:
                 block.leave()
-        transfers = transfers_to(device, self._pinned)
+        transfers = transfers_to(device, PinnedTogether(_pinned_of([self])))
         begun: list[Callable[[], None]] = []
         try:
             try:
@@ -192,25 +192,25 @@ class OffloadedModule:
         chunking: Chunking | None = None,
         transfers: Transfers | None = None,
     ) -> Iterator[PrefetchRing]:
-        """The module can run on `device`, `passes` times; 0: some of its blocks, in any order.
-
-        ring_bytes: memory for visiting blocks, taken when the first comes; 0: as little as lets
-        one be copied while another computes.
-        """
-        ring_bytes = ring_bytes or 2 * self.largest_bytes
+        """The module can run on `device`, `passes` times; 0: some of its blocks, in any order."""
         order = [*self.once, *self.blocks * passes] if passes else []
-        if self._pinned is not None and passes > 1:  # for one it is not worth the while
-            self._pinned.begin()
-        stream = PrefetchRing(
-            order, device, ring_bytes, before_block, chunking, transfers, self._pinned
-        )
+        given = (device, before_block, ring_bytes, chunking, transfers)
+        with running_together([self], order, *given) as stream:
+            yield stream
+
+    def block_of(self, module: nn.Module) -> WeightBlock:
+        """The block that a module given as part of one is in."""
+        blocks = zip(self._modules, (*self.blocks, *self.once), strict=True)
+        return next(block for modules, block in blocks if module in modules)
+
+    @contextmanager
+    def visiting(self, stream: PrefetchRing, chunking: Chunking) -> Iterator[None]:
+        """The root is on the device of `stream`, and the blocks ask that for themselves."""
         hooks = []
         root_was_resident = self.root.resident
         try:
-            if not root_was_resident and device != CPU:
-                (chunking or Chunking()).retry(
-                    lambda: self.root.stay_on(device, PlainTransfers())
-                )()
+            if not root_was_resident and stream.device != CPU:
+                chunking.retry(lambda: self.root.stay_on(stream.device, PlainTransfers()))()
                 stream.moved_bytes += self.root.nbytes
             self.root.visitors += 1
             for index, modules in enumerate(self._modules):
@@ -220,24 +220,55 @@ class OffloadedModule:
                     if not self._scoped or index >= len(self.blocks):
                         hooks.append(module.register_forward_pre_hook(onload.enter))
                         hooks.append(module.register_forward_hook(onload.leave, always_call=True))
-            yield stream
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
             for modules in self._modules:
                 for module in modules:
                     module.__dict__.pop("onload", None)
-            try:
-                stream.close()
-            finally:
-                if self._pinned is not None:
-                    self._pinned.grows = False
-                for block in self.all_blocks:
-                    block.visitors = 0
-                    if not block.resident:
-                        block.point_to_host()
-                if not root_was_resident:
-                    self.root.leave()
+            if self._pinned is not None:
+                self._pinned.grows = False
+            for block in self.all_blocks:
+                block.visitors = 0
+                if not block.resident:
+                    block.point_to_host()
+            if not root_was_resident:
+                self.root.leave()
+
+
+@contextmanager
+def running_together(
+    modules: Sequence[OffloadedModule],
+    order: Sequence[WeightBlock],
+    device: torch.device,
+    before_block: BeforeBlock | None = None,
+    ring_bytes: int = 0,
+    chunking: Chunking | None = None,
+    transfers: Transfers | None = None,
+) -> Iterator[PrefetchRing]:
+    """The modules can run on `device`, and their blocks visit it through one ring.
+
+    order: of the blocks, to the end of the run; ring_bytes: memory for those that visit, taken when
+    the first comes; 0: as little as lets one be copied while another computes.
+    """
+    ring_bytes = ring_bytes or 2 * max(module.largest_bytes for module in modules)
+    pinned = _pinned_of(modules)
+    if len(order) > len(set(order)):  # for one visit it is not worth the while
+        for each in pinned:
+            each.begin()
+    stream = PrefetchRing(
+        order, device, ring_bytes, before_block, chunking, transfers, PinnedTogether(pinned)
+    )
+    with ExitStack() as stack:
+        stack.callback(stream.close)
+        for module in modules:
+            stack.enter_context(module.visiting(stream, chunking or Chunking()))
+        yield stream
+
+
+def _pinned_of(modules: Sequence[OffloadedModule]) -> list[PinnedWeights]:
+    return [module._pinned for module in modules if module._pinned is not None]
 
 
 class _Onload:

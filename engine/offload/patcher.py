@@ -1,6 +1,6 @@
 """What the host's memory manager does for the weights of one component."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -10,8 +10,14 @@ class Patcher(Protocol):
 
     device: torch.device
 
-    def load(self, working_bytes: int, weight_cap: int | None) -> None:
-        """Make room for `working_bytes`, then keep up to `weight_cap` bytes of weights resident."""
+    def load(
+        self, working_bytes: int, weight_cap: int | None, *beside: tuple[Any, int | None]
+    ) -> None:
+        """Make room for `working_bytes`, then keep up to `weight_cap` bytes of weights resident.
+
+        beside: patchers of the same host, whose weights are needed at the same time, and their
+        caps.
+        """
 
     def release(self, weight_bytes: int) -> None:
         """Move at least `weight_bytes` of resident weights back to CPU memory."""

@@ -1,6 +1,6 @@
 """Pinned memory for weights that travel at every pass, which a device copies by itself."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,25 @@ class PinnedWeights:
         """Give all of it back."""
         while self._memory:
             self._unpin(self._memory.popitem()[1])
+
+
+class PinnedTogether:
+    """The pinned weights of several modules."""
+
+    def __init__(self, parts: Sequence[PinnedWeights]):
+        self._parts = parts
+
+    def known(self, host_buffer: Tensor) -> Tensor | None:
+        if host_buffer.is_pinned():
+            return host_buffer
+        found = (part.known(host_buffer) for part in self._parts)
+        return next((memory for memory in found if memory is not None), None)
+
+    def of(self, host_buffer: Tensor) -> Tensor | None:
+        if (memory := self.known(host_buffer)) is not None:
+            return memory
+        found = (part.of(host_buffer) for part in self._parts)
+        return next((memory for memory in found if memory is not None), None)
 
 
 def _is_free(nbytes: int, share_left: float) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .chunking import Chunking
-from .pinned import PinnedWeights
+from .pinned import PinnedTogether
 from .transfers import Transfers, transfers_to
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class PrefetchRing:
         before_block: BeforeBlock | None = None,
         chunking: Chunking | None = None,
         transfers: Transfers | None = None,
-        pinned: PinnedWeights | None = None,
+        pinned: PinnedTogether | None = None,
     ):
         self.order = order
         self.device = device

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .pinned import PinnedWeights
+from .pinned import PinnedTogether
 
 STAGING_BYTES = 32 * 2**20  # of each pinned buffer that weights in pageable memory pass through
 STAGING_BUFFERS = 3
@@ -53,9 +53,9 @@ class CudaTransfers:
     launching kernels never waits for it.
     """
 
-    def __init__(self, device: torch.device, pinned: PinnedWeights | None = None):
+    def __init__(self, device: torch.device, pinned: PinnedTogether | None = None):
         self.device = device
-        self._pinned = pinned or PinnedWeights((), False, bool, bool)
+        self._pinned = pinned or PinnedTogether(())
         self.stream = torch.cuda.Stream(device)
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[Any] | None = None
@@ -124,5 +124,5 @@ class CudaTransfers:
         return self._staging[-1]
 
 
-def transfers_to(device: torch.device, pinned: PinnedWeights | None = None) -> Transfers:
+def transfers_to(device: torch.device, pinned: PinnedTogether | None = None) -> Transfers:
     return CudaTransfers(device, pinned) if device.type == "cuda" else PlainTransfers()

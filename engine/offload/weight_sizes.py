@@ -65,6 +65,31 @@ class WeightSizes:
         return fitting(preferred(self.root, self.blocks, self.once), budget_bytes)
 
 
+def joined(modules: Sequence[WeightSizes]) -> WeightSizes:
+    """Of modules that compute in turns, in one ring."""
+    if len(modules) == 1:
+        return modules[0]
+    return WeightSizes(
+        BlockSize(sum(each.root.footprint for each in modules)),
+        [block for each in modules for block in each.blocks],
+        [block for each in modules for block in each.once],
+        any(each.rotated for each in modules),
+        any(each.integers for each in modules),
+    )
+
+
+def shares(modules: Sequence[WeightSizes], resident: int) -> list[int]:
+    """How many of the bytes that stay, of all of them `joined`, are each one's."""
+    if len(modules) == 1:
+        return [resident]
+    staying = set(joined(modules).fitting(resident))
+    return [
+        each.root.footprint
+        + sum(block.footprint for block in (*each.blocks, *each.once) if block in staying)
+        for each in modules
+    ]
+
+
 def preferred(root: Block, blocks: Sequence[Block], once: Sequence[Block]) -> list[Block]:
     """What may be resident, in the order of preference.
 

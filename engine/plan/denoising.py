@@ -1,8 +1,9 @@
 """The plan of the denoising loop, and the time of a step."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from ..flux.geometry import HEAD_DIM, MLP_RATIO, FluxGeometry
+from ..flux.geometry import HEAD_DIM, MLP_RATIO, ControlGeometry, FluxGeometry
 from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
 from ..offload.weight_sizes import WeightSizes
 from ..quant.formats import CONVERTED_AT_ONCE
@@ -35,14 +36,17 @@ def plan_denoising(
     budget: int | None,
     profile: DeviceProfile,
     adapters: AdapterSizes = NO_ADAPTERS,
+    controls: Sequence[ControlGeometry] = (),
 ) -> StagePlan:
-    """itemsize: of the activations; eight_bit: whether rows are quantized; conversion_bytes: of
-    the buffer in which weights are converted."""
+    """weights: of the transformer and its control nets; itemsize: of the activations; eight_bit:
+    whether rows are quantized; conversion_bytes: of the buffer in which weights are converted;
+    controls: the net of each picture that one is shown."""
+    workload = _with_mode_token(workload, controls)
     pictures, text_tokens = workload.batch_size, workload.text_tokens
     tokens, width = workload.tokens, geometry.hidden
     rows, columns = workload.latent_size
     latents = pictures * CHANNELS * rows * columns
-    modulation = 12 * geometry.double_blocks + 3 * geometry.single_blocks + 2  # of one step
+    modulation = _modulation(geometry) + 2  # of one step
     side_by_side = pictures * workload.prompts
     beside = geometry.in_channels - OF_LATENTS  # of a picture and a mask
     given_pictures = workload.image_tokens * beside + workload.reference_tokens * OF_LATENTS
@@ -53,6 +57,7 @@ def plan_denoising(
         + side_by_side * given_pictures * 4
         + conversion_bytes
         + adapters.always
+        + sum(_control_bytes(net, workload, itemsize) for net in controls)
     )
     one_of_width = tokens * width * itemsize
     # Before the first step, in float32 too: the embedding of the text, or what a modulation layer
@@ -63,7 +68,7 @@ def plan_denoising(
     ]
     piece = min(CONVERTED_AT_ONCE, max(6 * width, geometry.text_width) * width)
     conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
-    conditions += adapters.once
+    conditions += adapters.once + 4 * len(controls) * workload.prompts * text_tokens * width
     low = adapters.ranks * itemsize  # of a token, between the two matrices of a term
 
     def values(chunk: int, groups: int = 1) -> int:
@@ -108,6 +113,30 @@ def plan_denoising(
     )
 
 
+def _modulation(geometry: FluxGeometry) -> int:
+    """Widths of what the modulation layers of the blocks give for one step."""
+    return 12 * geometry.double_blocks + 3 * geometry.single_blocks
+
+
+def _with_mode_token(workload: Workload, controls: Sequence[ControlGeometry]) -> Workload:
+    """With the token before the text by which a control net is told the mode."""
+    return replace(workload, text_tokens=workload.text_tokens + any(c.modes for c in controls))
+
+
+def _control_bytes(net: ControlGeometry, workload: Workload, itemsize: int) -> int:
+    """Of a control net that runs beside the transformer: its residual, text, modulation, RoPE,
+    hint, and what it told last."""
+    image, text, width = workload.image_tokens, workload.text_tokens, net.hidden
+    side_by_side = workload.batch_size * workload.prompts
+    values = (
+        side_by_side * (image + text) * width
+        + workload.prompts * (_modulation(net) + text) * width
+        + workload.prompts * (image + text) * HEAD_DIM * 2
+        + workload.batch_size * image * net.hint_channels
+    )
+    return values * 4 + side_by_side * image * width * itemsize
+
+
 def _row_bytes(
     geometry: FluxGeometry,
     itemsize: int,
@@ -143,13 +172,17 @@ def _row_bytes(
 
 
 def step_seconds(
-    phase: StagePlan, geometry: FluxGeometry, workload: Workload, profile: DeviceProfile
+    phase: StagePlan,
+    geometry: FluxGeometry,
+    workload: Workload,
+    profile: DeviceProfile,
+    controls: Sequence[ControlGeometry] = (),
 ) -> float | None:
     """Predicted seconds of a denoising step: the longer of its copies and its arithmetic."""
     if profile.copy_rate is None or profile.product_rate is None or profile.attention_rate is None:
         return None
     tokens, width = workload.tokens, geometry.hidden
-    blocks = geometry.double_blocks + geometry.single_blocks
+    blocks = sum(each.double_blocks + each.single_blocks for each in (geometry, *controls))
     passes = workload.batch_size * workload.prompts
     products = 2 * 12 * width**2 * blocks * tokens * passes
     attention = 4 * width * tokens**2 * blocks * passes

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from ..errors import (
+    ControlNetWidthError,
     EncoderWidthError,
     NoPictureError,
     NoTextEncodersError,
     NoVaeError,
     UnknownChannelsError,
 )
+from ..flux.controlnet import Control
 from ..flux.picture_conditions import PictureConditions
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
 from ..offload.prefetch import BeforeBlock
 from ..offload.weight_block import CPU
-from ..plan.plan import DENOISE, Plan, Workload
+from ..plan.plan import Plan, Workload
 from ..quant.compute import ComputePrecision
 from ..sampling.loop import OnPass, unpainted
 from ..sizes import OF_LATENTS, OF_MASK, PIXELS_PER_LATENT, STEP
@@ -109,6 +111,15 @@ class Pipeline:
     def denoise(self) -> DenoiseStage:
         return DenoiseStage(self.dit, self.compute)
 
+    def denoise_with(self, controls: Sequence[Control]) -> DenoiseStage:
+        """Raises ControlNetWidthError for a control net of another transformer."""
+        for control in controls:
+            found, wanted = control.net.geometry, self.dit.geometry
+            for name in ("hidden", "text_width", "pooled_width"):
+                if (width := getattr(found, name)) != getattr(wanted, name):
+                    raise ControlNetWidthError(width=width, wanted=getattr(wanted, name))
+        return replace(self.denoise, controls=controls)
+
     @property
     def encode(self) -> EncodeStage:
         return EncodeStage(self.checked_vae)
@@ -134,8 +145,14 @@ class Pipeline:
             else stage.plan(workload, budget)
             for stage in stages
         )
-        denoising = next((plan for plan in plans if plan.name == DENOISE), None)
-        seconds = denoising and self.denoise.step_seconds(denoising, workload)
+        seconds = next(
+            (
+                stage.step_seconds(plan, workload)
+                for stage, plan in zip(stages, plans, strict=True)
+                if isinstance(stage, DenoiseStage)
+            ),
+            None,
+        )
         return Plan(workload, budget, plans, seconds, budget == self.budget_bytes)
 
     def _budget(self, stages: Sequence[Stage]) -> int | None:
@@ -155,7 +172,8 @@ class Pipeline:
         on_stage: OnStage = ignore_stage,
     ) -> PipelineRun:
         """Raises BudgetError when the budget is too small for one of the stages."""
-        return PipelineRun(self.components, self.plan(workload, stages), before_block, on_stage)
+        components = [*self.components, *(other for stage in stages for other in stage.beside)]
+        return PipelineRun(components, self.plan(workload, stages), before_block, on_stage)
 
     def text_tokens(self, prompts: Sequence[str | TextEmbedding], before_text: BeforeBlock) -> int:
         """T5's of the longest prompt. Raises PromptTooLongError."""
@@ -190,8 +208,9 @@ def paint(
     Raises BudgetError when the memory does not suffice for a stage, before that stage has begun
     where that can be known.
     """
-    encoding = [] if request.picture is None else [pipeline.encode]
-    painting = [] if request.mask_is_empty else [pipeline.denoise]
+    stage = pipeline.denoise_with(() if request.mask_is_empty else request.acting)
+    painting = [] if request.mask_is_empty else [stage]
+    encoding = [pipeline.encode] if request.picture is not None or stage.controls else []
     reading = [pipeline.text] if painting and request.has_texts else []
     stages = [*reading, *encoding, *painting, pipeline.decode]
     workload = _workload(pipeline, request, preview_bytes, before_block)
@@ -204,8 +223,9 @@ def paint(
         prompts = _with_picture_to_fill(pipeline, run, request, prompts)
     inputs = request.sampler_inputs(clean)
     if painting:
-        given = (inputs, prompts, request.guidance, on_pass, latents_dtype)
-        latents = pipeline.denoise.run(run, *given)
+        hints = _hints(pipeline, run, request, stage)
+        given = (inputs, prompts, request.guidance, on_pass, latents_dtype, hints)
+        latents = stage.run(run, *given)
     else:
         latents = unpainted(inputs)
     picture = pipeline.decode.run(run, latents)
@@ -234,6 +254,14 @@ def _embedded(
         prompts = checked_embeddings(request.prompts)
     both = zip(prompts, request.prompt_pictures, strict=True)
     return [replace(prompt, pictures=pictures) for prompt, pictures in both]
+
+
+def _hints(
+    pipeline: Pipeline, run: PipelineRun, request: GenerationRequest, stage: DenoiseStage
+) -> list[Tensor]:
+    """Latents of what each control of the stage shows its net."""
+    shown = [control.shown(request.height, request.width) for control in stage.controls]
+    return [pipeline.encode.run(run, pictures) for pictures in shown]
 
 
 def _with_picture_to_fill(
@@ -291,15 +319,18 @@ def denoise(
     preview_bytes: int = 0,
     on_stage: OnStage = ignore_stage,
 ) -> tuple[Tensor, Report]:
-    """The request's latents; its prompts are encoded, and it has no picture."""
+    """The request's latents; its prompts are encoded, and it has no picture to begin from."""
     inputs = request.sampler_inputs(request.latents)
     if request.mask_is_empty:
         return unpainted(inputs), Report()
     workload = _workload(pipeline, request, preview_bytes, before_block)
-    run = pipeline.start(workload, [pipeline.denoise], before_block, on_stage)
+    stage = pipeline.denoise_with(request.acting)
+    encoding = [pipeline.encode] if stage.controls else []
+    run = pipeline.start(workload, [*encoding, stage], before_block, on_stage)
     prompts = _embedded(pipeline, run, request)
-    given = (inputs, prompts, request.guidance, on_pass, latents_dtype)
-    return pipeline.denoise.run(run, *given), run.report
+    hints = _hints(pipeline, run, request, stage)
+    given = (inputs, prompts, request.guidance, on_pass, latents_dtype, hints)
+    return stage.run(run, *given), run.report
 
 
 @own_state()

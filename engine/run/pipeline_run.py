@@ -17,6 +17,7 @@ from ..offload.patcher import Patcher
 from ..offload.prefetch import BeforeBlock
 from ..offload.vram import HeldVram
 from ..offload.weight_block import CPU
+from ..offload.weight_sizes import shares
 from ..plan.plan import Plan, StagePlan, Workload
 from ..plan.units import GB
 from .report import Report, StageReport
@@ -33,7 +34,7 @@ def ignore_stage(label: str, seconds: float | None) -> None:
 
 
 class Component(Protocol):
-    """Weights, and who moves them: the transformer, the text encoders or the VAE."""
+    """Weights, and who moves them: the transformer, a control net, the text encoders or the VAE."""
 
     @property
     def weights(self) -> OffloadedModule: ...
@@ -50,6 +51,11 @@ class Stage(Protocol):
 
     @property
     def component(self) -> Component: ...
+
+    @property
+    def beside(self) -> Sequence[Component]:
+        """Others that compute in the same stage."""
+        ...
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan: ...
 
@@ -80,21 +86,23 @@ class PipelineRun:
         """Memory as planned for one stage; the other components give way as far as it takes."""
         plan = self.plan.of(stage.name)
         self.on_stage(plan.label, seconds)
-        component = stage.component
-        device, weights = component.patcher.device, component.weights
+        running = [stage.component, *stage.beside]
+        device = stage.component.patcher.device
         report = StageReport(plan.name, plan.peak)
         self.report.stages.append(report)
-        start, before = time.perf_counter(), weights.resident_bytes
+        start, before = time.perf_counter(), _resident(running)
         own = [c for c in self.components if c.patcher.device == device]
+        others = [c for c in own if all(c is not each for each in running)]
         memory, finished = None, False
         try:
-            report.planned_bytes += _make_room(component, plan, own)
-            plan = _with_ring(weights, plan)
+            report.planned_bytes += _make_room(running, plan, others)
+            plan = _with_ring(running, plan)
             if stage.repeats and plan.ring:
-                component.patcher.pin()
+                for each in running:
+                    each.patcher.pin()
             memory = HeldVram(device, ChainMap(*(c.weights.resident_places for c in own)))
             with memory.held_to(report.planned_bytes, plan.budget_bytes):
-                relieve = partial(_relieve, component, own, memory)
+                relieve = partial(_relieve, running, others, memory)
                 yield plan, Chunking(plan.tokens, plan.groups, relieve, memory.make_way)
             finished = True
         except RuntimeError as error:
@@ -110,47 +118,62 @@ class PipelineRun:
                 memory.give_back()  # for other programs; this one would keep it
             report.seconds = time.perf_counter() - start
             if device != CPU:  # where weights are computed with at home
-                report.moved_bytes += max(0, weights.resident_bytes - before)
+                report.moved_bytes += max(0, _resident(running) - before)
             if finished:
                 log.info("%s", report)
 
 
-def _make_room(component: Component, plan: StagePlan, own: Sequence[Component]) -> int:
+def _resident(components: Sequence[Component]) -> int:
+    return sum(each.weights.resident_bytes for each in components)
+
+
+def _make_room(running: Sequence[Component], plan: StagePlan, others: Sequence[Component]) -> int:
     """Have the host load what is planned; returns the bytes of other components that may stay."""
-    working = plan.values + plan.overhead + plan.ring
+    (first, *beside), working = running, plan.values + plan.overhead + plan.ring
     if plan.budget_bytes is None:
-        component.patcher.load(working, weight_cap=None)
+        first.patcher.load(working, None, *((each.patcher, None) for each in beside))
         return 0
     spare, staying = max(0, plan.budget_bytes - plan.peak), 0
-    for other in own:
-        if other is not component:
-            other.patcher.release(max(0, other.weights.resident_bytes - spare))
-            spare -= other.weights.resident_bytes
-            staying += other.weights.resident_bytes
-    component.patcher.load(working, weight_cap=plan.resident)
+    for other in others:
+        other.patcher.release(max(0, other.weights.resident_bytes - spare))
+        spare -= other.weights.resident_bytes
+        staying += other.weights.resident_bytes
+    cap, *caps = shares([each.weights.sizes for each in running], plan.resident)
+    patchers = (each.patcher for each in beside)
+    first.patcher.load(working, cap, *zip(patchers, caps, strict=True))
     return staying
 
 
-def _with_ring(weights: OffloadedModule, plan: StagePlan) -> StagePlan:
+def _with_ring(running: Sequence[Component], plan: StagePlan) -> StagePlan:
     """The plan with a ring in place of weights that the host kept from becoming resident.
 
     As ComfyUI with --novram does with all of them.
     """
-    absent = plan.resident - weights.resident_bytes
+    absent = plan.resident - _resident(running)
     if plan.ring or absent <= 0:
         return plan
-    ring = max(weights.largest_bytes, min(2 * weights.largest_bytes, absent))
-    weights.release(ring - absent)
+    largest = max(each.weights.largest_bytes for each in running)
+    ring = max(largest, min(2 * largest, absent))
+    _release(running, ring - absent)
     return replace(plan, ring=ring)
 
 
-def _relieve(component: Component, own: Sequence[Component], memory: HeldVram) -> bool:
+def _release(running: Sequence[Component], weight_bytes: float) -> int:
+    """Have so many bytes leave, the transformer's last; returns how many did."""
+    freed = 0
+    for each in reversed(running):
+        freed += each.weights.release(weight_bytes - freed)
+    return freed
+
+
+def _relieve(running: Sequence[Component], others: Sequence[Component], memory: HeldVram) -> bool:
     """Free memory for a stage that found less than was planned. False: there is none."""
     if memory.lift():
         return True
-    freed = sum(other.weights.release(float("inf")) for other in own if other is not component)
+    freed = sum(other.weights.release(float("inf")) for other in others)
     if not freed:
-        freed = component.weights.release(RELIEF_BLOCKS * component.weights.largest_bytes)
+        largest = max(each.weights.largest_bytes for each in running)
+        freed = _release(running, RELIEF_BLOCKS * largest)
     memory.give_back()
     if freed:
         log.warning(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ...messages import later
 from .. import errors
+from ..flux.controlnet import Control
 from ..flux.picture_conditions import NO_PICTURES, PictureConditions
 from ..flux.text_encoders import TextEmbedding
 from ..latents import draw_noise, latent_mask
@@ -17,7 +18,7 @@ from ..offload.weight_block import CPU
 from ..plan.plan import Workload
 from ..sampling.inputs import SamplerInputs
 from ..sampling.schedules import Schedule, diffsynth_sigmas
-from ..sampling.solvers import Solver, euler, passes
+from ..sampling.solvers import Solver, euler, levels_of_passes, passes
 from ..sizes import CHANNELS, require_size
 
 MAX_STEPS = 100
@@ -34,6 +35,7 @@ class GenerationRequest:
     `strength` lowers. mask: [m, rows, columns] in 0..1, 1 where the picture may change.
     noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
     to go on with the noise that `latents` have. reference: for prompts that bring no pictures.
+    controls: pictures that control nets are shown.
     """
 
     prompt: str | TextEmbedding
@@ -54,6 +56,7 @@ class GenerationRequest:
     noise_of: Sequence[int] | None = None
     add_noise: bool = True
     reference: PictureConditions = NO_PICTURES
+    controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         for name, size in ((later("Width"), self.width), (later("Height"), self.height)):
@@ -90,6 +93,12 @@ class GenerationRequest:
     def passes(self) -> int:
         """Of all pictures and prompts through the transformer."""
         return passes(self.solver, self.sigmas)
+
+    @property
+    def acting(self) -> list[Control]:
+        """The controls that have something to say at one of the noise levels."""
+        levels = levels_of_passes(self.solver, self.sigmas)
+        return [control for control in self.controls if any(map(control.acts_at, levels))]
 
     @property
     def workload(self) -> Workload:

@@ -2,22 +2,27 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...messages import say
 from ..errors import NotFiniteError
 from ..flux.conditioning import Conditions, conditions_of
+from ..flux.controlnet import Control, ControlNet
+from ..flux.geometry import ControlGeometry
+from ..flux.lockstep import ControlTokens, Lockstep, visits
 from ..flux.picture_conditions import picture_tokens
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
-from ..flux.velocity import flux_velocity
+from ..flux.velocity import all_blocks, flux_velocity
+from ..offload.offloaded_module import OffloadedModule, running_together
+from ..offload.weight_sizes import joined
 from ..plan.denoising import AdapterSizes, plan_denoising, step_seconds
 from ..plan.measure import MEASURING_BYTES, device_profile, measured_profile
 from ..plan.plan import DECODE, DENOISE, ENCODE, LABELS, TEXT, StagePlan, Workload
@@ -27,7 +32,7 @@ from ..quant.adapters import LastTerms, adapted, bound_bytes, plain_bytes
 from ..quant.compute import ComputePrecision
 from ..sampling.inputs import SamplerInputs
 from ..sampling.loop import OnPass, sample
-from ..sampling.solvers import passes
+from ..sampling.solvers import levels_of_passes
 from .pipeline_run import Component, PipelineRun
 
 
@@ -43,6 +48,10 @@ class TextStage:
     @property
     def component(self) -> TextEncoders:
         return self.encoders
+
+    @property
+    def beside(self) -> Sequence[Component]:
+        return ()
 
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
         encoders = self.encoders
@@ -68,10 +77,11 @@ class TextStage:
 
 @dataclass(frozen=True)
 class DenoiseStage:
-    """Noise and embeddings -> latents."""
+    """Noise and embeddings -> latents. controls: pictures that control nets are shown."""
 
     dit: DiT
     compute: ComputePrecision
+    controls: Sequence[Control] = ()
     name: ClassVar[str] = DENOISE
     repeats: ClassVar[bool] = True
 
@@ -79,15 +89,33 @@ class DenoiseStage:
     def component(self) -> DiT:
         return self.dit
 
+    @property
+    def beside(self) -> list[ControlNet]:
+        """Each control net once."""
+        return list({id(control.net): control.net for control in self.controls}.values())
+
+    @property
+    def _weights(self) -> list[OffloadedModule]:
+        return [each.weights for each in (self.dit, *self.beside)]
+
+    @property
+    def _modules(self) -> nn.Module:
+        return nn.ModuleList(weights.module for weights in self._weights)
+
+    @property
+    def _control_geometries(self) -> list[ControlGeometry]:
+        return [control.net.geometry for control in self.controls]
+
     def plan(self, workload: Workload, budget: int | None) -> StagePlan:
         dit, compute, module = self.dit, self.compute, self.dit.weights.module
         method = compute.method(module, dit.patcher.device)
         once, _ = bound_bytes(module, dit.adapters, dit.adapted_once, method)
         always, ranks = bound_bytes(module, dit.adapters, dit.adapted_always, method)
         return plan_denoising(
-            dit.weights.sizes, dit.geometry, workload, compute.dtype.itemsize,
-            bool(compute.eight_bit), compute.conversion_bytes(module), budget,
-            device_profile(dit.patcher.device), AdapterSizes(once, always, ranks),
+            joined([weights.sizes for weights in self._weights]), dit.geometry, workload,
+            compute.dtype.itemsize, bool(compute.eight_bit),
+            compute.conversion_bytes(self._modules), budget, device_profile(dit.patcher.device),
+            AdapterSizes(once, always, ranks), self._control_geometries,
         )  # fmt: skip
 
     def measure(self) -> None:
@@ -98,7 +126,8 @@ class DenoiseStage:
     def step_seconds(self, plan: StagePlan, workload: Workload) -> float | None:
         """Predicted, where the rates have been measured."""
         profile = measured_profile(self.dit.patcher.device, self.compute)
-        return profile and step_seconds(plan, self.dit.geometry, workload, profile)
+        given = (plan, self.dit.geometry, workload)
+        return profile and step_seconds(*given, profile, self._control_geometries)
 
     def run(
         self,
@@ -108,43 +137,56 @@ class DenoiseStage:
         guidance: float,
         on_pass: OnPass,
         latents_dtype: torch.dtype = torch.float32,
+        hints: Sequence[Tensor] = (),
     ) -> Tensor:
         """The latents, float32 on the CPU; prompts: the positive one, and the negative one unless
-        cfg is 1."""
+        cfg is 1; hints: of each control, what it shows as latents in model space."""
         dit, compute = self.dit, self.compute
-        device, module = dit.patcher.device, dit.weights.module
-        through, seconds = passes(inputs.solver, inputs.sigmas), run.plan.seconds
-        predicted = None if seconds is None else seconds * through
+        device, module, modules = dit.patcher.device, dit.weights.module, self._modules
+        levels, seconds = levels_of_passes(inputs.solver, inputs.sigmas), run.plan.seconds
+        predicted = None if seconds is None else seconds * len(levels)
         with run.memory_of(self, predicted) as (plan, chunking):
-            visits = dit.weights.running_on(device, run.before_block, through, plan.ring, chunking)
+            order = visits(dit, self.controls, levels)
+            given = (device, run.before_block, plan.ring, chunking)
+            running = running_together(self._weights, order, *given)
 
             def beside(
                 names: Sequence[str], last: LastTerms | None = None
             ) -> AbstractContextManager[None]:
                 return adapted(module, dit.adapters, names, compute.dtype, device, last)
 
-            def make() -> list[Conditions]:
-                with compute.applied_to(module, device), beside(dit.adapted_once):
-                    return conditions_of(
-                        module, prompts, guidance, compute.dtype, device, latents_dtype,
-                        inputs.sigmas,
-                    )  # fmt: skip
+            def conditions(net: DiT | ControlNet) -> list[Conditions]:
+                """Of each prompt for a transformer or control net."""
 
-            adapters = dit.adapters if dit.adapted_once else ()
-            key = (guidance, compute, latents_dtype, adapters, *inputs.sigmas.tolist())
-            with visits as ring:
-                conditions_now = partial(dit.last_conditions.of, prompts, make, device, *key)
-                conditions = chunking.retry(conditions_now)
-                with_pictures = partial(self._with_pictures, conditions, inputs, prompts, device)
-                conditions = chunking.retry(with_pictures)
+                def make() -> list[Conditions]:
+                    adapted_layers = beside(dit.adapted_once) if net is dit else nullcontext()
+                    with compute.applied_to(modules, device), adapted_layers:
+                        return conditions_of(
+                            net.weights.module, prompts, guidance, compute.dtype, device,
+                            latents_dtype, inputs.sigmas,
+                        )  # fmt: skip
+
+                adapters = dit.adapters if net is dit and dit.adapted_once else ()
+                key = (guidance, compute, latents_dtype, adapters, *inputs.sigmas.tolist())
+                return chunking.retry(partial(net.last_conditions.of, prompts, make, device, *key))
+
+            with running as ring:
+                of_prompts = conditions(dit)
+                told = []
+                for control, hint in zip(self.controls, hints, strict=True):
+                    given = (control, conditions(control.net), hint, len(inputs.noise))
+                    told.append(chunking.retry(partial(ControlTokens.of, *given)))
+                with_pictures = partial(self._with_pictures, of_prompts, inputs, prompts, device)
+                of_prompts = chunking.retry(with_pictures)
                 with ExitStack() as stack:
                     # With a new buffer for conversions.
-                    stack.enter_context(compute.applied_to(module, device))
+                    stack.enter_context(compute.applied_to(modules, device))
                     last = dit.last_terms.made_of(dit.adapters, compute)
                     chunking.retry(lambda: stack.enter_context(beside(dit.adapted_always, last)))
-                    positive, negative = [*conditions, None][:2]
-                    velocity = flux_velocity(module, positive, chunking, negative, inputs.cfg)
-                    latents = sample(inputs, velocity, on_pass, device, latents_dtype)
+                    positive, negative = [*of_prompts, None][:2]
+                    through = Lockstep(dit.geometry, told) if told else all_blocks
+                    given = (module, positive, chunking, negative, inputs.cfg, through)
+                    latents = sample(inputs, flux_velocity(*given), on_pass, device, latents_dtype)
                 run.moved(ring.moved_bytes)
         latents = latents.float().cpu()
         require_numbers(self.name, latents)
@@ -176,6 +218,10 @@ class _VaeStage:
     @property
     def component(self) -> VAE:
         return self.vae
+
+    @property
+    def beside(self) -> Sequence[Component]:
+        return ()
 
     @abstractmethod
     def plan(self, workload: Workload, budget: int | None) -> StagePlan: ...

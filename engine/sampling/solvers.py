@@ -78,14 +78,18 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def passes(solver: Solver, sigmas: Tensor) -> int:
-    """How often the solver asks for the velocity."""
-    asked = 0
+def levels_of_passes(solver: Solver, sigmas: Tensor) -> list[float]:
+    """The noise level of each velocity that the solver asks for."""
+    levels: list[float] = []
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        nonlocal asked
-        asked += 1
+        levels.append(sigma.item())
         return latents
 
     solver(velocity, sigmas[:1], sigmas)
-    return asked
+    return levels
+
+
+def passes(solver: Solver, sigmas: Tensor) -> int:
+    """How often the solver asks for the velocity."""
+    return len(levels_of_passes(solver, sigmas))

@@ -108,6 +108,12 @@ SENTENCES: list[tuple[type[EngineError], dict[str, Any], str]] = [
         "another CLIP-L in the bf16 text encoders node.",
     ),
     (
+        errors.ControlNetWidthError,
+        {"width": 3072, "wanted": 2048},
+        "This ControlNet has a width of 3072 where the transformer has 2048, so it is for another "
+        "model. Choose another ControlNet.",
+    ),
+    (
         errors.NoTextEncodersError,
         {},
         "The pipeline has no text encoders. Connect bf16 text encoders to it, or an encoded "

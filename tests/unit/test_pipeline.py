@@ -10,6 +10,7 @@ import torch
 from majicflux.engine.errors import BudgetError, NotFiniteError
 from majicflux.engine.flux import vae_bands
 from majicflux.engine.flux.vae_band_plan import BandPlan, plan_decode
+from majicflux.engine.offload.prefetch import PrefetchRing
 from majicflux.engine.offload.vram import HeldVram
 from majicflux.engine.plan.denoising import step_seconds
 from majicflux.engine.plan.device import DeviceProfile
@@ -282,18 +283,18 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
     for component in components(pipeline):
         weights = component.weights
         cap = int(share * weights.travelling_bytes)
-        load, running_on = component.patcher.load, weights.running_on
+        load, visiting = component.patcher.load, weights.visiting
 
-        def watched(*given: Any, weights=weights, running_on=running_on) -> Any:
-            taken.append((weights.resident_bytes, given[3], weights.largest_bytes))
-            return running_on(*given)
+        def watched(ring: PrefetchRing, *given: Any, weights=weights, visiting=visiting) -> Any:
+            taken.append((weights.resident_bytes, ring.ring_bytes, weights.largest_bytes))
+            return visiting(ring, *given)
 
         monkeypatch.setattr(
             component.patcher,
             "load",
             lambda working, weight_cap, load=load, cap=cap: load(working, cap),
         )
-        monkeypatch.setattr(weights, "running_on", watched)
+        monkeypatch.setattr(weights, "visiting", watched)
     pinned: list[str] = []
     monkeypatch.setattr(pipeline.dit.patcher, "pin", lambda: pinned.append(""))
     assert torch.equal(run(pipeline), expected)

@@ -3,11 +3,12 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import islice, pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +21,27 @@ from majicflux.engine import kernels
 from majicflux.engine.errors import BudgetError
 from majicflux.engine.flux import blocks, conditioning, vae_bands, velocity
 from majicflux.engine.flux.conditioning import conditions_of
-from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry, kind_of_layer
+from majicflux.engine.flux.controlnet import Control, ControlNet, build_control_net
+from majicflux.engine.flux.geometry import (
+    ClipGeometry,
+    ControlGeometry,
+    FluxGeometry,
+    T5Geometry,
+    kind_of_layer,
+)
+from majicflux.engine.flux.lockstep import ControlTokens, Lockstep
 from majicflux.engine.flux.picture_conditions import PictureConditions, picture_tokens
 from majicflux.engine.flux.prompts import CLIP_TOKENS, T5_TOKENS
 from majicflux.engine.flux.text_encoders import TextEmbedding, build_text_encoders
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.flux.vae import build_vae
-from majicflux.engine.flux.velocity import flux_velocity
+from majicflux.engine.flux.velocity import all_blocks, flux_velocity
 from majicflux.engine.kernels import dispatch, matmul
 from majicflux.engine.kernels.row_format import LIMITS
 from majicflux.engine.offload.chunking import GROUPS, Chunking
 from majicflux.engine.offload.chunking import split as split_tokens
 from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.offload.weight_sizes import joined
 from majicflux.engine.plan import denoising, estimate, split
 from majicflux.engine.plan.denoising import (
     NO_ADAPTERS,
@@ -83,6 +93,13 @@ def transformer(geometry: FluxGeometry, precision: str) -> OffloadedModule:
 
 
 @cache
+def control_net(geometry: ControlGeometry, precision: str) -> OffloadedModule:
+    weights = build_control_net(geometry, PRECISIONS[precision])
+    weights.forget()
+    return weights
+
+
+@cache
 def encoders(layers: int) -> OffloadedModule:
     weights = build_text_encoders(ClipGeometry(), T5Geometry(layers=layers), torch.bfloat16)
     weights.forget()
@@ -110,11 +127,13 @@ def plan_of(
     card: DeviceProfile,
     geometry: FluxGeometry = FULL,
     adapters: AdapterSizes = NO_ADAPTERS,
+    controls: Sequence[ControlGeometry] = (),
 ) -> StagePlan:
     precision, computing = computing_of(name)
     weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
-    given = (job, 2, bool(computing.eight_bit), converted, budget, card, adapters)
-    return plan_denoising(weights.sizes, geometry, *given)
+    sizes = joined([weights.sizes, *(control_net(net, precision).sizes for net in {*controls})])
+    given = (job, 2, bool(computing.eight_bit), converted, budget, card, adapters, controls)
+    return plan_denoising(sizes, geometry, *given)
 
 
 rope_once = cache(velocity._rope)
@@ -200,6 +219,7 @@ def denoised(
     rank: int = 0,
     references: Sizes = (),
     channels: int = FULL.in_channels,
+    controls: Sequence[ControlGeometry] = (),
 ) -> int:
     """The most bytes that are alive at once, besides the weights. rank: of adapters in all layers
     of the blocks but their modulation."""
@@ -214,12 +234,23 @@ def denoised(
     given = pictures_of(references, job.batch_size), geometry, noise.shape, None
     task = SamplerInputs(diffsynth_sigmas(job.steps, job.width, job.height), noise)
     beside, names = adapters_of(module, rank)
+    shown = [Control(control_of(net, precision), torch.empty(1, 1, 1, 3)) for net in controls]
+    modules = torch.nn.ModuleList([module, *(each.net.weights.module for each in shown)])
     with torch.inference_mode(), LiveBytes() as live:
-        with computing.applied_to(module, META):
+        with computing.applied_to(modules, META):
             told = (torch.bfloat16, META, torch.float32, task.sigmas)
             prompts = conditions_of(module, [text] * job.prompts, 3.5, *told)
+            of_nets = [
+                conditions_of(each.net.weights.module, [text] * job.prompts, 3.5, *told)
+                for each in shown
+            ]
+        hints = [
+            ControlTokens(each, [*map(each.told, of_net)], each.hint(noise.to(META)))
+            for each, of_net in zip(shown, of_nets, strict=True)
+        ]
+        del of_nets
         with (
-            computing.applied_to(module, META),
+            computing.applied_to(modules, META),
             adapted(module, beside, names, torch.bfloat16, META),
         ):
             prompts = [
@@ -227,9 +258,16 @@ def denoised(
                 for each in prompts
             ]
             positive, negative = [*prompts, None][:2]
-            velocity = flux_velocity(module, positive, Chunking(tokens, groups), negative, 2.0)
+            given = (module, positive, Chunking(tokens, groups), negative, 2.0)
+            velocity = flux_velocity(*given, Lockstep(geometry, hints) if hints else all_blocks)
             sample(task, velocity, lambda _: None, META, torch.float32)
     return live.peak
+
+
+def control_of(geometry: ControlGeometry, precision: str) -> ControlNet:
+    patcher: Any = None
+    weights = control_net(geometry, precision)
+    return ControlNet(weights, patcher, geometry, PRECISIONS[precision])
 
 
 def pictures_of(references: Sizes, batch_size: int = 1) -> PictureConditions:
@@ -261,6 +299,7 @@ def assert_planned(
     rank: int = 0,
     references: Sizes = (),
     channels: int = FULL.in_channels,
+    controls: Sequence[ControlGeometry] = (),
 ) -> set[tuple[int, int]]:
     """Every plan for up to 24 GB is kept, and not much too large; returns the tokens at once and
     the groups of heads."""
@@ -269,7 +308,7 @@ def assert_planned(
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
     nbytes, ranks = bound_bytes(module, *adapters_of(module, rank), computing.method(module, META))
-    given = (replace(FULL, in_channels=channels), AdapterSizes(0, nbytes, ranks))
+    given = (replace(FULL, in_channels=channels), AdapterSizes(0, nbytes, ranks), controls)
     job = replace(job, reference_tokens=pictures_of(references).reference_tokens)
     smallest = plan_of(name, job, None, CARDS[card], *given).smallest
     for budget in (*(smallest + n * smallest // 16 for n in range(16)), *range(GB, 25 * GB, GB)):
@@ -280,7 +319,8 @@ def assert_planned(
         found.add(size)
         # The modulation of the blocks that are not there.
         absent = (12 * 18 + 3 * 37) * FULL.hidden * 4 * job.prompts
-        peak = denoised(name, job, *size, card == "fused", rank, references, channels) + absent
+        given_too = (rank, references, channels, controls)
+        peak = denoised(name, job, *size, card == "fused", *given_too) + absent
         share = peak / phase.values
         if not 0.85 <= share <= 1:
             wrong.append(f"{size}: {peak / 1e6:.1f} MB, {share:.3f} of the plan")
@@ -417,6 +457,38 @@ def test_a_picture_beside_the_latents_is_planned(as_cuda, fused, channels: int, 
         for n in (channels, 64)
     )
     assert wide - plain == batch * job.image_tokens * (channels - 64) * 4
+
+
+PRO_2, UNION = ControlGeometry(), ControlGeometry(single_blocks=10, modes=10)
+INPAINTING = ControlGeometry(hint_channels=68)
+CONTROLS = {
+    "Union-Pro 2.0": (PRO_2,),
+    "Union": (UNION,),
+    "two": (INPAINTING, PRO_2),
+    "three": (UNION, UNION, INPAINTING),
+}
+
+
+@pytest.mark.parametrize(
+    ("controls", "side"),
+    [*((name, 1024) for name in CONTROLS), ("two", 512), ("Union", 2048), ("three", 2048)],
+)
+def test_control_nets_are_planned(as_cuda, fused, controls: str, side: int) -> None:
+    job, nets = Workload(side, side, steps=1), CONTROLS[controls]
+    assert_planned("float8", job, "fused", controls=nets)
+    plain = plan_of("float8", job, None, CARDS["fused"]).smallest
+    more = plan_of("float8", job, None, CARDS["fused"], controls=nets).smallest
+    tokens = len(nets) * (job.tokens * 4 + job.image_tokens * 2)
+    assert more - plain > tokens * FULL.hidden, "residuals and what was told"
+
+
+@pytest.mark.parametrize(("name", "card"), [("int8 rotated", "plain"), ("bfloat16", "fused")])
+def test_control_nets_of_two_prompts_and_a_batch_are_planned(
+    as_cuda, request, name: str, card: str
+) -> None:
+    if card == "fused":
+        request.getfixturevalue("fused")
+    assert_planned(name, Workload(512, 768, 2, 20, prompts=2), card, controls=CONTROLS["two"])
 
 
 def test_fewer_references_are_advised_where_there_are_any() -> None:
