@@ -4,6 +4,7 @@ from functools import partial
 
 from ..host import current as host
 from ..host import provenance
+from .controlnet import ControlNetNode
 from .decode import Decode
 from .denoise import Denoise
 from .dit_loader import DiTLoader
@@ -19,6 +20,7 @@ from .vae_loader import VAELoader
 NODES = [
     DiTLoader,
     LoRA,
+    ControlNetNode,
     TextEncodersNode,
     VAELoader,
     PipelineNode,

@@ -25,6 +25,7 @@ ADVICE: dict[type[errors.EngineError], str] = {
         "model."
     ),
     errors.EncoderWidthError: later("Choose another {encoder} in the bf16 text encoders node."),
+    errors.ControlNetWidthError: later("Choose another ControlNet."),
     errors.NoTextEncodersError: later(
         "Connect bf16 text encoders to it, or an encoded prompt to positive and, if cfg is not 1, "
         "to negative."

@@ -24,6 +24,7 @@ CLASSES = {
     "LATENT": "builtins.dict",
     "MASK": "torch.Tensor",
     "SIGMAS": "torch.Tensor",
+    "MAJICFLUX_CONTROL": "builtins.tuple",  # of engine.flux.controlnet.Control
     "MAJICFLUX_DIT": "..engine.flux.transformer.DiT",
     "MAJICFLUX_TEXT_ENCODERS": "..engine.flux.text_encoders.TextEncoders",
     "MAJICFLUX_VAE": "..engine.flux.vae.VAE",

@@ -12,6 +12,7 @@ from .sockets import CATEGORY, Node, PipelineHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.flux.controlnet import Control
     from ..engine.run.pipeline import Pipeline
 
 io = host.io
@@ -83,6 +84,7 @@ class Denoise(Node):
                     tooltip="Off: the latent brings the noise of a sampler that stopped before.",
                 ),
                 sampler_inputs.sigmas(),
+                sampler_inputs.control(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -115,6 +117,7 @@ class Denoise(Node):
         end_at_step: int = LAST_STEP,
         add_noise: bool = True,
         sigmas: "Tensor | None" = None,
+        control: "tuple[Control, ...]" = (),
     ) -> io.NodeOutput:
         from ..engine.run.pipeline import denoise
         from ..engine.sampling.schedules import some_steps
@@ -139,6 +142,7 @@ class Denoise(Node):
             sigmas=sigmas,
             strength=strength,
             add_noise=add_noise,
+            controls=control,
         )
         part = some_steps(request.schedule, start_at_step, end_at_step)
         request = replace(request, schedule=part)

@@ -13,6 +13,7 @@ from .sockets import CATEGORY, Node, PipelineHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.flux.controlnet import Control
     from ..engine.flux.picture_conditions import PictureConditions
     from ..engine.run.pipeline import Pipeline
     from ..engine.run.report import StageReport
@@ -166,6 +167,7 @@ class Sample(Node):
                         "depth and canny models and control LoRAs: the depth map or the edges."
                     ),
                 ),
+                sampler_inputs.control(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -207,6 +209,7 @@ class Sample(Node):
         negative: Any = None,
         sigmas: "Tensor | None" = None,
         reference: "Tensor | None" = None,
+        control: "tuple[Control, ...]" = (),
     ) -> io.NodeOutput:
         from ..engine.run.pipeline import paint
         from ..host import native
@@ -233,6 +236,7 @@ class Sample(Node):
             schedule=schedule,
             sigmas=sigmas,
             strength=strength,
+            controls=control,
         )
         encoded = []
         if reference is not None:

@@ -11,6 +11,7 @@ from ..engine.sizes import PIXELS_PER_LATENT, STEP
 from ..host import current as host
 from ..host import provenance
 from ..messages import say
+from .sockets import ControlHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +136,14 @@ def sigmas() -> Any:
             "Noise levels from a scheduler node such as BasicScheduler, instead of steps, "
             "schedule and strength."
         ),
+    )
+
+
+def control() -> Any:
+    return ControlHandle.Input(
+        "control",
+        optional=True,
+        tooltip="From ControlNet: pictures by which control nets steer what is painted.",
     )
 
 

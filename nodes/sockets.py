@@ -7,6 +7,7 @@ CATEGORY = "MajicFlux"
 DiTHandle = host.io.Custom("MAJICFLUX_DIT")
 TextEncodersHandle = host.io.Custom("MAJICFLUX_TEXT_ENCODERS")
 VAEHandle = host.io.Custom("MAJICFLUX_VAE")
+ControlHandle = host.io.Custom("MAJICFLUX_CONTROL")
 PipelineHandle = host.io.Custom("MAJICFLUX_PIPELINE")
 
 

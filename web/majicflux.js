@@ -10,6 +10,7 @@ const COLORS = {
     MAJICFLUX_TEXT_ENCODERS: "#B88A00",
     MAJICFLUX_VAE: "#E0565B",
     MAJICFLUX_PIPELINE: "#1F9E98",
+    MAJICFLUX_CONTROL: "#3D85C6",
 };
 const CONTROL = "control_after_generate"; // ComfyUI's widget beside a seed
 const UI = "majicflux", TEXT_EVENT = "majicflux.text"; // host/comfyui.py sends them
@@ -22,6 +23,7 @@ const SISTERS = [ // files of one model
 const TEMPLATES = [ // from simple to special
     "text_to_image", "text_to_image_6gb", "text_to_image_lora", "image_to_image", "inpainting",
     "kontext_edit", "fill_inpainting", "fill_outpainting", "redux_variation", "depth_control_lora",
+    "controlnet_union_canny",
     "batch_with_a_grid", "compare_precisions", "mixed_with_stock_nodes",
 ];
 const FOUND_FIRST = ["MajicFluxDiTLoader", "MajicFluxSample"]; // in a search, of ours

@@ -2,11 +2,15 @@
 
 import copy
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from control_nets import FILES, control_net_tensors
+from safetensors.torch import save_file
+
+from majicflux.benchmarks.random_models import DIT
 
 MB = 2**20
 GB = 2**30
@@ -152,6 +156,34 @@ def test_a_new_budget_reloads_no_weights(comfy, graph, tight, held) -> None:
     again = succeed(comfy, executor, with_budget(graph, 0, seed=2))
     assert again["4"].components == before["4"].components
     weights = again["3"].weights
+    assert weights.resident_bytes == weights.travelling_bytes, "it grew back"
+
+
+def test_a_control_net_is_held_to_the_budget_too(comfy, graph, held) -> None:
+    folder = comfy.base / "models" / "controlnet"
+    folder.mkdir(exist_ok=True)
+    tensors = control_net_tensors(replace(FILES["Union"], hidden=DIT.hidden))
+    save_file(tensors, folder / "union.safetensors")
+    size = {"width": 64, "height": 64, "batch_size": 1, "color": 0x3F7FBF}
+    graph["picture"] = {"class_type": "EmptyImage", "inputs": size}
+    graph["net"] = {"class_type": "MajicFluxControlNet", "inputs": {
+        "file": "union.safetensors", "weight_precision": "float8_e4m3fn", "strength": 0.8,
+        "image": ["picture", 0], "start": 0.0, "end": 1.0, "mode": "depth",
+    }}  # fmt: skip
+    graph["5"]["inputs"]["control"] = ["net", 0]
+    executor = comfy.executor()
+    found = succeed(comfy, executor, graph)
+    (control,) = found["net"]
+    weights = control.net.weights
+    assert weights.resident_bytes == weights.travelling_bytes, "there is room"
+    pipeline = found["4"]
+    stages = [pipeline.text, pipeline.encode, pipeline.denoise_with([control]), pipeline.decode]
+    tight = pipeline.plan(workload(comfy, graph), stages).smallest_bytes + 4 * MB
+    held.clear()
+    succeed(comfy, executor, with_budget(graph, tight, seed=1))
+    assert [stage.stage for stage in held] == ["encode", "denoise", "decode"]
+    assert 0 < max(stage.most for stage in held) <= tight
+    succeed(comfy, executor, with_budget(graph, 0, seed=2))
     assert weights.resident_bytes == weights.travelling_bytes, "it grew back"
 
 
