@@ -4,18 +4,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from control_nets import FILES, control_net_tensors
 from safetensors.torch import save_file
 
 from lora_dialects import control_lora
 from majicflux.benchmarks.random_models import DIT, T5, random_tensors
-from majicflux.downloads.catalogue import DEPTH_LORA, FILL, KONTEXT_FLOAT8, REDUX, SIGCLIP
+from majicflux.downloads.catalogue import (
+    DEPTH_LORA,
+    FILL,
+    KONTEXT_FLOAT8,
+    REDUX,
+    SIGCLIP,
+    UNION_PRO_2,
+)
 from majicflux.loaders.layouts import Layout, flux_dit_layout
 
 VISION_WIDTH, VISION_MLP, VISION_LAYERS, PATCHES, PATCH = 64, 128, 3, 16, 14
 
 
 def write_picture_models(folder: Path) -> None:
-    """Fill, Kontext, a control LoRA and Redux with what it sees with, under ComfyUI's folders."""
+    """Fill, Kontext, a control LoRA, a control net and Redux with what it sees with, under
+    ComfyUI's folders."""
     layouts = {
         FILL: flux_dit_layout(replace(DIT, in_channels=384)),
         KONTEXT_FLOAT8: flux_dit_layout(DIT),
@@ -30,6 +39,9 @@ def write_picture_models(folder: Path) -> None:
         for seed, (file, layout) in enumerate(layouts.items())
     }
     tensors[DEPTH_LORA] = {n: t.contiguous() for n, t in control_lora().items()}
+    net = replace(FILES["Union-Pro 2.0"], hidden=DIT.hidden)
+    net_tensors = control_net_tensors(net, dtype=torch.bfloat16)
+    tensors[UNION_PRO_2] = {n: t.contiguous() for n, t in net_tensors.items()}
     for file, found in tensors.items():
         path = folder / file.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)

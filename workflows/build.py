@@ -25,6 +25,7 @@ from majicflux.downloads.catalogue import (
     SIGCLIP,
     T5_XXL,
     TURBO,
+    UNION_PRO_2,
     KnownFile,
 )
 from majicflux.host.canvas import WIDGETS, to_graph
@@ -46,6 +47,7 @@ SCALE, OFFSET = 0.66, (110, 190)
 ROOM = {
     "MajicFluxDiTLoader": 120,
     "MajicFluxLoRA": 120,
+    "MajicFluxControlNet": 120,
     "MajicFluxTextEncoders": 84,
     "MajicFluxVAELoader": 84,
     "MajicFluxPipeline": 200,
@@ -95,6 +97,8 @@ def schemas() -> dict[str, Schema]:
                io.Conditioning.Input("conditioning"), style.Input("style_model"),
                seen.Input("clip_vision_output"), io.Float.Input("strength"),
                combo.Input("strength_type")),
+        _stock("Canny", "Canny", io.Image.Output(), io.Image.Input("image"),
+               *(io.Float.Input(name) for name in ("low_threshold", "high_threshold"))),
         _stock("PrimitiveInt", "Int", integer.Output(),
                integer.Input("value", control_after_generate=True)),
         _stock("PrimitiveStringMultiline", "Text (Multiline)", text.Output(),
@@ -566,6 +570,30 @@ def depth_control_lora() -> Template:
     return template
 
 
+def controlnet_union_canny() -> Template:
+    template = Template("controlnet_union_canny")
+    pipeline = _pipeline(template)
+    picture = template.add("LoadImage", 1, image="example.png")
+    template.app(picture, "image")
+    edges = template.add("Canny", 1, image=(picture, 0), low_threshold=0.2, high_threshold=0.5)
+    net = template.add(
+        "MajicFluxControlNet", 1, file=UNION_PRO_2.name, image=(edges, 0), strength=0.7, end=0.8
+    )
+    sample = _sample(template, 2, pipeline=pipeline, control=(net, 0), prompt=CITY)
+    template.app(net, "strength", "end")
+    _save(template, 3, (sample, 0))
+    template.note(3, _note(
+        "按轮廓来画 / Paint along the edges",
+        "选一张图，ComfyUI 的 Canny 找出它的轮廓，ControlNet 让画面照着画。strength 小、end 早，"
+        "画面就更自由。深度图和姿势也可以接到 image，由别的节点包的预处理节点生成。",
+        "Choose a picture: ComfyUI's Canny finds its edges, and the ControlNet has the new one "
+        "follow them. A lower strength and an earlier end leave more freedom. Depth maps and poses "
+        "from preprocessors of other packs go into image just as well.",
+        CITY_IN_CHINESE, UNION_PRO_2,
+    ))  # fmt: skip
+    return template
+
+
 def mixed_with_stock_nodes() -> Template:
     template = Template("mixed_with_stock_nodes")
     dit = _dit(template, 0)
@@ -659,6 +687,7 @@ BUILDERS = [  # from simple to special: web/majicflux.js lists them so
     fill_outpainting,
     redux_variation,
     depth_control_lora,
+    controlnet_union_canny,
     batch_with_a_grid,
     compare_precisions,
     mixed_with_stock_nodes,

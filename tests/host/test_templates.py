@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 from comfyui_server import Server
 
@@ -54,6 +54,7 @@ TAKES_A_PICTURE = {  # and the size of what comes out
     "fill_outpainting": (112, 64),
     "redux_variation": (64, 64),
     "depth_control_lora": (64, 64),
+    "controlnet_union_canny": (64, 64),
 }
 
 
@@ -73,7 +74,9 @@ def test_the_picture_that_a_template_takes_is_seen(server: Server, name: str) ->
 
     folder = server.base / "input"
     with Image.open(folder / "example.png") as example:  # with the mask in its alpha
-        ImageOps.mirror(example).save(folder / "mirrored.png")
+        mirrored = ImageOps.mirror(example)
+    ImageDraw.Draw(mirrored).rectangle((8, 40, 40, 60), fill=(0, 0, 0, 255))  # it has edges now
+    mirrored.save(folder / "mirrored.png")
     found, other = painted("example.png"), painted("mirrored.png")
     assert found.size == TAKES_A_PICTURE[name]
     assert ImageChops.difference(found, other).getbbox()
