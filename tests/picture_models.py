@@ -1,5 +1,6 @@
 """Small random models of the templates that take a picture, under the names of the real ones."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from control_nets import FILES, control_net_tensors
 from safetensors.torch import save_file
 
+from file_layouts import Tensors
 from lora_dialects import control_lora
 from majicflux.benchmarks.random_models import DIT, T5, random_tensors
 from majicflux.downloads.catalogue import (
@@ -16,6 +18,7 @@ from majicflux.downloads.catalogue import (
     REDUX,
     SIGCLIP,
     UNION_PRO_2,
+    KnownFile,
 )
 from majicflux.loaders.layouts import Layout, flux_dit_layout
 
@@ -28,12 +31,9 @@ def write_picture_models(folder: Path) -> None:
     layouts = {
         FILL: flux_dit_layout(replace(DIT, in_channels=384)),
         KONTEXT_FLOAT8: flux_dit_layout(DIT),
-        REDUX: {
-            "redux_up.weight": (3 * T5.width, VISION_WIDTH), "redux_up.bias": (3 * T5.width,),
-            "redux_down.weight": (T5.width, 3 * T5.width), "redux_down.bias": (T5.width,),
-        },
+        REDUX: redux_layout(T5.width),
         SIGCLIP: vision_layout(),
-    }  # fmt: skip
+    }
     tensors = {
         file: random_tensors(layout, seed, torch.bfloat16)
         for seed, (file, layout) in enumerate(layouts.items())
@@ -42,10 +42,22 @@ def write_picture_models(folder: Path) -> None:
     net = replace(FILES["Union-Pro 2.0"], hidden=DIT.hidden)
     net_tensors = control_net_tensors(net, dtype=torch.bfloat16)
     tensors[UNION_PRO_2] = {n: t.contiguous() for n, t in net_tensors.items()}
+    write_files(folder, tensors)
+
+
+def write_files(folder: Path, tensors: Mapping[KnownFile, Tensors]) -> None:
     for file, found in tensors.items():
         path = folder / file.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(found, path)
+
+
+def redux_layout(text_width: int) -> Layout:
+    up, down = (3 * text_width, VISION_WIDTH), (text_width, 3 * text_width)
+    return {
+        "redux_up.weight": up, "redux_up.bias": up[:1],
+        "redux_down.weight": down, "redux_down.bias": down[:1],
+    }  # fmt: skip
 
 
 def vision_layout() -> Layout:

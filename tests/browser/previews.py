@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from random import Random
 
+import torch
 from PIL import Image, ImageChops, ImageDraw
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -29,10 +30,14 @@ from browser.test_canvas import (
     read,
 )
 from browser.test_screens import DONE, outputs
+from picture_models import redux_layout, vision_layout, write_files
 
 from comfyui_server import Server
 from majicflux.benchmarks.flux_graphs import Graph, ours
-from majicflux.loaders.demo_models import write_demo_models
+from majicflux.benchmarks.random_models import random_tensors
+from majicflux.downloads.catalogue import REDUX, SIGCLIP
+from majicflux.loaders.demo_models import T5_FILE, write_demo_models
+from majicflux.loaders.text_encoders import inspect_t5
 from majicflux.messages import speak
 from majicflux.tools.little_world.depth import depth_map
 from majicflux.tools.little_world.painting import paint
@@ -59,6 +64,7 @@ PAINTED_HERE = {  # prompts of the little world, where the template's own is of 
         "left": 64, "top": 0, "right": 64, "bottom": 0,
     },
     "kontext_edit": {"prompt": "make it winter, falling snow"},
+    "redux_variation": {"prompt": "a white house in the middle, a red car, two pine trees, a sunny day, summer"},
     "depth_control_lora": {
         "prompt": "a blue house in the middle, a yellow car, two pine trees, night, winter",
     },
@@ -103,6 +109,7 @@ SHOW = """([left, top, scale, x, y]) => {
 def main() -> None:
     base = Path(tempfile.mkdtemp())
     write_demo_models(base / "models")
+    put_silent_redux(base / "models")
     seeing = put_models_that_see(base / "models")
     server = Server(Path(os.environ["COMFYUI_PATH"]), base / "comfyui", base / "models")
     try:
@@ -146,6 +153,14 @@ def put_models_that_see(models: Path) -> list[str]:
             shutil.copyfile(source, models / FOLDERS[loader] / file)
             found.append(name)
     return found
+
+
+def put_silent_redux(models: Path) -> None:
+    """Redux that sees with random weights and says nothing: the prompt alone paints. To see as the
+    real one does is more than the demo models can learn in a few minutes."""
+    width = inspect_t5(models / T5_FILE)[0].width
+    silent = {name: torch.zeros(shape) for name, shape in redux_layout(width).items()}
+    write_files(models, {SIGCLIP: random_tensors(vision_layout(), 0, torch.float32), REDUX: silent})
 
 
 def example(name: str) -> Image.Image:
