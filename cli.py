@@ -16,7 +16,7 @@ from .downloads.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
 from .engine.quant.formats import PRECISIONS
 from .host import standalone
 from .host.canvas import node_types, with_values
-from .host.graph import Graph, GraphError, require_graph, run_graph, set_inputs
+from .host.graph import Graph, read_graph, read_json, run_graph, set_inputs
 from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
 from .messages import MajicFluxError, say
@@ -283,7 +283,7 @@ def _cache(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    graph = _read_graph(options.workflow)
+    graph = read_graph(options.workflow)
     width, height = options.size
     chosen = {"prompt": options.prompt, "seed": options.seed, "width": width, "height": height}
     for node in graph.values():
@@ -387,7 +387,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    graph = _read_graph(options.workflow)
+    graph = read_graph(options.workflow)
     folders = (options.output, options.input)
     for path in _paint(options.workflow, graph, options.models, *folders, options.set):
         print(path)
@@ -433,25 +433,7 @@ def _paint(
 def _canvas_of(workflow: Path) -> dict[str, Any] | None:
     """The canvas twin of `workflows/api/NAME.json`, which is `workflows/NAME.json`."""
     twin = workflow.resolve().parent.parent / workflow.name
-    return _read_json(twin) if workflow.resolve().parent.name == "api" and twin.is_file() else None
-
-
-def _read_graph(path: Path) -> Graph:
-    graph = _read_json(path)
-    require_graph(graph)
-    return graph
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())  # in any of the encodings that JSON may have
-    except OSError as error:
-        reason = error.strerror or error
-        raise GraphError(
-            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise GraphError(say("{file} is not JSON: {error}.", file=path, error=error)) from error
+    return read_json(twin) if workflow.resolve().parent.name == "api" and twin.is_file() else None
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 For a first try, for scripts and for tests; ComfyUI stays the place for everything else.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from inspect import signature
+from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
@@ -35,36 +38,67 @@ def set_inputs(
     """
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
-        node_id, _, name = target.rpartition(".")
-        holders = [key for key, node in graph.items() if name in node["inputs"]]
-        if node_id:
-            holders = [key for key in holders if key == node_id]
-        if not equals or len(holders) != 1:
+        if not equals or input_named(graph, target) is None:
             raise GraphError(
                 say(
                     "--set {assignment}: give NODE.INPUT=VALUE with one of {inputs}",
                     assignment=assignment,
-                    inputs=", ".join(_settable(graph)),
+                    inputs=", ".join(settable(graph)),
                 )
             )
-        node = graph[holders[0]]
-        if isinstance(node["inputs"][name], list):
+        if is_linked(graph, target):
             raise GraphError(
                 say(
                     "--set {assignment}: that input is linked to another node.",
                     assignment=assignment,
                 )
             )
-        node["inputs"][name] = text
-        if node["class_type"] in node_classes:  # else the graph is refused for that
-            for socket in node_classes[node["class_type"]].define_schema().inputs:
-                if socket.id == name:
-                    switch = socket.io_type == "BOOLEAN"
-                    value = SWITCH.get(text.lower(), text) if switch else text
-                    node["inputs"][name] = _checked_value(f"--set {target}", value, socket)
+        set_input(graph, target, text, node_classes, f"--set {target}")
 
 
-def _settable(graph: Graph) -> list[str]:
+def input_named(graph: Graph, target: str) -> tuple[str, str] | None:
+    """Node and name of the one input that `NODE.INPUT` or `INPUT` stands for; None if none is."""
+    node_id, _, name = target.rpartition(".")
+    holders = [key for key, node in graph.items() if name in node["inputs"]]
+    if node_id:
+        holders = [key for key in holders if key == node_id]
+    return (holders[0], name) if len(holders) == 1 else None
+
+
+def is_linked(graph: Graph, target: str) -> bool:
+    """Whether the input that is named so takes what another node gives."""
+    found = input_named(graph, target)
+    return found is not None and isinstance(graph[found[0]]["inputs"][found[1]], list)
+
+
+def set_input(
+    graph: Graph,
+    target: str,
+    value: Any,
+    node_classes: Mapping[str, type[ComfyNode]],
+    where: str,
+) -> None:
+    """Give the input that is named so a value, in the type that its node declares.
+
+    where: what the GraphError that is raised for a value which does not fit begins with.
+    """
+    found = input_named(graph, target)
+    if found is None:
+        raise KeyError(target)
+    key, name = found
+    node = graph[key]
+    node["inputs"][name] = value
+    if node["class_type"] not in node_classes:  # then the graph is refused for that
+        return
+    for socket in node_classes[node["class_type"]].define_schema().inputs:
+        if socket.id == name:
+            switch = socket.io_type == "BOOLEAN" and isinstance(value, str)
+            value = SWITCH.get(value.lower(), value) if switch else value
+            node["inputs"][name] = _checked_value(where, value, socket)
+
+
+def settable(graph: Graph) -> list[str]:
+    """The inputs that have a value of their own, as `NODE.INPUT`."""
     return [
         f"{key}.{name}"
         for key, node in graph.items()
@@ -73,30 +107,92 @@ def _settable(graph: Graph) -> list[str]:
     ]
 
 
-def run_graph(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> list[Any]:
+Kept = dict[str, tuple[str, tuple[Any, ...]]]  # node id -> origin of its outputs, and these
+
+
+def run_graph(
+    graph: Graph, node_classes: Mapping[str, type[ComfyNode]], kept: Kept | None = None
+) -> list[Any]:
     """Check the whole graph, then run its output nodes and what they need, each once.
+
+    kept: what the nodes of an earlier run gave. Those that would be fed the same again are not
+    run, output nodes excepted; the others are dropped from it, and what this run gives is added.
 
     Returns what the output nodes show (`NodeOutput.ui`). Raises GraphError before anything runs
     when the graph is not sound; what a node raises passes through.
     """
     schemas = _check(graph, node_classes)
     standalone.set_up_torch()  # not before: PyTorch takes seconds to import
-    done: dict[str, tuple[Any, ...]] = {}
+    order = _order(graph, [k for k, s in schemas.items() if s.is_output_node])
+    origins = _origins(graph, order, node_classes)
+    kept = {} if kept is None else kept
+    for key in [key for key in kept if kept[key][0] != origins.get(key)]:
+        del kept[key]
     shown = []
     try:
-        for key in _order(graph, [k for k, s in schemas.items() if s.is_output_node]):
+        for key in order:
+            if key in kept and not schemas[key].is_output_node:
+                continue
             inputs = {
-                name: done[value[0]][value[1]] if isinstance(value, list) else value
+                name: kept[value[0]][1][value[1]] if isinstance(value, list) else value
                 for name, value in graph[key]["inputs"].items()
             }
             ComfyNode.hidden.unique_id, ComfyNode.hidden.prompt = key, graph
             output = node_classes[graph[key]["class_type"]].execute(**inputs)
-            done[key] = output.args
+            kept[key] = origins[key], output.args
             if output.ui is not None:
                 shown.append(output.ui)
     finally:
         ComfyNode.hidden.unique_id = ComfyNode.hidden.prompt = None
     return shown
+
+
+def _origins(
+    graph: Graph, order: Sequence[str], node_classes: Mapping[str, type[ComfyNode]]
+) -> dict[str, str]:
+    """Of each node a digest of all that its outputs come from. order: sources first."""
+    found: dict[str, str] = {}
+    for key in order:
+        node = graph[key]
+        inputs = {
+            name: [found[value[0]], value[1]] if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        }
+        state = fingerprint(node, node_classes)
+        text = json.dumps([node["class_type"], state, sorted(inputs.items())])
+        found[key] = sha256(text.encode()).hexdigest()
+    return found
+
+
+def fingerprint(node: dict[str, Any], node_classes: Mapping[str, type[ComfyNode]]) -> Any:
+    """What the node's outputs come from besides its inputs, such as the state of a file.
+
+    Raises MajicFluxError when that is not there.
+    """
+    state = getattr(node_classes.get(node["class_type"]), "fingerprint_inputs", None)
+    if state is None:
+        return None
+    return state(**{n: None if isinstance(v, list) else v for n, v in node["inputs"].items()})
+
+
+def read_graph(path: Path) -> Graph:
+    """Raises GraphError unless the file holds an API graph."""
+    graph = read_json(path)
+    require_graph(graph)
+    return graph
+
+
+def read_json(path: Path) -> Any:
+    """Raises GraphError."""
+    try:
+        return json.loads(path.read_bytes())  # in any of the encodings that JSON may have
+    except OSError as error:
+        reason = error.strerror or error
+        raise GraphError(
+            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise GraphError(say("{file} is not JSON: {error}.", file=path, error=error)) from error
 
 
 def require_graph(graph: Any) -> None:
@@ -112,7 +208,8 @@ def require_graph(graph: Any) -> None:
         )
 
 
-def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+def schemas_of(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+    """Of each node; raises GraphError where one is not known here, or no output node is there."""
     require_graph(graph)
     schemas = {}
     for key, node in graph.items():
@@ -126,11 +223,16 @@ def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[st
                 )
             )
         schemas[key] = node_classes[node["class_type"]].define_schema()
+    if not any(schema.is_output_node for schema in schemas.values()):
+        raise GraphError(say("The workflow has no output node; add SaveImage."))
+    return schemas
+
+
+def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+    schemas = schemas_of(graph, node_classes)
     # Output nodes last: they try where they write, which is for a graph that is sound.
     for key in sorted(graph, key=lambda key: schemas[key].is_output_node):
         _check_node(key, graph[key], node_classes[graph[key]["class_type"]], schemas)
-    if not any(schema.is_output_node for schema in schemas.values()):
-        raise GraphError(say("The workflow has no output node; add SaveImage."))
     return schemas
 
 

@@ -81,6 +81,10 @@ def image_nodes(
             return image is None or _verdict(_read, input_folder, output_folder, image)
 
         @classmethod
+        def fingerprint_inputs(cls, image: str | None = None) -> Any:
+            return image and _state(_place(input_folder, output_folder, image))
+
+        @classmethod
         def execute(cls, image: str) -> Any:
             import torch
 
@@ -187,6 +191,24 @@ def _write_new(target: Path, data: bytes) -> Path:
     return path
 
 
+def _place(input_folder: Path, output_folder: Path, name: str) -> Path:
+    """Where the picture of that name is; raises MajicFluxError when it is not there."""
+    folder = output_folder if name.endswith(" [output]") else input_folder
+    path = folder / re.sub(r" \[(input|output)\]$", "", name)
+    if not _within(folder, path):
+        raise MajicFluxError(
+            say("{file} leads out of the folder {folder}.", file=path, folder=folder)
+        )
+    if not path.is_file():  # a pipe would be waited for
+        raise MajicFluxError(say("There is no picture {file}.", file=path))
+    return path
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Bytes and time of the file, which another picture under its name has not."""
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
 def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
     """A picture as float32 RGBA [height, width, 4] in 0..1.
 
@@ -196,14 +218,7 @@ def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
     import numpy as np
     from PIL import Image, ImageOps
 
-    folder = output_folder if name.endswith(" [output]") else input_folder
-    path = folder / re.sub(r" \[(input|output)\]$", "", name)
-    if not _within(folder, path):
-        raise MajicFluxError(
-            say("{file} leads out of the folder {folder}.", file=path, folder=folder)
-        )
-    if not path.is_file():  # a pipe would be waited for
-        raise MajicFluxError(say("There is no picture {file}.", file=path))
+    path = _place(input_folder, output_folder, name)
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)

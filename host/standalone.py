@@ -55,7 +55,9 @@ MODEL_SUFFIXES = (".safetensors", ".sft")
 # Where the models are, in ComfyUI's subfolders. The command line sets it.
 models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
 
-PINNED_SHARE = 0.4  # of the machine's memory; ComfyUI allows as much on every system
+# Of the machine's memory, that this process may pin; ComfyUI allows as much on every system. The
+# processes of a batch share it.
+pinned_share = 0.4
 _pinned_bytes = 0
 _patchers: "WeakSet[StandalonePatcher]" = WeakSet()
 
@@ -253,12 +255,12 @@ def _cudart() -> Any:
 
 
 def _pin(memory: "Tensor") -> bool:
-    """Pin this memory if all that is pinned stays below PINNED_SHARE of the machine's."""
+    """Pin this memory if all that is pinned stays below pinned_share of the machine's."""
     global _pinned_bytes
     import psutil
     import torch
 
-    if _pinned_bytes + memory.nbytes > PINNED_SHARE * psutil.virtual_memory().total:
+    if _pinned_bytes + memory.nbytes > pinned_share * psutil.virtual_memory().total:
         return False
     if _cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
         with suppress(RuntimeError):  # which CUDA would raise again at the next call

@@ -116,6 +116,31 @@ def test_each_node_runs_once_and_feeds_the_others() -> None:
     assert Constant.runs == 1
 
 
+def test_what_is_fed_the_same_as_in_the_run_before_is_not_run_again() -> None:
+    kept: dict = {}
+    Constant.runs = 0
+    assert [run_graph(graph(), CLASSES, kept) for _ in range(2)] == [[6], [6]]
+    assert Constant.runs == 1
+    other = {"class_type": "Constant", "inputs": {"value": 4}}
+    assert run_graph(graph(**{"1": other}), CLASSES, kept) == [8]
+    assert run_graph(graph(), CLASSES, kept) == [6]
+    assert Constant.runs == 3
+    lone = {"2": {"class_type": "Add", "inputs": {"a": 1, "b": 2}}}
+    assert run_graph(lone, CLASSES, kept) == [3]
+    assert [*kept] == ["2"]
+
+
+def test_a_picture_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    classes, kept = node_classes(tmp_path), {}
+    load = {"class_type": "LoadImage", "inputs": {"image": "a.png"}}
+    save = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8 if colour == "red" else 16), colour).save(tmp_path / "a.png")
+        ((path,),) = run_graph({"1": load, "2": save}, classes, kept)
+        with Image.open(path) as picture, Image.open(tmp_path / "a.png") as source:
+            assert picture.tobytes() == source.tobytes()
+
+
 def test_numbers_may_be_text_as_in_comfyui() -> None:
     node = {"class_type": "Add", "inputs": {"a": "4", "b": 1, "c": 2}}
     assert run_graph({"1": node}, CLASSES) == [7]
