@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -194,6 +195,31 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
     run.set_defaults(command=_run)
 
+    batch = commands.add_parser(
+        "batch",
+        parents=[common],
+        help="paint many pictures with one workflow, on all cards; the same command goes on later",
+    )
+    batch.add_argument("rows", type=Path, help=".csv, .jsonl, or .txt with a prompt in each line")
+    batch.add_argument("--graph", type=Path, required=True, metavar="JSON", help="API-format JSON")
+    batch.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where pictures and manifest go"
+    )
+    batch.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
+    batch.add_argument(
+        "--repeat", type=_positive, default=1, metavar="N", help="seeds for each row, by default 1"
+    )
+    batch.add_argument(
+        "--retry-failed", action="store_true", help="try rows again that could not be painted"
+    )
+    where = batch.add_mutually_exclusive_group()
+    where.add_argument("--gpus", type=_numbers, metavar="N,N", help="which cards, by default all")
+    where.add_argument(
+        "--workers", type=_positive, metavar="N", help="so many processes on the CPU instead"
+    )
+    _add_models(batch)
+    batch.set_defaults(command=_batch)
+
     download = commands.add_parser("download", parents=[common], help="fetch the model files")
     download.add_argument("group", nargs="?", choices=GROUPS, default="all")
     download.add_argument(
@@ -222,6 +248,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 7 or not 1 <= int(text) <= MOST:
         raise argparse.ArgumentTypeError(f"give a whole number, 1 to {MOST}")
     return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", text, re.ASCII):
+        raise argparse.ArgumentTypeError("give numbers of cards such as 0,1")
+    return [*dict.fromkeys(map(int, text.split(",")))]
 
 
 def _above_zero(text: str) -> float:
@@ -391,6 +423,53 @@ def _run(options: argparse.Namespace) -> None:
     folders = (options.output, options.input)
     for path in _paint(options.workflow, graph, options.models, *folders, options.set):
         print(path)
+
+
+def _batch(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .batch import Batch, BatchError
+
+    batch = Batch(
+        options.rows,
+        options.graph,
+        options.out,
+        models=options.models,
+        input_folder=options.input,
+        gpus=options.gpus,
+        workers=options.workers,
+        repeat=options.repeat,
+        retry_failed=options.retry_failed,
+    )
+    total, known = len(batch.jobs), len(batch.jobs) - len(batch.waiting)
+    if known:
+        print(say("{known} of {total} were done before.", known=known, total=total), flush=True)
+    # disable=None: no bar where there is no terminal.
+    with tqdm(total=total, initial=known, unit="", disable=None, smoothing=0.1) as bar:
+        for done, record in enumerate(batch, start=known + 1):
+            if bar.disable:
+                print(f"{done}/{total} {_outcome(record)}", flush=True)
+            elif record["error"] is not None:
+                bar.write(_outcome(record))
+            bar.update()
+    if batch.failed:
+        raise BatchError(
+            say(
+                "{failed} of {total} could not be painted; {file} says why. --retry-failed tries "
+                "them again.",
+                failed=batch.failed,
+                total=total,
+                file=batch.manifest,
+            )
+        )
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    """Of a row of a batch, as a line."""
+    if record["error"] is not None:
+        return f"{record['id']}: {record['error']}"
+    pictures = " ".join(record["pictures"])
+    return say("{pictures}: {seconds:.1f} s", pictures=pictures, seconds=record["seconds"])
 
 
 def _download(options: argparse.Namespace) -> None:

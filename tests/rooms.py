@@ -26,6 +26,7 @@ ORDER = [
     ["downloads"],
     ["lab"],
     ["nodes"],
+    ["batch"],
     ["cli.py", "__init__.py"],
     ["tools"],
 ]

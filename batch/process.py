@@ -1,0 +1,107 @@
+"""The driver's end of a worker: a process that is started when it is needed, and once more when it
+has ended."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+from ..messages import say
+from .rows import BatchError
+
+Message = dict[str, Any]
+
+
+class WorkerLost(Exception):
+    """The process ended while it painted: it was killed, or the card or the memory failed it."""
+
+
+class WorkerProcess:
+    """card: the number of the card that it has to itself, as nvidia-smi counts or, where
+    CUDA_VISIBLE_DEVICES is set, in that list; None: it computes on the CPU."""
+
+    def __init__(self, setup: Message, card: int | None):
+        self._setup, self._number = setup, card
+        self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
+        self.card = ""
+
+    def paint(self, id: str, graph: Any) -> Message:
+        """What the worker answers. Raises WorkerLost, or BatchError when it cannot be started."""
+        if self._process is None:
+            self._start()
+        try:
+            answer = self._ask({"id": id, "graph": graph})
+        except WorkerLost:
+            self.end()
+            raise
+        if answer.get("last"):
+            self.end()
+        return answer
+
+    def end(self) -> None:
+        """For the thread that paints; the next job has another process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        with suppress(OSError), process:  # which closes the pipes and waits
+            pass
+
+    def stop(self) -> None:
+        """For another thread: whoever waits for an answer gets a WorkerLost at once, and for any
+        that follows."""
+        self._stopped = True
+        if self._process is not None:
+            self._process.kill()
+
+    def _start(self) -> None:
+        module = f"{__package__}.worker"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(self._number),
+        )
+        if self._stopped:
+            self._process.kill()
+        try:
+            name = self._ask(self._setup)["card"]
+        except WorkerLost as error:
+            self.end()
+            if self._stopped:
+                raise
+            raise BatchError(
+                say("A worker ended before it painted anything; above is what it said.")
+            ) from error
+        self.card = name if self._number is None else f"{self._number}: {name}"
+
+    def _ask(self, message: Message) -> Message:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise WorkerLost
+        try:
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError as error:
+            raise WorkerLost from error
+        if not line.endswith("\n"):
+            raise WorkerLost
+        return json.loads(line)
+
+
+def _environment(card: int | None) -> dict[str, str]:
+    """The worker's. Only its card can be seen, and bars of its own would be many at once."""
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if card is None:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif visible:
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[card]
+    else:
+        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(card)}
+    return environment

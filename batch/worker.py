@@ -1,0 +1,133 @@
+"""A process that paints rows for the driver of a batch; lines of JSON on its stdin and stdout.
+
+First comes what it is set up with, then one job at a time, and each is answered. It writes pictures
+under temporary names first, and nothing else. When its stdin ends, so does the process, whatever it
+is doing: the driver has stopped, or was killed.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import mkdtemp
+from threading import Thread
+from typing import Any, BinaryIO
+
+from ..host import provenance, standalone
+from ..host.graph import Graph, Kept, run_graph
+from ..host.image_nodes import image_nodes
+from ..host.schema import ComfyNode
+from ..messages import MajicFluxError
+from ..nodes import NODES
+from .jobs import picture_name
+
+FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other row would fare better
+
+Message = dict[str, Any]
+
+
+class Painter:
+    """Paints jobs, and keeps what the next one can use: models first of all."""
+
+    def __init__(self, setup: Message):
+        """setup: `models`, `input` and `output` folders, `parts` for unfinished pictures, and by
+        how many processes the machine is `shared`."""
+        standalone.models_folder = Path(setup["models"])
+        standalone.pinned_share /= setup["shared"]
+        self._input, self._output = Path(setup["input"]), Path(setup["output"])
+        self._parts = Path(setup["parts"])
+        self._classes = {node.define_schema().node_id: node for node in NODES}
+        self._kept: Kept = {}
+
+    def paint(self, id: str, graph: Graph) -> Message:
+        """Returns the names and SHA-256 of the pictures, the seconds and the memory report."""
+        told: dict[str, Any] = {}
+        ComfyNode.hidden.extra_pnginfo = told
+        began = time.monotonic()
+        folder = Path(mkdtemp(dir=self._parts))
+        try:
+            # Not the report: it has times in it, and pictures are to be the same in each run.
+            nodes = image_nodes(folder, self._input, {"prompt": graph})
+            shown = run_graph(graph, self._classes | nodes, self._kept)
+            paths = [path for paths in shown for path in paths]
+            pictures = {
+                picture_name(id, number): self._finish(path, picture_name(id, number))
+                for number, path in enumerate(paths)
+            }
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds = round(time.monotonic() - began, 3)
+        return {"pictures": pictures, "seconds": seconds, "report": told.get(provenance.KEY)}
+
+    def _finish(self, path: Path, name: str) -> str:
+        """Give a whole picture its name; returns its SHA-256."""
+        with path.open("r+b") as file:
+            digest = sha256(file.read()).hexdigest()
+            os.fsync(file.fileno())
+        os.replace(path, self._output / name)
+        return digest
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the driver too, which ends us
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    replies, lines = _own_stdout(), _lines()
+    painter = Painter(json.loads(next(lines)))
+    _reply(replies, {"card": _card()})
+    for line in lines:
+        job = json.loads(line)
+        try:
+            _reply(replies, painter.paint(job["id"], job["graph"]))
+        except MajicFluxError as error:
+            fatal = getattr(error.__cause__, "errno", None) in FATAL
+            _reply(replies, {"problem": str(error), "fatal": fatal})
+        except Exception as error:  # anything: the card may be lost to this process
+            logging.getLogger("majicflux").exception("%s", job["id"])
+            problem = f"{type(error).__name__}: {error}"
+            _reply(replies, {"problem": problem, "fatal": False, "last": True})
+            return
+
+
+def _own_stdout() -> BinaryIO:
+    """The driver's pipe; what libraries print goes to stderr from now on."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return replies
+
+
+def _lines() -> Iterator[str]:
+    """Those of stdin. They are waited for in a thread, so that their end is seen at once."""
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    Thread(target=read, daemon=True).start()
+    return iter(lines.get, None)
+
+
+def _reply(replies: BinaryIO, message: Message) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+    replies.flush()
+
+
+def _card() -> str:
+    """The name of what this process computes on."""
+    import torch
+
+    device = standalone.compute_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+if __name__ == "__main__":
+    main()
