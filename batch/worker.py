@@ -84,16 +84,23 @@ def main() -> None:
     _reply(replies, {"card": _card()})
     for line in lines:
         job = json.loads(line)
-        try:
-            _reply(replies, painter.paint(job["id"], job["graph"]))
-        except MajicFluxError as error:
-            fatal = getattr(error.__cause__, "errno", None) in FATAL
-            _reply(replies, {"problem": str(error), "fatal": fatal})
-        except Exception as error:  # anything: the card may be lost to this process
-            logging.getLogger("majicflux").exception("%s", job["id"])
-            problem = f"{type(error).__name__}: {error}"
-            _reply(replies, {"problem": problem, "fatal": False, "last": True})
+        message = answer(painter, job["id"], job["graph"])
+        _reply(replies, message)
+        if message.get("last"):
             return
+
+
+def answer(painter: Painter, id: str, graph: Graph) -> Message:
+    """What `painter` returns, or the problem: whether it is fatal to the batch, and the last that
+    this process should try."""
+    try:
+        return painter.paint(id, graph)
+    except (MajicFluxError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        return {"problem": str(error), "fatal": getattr(cause, "errno", None) in FATAL}
+    except Exception as error:  # anything: the card may be lost to this process
+        logging.getLogger("majicflux").exception("%s", id)
+        return {"problem": f"{type(error).__name__}: {error}", "fatal": False, "last": True}
 
 
 def _own_stdout() -> BinaryIO:

@@ -1,0 +1,473 @@
+"""Many pictures from one graph: rows, what is painted, and that nothing is lost or done twice."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from majicflux.batch import Batch, BatchError
+from majicflux.batch.jobs import Job, make_jobs
+from majicflux.batch.manifest import NAME, Manifest
+from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
+from majicflux.batch.rows import read_rows
+from majicflux.batch.worker import answer
+from majicflux.cli import main
+from majicflux.host import standalone
+from majicflux.host.image_nodes import image_nodes
+from majicflux.messages import MajicFluxError
+from majicflux.nodes import NODES
+
+API = Path(__file__).parents[2] / "workflows" / "api"
+SMALL = {"width": 32, "height": 32, "steps": 1}
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """A small text-to-image graph."""
+    nodes = json.loads((API / "text_to_image.json").read_text(encoding="utf-8"))
+    nodes["5"]["inputs"] |= SMALL
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(nodes), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Save:
+    """A function that writes a file of rows."""
+
+    def save(text: str, name: str = "rows.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode("utf-8-sig" if name.endswith("csv") else "utf-8"))
+        return path
+
+    return save
+
+
+def jobs_of(rows: Path, graph: Path, repeat: int = 1) -> list[Job]:
+    classes = {node.define_schema().node_id: node for node in NODES}
+    classes |= image_nodes(rows.parent, rows.parent, {})
+    return make_jobs(read_rows(rows), json.loads(graph.read_text()), classes, repeat)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
+
+
+def pictures(folder: Path) -> dict[str, str]:
+    """The files beside the manifest, with their SHA-256; none is unfinished."""
+    files = [path for path in folder.iterdir() if path.name != NAME]
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# Rows
+
+
+def test_csv_jsonl_and_text_give_the_same_rows(rows: Save) -> None:
+    csv = rows('id,prompt,5.steps\r\n,"a cat, and\r\na dog",2\r\nb,雪山,\r\n')
+    first = {"prompt": "a cat, and\r\na dog", "5.steps": "2"}
+    second = {"id": "b", "prompt": "雪山", "5.steps": None}
+    jsonl = rows(f"{json.dumps(first)}\n\n{json.dumps(second)}\n", "rows.jsonl")
+    assert read_rows(csv) == read_rows(jsonl)
+    assert [(row.number, row.id) for row in read_rows(csv)] == [(0, None), (1, "b")]
+    assert read_rows(csv)[1].values == {"prompt": "雪山"}
+    text = read_rows(rows("a cat\n\n  a dog \n", "prompts.txt"))
+    assert [row.values for row in text] == [{"prompt": "a cat"}, {"prompt": "a dog"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.xlsx", b"", "a.xlsx: rows are read from .csv, .jsonl, .txt files."),
+        ("a.txt", b"\n \n", "a.txt has no rows."),
+        ("a.csv", b"prompt\n", "a.csv has no rows."),
+        ("a.csv", "提示词".encode("gbk"), "a.csv is not in UTF-8"),
+        ("a.csv", b"prompt\na,b\n", "line 2, cannot be read: it has more values than the header."),
+        ("a.csv", b'prompt\n"a\n', "cannot be read: unexpected end of data."),
+        ("a.jsonl", b'{}\n{"prompt": \n', "line 2, cannot be read: "),
+        ("a.jsonl", b"[1]", "line 1, cannot be read: it is no object in braces."),
+        ("gone.csv", None, "gone.csv cannot be opened: No such file or directory."),
+    ],
+)
+def test_rows_that_cannot_be_read(
+    tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BatchError) as refused:
+        read_rows(tmp_path / name)
+    assert said in str(refused.value)
+
+
+def test_seeds_are_a_thousand_apart_unless_given_and_one_apart_when_repeated(
+    graph: Path, rows: Save
+) -> None:
+    table = rows("id,prompt,seed\na,x,\nb,x,7\nc,x,-1\n")
+    found = {job.id: job.seed for job in jobs_of(table, graph, repeat=2)}
+    assert found == {"a": 0, "a-2": 1, "b": 7, "b-2": 8, "c": 2000, "c-2": 2001}
+    job = jobs_of(table, graph)[1]
+    assert job.graph(graph.read_text(), {})["5"]["inputs"]["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("propmt\na\n", "The column propmt is no input of the graph that can be set. Give id, or "
+         "NODE.INPUT with one of 1.file"),
+        ("5.pipeline\na\n", "The column 5.pipeline is no input"),
+        ("file\na\n", "The column file is no input"),  # of two nodes
+        ("id\na\nA\n", "Rows 1 and 2 would both be named A. "),
+        ("id\na\na-2\n", "Rows 1 and 2 would both be named a-2. "),
+        ("id\n../a\n", "Row 1: the id ../a cannot name a file. "),
+        ("id,prompt\n a\tb,x\n", "Row 1: the id a\tb cannot name a file. "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_columns_and_names_is_said_before_anything_is_painted(
+    graph: Path, rows: Save, table: str, said: str
+) -> None:
+    with pytest.raises(BatchError) as refused:
+        jobs_of(rows(table), graph, repeat=2)
+    assert str(refused.value).startswith(said)
+
+
+def test_a_key_is_of_all_that_a_picture_comes_from(
+    graph: Path, rows: Save, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "models_folder", models)
+    nodes = json.loads((API / "image_to_image.json").read_text(encoding="utf-8"))
+    graph.write_text(json.dumps(nodes))
+    Image.new("RGB", (32, 32)).save(tmp_path / "example.png")
+
+    def key(table: str = "id\na\n") -> str:
+        return jobs_of(rows(table), graph)[0].key
+
+    first = key()
+    assert key() == first
+    assert key("id\nb\n") != first, "its picture has another name"
+    assert key("id,seed\na,1\n") != first
+    Image.new("RGB", (48, 32)).save(tmp_path / "example.png")
+    assert key() != first
+    nodes["6"]["inputs"]["steps"] = 3
+    graph.write_text(json.dumps(nodes))
+    Image.new("RGB", (32, 32)).save(tmp_path / "example.png")
+    assert key() != first
+
+
+# The manifest
+
+
+def test_half_a_line_is_cut_off_and_the_last_line_of_a_key_counts(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    for problem in ("no", None):
+        manifest.add({"key": "a", "pictures": {"a.png": ""}, "error": problem})
+    manifest.close()
+    with (tmp_path / NAME).open("ab") as file:
+        file.write(b"\0\0\n" + b'{"key": "b", "pict')
+    manifest = Manifest(tmp_path)
+    manifest.add({"key": "c", "pictures": {}, "error": None})
+    manifest.close()
+    manifest = Manifest(tmp_path)
+    assert manifest.record("b") is None
+    assert manifest.record("c") is not None
+    assert manifest.record("a") is None, "its picture is gone"
+    (tmp_path / "a.png").touch()
+    assert manifest.record("a")["error"] is None
+    with pytest.raises(BatchError, match="Another batch is painting into"):
+        Manifest(tmp_path)
+    manifest.close()
+
+
+def test_where_nothing_can_be_written_a_batch_does_not_begin(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BatchError, match=r"manifest\.jsonl cannot be written: "):
+        Manifest(tmp_path / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / NAME).symlink_to("/dev/full")
+    manifest = Manifest.__new__(Manifest)
+    manifest.path, manifest._records = tmp_path / "full" / NAME, {}
+    manifest._file = manifest.path.open("wb", buffering=0)
+    with pytest.raises(BatchError, match="cannot be written: No space left on device"):
+        manifest.add({"key": "a", "pictures": {}, "error": None})
+
+
+# Painting
+
+TABLE = """id,prompt,width,solver,steps
+a,a cat,,,
+b,a dog,48,,2
+c,a cat,,nope,
+d,a cat,,,many
+e,,,,
+f,x,,,
+"""
+GOOD = ["a.png", "b.png", "e.png", "f.png"]
+
+
+@pytest.fixture(autouse=True)
+def folder_of_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standalone, "models_folder", models)
+
+
+@pytest.fixture(scope="module")
+def by_one_worker(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that one worker has painted TABLE into."""
+    folder = tmp_path_factory.mktemp("by-one")
+    nodes = json.loads((API / "text_to_image.json").read_text(encoding="utf-8"))
+    nodes["5"]["inputs"] |= SMALL
+    (folder / "graph.json").write_text(json.dumps(nodes))
+    (folder / "rows.csv").write_text(TABLE)
+    for record in Batch(folder / "rows.csv", folder / "graph.json", folder / "out", models=models,
+                        workers=1):  # fmt: skip
+        assert record["host"]
+    return folder / "out"
+
+
+def test_each_row_is_painted_or_its_problem_recorded(by_one_worker: Path) -> None:
+    found = {record["id"]: record for record in records(by_one_worker)}
+    assert sorted(pictures(by_one_worker)) == GOOD
+    assert pictures(by_one_worker) == {
+        name: digest for record in found.values() for name, digest in record["pictures"].items()
+    }
+    assert [found[id]["seed"] for id in "abcdef"] == [0, 1000, 2000, 3000, 4000, 5000]
+    assert "(sample), solver must be one of: " in found["c"]["error"]
+    assert found["d"]["error"] == "Row 4, steps must be a number, not 'many'."
+    assert [found[id]["tries"] for id in "abcdef"] == [1, 1, 1, 0, 1, 1]
+    assert {found[id]["card"] for id in "abcef"} == {"CPU"}
+    assert [phase["name"] for phase in found["b"]["report"]["phases"]][1] == "denoising"
+    assert found["a"]["seconds"] > found["b"]["seconds"], "the models stay between rows"
+    with Image.open(by_one_worker / "b.png") as picture:
+        assert picture.size == (48, 32)
+        assert json.loads(picture.text["prompt"])["5"]["inputs"]["seed"] == 1000
+
+
+def test_a_picture_is_the_one_that_run_paints(
+    by_one_worker: Path, graph: Path, models: Path, tmp_path: Path
+) -> None:
+    sets = ("--set=prompt=a dog", "--set=width=48", "--set=steps=2", "--set=seed=1000")
+    command = [sys.executable, "-m", "majicflux.cli", "run", graph, "--models", models, *sets]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    paths = by_one_worker / "b.png", tmp_path / done.stdout.strip()
+    with Image.open(paths[0]) as picture, Image.open(paths[1]) as own:
+        assert picture.tobytes() == own.tobytes()
+
+
+def test_the_same_command_paints_what_is_not_there_yet(
+    by_one_worker: Path, graph: Path, rows: Save, tmp_path: Path
+) -> None:
+    shutil.copytree(by_one_worker, tmp_path / "out")
+    given = (rows(TABLE), graph, tmp_path / "out")
+
+    def waiting(**options: object) -> list[str]:
+        batch = Batch(*given, workers=1, **options)
+        assert batch.failed == 2
+        batch._manifest.close()
+        return [job.id for job in batch.waiting]
+
+    assert waiting() == []
+    assert waiting(retry_failed=True) == ["c", "d"]
+    assert waiting(repeat=2) == ["a-2", "b-2", "c-2", "d-2", "e-2", "f-2"]
+    (tmp_path / "out/e.png").unlink()
+    assert waiting() == ["e"]
+    rows(TABLE.replace("a dog", "a frog"))
+    assert waiting() == ["b", "e"]
+
+
+def test_a_killed_worker_costs_one_more_try(
+    by_one_worker: Path, graph: Path, rows: Save, tmp_path: Path
+) -> None:
+    killed = False
+    for record in Batch(rows(TABLE), graph, tmp_path / "out", workers=2):
+        if record["pictures"] and not killed:
+            children = psutil.Process().children()
+            working = [child for child in children if "majicflux.batch.worker" in child.cmdline()]
+            working[0].kill()
+            killed = True
+    assert pictures(tmp_path / "out") == pictures(by_one_worker)
+    found = records(tmp_path / "out")
+    assert sorted(record["id"] for record in found) == [*"abcdef"]
+    assert sorted(record["tries"] for record in found) == [0, 1, 1, 1, 1, 2]
+    assert not psutil.Process().children()
+
+
+def begun(rows: Path, graph: Path, out: Path, models: Path) -> subprocess.Popen:
+    """A batch of two workers that has painted at least one picture."""
+    command = [sys.executable, "-m", "majicflux.cli", "batch", rows, "--graph", graph,
+               "--out", out, "--models", models, "--workers", "2"]  # fmt: skip
+    process = subprocess.Popen(
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a terminal starts it
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if ".png: " in line)
+    return process
+
+
+def test_a_killed_driver_takes_its_workers_along_and_the_next_one_goes_on(
+    by_one_worker: Path, graph: Path, rows: Save, models: Path, tmp_path: Path
+) -> None:
+    given = (rows(TABLE), graph, tmp_path / "out")
+    driver = begun(*given, models)
+    workers = psutil.Process(driver.pid).children()
+    assert workers
+    driver.kill()
+    driver.communicate()
+    assert psutil.wait_procs(workers, timeout=5)[1] == []
+    assert 1 <= len([record for record in records(tmp_path / "out") if record["pictures"]]) < 4
+    for _ in Batch(*given, workers=1):
+        pass
+    assert pictures(tmp_path / "out") == pictures(by_one_worker)
+    assert sorted(record["id"] for record in records(tmp_path / "out")) == [*"abcdef"]
+
+
+def test_ctrl_c_ends_a_batch_at_once(graph: Path, rows: Save, models: Path, tmp_path: Path) -> None:
+    many = rows("a cat\n" * 50, "prompts.txt")
+    process = begun(many, graph, tmp_path / "out", models)
+    workers = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    _, said = process.communicate()
+    assert time.monotonic() - began < 5
+    assert (process.returncode, said) == (130, "stopped\n")
+    assert psutil.wait_procs(workers, timeout=1)[1] == []
+    painted = {name for record in records(tmp_path / "out") for name in record["pictures"]}
+    assert painted <= {*pictures(tmp_path / "out")}
+
+
+def test_the_command_says_what_was_painted_and_what_was_not(
+    by_one_worker: Path, graph: Path, rows: Save, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(by_one_worker, tmp_path / "out")
+    (tmp_path / "out/f.png").unlink()
+    command = [sys.executable, "-m", "majicflux.cli", "batch", rows(TABLE), "--graph", graph,
+               "--out", "out", "--models", models, "--workers", "1"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == "5 of 6 were done before."
+    assert second.startswith("6/6 f.png: ")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: 2 of 6 could not be painted; out/manifest.jsonl says why. --retry-failed tries "
+        "them again.\n",
+    )
+
+
+def test_a_terminal_shows_rate_and_remaining_time(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def paint(worker: WorkerProcess, id: str, graph: object) -> dict:
+        time.sleep(0.2)
+        return {"problem": "no"} if id == "a" else {"pictures": {f"{id}.png": ""}, "seconds": 0.2}
+
+    monkeypatch.setattr(WorkerProcess, "paint", paint)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(sys, "stdout", out := StringIO())
+    out_folder = str(tmp_path / "out")
+    table = rows("id\na\nb\nc\nd\n")
+    assert main(["batch", str(table), "--graph", str(graph), "--out", out_folder,
+                 "--workers", "1"]) == 1  # fmt: skip
+    assert re.search(r"3/4 \[00:0\d<00:0\d, +[\d.]+(it)?/s\]", terminal.getvalue())
+    assert out.getvalue() == "a: no\n"
+
+
+def test_three_lines_of_python(by_one_worker: Path, graph: Path, rows: Save, models: Path) -> None:
+    """Those of docs/batch.md, as they stand."""
+    page = (API.parents[1] / "docs" / "batch.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
+    assert len(code.splitlines()) == 3
+    rows("id,prompt\na,a cat\n")
+    (graph.parent / "ComfyUI").mkdir()
+    (graph.parent / "ComfyUI/models").symlink_to(models)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=graph.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "a None\n"
+    assert pictures(graph.parent / "out") == {"a.png": pictures(by_one_worker)["a.png"]}
+
+
+# What cannot go on
+
+
+def test_a_row_that_ends_each_worker_fails_and_the_others_go_on(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def paint(worker: WorkerProcess, id: str, graph: object) -> dict:
+        if id == "a":
+            raise WorkerLost
+        return {"pictures": {}, "seconds": 1.0, "report": None}
+
+    monkeypatch.setattr(WorkerProcess, "paint", paint)
+    a, b = Batch(rows("id\na\nb\n"), graph, tmp_path / "out", workers=1)
+    assert (a["error"], a["tries"]) == ("Each worker that painted it ended, 3 in all.", 3)
+    assert (b["error"], b["tries"]) == (None, 1)
+
+
+def test_a_full_disk_ends_the_batch(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def paint(self, id: str, graph: object) -> dict:
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                raise MajicFluxError("a.png cannot be written.") from error
+
+    monkeypatch.setattr(WorkerProcess, "paint", lambda _, id, graph: answer(Full(), id, graph))
+    with pytest.raises(BatchError, match=r"^a\.png cannot be written\.$"):
+        list(Batch(rows("id\na\nb\nc\n"), graph, tmp_path / "out", workers=2))
+    assert len(records(tmp_path / "out")) == 1
+
+
+def test_a_worker_that_fails_in_an_unknown_way_is_replaced() -> None:
+    class Broken:
+        def paint(self, id: str, graph: object) -> dict:
+            raise RuntimeError("CUDA error")
+
+    expected = {"problem": "RuntimeError: CUDA error", "fatal": False, "last": True}
+    assert answer(Broken(), "a", {}) == expected
+
+
+def test_workers_that_cannot_start_are_told(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(BatchError, match="A worker ended before it painted anything"):
+        list(Batch(rows("id\na\n"), graph, tmp_path / "out", workers=2))
+    assert records(tmp_path / "out") == []
+
+
+def test_cards_that_are_not_there_are_refused(graph: Path, rows: Save, tmp_path: Path) -> None:
+    with pytest.raises(BatchError, match="There is no card 99: this machine has"):
+        Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[99])
+
+
+@pytest.mark.parametrize(
+    ("visible", "card", "seen"),
+    [(None, 1, "1"), ("4,6", 1, "6"), ("", 0, "0"), ("4,6", None, ""), (None, None, "")],
+)
+def test_a_worker_sees_its_card_only(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, card: int | None, seen: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _environment(card)["CUDA_VISIBLE_DEVICES"] == seen
