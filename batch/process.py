@@ -11,6 +11,8 @@ from typing import Any
 from ..messages import say
 from .rows import BatchError
 
+MOST_STARTS = 3  # of a process that ends before it can paint
+
 Message = dict[str, Any]
 
 
@@ -58,9 +60,23 @@ class WorkerProcess:
             self._process.kill()
 
     def _start(self) -> None:
-        module = f"{__package__}.worker"
+        """Raises BatchError when it ends before it can paint, time after time."""
+        for _ in range(MOST_STARTS):
+            try:
+                name = self._started()
+            except WorkerLost:
+                self.end()
+                if self._stopped:
+                    raise
+                continue
+            self.card = name if self._number is None else f"{self._number}: {name}"
+            return
+        raise BatchError(say("A worker ended before it painted anything; above is what it said."))
+
+    def _started(self) -> str:
+        """Returns the name of what it computes on. Raises WorkerLost."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", f"{__package__}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,16 +84,7 @@ class WorkerProcess:
         )
         if self._stopped:
             self._process.kill()
-        try:
-            name = self._ask(self._setup)["card"]
-        except WorkerLost as error:
-            self.end()
-            if self._stopped:
-                raise
-            raise BatchError(
-                say("A worker ended before it painted anything; above is what it said.")
-            ) from error
-        self.card = name if self._number is None else f"{self._number}: {name}"
+        return self._ask(self._setup)["card"]
 
     def _ask(self, message: Message) -> Message:
         process = self._process

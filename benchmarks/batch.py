@@ -91,9 +91,7 @@ def _disturbed(folder: Path, output: Path, chance: random.Random) -> list[str]:
                "--graph", folder / "graph.json", "--out", output,
                "--models", folder / "models", "--workers", WORKERS]  # fmt: skip
     while True:
-        driver = subprocess.Popen(
-            [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        driver = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
         while driver.poll() is None:
             try:
                 driver.wait(chance.uniform(*CALM) if len(killed) < KILLS else None)
@@ -111,7 +109,7 @@ def _kill_one(driver: subprocess.Popen[bytes], chance: random.Random) -> list[st
     (driver if victim == "driver" else chance.choice(workers)).kill()
     if victim == "driver":
         driver.wait()
-    return [victim]
+    return [str(victim)]
 
 
 def _require_whole(output: Path, expected: dict[str, str], rows: int) -> None:

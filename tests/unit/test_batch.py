@@ -455,6 +455,39 @@ def test_workers_that_cannot_start_are_told(
     assert records(tmp_path / "out") == []
 
 
+def test_a_worker_that_ends_as_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = iter([WorkerLost(), WorkerLost(), "a card"])
+
+    def started(worker: WorkerProcess) -> str:
+        outcome = next(outcomes)
+        if isinstance(outcome, WorkerLost):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(WorkerProcess, "_started", started)
+    monkeypatch.setattr(WorkerProcess, "_ask", lambda *_: {"seconds": 1.0})
+    worker = WorkerProcess({}, 1)
+    assert worker.paint("a", {}) == {"seconds": 1.0}
+    assert worker.card == "1: a card"
+
+
+def test_the_first_job_is_painted_alone_for_it_prepares_the_weights(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: dict[str, tuple[float, float]] = {}
+
+    def paint(worker: WorkerProcess, id: str, graph: object) -> dict:
+        began = time.monotonic()
+        time.sleep(0.2)
+        spans[id] = began, time.monotonic()
+        return {"seconds": 0.2}
+
+    monkeypatch.setattr(WorkerProcess, "paint", paint)
+    list(Batch(rows("id\na\nb\nc\n"), graph, tmp_path / "out", workers=2))
+    assert min(spans["b"][0], spans["c"][0]) >= spans["a"][1]
+    assert max(spans["b"][0], spans["c"][0]) < min(spans["b"][1], spans["c"][1])
+
+
 def test_cards_that_are_not_there_are_refused(graph: Path, rows: Save, tmp_path: Path) -> None:
     with pytest.raises(BatchError, match="There is no card 99: this machine has"):
         Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[99])
