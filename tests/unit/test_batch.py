@@ -393,7 +393,7 @@ def test_three_lines_of_python(by_one_worker: Path, graph: Path, rows: Save, mod
     """Those of docs/batch.md, as they stand."""
     page = (API.parents[1] / "docs" / "batch.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
-    assert len(code.splitlines()) == 3
+    assert len([line for line in code.splitlines() if line]) == 3
     rows("id,prompt\na,a cat\n")
     (graph.parent / "ComfyUI").mkdir()
     (graph.parent / "ComfyUI/models").symlink_to(models)
@@ -456,13 +456,13 @@ def test_workers_that_cannot_start_are_told(
 
 
 def test_a_worker_that_ends_as_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = iter([WorkerLost(), WorkerLost(), "a card"])
+    cards = iter(["", "", "a card"])
 
     def started(worker: WorkerProcess) -> str:
-        outcome = next(outcomes)
-        if isinstance(outcome, WorkerLost):
-            raise outcome
-        return outcome
+        card = next(cards)
+        if not card:
+            raise WorkerLost
+        return card
 
     monkeypatch.setattr(WorkerProcess, "_started", started)
     monkeypatch.setattr(WorkerProcess, "_ask", lambda *_: {"seconds": 1.0})
