@@ -166,6 +166,16 @@ def test_a_key_is_of_all_that_a_picture_comes_from(
     assert key() != first
 
 
+def test_a_picture_that_is_missing_is_the_problem_of_its_row(
+    graph: Path, rows: Save, tmp_path: Path
+) -> None:
+    graph.write_text((API / "image_to_image.json").read_text(encoding="utf-8"))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    there, gone = jobs_of(rows("image\na.png\ngone.png\n"), graph)
+    assert there.problem is None
+    assert gone.problem == f"There is no picture {tmp_path / 'gone.png'}."
+
+
 # The manifest
 
 
