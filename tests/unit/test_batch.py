@@ -171,7 +171,7 @@ def test_a_picture_that_is_missing_is_the_problem_of_its_row(
 ) -> None:
     graph.write_text((API / "image_to_image.json").read_text(encoding="utf-8"))
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    there, gone = jobs_of(rows("image\na.png\ngone.png\n"), graph)
+    there, gone = jobs_of(rows("5.image\na.png\ngone.png\n"), graph)
     assert there.problem is None
     assert gone.problem == f"There is no picture {tmp_path / 'gone.png'}."
 
