@@ -64,7 +64,9 @@ PAINTED_HERE = {  # prompts of the little world, where the template's own is of 
         "left": 64, "top": 0, "right": 64, "bottom": 0,
     },
     "kontext_edit": {"prompt": "make it winter, falling snow"},
-    "redux_variation": {"prompt": "a white house in the middle, a red car, two pine trees, a sunny day, summer"},
+    "redux_variation": {
+        "prompt": "a white house in the middle, a red car, two pine trees, a sunny day, summer",
+    },
     "depth_control_lora": {
         "prompt": "a blue house in the middle, a yellow car, two pine trees, night, winter",
     },
