@@ -23,7 +23,7 @@ ORDER = [
     ["engine/plan"],
     ["engine/run"],
     ["loaders", "host"],
-    ["downloads"],
+    ["downloads", "translation"],
     ["lab"],
     ["nodes"],
     ["batch"],

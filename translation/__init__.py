@@ -1,0 +1,1 @@
+"""Prompts in Chinese become English: what of a prompt is translated, and the models that do it."""
