@@ -9,6 +9,7 @@ HUB_NAMES = {MODELSCOPE: "ModelScope", HUGGINGFACE: "Hugging Face"}
 
 FLUX_DEV_LICENCE = "FLUX.1 [dev] Non-Commercial License"
 ENCODERS_LICENCE = "Apache License 2.0"
+TRANSLATOR_LICENCE = "CC-BY-4.0"
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,31 @@ INPAINTING_NET = _control_net(
     sha256="ca46c5f7b5de02caee7c069f2aedbf628af8def8578319ceae3be1588d448448",
 )
 
+# A translator of prompts, in a folder of its own. The repositories on both hubs were not looked at;
+# the weights are at least the tensors of a model of these sizes, in float32.
+TRANSLATION, TRANSLATOR = "translation", "opus-mt-zh-en"
+OPUS_MT_ZH_EN = tuple(
+    KnownFile(
+        name,
+        f"{TRANSLATION}/{TRANSLATOR}",
+        TRANSLATOR_LICENCE,
+        (
+            Place(MODELSCOPE, f"AI-ModelScope/{TRANSLATOR}", name, "master"),
+            Place(HUGGINGFACE, f"Helsinki-NLP/{TRANSLATOR}", name, "main"),
+        ),
+        least_size=least_size,
+    )
+    for name, least_size in (
+        ("config.json", 2),
+        ("generation_config.json", 2),
+        ("tokenizer_config.json", 2),
+        ("vocab.json", 100_000),
+        ("source.spm", 100_000),
+        ("target.spm", 100_000),
+        ("pytorch_model.bin", 309_000_000),
+    )
+)
+
 GROUPS: dict[str, tuple[KnownFile, ...]] = {
     "majicflus": (MAJICFLUS_BF16, MAJICFLUS_FLOAT8),
     "flux-dev-parts": (CLIP_L, T5_XXL, AE),
@@ -317,6 +343,7 @@ GROUPS: dict[str, tuple[KnownFile, ...]] = {
     "controlnet": (UNION_PRO_2,),
     "controlnet-union": (UNION_PRO,),
     "controlnet-inpainting": (INPAINTING_NET,),
+    "translator": OPUS_MT_ZH_EN,
     "all": (MAJICFLUS_BF16, MAJICFLUS_FLOAT8, CLIP_L, T5_XXL, AE),
 }
 KNOWN_FILES = tuple({file: None for group in GROUPS.values() for file in group})

@@ -19,6 +19,7 @@ log = logging.getLogger("majicflux")
 
 PARTIAL_FOLDER = ".majicflux-download"
 HASH_CHUNK = 2**22
+LFS_POINTER = b"version https://git-lfs"
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -199,7 +200,20 @@ def _check(file: KnownFile, path: Path, with_hash: bool = True) -> None:
         raise DownloadError(say("it has {size:,} bytes instead of at least {least:,}.", **values))
     if with_hash and file.sha256 is not None and _sha256(path) != file.sha256:
         raise DownloadError(say("its SHA-256 is another one."))
-    SafetensorsFile(path)
+    if path.suffix == ".safetensors":
+        SafetensorsFile(path)
+    else:
+        _check_begin(path)
+
+
+def _check_begin(path: Path) -> None:
+    """Raise DownloadError for a page, or a text, in place of a file of another format."""
+    with path.open("rb") as file:
+        begin = file.read(len(LFS_POINTER)).lstrip()
+    if begin.startswith(b"<") or begin == LFS_POINTER:
+        raise DownloadError(say("it is a web page or a pointer, not the file itself."))
+    if path.suffix == ".json" and not begin.startswith(b"{"):
+        raise DownloadError(say("it is no JSON object."))
 
 
 def _sha256(path: Path) -> str:

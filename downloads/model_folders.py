@@ -23,6 +23,17 @@ def names(category: str) -> list[str]:
     return [name for name in host.model_names(category) if not hidden(name)]
 
 
+def whole_folders(category: str) -> dict[str, Path]:
+    """The models of `category` that are folders with a config.json, by name."""
+    found: dict[str, Path] = {}
+    for place in host.model_folders(category):
+        for config in sorted([*place.glob("*/config.json"), *place.glob("*/*/config.json")]):
+            name = str(config.parent.relative_to(place))
+            if not hidden(name):
+                found.setdefault(name, config.parent)
+    return found
+
+
 def resolve(category: str, name: str) -> Path:
     """The file, or the folder of shards, that a choice stands for.
 
@@ -53,12 +64,16 @@ def _long_form(category: str, name: str) -> list[str]:
     pages = [place.page for file in known for place in file.places]
     folders = [str(path) for path in host.model_folders(category)]
     if pages and folders:
-        models = Path(folders[0]).parent
-        group = group_of(known[0])
-        command = f'python -m majicflux.cli download {group} --models "{models}"'
+        command = download_command(category, group_of(known[0]))
         fetch = say("Or run {command} in ComfyUI's custom_nodes.", command=command)
         pages = [say("It is published at:"), *pages, fetch]
     return [*pages, say("It was looked for in:"), *folders]
+
+
+def download_command(category: str, group: str) -> str:
+    """What fetches a group of files into the host's models folder."""
+    models = host.model_folders(category)[0].parent
+    return f'python -m majicflux.cli download {group} --models "{models}"'
 
 
 def problem(category: str, name: Any, inspect: Callable[[Path], Any]) -> str | None:

@@ -66,6 +66,9 @@ SHOW_SECONDS = 0.25  # between two texts on a node that is loading
 # Four maps of 64 channels in float32 at the size of the picture, of which three are alive at once.
 TAESD_PIXEL_BYTES = 4 * 64 * 4
 
+# A folder that ComfyUI itself has not; extra_model_paths.yaml may name more of the kind.
+folder_paths.add_model_folder_path("translation", str(Path(folder_paths.models_dir, "translation")))
+
 check_cancelled = mm.throw_exception_if_processing_interrupted
 compute_device = mm.get_torch_device
 text_encoder_device = mm.text_encoder_device

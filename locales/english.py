@@ -10,7 +10,7 @@ from typing import Any
 from majicflux.nodes import NODES
 
 FOLDER = Path(__file__).parent / "en"
-FILES = {"file", "clip_l", "t5"}  # combos whose options are the user's own files
+FILES = {"file", "clip_l", "t5", "model"}  # combos whose options are the user's own files
 WRITTEN = {  # by web/majicflux.js itself, which fills in words in capitals, min and max
     "stopped": "stopped",
     "missing": "INPUT is not connected.",

@@ -15,6 +15,7 @@ from .lora import LoRA
 from .pipeline import PipelineNode
 from .sample import Sample
 from .text_encoders import TextEncodersNode
+from .translate import Translate
 from .vae_loader import VAELoader
 
 NODES = [
@@ -24,6 +25,7 @@ NODES = [
     TextEncodersNode,
     VAELoader,
     PipelineNode,
+    Translate,
     Sample,
     EncodePrompt,
     EncodeImage,
