@@ -7,13 +7,20 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from .downloads.catalogue import GROUPS, HUB_NAMES, MODELSCOPE, files_of
+from .downloads.catalogue import (
+    GROUPS,
+    HUB_NAMES,
+    MODELSCOPE,
+    TRANSLATION,
+    TRANSLATOR,
+    files_of,
+)
 from .engine.quant.formats import PRECISIONS
 from .host import standalone
 from .host.canvas import node_types, with_values
@@ -22,10 +29,15 @@ from .host.image_nodes import image_nodes
 from .host.schema import ComfyNode
 from .messages import MajicFluxError, say
 from .nodes import NODES
+from .nodes.translate import translator_of
 
 DEMO_WORKFLOW = Path(__file__).parent / "workflows" / "api" / "text_to_image.json"
 DEMO_FOLDER = Path("majicflux-demo")
 DEMO_SIZE = (256, 256)  # that the demo models know best
+PROMPTS = {  # inputs that `run --translate` translates, by node
+    "MajicFluxSample": ("prompt", "negative_prompt"),
+    "MajicFluxEncodePrompt": ("prompt",),
+}
 MOST = 1_000_000  # that any number of an option may be
 
 
@@ -193,6 +205,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(run)
     run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
     run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
+    run.add_argument(
+        "--translate",
+        nargs="?",
+        const=TRANSLATOR,
+        metavar="MODEL",
+        help="translate the Chinese in its prompts, with this folder in models/translation "
+        f"(without one: {TRANSLATOR})",
+    )
     run.set_defaults(command=_run)
 
     batch = commands.add_parser(
@@ -421,8 +441,32 @@ def _doctor(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     graph = read_graph(options.workflow)
     folders = (options.output, options.input)
-    for path in _paint(options.workflow, graph, options.models, *folders, options.set):
+    translate = None
+    if options.translate is not None:
+        translate = _translator(options.translate, options.models)
+    for path in _paint(options.workflow, graph, options.models, *folders, options.set, translate):
         print(path)
+
+
+def _translator(model: str, models: Path) -> Callable[[Graph], None]:
+    """A function that puts the prompts of a graph into English, and prints each that was not.
+
+    Raises ModelFileError when there is no such translator, or it is damaged.
+    """
+    from .translation.frame import has_chinese
+
+    standalone.models_folder = models
+    translate = translator_of(model)
+
+    def on_graph(graph: Graph) -> None:
+        for node in graph.values():
+            for name in PROMPTS.get(node["class_type"], ()):
+                prompt = node["inputs"].get(name)
+                if isinstance(prompt, str) and has_chinese(prompt):
+                    node["inputs"][name] = translate(prompt)
+                    print(node["inputs"][name], flush=True)
+
+    return on_graph
 
 
 def _batch(options: argparse.Namespace) -> None:
@@ -483,6 +527,11 @@ def _download(options: argparse.Namespace) -> None:
     require_space(files, options.hub, options.models)  # for all, so that none fails hours later
     for file in files:
         print(download(file, options.hub, options.models))
+    if options.group == "translator":
+        from .translation.conversion import convert_pickled
+
+        for path in convert_pickled(options.models / TRANSLATION):
+            print(path)
 
 
 def _paint(
@@ -492,14 +541,17 @@ def _paint(
     output: Path,
     input_folder: Path,
     settings: Sequence[str] = (),
+    change: Callable[[Graph], None] | None = None,
 ) -> list[Any]:
-    """Run the graph; returns the paths of its pictures."""
+    """Run the graph; returns the paths of its pictures. change: called with it as it will run."""
     standalone.models_folder = models
     metadata: dict[str, Any] = {"prompt": graph}
     ComfyNode.hidden.extra_pnginfo = metadata
     classes = {node.define_schema().node_id: node for node in NODES}
     classes |= image_nodes(output, input_folder, metadata)
     set_inputs(graph, settings, classes)
+    if change is not None:
+        change(graph)
     with suppress(Exception):  # anything: a file of another shape, and no picture is lost for it
         canvas = _canvas_of(workflow)
         schemas = {name: node.define_schema() for name, node in classes.items()}

@@ -109,33 +109,41 @@ class Translate(Node):
         require_length(prompt)
         if not has_chinese(prompt):
             return io.NodeOutput(plain(prompt), ui=host.node_text([plain(prompt)]))
-        folder = model_folders.whole_folders(TRANSLATION).get(model)
-        if folder is None:
-            lines = [untranslated(model)]
-            log.warning("%s", lines[0])
+        if model not in model_folders.whole_folders(TRANSLATION):
+            stays = say(
+                "The prompt stays in Chinese, which T5 cannot read and CLIP-L hardly: the picture "
+                "will follow it poorly."
+            )
+            lines = [stays, _missing(model)]
+            log.warning("%s", " ".join(lines))
             return io.NodeOutput(prompt, ui=host.node_text(lines))
         start = time.perf_counter()
-        english = translator_in(folder)(prompt, host.check_cancelled)
+        english = translator_of(model)(prompt, host.check_cancelled)
         seconds = time.perf_counter() - start
         log.info("%s (%s, %.1f s)", english, model, seconds)
         by = say("translated by {model}, {seconds:.1f} s", model=model, seconds=seconds)
         return io.NodeOutput(english, ui=host.node_text([english, by]))
 
 
-def untranslated(model: str) -> str:
-    """What to say of a prompt that stays in Chinese, as there is no such model."""
+def translator_of(model: str) -> "Translator":
+    """The model of that name, read once.
+
+    Raises ModelFileError when it is not in the host's folders, or cannot be used.
+    """
+    folder = model_folders.whole_folders(TRANSLATION).get(model)
+    if folder is None:
+        raise ModelFileError(_missing(model))
+    return _translator(folder, _state(folder))
+
+
+def _missing(model: str) -> str:
     return say(
-        "The prompt stays in Chinese, and the picture will hardly follow it: T5 cannot read "
-        "Chinese. No translator {model} is in models/translation; fetch it with {command} in "
-        "ComfyUI's custom_nodes, then press R and choose it.",
+        "No translator {model} is in models/translation. Fetch {known} with {command} in ComfyUI's "
+        "custom_nodes, then press R and choose it.",
         model=model or TRANSLATOR,
+        known=TRANSLATOR,
         command=model_folders.download_command(TRANSLATION, "translator"),
     )
-
-
-def translator_in(folder: Path) -> "Translator":
-    """The one of this folder, read once. Raises ModelFileError when it cannot be used."""
-    return _translator(folder, _state(folder))
 
 
 @lru_cache(maxsize=1)  # they are large, and their use is over in seconds

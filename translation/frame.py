@@ -28,7 +28,7 @@ STOPS = {"，": ",", "、": ",", "。": ".", "；": ";", "！": "!", "？": "?"}
 PLAIN = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 PLAIN |= {**STOPS, "【": "[", "】": "]", "〔": "[", "〕": "]", "\u3000": " "}
 SIGNS = f"[{re.escape(''.join(PLAIN))}]"
-SIGN_OR_QUOTED = re.compile(f"(?P<signs>{SIGNS}+)|{QUOTED}")
+SIGN_OR_QUOTED = re.compile(f"(?P<sign>{SIGNS})|{QUOTED}")
 
 # Of Chinese: digits and lone letters that touch it ("8K画质", "T恤"), and signs within names.
 WITHIN = rf"(?:{HAN}|[0-9%·《》〈〉—~]|[.-](?=[0-9])|(?<![A-Za-z])[A-Za-z](?![A-Za-z0-9]))"
@@ -81,12 +81,12 @@ def plain(prompt: str) -> str:
 
 
 def _plain(match: re.Match[str]) -> str:
-    signs = match["signs"]
-    if signs is None:
+    sign = match["sign"]
+    if sign is None:
         return match[0]
-    text = "".join(PLAIN[sign] for sign in signs)
     following = match.string[match.end() : match.end() + 1]
-    return f"{text} " if signs[-1] in STOPS and AFTER_A_GAP.match(following) else text
+    gap = sign in STOPS and AFTER_A_GAP.match(PLAIN.get(following, following))
+    return PLAIN[sign] + " " if gap else PLAIN[sign]
 
 
 def _pieces(prompt: str, unit: Unit) -> Iterator[tuple[str, bool]]:
