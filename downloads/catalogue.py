@@ -346,7 +346,10 @@ GROUPS: dict[str, tuple[KnownFile, ...]] = {
     "translator": OPUS_MT_ZH_EN,
     "all": (MAJICFLUS_BF16, MAJICFLUS_FLOAT8, CLIP_L, T5_XXL, AE),
 }
-KNOWN_FILES = tuple({file: None for group in GROUPS.values() for file in group})
+# Those that are chosen in a node by name: of a translator that is the folder.
+KNOWN_FILES = tuple(
+    {f: None for group in GROUPS.values() for f in group if group is not OPUS_MT_ZH_EN}
+)
 # One of each group stands in for another: each hub has it in a precision of its own.
 SISTERS = (GROUPS["majicflus"], GROUPS["kontext"])
 

@@ -80,6 +80,11 @@ CONTRACT = {
         ],
         ["MAJICFLUX_PIPELINE"],
     ),
+    "MajicFluxTranslate": (
+        "translate prompt",
+        ["prompt:STRING", "model:COMBO"],
+        ["STRING"],
+    ),
     "MajicFluxSample": (
         "sample",
         [
