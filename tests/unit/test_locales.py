@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from majicflux.downloads import model_folders
 from majicflux.host import current as host
 from majicflux.nodes import NODES
 
@@ -67,6 +68,8 @@ def test_english_has_every_node_input_and_output() -> None:
 
 def test_every_choice_has_a_label_but_the_names_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "model_names", lambda category: ["model.safetensors"])
+    folders = {"model.safetensors": Path()}
+    monkeypatch.setattr(model_folders, "whole_folders", lambda category: folders)
     for node in NODES:
         schema = node.define_schema()
         texts = english()["nodeDefs.json"][schema.node_id].get("inputs", {})
