@@ -21,10 +21,10 @@ const SISTERS = [ // files of one model
     ["flux1-dev-kontext_fp8_scaled.safetensors", "flux1-kontext-dev.safetensors"],
 ];
 const TEMPLATES = [ // from simple to special
-    "text_to_image", "text_to_image_6gb", "text_to_image_lora", "image_to_image", "inpainting",
-    "kontext_edit", "fill_inpainting", "fill_outpainting", "redux_variation", "depth_control_lora",
-    "controlnet_union_canny",
-    "batch_with_a_grid", "compare_precisions", "mixed_with_stock_nodes",
+    "text_to_image", "text_to_image_6gb", "text_to_image_lora", "text_to_image_translated",
+    "image_to_image", "inpainting", "kontext_edit", "fill_inpainting", "fill_outpainting",
+    "redux_variation", "depth_control_lora", "controlnet_union_canny", "batch_with_a_grid",
+    "compare_precisions", "mixed_with_stock_nodes",
 ];
 const FOUND_FIRST = ["MajicFluxDiTLoader", "MajicFluxSample"]; // in a search, of ours
 const RUN = "majicflux_run"; // in `extra` of a workflow: the run that it is of

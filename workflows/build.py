@@ -24,6 +24,7 @@ from majicflux.downloads.catalogue import (
     REDUX,
     SIGCLIP,
     T5_XXL,
+    TRANSLATOR,
     TURBO,
     UNION_PRO_2,
     KnownFile,
@@ -52,6 +53,7 @@ ROOM = {
     "MajicFluxVAELoader": 84,
     "MajicFluxPipeline": 200,
     "MajicFluxEncodePrompt": 130,
+    "MajicFluxTranslate": 100,
     "MajicFluxSample": 52,
     "MajicFluxDenoise": 100,
     "LoadImage": 280,
@@ -290,7 +292,13 @@ def _note(
     either_too = (
         several * "Either of the first two will do; the loader takes the one that is there. "
     )
-    why = f"提示词请用英文：T5 读不了中文。原文：{prompt}\n\n" if prompt else ""
+    why = ""
+    if prompt:
+        why = (
+            f"提示词请用英文：T5 读不了中文。原文：{prompt}\n\n"
+            "要用中文写，在它前面接“翻译提示词”节点。"
+            "To write in Chinese, connect translate prompt before it.\n\n"
+        )
     return f"""## {title}
 
 {chinese}
@@ -402,6 +410,29 @@ def text_to_image_lora() -> Template:
         "loads nothing again.",
         CITY_IN_CHINESE,
         TURBO,
+    ))  # fmt: skip
+    return template
+
+
+def text_to_image_translated() -> Template:
+    template = Template("text_to_image_translated")
+    pipeline = _pipeline(template)
+    english = template.add("MajicFluxTranslate", 1, prompt=CITY_IN_CHINESE, model=TRANSLATOR)
+    sample = template.add(
+        "MajicFluxSample", 2, pipeline=pipeline, prompt=(english, 0), size="1024x1024 (1:1)"
+    )
+    template.app(english, "prompt", "model")
+    template.app(sample, "size", "seed", "steps", "guidance", "batch_size")
+    _save(template, 3, (sample, 0))
+    template.note(3, _note(
+        "中文提示词文生图 / Text to image from a Chinese prompt",
+        "在“翻译提示词”里写中文，它在本机译成英文再交给麦橘采样，节点上显示英文。引号里的文字、"
+        "权重和英文保持原样。翻译模型用 `download translator` 下载，在 custom_nodes 里运行；"
+        "没有它时提示词仍是中文，画面不太会听它的。",
+        "Write Chinese into translate prompt: it makes English of it on this machine for sample, "
+        "and shows it. Quoted text, weights and English stay as they are. Its model is fetched by "
+        "`download translator`, run in custom_nodes; without it the prompt stays in Chinese, and "
+        "the picture will follow it poorly.",
     ))  # fmt: skip
     return template
 
@@ -680,6 +711,7 @@ BUILDERS = [  # from simple to special: web/majicflux.js lists them so
     text_to_image,
     text_to_image_6gb,
     text_to_image_lora,
+    text_to_image_translated,
     image_to_image,
     inpainting,
     kontext_edit,
