@@ -31,17 +31,19 @@ from browser.test_canvas import (
 )
 from browser.test_screens import DONE, outputs
 from picture_models import redux_layout, vision_layout, write_files
+from translators import write_marian
 
 from comfyui_server import Server
 from majicflux.benchmarks.flux_graphs import Graph, ours
 from majicflux.benchmarks.random_models import random_tensors
-from majicflux.downloads.catalogue import REDUX, SIGCLIP
+from majicflux.downloads.catalogue import REDUX, SIGCLIP, TRANSLATION, TRANSLATOR
 from majicflux.loaders.demo_models import T5_FILE, write_demo_models
 from majicflux.loaders.text_encoders import inspect_t5
 from majicflux.messages import speak
 from majicflux.tools.little_world.depth import depth_map
 from majicflux.tools.little_world.painting import paint
 from majicflux.tools.little_world.scenes import Scene
+from majicflux.workflows.build import CITY, CITY_IN_CHINESE
 
 PAINTED = {  # as the demo models can
     "steps": 20, "width": 256, "height": 256, "cell_width": 256, "cell_height": 256,
@@ -113,6 +115,9 @@ def main() -> None:
     write_demo_models(base / "models")
     put_silent_redux(base / "models")
     seeing = put_models_that_see(base / "models")
+    clauses = zip(CITY_IN_CHINESE.split(","), CITY.split(", "), strict=True)
+    documented = {chinese.strip("。"): english for chinese, english in clauses}
+    write_marian(base / "models" / TRANSLATION / TRANSLATOR, documented)
     server = Server(Path(os.environ["COMFYUI_PATH"]), base / "comfyui", base / "models")
     try:
         with sync_playwright() as playwright:
