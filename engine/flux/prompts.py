@@ -150,7 +150,7 @@ class TokenCounts:
             said.append(
                 say(
                     "T5 could not read {unread} of {characters} characters: write the prompt in "
-                    "English.",
+                    "English, or put translate prompt before it.",
                     unread=self.unread,
                     characters=self.characters,
                 )

@@ -232,7 +232,10 @@ def test_a_run_paints_in_chinese_as_in_english(make_pipeline, monkeypatch) -> No
 def test_counts_of_tokens_are_in_chinese(chinese: None) -> None:
     counts = TokenCounts(90, 120, 75, 7, 52)
     assert str(counts) == "CLIP-L 读了 90 个 token 中的 75 个，T5 读了全部 120 个"
-    assert counts.warning == "T5 读不了 52 个字符中的 7 个：提示词请用英文。"
+    assert (
+        counts.warning
+        == "T5 读不了 52 个字符中的 7 个：提示词请用英文，或者在前面接上“翻译提示词”。"
+    )
 
 
 def test_the_doctor_speaks_chinese(
