@@ -14,7 +14,7 @@ Graph = dict[str, Any]
 PROMPT = "A red fox in the snow at dawn, detailed fur, film photograph"
 GUIDANCE = 3.5
 LORA = "random.safetensors"
-CONTROL_NET, PICTURE = "random.safetensors", "random.png"
+CONTROL_NET = "random.safetensors"
 CONTROL_STRENGTH = 0.7
 SEEN = ("reference", "control net")  # what a picture can be to ours and ComfyUI's
 DIT, CLIP, T5, VAE = (
@@ -81,7 +81,7 @@ def native(seed: int, steps: int, side: int, dtype: str, lora: float = 0.0) -> G
 def ours_seeing(picture: str, *given: Any) -> Graph:
     """picture: one of SEEN; given: to `ours`."""
     graph = ours(*given)
-    graph["picture"] = {"class_type": "LoadImage", "inputs": {"image": PICTURE}}
+    graph["picture"] = _picture(graph["5"]["inputs"]["width"])
     if picture == "reference":
         graph["5"]["inputs"]["reference"] = ["picture", 0]
         return graph
@@ -94,6 +94,12 @@ def ours_seeing(picture: str, *given: Any) -> Graph:
     return graph
 
 
+def _picture(side: int) -> dict[str, Any]:
+    """A grey one: what is seen costs as much, whatever it is."""
+    inputs = {"width": side, "height": side, "batch_size": 1, "color": 0x808080}
+    return {"class_type": "EmptyImage", "inputs": inputs}
+
+
 def native_seeing(picture: str, *given: Any) -> Graph:
     """picture: one of SEEN; given: to `native`."""
 
@@ -101,7 +107,7 @@ def native_seeing(picture: str, *given: Any) -> Graph:
         return {"class_type": kind, "inputs": inputs}
 
     graph = native(*given)
-    graph["picture"] = node("LoadImage", image=PICTURE)
+    graph["picture"] = _picture(graph["7"]["inputs"]["width"])
     if picture == "reference":
         graph["seen"] = node("VAEEncode", pixels=["picture", 0], vae=["3", 0])
         graph["with"] = node("ReferenceLatent", conditioning=["4", 0], latent=["seen", 0])

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import BinaryIO
 
-from PIL import Image
 from safetensors.torch import save_file
 
 from majicflux.engine.flux.geometry import (
@@ -25,12 +23,11 @@ from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 
 from . import random_models
-from .flux_graphs import CONTROL_NET, LORA, PICTURE
+from .flux_graphs import CONTROL_NET, LORA
 from .random_lora import random_lora
 
 LORA_RANK = 16
 CONTROL_BLOCKS = 6
-COARSE = 32  # pixels of a random picture before it is enlarged
 PREFIX = "model.diffusion_model."
 
 
@@ -82,18 +79,12 @@ def write_lora(folder: Path, small: bool = False) -> None:
         save_file({f"diffusion_model.{name}": t for name, t in tensors.items()}, path)
 
 
-def write_seen(base: Path, small: bool = False) -> None:
-    """PICTURE in the input folder of a ComfyUI's `base`, and CONTROL_NET, 4 GB, as Union-Pro 2.0's
-    in the names of Diffusers; those there are kept."""
-    path, picture = base / "models" / "controlnet" / CONTROL_NET, base / "input" / PICTURE
+def write_control_net(folder: Path, small: bool = False) -> None:
+    """CONTROL_NET under `folder`, 4 GB, random, as Union-Pro 2.0; one that is there is kept."""
+    path = folder / "controlnet" / CONTROL_NET
     if not path.exists():
         layout = _control_net_layout(random_models.DIT if small else FluxGeometry(), small)
         _write(path, layout, "", partial(_draw, layout))
-    if not picture.exists():
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        noise = Random(0).randbytes(3 * COARSE * COARSE)  # not so fine that nothing is in latents
-        image = Image.frombytes("RGB", (COARSE, COARSE), noise)
-        image.resize((64, 64) if small else (1024, 1024), Image.Resampling.BICUBIC).save(picture)
 
 
 def _control_net_layout(g: FluxGeometry, small: bool) -> Layout:

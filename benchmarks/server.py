@@ -27,7 +27,7 @@ from majicflux.dev import find_comfyui
 from . import flux_graphs, turns
 from .card_counter import card_counter, leaving_free
 from .comfyui import ROOT, ComfyUI
-from .full_size import write_lora, write_models, write_seen
+from .full_size import write_control_net, write_lora, write_models
 from .painting import Painting, Session
 from .table import Row, report
 
@@ -239,7 +239,7 @@ def _measure(bench: Bench, chosen: argparse.Namespace) -> Iterator[Row]:
     if "loras" in parts:
         write_lora(bench.scratch / "models", small=quick)
     if "pictures" in parts:
-        write_seen(bench.scratch, small=quick)
+        write_control_net(bench.scratch / "models", small=quick)
     cards = "free" if quick else chosen.cards or (CARDS if "speeds" in parts else TURNS_CARDS)
     all_flags = chosen.flags or (FLAGS if "speeds" in parts and not quick else [""])
     for card, session in _servers(bench, cards, all_flags) if parts != {"first"} else ():
