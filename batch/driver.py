@@ -2,8 +2,8 @@
 
 import json
 import logging
+import platform
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -114,7 +114,7 @@ class Batch:
             "seed": job.seed,
             "pictures": answer.get("pictures", {}),
             "seconds": answer.get("seconds"),
-            "host": socket.gethostname(),
+            "host": platform.node(),
             "card": answer["card"],
             "tries": answer["tries"],
             "error": answer.get("problem"),

@@ -23,7 +23,9 @@ from majicflux.nodes import NODES
 from majicflux.nodes.sample import CUSTOM
 from majicflux.workflows import build
 
-FOLDERS = ("diffusion_models", "loras", "text_encoders", "vae", "style_models", "clip_vision")
+FOLDERS = (
+    "diffusion_models", "loras", "text_encoders", "vae", "style_models", "clip_vision", "controlnet",
+)  # fmt: skip
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 API_FILES = sorted((WORKFLOWS / "api").glob("*.json"))
 TEXT_TO_IMAGE = WORKFLOWS / "api" / "text_to_image.json"
