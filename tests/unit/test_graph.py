@@ -24,7 +24,8 @@ from majicflux.nodes.sample import CUSTOM
 from majicflux.workflows import build
 
 FOLDERS = (
-    "diffusion_models", "loras", "text_encoders", "vae", "style_models", "clip_vision", "controlnet",
+    "diffusion_models", "loras", "text_encoders", "vae", "style_models", "clip_vision",
+    "controlnet",
 )  # fmt: skip
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 API_FILES = sorted((WORKFLOWS / "api").glob("*.json"))
