@@ -179,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
         help="pictures that a Kontext model is shown",
     )  # fmt: skip
     plan.add_argument(
+        "--control-nets", type=Path, nargs="+", default=(), metavar="FILE",
+        help="ControlNets that run beside the transformer, in its precision",
+    )  # fmt: skip
+    plan.add_argument(
         "--file", type=Path, help="a transformer, by default one of FLUX.1-dev's sizes"
     )
     plan.add_argument("--precision", choices=PRECISIONS, default="float8_e4m3fn")
@@ -294,6 +298,7 @@ def _plan(options: argparse.Namespace) -> None:
     from .engine.errors import BudgetTooSmallError
     from .engine.plan.estimate import estimate_plan
     from .engine.sizes import require_size
+    from .loaders.controlnet import inspect_control_net
     from .loaders.flux_dit import inspect_flux_dit
 
     for size in (options.size, *options.references):
@@ -311,6 +316,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.copy_rate,
         options.matrix_rate,
         options.references,
+        [inspect_control_net(path)[0] for path in options.control_nets],
     )
     print(json.dumps(plan.as_dict(), indent=2) if options.json else plan)
     try:

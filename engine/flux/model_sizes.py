@@ -16,6 +16,7 @@ from .geometry import (
     VAE_DECODER,
     VAE_ENCODER,
     ClipGeometry,
+    ControlGeometry,
     FluxGeometry,
     T5Geometry,
     VAEPart,
@@ -38,6 +39,14 @@ class _Linear:
 
 
 @dataclass(frozen=True)
+class _Embedding(_Linear):
+    """Rows without a bias or a scale."""
+
+    def nbytes(self, precision: Precision) -> int:
+        return aligned(self.out * self.inputs * itemsize(getattr(precision, self.kind).dtype))
+
+
+@dataclass(frozen=True)
 class _FluxLayers:
     blocks: list[list[_Linear]]
     once: list[list[_Linear]]
@@ -49,6 +58,7 @@ class _FluxLayers:
 
 
 def _flux_layers(g: FluxGeometry) -> _FluxLayers:
+    """Of a transformer, or of a control net, whose blocks are each followed by an output."""
     d, wide = g.hidden, MLP_RATIO * g.hidden
     qkv, out = _Linear("attention", 3 * d, d), _Linear("attention", d, d)
     stream = [out, _Linear("mlp", wide, d), _Linear("mlp", d, wide)]
@@ -56,19 +66,33 @@ def _flux_layers(g: FluxGeometry) -> _FluxLayers:
     timestep = [_Linear("rest", d, TIMESTEP_CHANNELS), _Linear("rest", d, d)]
     pooled = [_Linear("rest", d, g.pooled_width), _Linear("rest", d, d)]
     text = _Linear("rest", d, g.text_width)
+    embedders = [text, *pooled, *timestep, *(timestep if g.guidance else [])]
+    last, root, output = [], [_Linear("rest", d, g.in_channels)], []
+    if isinstance(g, ControlGeometry):
+        output = [[_Linear("attention", d, d)]]
+        root.append(_Linear("rest", d, g.hint_channels))
+        if g.modes:
+            embedders.append(_Embedding("rest", g.modes, d))
+    else:
+        last = [[_Linear("rest", 2 * d, d)]]
+        root.append(_Linear("rest", g.out_channels, d))
     return _FluxLayers(
-        [[qkv, qkv], stream, stream] * g.double_blocks + [single] * g.single_blocks,
         [
-            [text, *pooled, *timestep, *(timestep if g.guidance else [])],
+            *[[qkv, qkv], stream, stream, *output] * g.double_blocks,
+            *[single, *output] * g.single_blocks,
+        ],
+        [
+            embedders,
             *[[_Linear("modulation", 6 * d, d)]] * (2 * g.double_blocks),
             *[[_Linear("modulation", 3 * d, d)]] * g.single_blocks,
-            [_Linear("rest", 2 * d, d)],
+            *last,
         ],
-        [_Linear("rest", d, g.in_channels), _Linear("rest", g.out_channels, d)],
+        root,
     )
 
 
 def flux_dit_sizes(g: FluxGeometry, precision: Precision) -> WeightSizes:
+    """Of a transformer or of a control net."""
     layers = _flux_layers(g)
 
     def norm(kind: str) -> int:

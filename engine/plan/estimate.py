@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from ..flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from ..flux.geometry import ClipGeometry, ControlGeometry, FluxGeometry, T5Geometry
 from ..flux.model_sizes import conversion_bytes, flux_dit_sizes, text_encoder_sizes, vae_sizes
+from ..offload.weight_sizes import joined
 from ..quant.formats import BFLOAT16, Precision, itemsize
 from .denoising import plan_denoising, step_seconds
 from .device import WORKSPACE_BYTES, DeviceProfile
@@ -24,18 +25,19 @@ def estimate_plan(
     copy_rate: float | None,
     matrix_rate: float | None,
     references: Sequence[tuple[int, int]] = (),
+    controls: Sequence[ControlGeometry] = (),
 ) -> Plan:
     """The plan for an NVIDIA card with fused kernels, CLIP-L, T5-XXL and the VAE in bfloat16.
 
-    picture: width, height, batch size, steps; references: widths and heights. Rates in GB/s and
-    TFLOP/s, to predict the time.
+    picture: width, height, batch size, steps; references: widths and heights; controls: control
+    nets, in the same precision. Rates in GB/s and TFLOP/s, to predict the time.
     """
     geometry, dtype = geometry or FluxGeometry(), BFLOAT16.dtype
     seen = [Workload(*size) for size in references]
     workload = Workload(*picture, reference_tokens=sum(each.image_tokens for each in seen))
-    if geometry.takes_picture:
+    if geometry.takes_picture or controls:
         seen.append(workload)
-    dit = flux_dit_sizes(geometry, precision)
+    dit, *nets = (flux_dit_sizes(each, precision) for each in (geometry, *controls))
     encoders = text_encoder_sizes(ClipGeometry(), T5Geometry(), dtype)
     vae = vae_sizes(dtype)
     rates = () if not (copy_rate and matrix_rate) else (
@@ -43,10 +45,12 @@ def estimate_plan(
     )  # fmt: skip
     profile = DeviceProfile(WORKSPACE_BYTES, True, *rates)
     budget = None if vram_gb is None else int(vram_gb * GB)
-    others = dit.travelling_bytes + vae.travelling_bytes
+    others = sum(each.travelling_bytes for each in (dit, *nets, vae))
     denoising = plan_denoising(
-        dit, geometry, workload, itemsize(dtype), eight_bit and precision.eight_bit,
-        conversion_bytes(geometry, precision, dtype, eight_bit), budget, profile,
+        joined([dit, *nets]), geometry, workload, itemsize(dtype),
+        eight_bit and precision.eight_bit,
+        max(conversion_bytes(g, precision, dtype, eight_bit) for g in (geometry, *controls)),
+        budget, profile, controls=controls,
     )  # fmt: skip
     largest = sorted(seen, key=lambda each: each.image_tokens)[-1:]
     stages = (
@@ -55,4 +59,5 @@ def estimate_plan(
         denoising,
         plan_decode(vae, workload, itemsize(dtype), budget, profile),
     )
-    return Plan(workload, budget, stages, step_seconds(denoising, geometry, workload, profile))
+    seconds = step_seconds(denoising, geometry, workload, profile, controls)
+    return Plan(workload, budget, stages, seconds)

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from file_layouts import sparse_file, to_diffusers
+from majicflux.engine.flux.geometry import ControlGeometry
 from majicflux.loaders import demo_models
+from majicflux.loaders.layouts import control_net_layout
 
 LIBRARIES = {"torch", "numpy", "PIL", "transformers", "diffsynth", "modelscope"}
 WORKFLOW = Path(__file__).parents[2] / "workflows" / "api" / "text_to_image.json"
@@ -184,6 +188,30 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path: Path, option: str) -> N
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("majicflux plan: error: argument --")
     assert ": give a " in done.stderr
+
+
+def test_the_plan_counts_control_nets_in(tmp_path: Path) -> None:
+    """A net of full width with one block, of which there is the header alone."""
+    layout = control_net_layout(ControlGeometry(double_blocks=1))
+    names = {name: torch.empty(shape, device="meta") for name, shape in layout.items()}
+    extra = {name: x for name, x in names.items() if name.startswith("controlnet_")}
+    theirs = to_diffusers({n: x for n, x in names.items() if n not in extra}) | extra
+    path = sparse_file(tmp_path / "net.safetensors", {n: tuple(x.shape) for n, x in theirs.items()})
+
+    def planned(*more: str) -> dict:
+        done = majicflux(tmp_path, "plan", "--json", "--vram=4", *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    alone, shown = planned(), planned("--control-nets", str(path))
+    names = [phase["name"] for phase in shown["phases"]]
+    assert names == ["text encoders", "VAE encode", "denoising", "VAE decode"]
+    travelling = [plan["phases"][-2]["visiting"] for plan in (alone, shown)]
+    block = 12 * 2 * 3072**2 + 3072**2  # its two streams in 8 bits, and its output
+    assert travelling[1] - travelling[0] > block
+    done = majicflux(tmp_path, "plan", "--control-nets", str(tmp_path / "none.safetensors"))
+    assert done.returncode == 1
+    assert "none.safetensors" in done.stderr
 
 
 def test_the_plan_counts_reference_pictures_in(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.geometry import ControlGeometry, FluxGeometry
 from majicflux.engine.plan import estimate
 from majicflux.engine.plan.plan import DENOISE, Plan
 from majicflux.engine.plan.units import GB, in_gb_above
@@ -129,11 +129,14 @@ def test_every_choice_is_explained() -> None:
         assert all(f"`{n}`" in about_sampling for n in [*SOLVERS, *SCHEDULES])
 
 
-def planned(gb: float, side: int = 1024, channels: int = 64, references: int = 0) -> Plan:
-    """references: of 1024 x 1024."""
+def planned(
+    gb: float, side: int = 1024, channels: int = 64, references: int = 0, union_pros: int = 0
+) -> Plan:
+    """references: of 1024 x 1024; union_pros: control nets, Union-Pro 2.0's."""
     given = (PRECISIONS["float8_e4m3fn"], (side, side, 1, 20), gb, True, None, None)
     geometry = FluxGeometry(in_channels=channels)
-    return estimate.estimate_plan(geometry, *given, [(1024, 1024)] * references)
+    seen = [(1024, 1024)] * references, [ControlGeometry()] * union_pros
+    return estimate.estimate_plan(geometry, *given, *seen)
 
 
 def in_gb(size: int) -> str:
@@ -153,7 +156,11 @@ def rows(*cells: list[object]) -> str:
 ])  # fmt: skip
 def test_the_figures_of_the_readmes_are_the_planners(page: str, kontext: str) -> None:
     jobs = {f"{side}×{side}": (side,) for side in SIDES}
-    jobs |= {f"1024×1024, {kontext}": (1024, 64, 1), "1024×1024, Fill": (1024, 384)}
+    jobs |= {
+        f"1024×1024, {kontext}": (1024, 64, 1),
+        "1024×1024, Fill": (1024, 384),
+        "1024×1024, ControlNet Union-Pro 2.0": (1024, 64, 0, 1),
+    }
 
     def row(name: str, job: tuple[int, ...]) -> list[object]:
         smallest = in_gb_above(planned(4, *job).smallest_bytes)

@@ -5,13 +5,16 @@ from collections import Counter
 
 import pytest
 import torch
+from control_nets import FILES
 
 from majicflux.benchmarks import random_models
 from majicflux.engine.flux import model_sizes
+from majicflux.engine.flux.controlnet import build_control_net
 from majicflux.engine.flux.geometry import (
     VAE_DECODER,
     VAE_ENCODER,
     ClipGeometry,
+    ControlGeometry,
     FluxGeometry,
     T5Geometry,
 )
@@ -64,6 +67,19 @@ def test_a_transformer_is_as_large_as_its_geometry_says(
             computing = ComputePrecision(getattr(torch, dtype), formats)
             found = computing.conversion_bytes(weights.module)
             assert found == conversion_bytes(geometry, stored, dtype, bool(formats))
+
+
+@pytest.mark.parametrize("precision", STORED)
+@pytest.mark.parametrize("geometry", [*FILES.values(), ControlGeometry()])
+def test_a_control_net_is_as_large_as_its_geometry_says(
+    geometry: ControlGeometry, precision: str
+) -> None:
+    stored = STORED[precision]
+    weights = build_control_net(geometry, stored)
+    assert told(weights.sizes) == told(flux_dit_sizes(geometry, stored))
+    computing = ComputePrecision(torch.bfloat16)
+    found = computing.conversion_bytes(weights.module)
+    assert found == conversion_bytes(geometry, stored, "bfloat16", eight_bit=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
