@@ -480,7 +480,7 @@ def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit:
     planned, ranks = bound_bytes(
         weights.module, adapters, names, compute.method(weights.module, CPU)
     )
-    assert ranks == 32
+    assert ranks == 48
     module = weights.module
     given = (module, adapters, names, torch.bfloat16, CPU)
     with compute.applied_to(module, CPU), adapted(*given):
