@@ -181,7 +181,7 @@ def test_fill_depth_and_canny_models(comfy, base: Graph, wide_model: str, channe
     same_latents(comfy, graph | stock(latent_image=["given", 2], **given))
     graph["ours"] = ours()
     graph["shown"] = node("PreviewAny", source=["ours", 0])
-    assert "which needs a picture too. Connect" in error_of(comfy, graph)
+    assert "it needs a picture too. Connect" in error_of(comfy, graph)
 
 
 @pytest.mark.parametrize("channels", [384])
