@@ -606,7 +606,9 @@ def controlnet_union_canny() -> Template:
     pipeline = _pipeline(template)
     picture = template.add("LoadImage", 1, image="example.png")
     template.app(picture, "image")
-    edges = template.add("Canny", 1, image=(picture, 0), low_threshold=0.2, high_threshold=0.5)
+    edges = template.add(
+        "Canny", 1, "轮廓 / Edges", image=(picture, 0), low_threshold=0.2, high_threshold=0.5
+    )
     net = template.add(
         "MajicFluxControlNet", 1, file=UNION_PRO_2.name, image=(edges, 0), strength=0.7, end=0.8
     )

@@ -27,7 +27,7 @@ SCREENS = [  # width, height, language, Nodes 2.0
     (1536, 730, "zh-CN", False),
     (1600, 900, "en-US", True),
 ]
-SAMPLE_HEIGHT = 582  # its sockets, widgets and report; half of it were empty once
+SAMPLE_HEIGHT = 604  # its sockets, widgets and report; half of it were empty once
 # As the server tells the canvas what a node has done.
 DONE = """outputs => { for (const node of app.rootGraph.nodes) if (outputs[node.type])
     app.api.dispatchCustomEvent("executed", { node: node.id, display_node: node.id,
