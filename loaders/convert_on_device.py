@@ -1,6 +1,7 @@
 """Rows that are quantized on a card: there and back by its own copies, a few pieces at a time."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .read_ahead import BUFFER_BYTES
@@ -86,7 +87,8 @@ class DeviceQuantizer:
 
         self._threads.shutdown()
         if self._cuda:
-            # PyTorch keeps a thread's workspace when the thread is gone.
-            torch._C._cuda_clearCublasWorkspaces()
+            # PyTorch keeps a thread's workspace when the thread is gone. No public name clears it.
+            with suppress(AttributeError):
+                torch._C._cuda_clearCublasWorkspaces()
             allocator_of(self.device).give_back()
             give_back_pinned()
