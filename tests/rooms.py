@@ -27,6 +27,7 @@ ORDER = [
     ["lab"],
     ["nodes"],
     ["batch"],
+    ["commands"],
     ["cli.py", "__init__.py"],
     ["tools"],
 ]

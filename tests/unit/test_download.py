@@ -438,8 +438,9 @@ def test_the_command_says_what_it_will_fetch_first(server: Hub, hub: str, tmp_pa
     code = f"""
 import sys
 from majicflux import cli
+from majicflux.commands import download
 from majicflux.downloads.catalogue import KnownFile, Place
-cli.files_of = lambda group, hub: [{SMALL!r}]
+download.files_of = lambda group, hub: [{SMALL!r}]
 sys.exit(cli.main(sys.argv[1:]))
 """
     arguments = ["download", "flux-dev-parts", "--from", hub, "--models", str(tmp_path)]

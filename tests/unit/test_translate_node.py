@@ -13,6 +13,7 @@ from transformers import MarianConfig, MarianMTModel
 from translators import write_marian
 
 from majicflux import cli
+from majicflux.commands.demo import DEMO_WORKFLOW
 from majicflux.downloads import download
 from majicflux.downloads.catalogue import (
     HUGGINGFACE,
@@ -137,7 +138,7 @@ def graph(tmp_path: Path, models: Path, made: Path) -> Path:
     shutil.copytree(made / TRANSLATION, tmp_path / "models" / TRANSLATION)
     for folder in models.iterdir():
         (tmp_path / "models" / folder.name).symlink_to(folder)
-    content = json.loads(cli.DEMO_WORKFLOW.read_text(encoding="utf-8"))
+    content = json.loads(DEMO_WORKFLOW.read_text(encoding="utf-8"))
     (sample,) = [n for n in content.values() if n["class_type"] == "MajicFluxSample"]
     sample["inputs"] |= {"width": 32, "height": 32, "steps": 1, "seed": 1}
     sample["inputs"] |= {"prompt": CHINESE, "negative_prompt": "下雪", "cfg": 2.0}

@@ -1,0 +1,82 @@
+"""`majicflux batch`: many pictures with one workflow."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from ..messages import say
+from .arguments import Commands, add_models, numbers, positive
+
+
+def add_to(commands: Commands, common: ArgumentParser) -> None:
+    batch = commands.add_parser(
+        "batch",
+        parents=[common],
+        help="paint many pictures with one workflow, on all cards; the same command goes on later",
+    )
+    batch.add_argument("rows", type=Path, help=".csv, .jsonl, or .txt with a prompt in each line")
+    batch.add_argument("--graph", type=Path, required=True, metavar="JSON", help="API-format JSON")
+    batch.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where pictures and manifest go"
+    )
+    batch.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
+    batch.add_argument(
+        "--repeat", type=positive, default=1, metavar="N", help="seeds for each row, by default 1"
+    )
+    batch.add_argument(
+        "--retry-failed", action="store_true", help="try rows again that could not be painted"
+    )
+    where = batch.add_mutually_exclusive_group()
+    where.add_argument("--gpus", type=numbers, metavar="N,N", help="which cards, by default all")
+    where.add_argument(
+        "--workers", type=positive, metavar="N", help="so many processes on the CPU instead"
+    )
+    add_models(batch)
+    batch.set_defaults(command=_batch)
+
+
+def _batch(options: Namespace) -> None:
+    from tqdm import tqdm
+
+    from ..batch import Batch, BatchError
+
+    batch = Batch(
+        options.rows,
+        options.graph,
+        options.out,
+        models=options.models,
+        input_folder=options.input,
+        gpus=options.gpus,
+        workers=options.workers,
+        repeat=options.repeat,
+        retry_failed=options.retry_failed,
+    )
+    total, known = len(batch.jobs), len(batch.jobs) - len(batch.waiting)
+    if known:
+        print(say("{known} of {total} were done before.", known=known, total=total), flush=True)
+    # disable=None: no bar where there is no terminal.
+    with tqdm(total=total, initial=known, unit="", disable=None, smoothing=0.1) as bar:
+        for done, record in enumerate(batch, start=known + 1):
+            if bar.disable:
+                print(f"{done}/{total} {_outcome(record)}", flush=True)
+            elif record["error"] is not None:
+                bar.write(_outcome(record))
+            bar.update()
+    if batch.failed:
+        raise BatchError(
+            say(
+                "{failed} of {total} could not be painted; {file} says why. --retry-failed tries "
+                "them again.",
+                failed=batch.failed,
+                total=total,
+                file=batch.manifest,
+            )
+        )
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    """Of a row of a batch, as a line."""
+    if record["error"] is not None:
+        return f"{record['id']}: {record['error']}"
+    pictures = " ".join(record["pictures"])
+    return say("{pictures}: {seconds:.1f} s", pictures=pictures, seconds=record["seconds"])

@@ -1,0 +1,68 @@
+"""`majicflux run`: one API-format workflow."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from ..downloads.catalogue import TRANSLATOR
+from ..host import standalone
+from ..host.graph import Graph, read_graph
+from ..nodes.translate import translator_of
+from .arguments import Commands, add_models
+from .painting import paint
+
+PROMPTS = {  # inputs that `run --translate` translates, by node
+    "MajicFluxSample": ("prompt", "negative_prompt"),
+    "MajicFluxEncodePrompt": ("prompt",),
+}
+
+
+def add_to(commands: Commands, common: ArgumentParser) -> None:
+    run = commands.add_parser("run", parents=[common], help="run an API-format workflow")
+    run.add_argument("workflow", type=Path, help="API-format JSON")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="may be repeated"
+    )
+    add_models(run)
+    run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
+    run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
+    run.add_argument(
+        "--translate",
+        nargs="?",
+        const=TRANSLATOR,
+        metavar="MODEL",
+        help="translate the Chinese in its prompts, with this folder in models/translation "
+        f"(without one: {TRANSLATOR})",
+    )
+    run.set_defaults(command=_run)
+
+
+def _run(options: Namespace) -> None:
+    graph = read_graph(options.workflow)
+    folders = (options.output, options.input)
+    translate = None
+    if options.translate is not None:
+        translate = _translator(options.translate, options.models)
+    for path in paint(options.workflow, graph, options.models, *folders, options.set, translate):
+        print(path)
+
+
+def _translator(model: str, models: Path) -> Callable[[Graph], None]:
+    """A function that puts the prompts of a graph into English, and prints each that was not.
+
+    Raises ModelFileError when there is no such translator, or it is damaged.
+    """
+    from ..translation.frame import has_chinese
+
+    standalone.models_folder = models
+    translate = translator_of(model)
+
+    def on_graph(graph: Graph) -> None:
+        for node in graph.values():
+            for name in PROMPTS.get(node["class_type"], ()):
+                prompt = node["inputs"].get(name)
+                if isinstance(prompt, str) and has_chinese(prompt):
+                    node["inputs"][name] = translate(prompt)
+                    print(node["inputs"][name], flush=True)
+
+    return on_graph
