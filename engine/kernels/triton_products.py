@@ -13,18 +13,23 @@ from .triton_start import cdiv, power_of_2, start
 
 
 @triton.jit
+def _few_ranks(ptr, row, rows, width, first, ranks, STEP: tl.constexpr):
+    """[row, STEP] of a matrix [rows, width], from the column `first` on, 0 beyond its ranks."""
+    rank = tl.arange(0, STEP)[None, :]
+    inside = (row < rows)[:, None] & (rank < ranks)
+    return tl.load(ptr + row[:, None] * width + first + rank, mask=inside, other=0.0)
+
+
+@triton.jit
 def _plus_low_rank(
-    out, low_ptr, up_ptr, first_rank_ptr, low_row, row, column, rows, columns,
-    RANKS: tl.constexpr, STEP: tl.constexpr,
+    out, low_ptr, up_ptr, first_rank_ptr, low_row, ranks, row, column, rows, columns,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """`out` at these rows and columns, and what a `LowRankProduct` adds there."""
     first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
-    for first in tl.range(0, RANKS, STEP, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
-        rank = first + tl.arange(0, STEP)[None, :]
-        of_row = low_ptr + row[:, None] * low_row + first_rank + rank
-        of_column = up_ptr + column[:, None] * RANKS + rank
-        low = tl.load(of_row, mask=(row < rows)[:, None], other=0.0)
-        up = tl.load(of_column, mask=(column < columns)[:, None], other=0.0)
+    for first in tl.range(0, ranks, STEP, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+        low = _few_ranks(low_ptr, row, rows, low_row, first_rank + first, ranks - first, STEP)
+        up = _few_ranks(up_ptr, column, columns, ranks, first, ranks - first, STEP)
         out = tl.dot(low, up.T, out, input_precision="ieee")
     return out
 
@@ -32,9 +37,9 @@ def _plus_low_rank(
 @triton.jit
 def _int8_product(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
-    low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
+    low_ptr, up_ptr, first_rank_ptr, low_row, ranks, rows, columns,
     DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
-    RANKS: tl.constexpr, STEP: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows and columns, which then stay in the cache.
     program = tl.program_id(0)
@@ -55,10 +60,10 @@ def _int8_product(
     out = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
     if BIAS:
         out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
-    if RANKS > 0:
+    if STEP > 0:
         out = _plus_low_rank(
-            out, low_ptr, up_ptr, first_rank_ptr + left // SIDE, low_row,
-            row, column, rows, columns, RANKS, STEP,
+            out, low_ptr, up_ptr, first_rank_ptr + left // SIDE, low_row, ranks,
+            row, column, rows, columns, STEP,
         )  # fmt: skip
     out_tiles.store([top, left], out.to(out_tiles.dtype))
 
@@ -81,45 +86,44 @@ def int8_product(
     # The best size of those that were measured on an H200.
     tiles = (TensorDescriptor.from_tensor(t, [TILE, TILE]) for t in (x, weight, out))
     x_tiles, w_tiles, out_tiles = tiles
-    ranks, beside = 0, (None, None, None, None)
+    step, beside = 0, (None, None, None, 0, 0)
     if added is not None:
         low, up, _ = added
-        ranks, beside = up.shape[1], (*added, low.shape[1])
+        step, beside = min(32, power_of_2(up.shape[1])), (*added, low.shape[1], up.shape[1])
     start(
         _int8_product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
         (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
-        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
-        RANKS=ranks, STEP=min(32, ranks & -ranks), num_warps=8,
+        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8, STEP=step, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
 def _low_rank_rows(
-    x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows,
-    DEPTH: tl.constexpr, RANKS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    DEEP: tl.constexpr, AHEAD: tl.constexpr, INTEGERS: tl.constexpr,
+    x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows, depth, ranks,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     within = tl.arange(0, DEEP)[None, :]
     # Beyond the last row or rank it is read again: a load without a mask is the faster one.
-    of_x = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * DEPTH + within
-    of_down = down_ptr + tl.minimum(rank, RANKS - 1)[:, None] * DEPTH + within
+    of_x = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * depth + within
+    of_down = down_ptr + tl.minimum(rank, ranks - 1)[:, None] * depth + within
     total = tl.zeros((HIGH, WIDE), tl.int32 if INTEGERS else tl.float32)
     # Few programs, each of which waits for memory: so much of it is asked for ahead.
-    for deep in tl.range(0, DEPTH, DEEP, num_stages=AHEAD):
-        if DEPTH % DEEP == 0:
+    for deep in tl.range(0, depth, DEEP, num_stages=AHEAD):
+        if EVEN:
             x, down = tl.load(of_x + deep), tl.load(of_down + deep)
         else:
-            inside = deep + within < DEPTH
+            inside = deep + within < depth
             x = tl.load(of_x + deep, mask=inside, other=0.0)
             down = tl.load(of_down + deep, mask=inside, other=0.0)
         total = tl.dot(x, down.T, total, out_dtype=total.dtype)
     x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
-    scale = tl.load(scale_ptr + rank, mask=rank < RANKS)
+    scale = tl.load(scale_ptr + rank, mask=rank < ranks)
     out = total.to(tl.float32) * x_scale[:, None] * scale[None, :]
-    place = out_ptr + row[:, None] * RANKS + rank[None, :]
-    inside = (row < rows)[:, None] & (rank < RANKS)[None, :]
+    place = out_ptr + row[:, None] * ranks + rank[None, :]
+    inside = (row < rows)[:, None] & (rank < ranks)[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -130,39 +134,55 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
     without work.
     """
     (rows, depth), ranks = x.shape, down.shape[0]
-    high, wide = 64, min(64, power_of_2(ranks))
     # The best sizes of those that were measured on an H200 and fit into other cards' memory.
-    deep, ahead = (128, 5) if wide == 64 else (256, 4)
+    if ranks > 64:
+        high, wide, deep, ahead, warps = 128, 128, 128, 3, 8
+    elif ranks > 32:
+        high, wide, deep, ahead, warps = 64, 64, 128, 5, 4
+    else:
+        high, wide, deep, ahead, warps = 64, power_of_2(ranks), 256, 4, 4
     start(
         _low_rank_rows, x.device, (cdiv(rows, high), cdiv(ranks, wide), 1),
-        (x, x_scale, down, scale, out, rows),
-        DEPTH=depth, RANKS=ranks, HIGH=high, WIDE=wide, DEEP=deep, AHEAD=ahead,
-        INTEGERS=x.dtype == torch.int8,
+        (x, x_scale, down, scale, out, rows, depth, ranks),
+        HIGH=high, WIDE=wide, DEEP=deep, AHEAD=ahead, EVEN=depth % deep == 0,
+        INTEGERS=x.dtype == torch.int8, num_warps=warps,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_low_rank(
-    y_tiles, low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
-    HIGH: tl.constexpr, SIDE: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
+    y_ptr, low_ptr, up_ptr, first_rank_ptr, low_row, ranks, rows, columns,
+    HIGH: tl.constexpr, SIDE: tl.constexpr, TIMES: tl.constexpr, STEP: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
-    top, left = tl.program_id(1) * HIGH, tl.program_id(0) * SIDE
-    row, column = top + tl.arange(0, HIGH), left + tl.arange(0, SIDE)
-    out = _plus_low_rank(
-        y_tiles.load([top, left]).to(tl.float32), low_ptr, up_ptr, first_rank_ptr + left // SIDE,
-        low_row, row, column, rows, columns, RANKS, STEP,
-    )  # fmt: skip
-    y_tiles.store([top, left], out.to(y_tiles.dtype))
+    column = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    first_rank_ptr += tl.program_id(0)
+    first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
+    if ONCE:
+        up = _few_ranks(up_ptr, column, columns, ranks, 0, ranks, STEP).T
+    for time in tl.range(0, TIMES, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+        row = (tl.program_id(1) * TIMES + time) * HIGH + tl.arange(0, HIGH)
+        place = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        out = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        if ONCE:
+            low = _few_ranks(low_ptr, row, rows, low_row, first_rank, ranks, STEP)
+            out = tl.dot(low, up, out, input_precision="ieee")
+        else:
+            out = _plus_low_rank(
+                out, low_ptr, up_ptr, first_rank_ptr, low_row, ranks,
+                row, column, rows, columns, STEP,
+            )  # fmt: skip
+        tl.store(place, out.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:
     """Add it to y [rows, columns], contiguous, rounded once."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     (rows, columns), (low, up, _) = y.shape, added
-    high, ranks = 64, up.shape[1]
+    ranks, high, times = up.shape[1], 64, 2  # the best of those that were measured on an H200
+    once = ranks <= 128  # more are too many for the memory of a program
     start(
-        _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high), 1),
-        (TensorDescriptor.from_tensor(y, [high, TILE]), *added, low.shape[1], rows, columns),
-        HIGH=high, SIDE=TILE, RANKS=ranks, STEP=min(32, ranks & -ranks),
+        _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high * times), 1),
+        (y, *added, low.shape[1], ranks, rows, columns),
+        HIGH=high, SIDE=TILE, TIMES=times, STEP=power_of_2(ranks) if once else 32, ONCE=once,
     )  # fmt: skip

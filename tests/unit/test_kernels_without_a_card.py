@@ -60,11 +60,22 @@ print("equal")
 """
 
 
+# The interpreter makes an int of an array of one number for `range`, which NumPy 2.4 refuses.
+RANGES = """
+from triton.runtime import interpreter
+plainly_patched = interpreter._patch_lang_tensor
+def patched(tensor, *given):
+    plainly_patched(tensor, *given)
+    tensor.__index__ = lambda self: self.handle.data.item()
+interpreter._patch_lang_tensor = patched
+"""
+
+
 def interpreted(code: str) -> str:
     """What it prints in Triton's interpreter, which needs no card."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", RANGES + code],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
