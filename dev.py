@@ -34,7 +34,7 @@ WRITERS = {"locales": "locales/english.py", "templates": "workflows/build.py"}
 NEWEST_CANVAS = VENV / "frontend" / "comfyui_frontend_package" / "static"
 CANVAS = "comfyui-frontend-package==1.58.1"
 IN_COMFYUI = "--in-comfyui"  # what `test` is called with where nothing may be left out
-TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client"]
+TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client", "diffusers"]
 
 
 def main() -> int:
