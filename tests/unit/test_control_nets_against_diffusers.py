@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from control_nets import FILES, WHOLE, control_net_tensors, picture, randn, transformer_tensors
-from file_layouts import to_diffusers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from file_layouts import to_diffusers
 from majicflux.benchmarks.random_models import CLIP, T5
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.controlnet import Control, ControlNet
