@@ -35,6 +35,13 @@ from majicflux.loaders.flux_dit import load_flux_dit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cpu", 0)  # another to PyTorch's comparisons
+CUDA = pytest.param(
+    torch.device("cuda", 0),
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="NOT TESTED ON A CARD: no CUDA device"
+    ),
+    id="card",
+)
 EXACT = uniform(FLOAT32)
 PROMPT = TextEmbedding(randn(1, 17, T5.width), randn(1, CLIP.width))
 
@@ -120,22 +127,25 @@ def chained(made: Made) -> list[Control]:
 TWO = {"batch_size": 2, "cfg": 2.0, "negative": PROMPT}
 
 
+@pytest.mark.parametrize("device", [pytest.param(ACCELERATOR, id="cpu"), CUDA])
 @pytest.mark.parametrize(
     ("precision", "mode"),
     [*((name, "") for name in PRECISIONS), ("float8_e4m3fn", "8-bit"), ("int8 rotated", "8-bit")],
 )
-def test_streamed_is_resident_bit_for_bit(make, precision: str, mode: str) -> None:
-    resident = make(PRECISIONS[precision], device=ACCELERATOR, mode=mode)
+def test_streamed_is_resident_bit_for_bit(make, precision: str, mode: str, device) -> None:
+    resident = make(PRECISIONS[precision], device=device, mode=mode)
     controls = chained(resident)
     expected = resident.painted(*controls, **TWO)
     request = requested(*controls, **TWO)
     stage = resident.pipeline.denoise_with(controls)
     smallest = resident.pipeline.plan(request.workload, [stage]).smallest_bytes
     for budget in (smallest, smallest * 9 // 8):
-        streamed = make(PRECISIONS[precision], device=ACCELERATOR, mode=mode, budget_bytes=budget)
+        streamed = make(PRECISIONS[precision], device=device, mode=mode, budget_bytes=budget)
         assert torch.equal(streamed.painted(*chained(streamed), **TWO), expected)
         assert streamed.run.plan.stages[0].visiting
-        assert streamed.run.report.stages[0].moved_bytes
+        report = streamed.run.report.stages[0]
+        assert report.moved_bytes
+        assert device.type == "cpu" or 0 < report.peak_bytes <= budget
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
