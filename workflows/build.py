@@ -58,6 +58,7 @@ ROOM = {
     "MajicFluxDenoise": 100,
     "LoadImage": 280,
 }
+PANEL = "majicflux_text"  # where web/majicflux.js shows what a node says
 # Folded away, in a template as it opens.
 FOLDED = ("width", "height", "negative_prompt", "keep_unmasked")
 
@@ -421,7 +422,7 @@ def text_to_image_translated() -> Template:
     sample = template.add(
         "MajicFluxSample", 2, pipeline=pipeline, prompt=(english, 0), size="1024x1024 (1:1)"
     )
-    template.app(english, "prompt", "model")
+    template.app(english, "prompt", PANEL, "model")
     template.app(sample, "size", "seed", "steps", "guidance", "batch_size")
     _save(template, 3, (sample, 0))
     template.note(3, _note(

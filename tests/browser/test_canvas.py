@@ -13,6 +13,7 @@ import pytest
 from browser.conftest import READY
 from PIL import Image, ImageColor
 from playwright.sync_api import Page, Route
+from translators import write_marian
 
 from comfyui_server import Server
 from majicflux.downloads.catalogue import MAJICFLUS_FLOAT8
@@ -297,6 +298,22 @@ def test_it_opens_as_an_app_with_what_one_changes(open_canvas, server: Server) -
     page.get_by_role("button", name="Run").first.click()
     picture = page.locator("img[src*='filename=MajicFlux'] >> visible=true")
     picture.first.wait_for(timeout=60_000)
+
+
+def test_the_app_shows_the_english_beneath_the_prompt(open_canvas, server: Server) -> None:
+    write_marian(server.base / "models" / "translation" / "opus-mt-zh-en")
+    workflow = made_small("text_to_image_translated")
+    workflow["extra"]["linearMode"] = True
+    (translate,) = (n for n in workflow["nodes"] if n["type"] == "MajicFluxTranslate")
+    translate["widgets_values"][0] = "雨夜，一辆(红色:1.3)的汽车"
+    page = open_canvas(workflow)
+    page.get_by_role("button", name="Run").first.click()
+    english = page.locator("text=/^Rainy night, A .red:1.3. car/ >> visible=true").first
+    english.wait_for(timeout=60_000)
+    prompt = page.locator("textarea >> visible=true").first
+    assert prompt.input_value() == translate["widgets_values"][0]
+    assert english.bounding_box()["y"] > prompt.bounding_box()["y"]
+    assert page.locator("text='english' >> visible=true").count() == 1
 
 
 def test_missing_models_are_listed_with_their_downloads(open_canvas, server: Server) -> None:

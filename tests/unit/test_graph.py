@@ -392,6 +392,9 @@ def test_the_app_view_shows_widgets_under_names_of_their_own_and_what_is_saved(p
     nodes = {node["id"]: node for node in canvas["nodes"]}
     app, labels = canvas["extra"]["linearData"], []
     for node, name in app["inputs"]:
+        if name == "majicflux_text":  # what the node says
+            assert nodes[node]["type"] == "MajicFluxTranslate"
+            continue
         assert not isinstance(graph[str(node)]["inputs"][name], list)
         (socket,) = (i for i in nodes[node]["inputs"] if i["name"] == name)
         labels.append(socket.get("label", name))
