@@ -11,25 +11,22 @@ from torch import Tensor
 from .row_format import TILE, LowRankProduct
 from .triton_start import cdiv, power_of_2, start
 
-
-@triton.jit
-def _few_ranks(ptr, row, rows, width, first, ranks, STEP: tl.constexpr):
-    """[row, STEP] of a matrix [rows, width], from the column `first` on, 0 beyond its ranks."""
-    rank = tl.arange(0, STEP)[None, :]
-    inside = (row < rows)[:, None] & (rank < ranks)
-    return tl.load(ptr + row[:, None] * width + first + rank, mask=inside, other=0.0)
+MOST_RANKS = 128  # that the memory of a program has room for
 
 
 @triton.jit
 def _plus_low_rank(
-    out, low_ptr, up_ptr, first_rank_ptr, low_row, ranks, row, column, rows, columns,
-    STEP: tl.constexpr,
+    out, low_ptr, up_ptr, first_rank_ptr, low_row, row, column, rows, columns,
+    RANKS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`out` at these rows and columns, and what a `LowRankProduct` adds there."""
     first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
-    for first in tl.range(0, ranks, STEP, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
-        low = _few_ranks(low_ptr, row, rows, low_row, first_rank + first, ranks - first, STEP)
-        up = _few_ranks(up_ptr, column, columns, ranks, first, ranks - first, STEP)
+    for first in tl.range(0, RANKS, STEP, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+        rank = first + tl.arange(0, STEP)[None, :]
+        of_row = low_ptr + row[:, None] * low_row + first_rank + rank
+        of_column = up_ptr + column[:, None] * RANKS + rank
+        low = tl.load(of_row, mask=(row < rows)[:, None], other=0.0)
+        up = tl.load(of_column, mask=(column < columns)[:, None], other=0.0)
         out = tl.dot(low, up.T, out, input_precision="ieee")
     return out
 
@@ -37,9 +34,9 @@ def _plus_low_rank(
 @triton.jit
 def _int8_product(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
-    low_ptr, up_ptr, first_rank_ptr, low_row, ranks, rows, columns,
+    low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
     DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
-    STEP: tl.constexpr,
+    RANKS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows and columns, which then stay in the cache.
     program = tl.program_id(0)
@@ -60,10 +57,10 @@ def _int8_product(
     out = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
     if BIAS:
         out += tl.load(bias_ptr + column, mask=column < columns).to(tl.float32)[None, :]
-    if STEP > 0:
+    if RANKS > 0:
         out = _plus_low_rank(
-            out, low_ptr, up_ptr, first_rank_ptr + left // SIDE, low_row, ranks,
-            row, column, rows, columns, STEP,
+            out, low_ptr, up_ptr, first_rank_ptr + left // SIDE, low_row,
+            row, column, rows, columns, RANKS, STEP,
         )  # fmt: skip
     out_tiles.store([top, left], out.to(out_tiles.dtype))
 
@@ -86,14 +83,15 @@ def int8_product(
     # The best size of those that were measured on an H200.
     tiles = (TensorDescriptor.from_tensor(t, [TILE, TILE]) for t in (x, weight, out))
     x_tiles, w_tiles, out_tiles = tiles
-    step, beside = 0, (None, None, None, 0, 0)
+    ranks, beside = 0, (None, None, None, None)
     if added is not None:
         low, up, _ = added
-        step, beside = min(32, power_of_2(up.shape[1])), (*added, low.shape[1], up.shape[1])
+        ranks, beside = up.shape[1], (*added, low.shape[1])
     start(
         _int8_product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
         (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
-        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8, STEP=step, num_warps=8,
+        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
+        RANKS=ranks, STEP=min(32, ranks & -ranks), num_warps=8,
     )  # fmt: skip
 
 
@@ -151,38 +149,32 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
 
 @triton.jit
 def _add_low_rank(
-    y_ptr, low_ptr, up_ptr, first_rank_ptr, low_row, ranks, rows, columns,
-    HIGH: tl.constexpr, SIDE: tl.constexpr, TIMES: tl.constexpr, STEP: tl.constexpr,
-    ONCE: tl.constexpr,
+    y_ptr, low_ptr, up_ptr, first_rank_ptr, low_row, up_row, first, ranks, rows, columns,
+    HIGH: tl.constexpr, SIDE: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
-    first_rank_ptr += tl.program_id(0)
-    first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
-    if ONCE:
-        up = _few_ranks(up_ptr, column, columns, ranks, 0, ranks, STEP).T
+    column, rank = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.arange(0, WIDE)[None, :]
+    low_ptr += tl.multiple_of(tl.load(first_rank_ptr + tl.program_id(0)), 16) + first
+    known = (column < columns)[:, None] & (rank < ranks)
+    up = tl.load(up_ptr + column[:, None] * up_row + first + rank, mask=known, other=0.0).T
     for time in tl.range(0, TIMES, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
         row = (tl.program_id(1) * TIMES + time) * HIGH + tl.arange(0, HIGH)
+        found = (row < rows)[:, None] & (rank < ranks)
+        low = tl.load(low_ptr + row[:, None] * low_row + rank, mask=found, other=0.0)
         place = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        out = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        if ONCE:
-            low = _few_ranks(low_ptr, row, rows, low_row, first_rank, ranks, STEP)
-            out = tl.dot(low, up, out, input_precision="ieee")
-        else:
-            out = _plus_low_rank(
-                out, low_ptr, up_ptr, first_rank_ptr, low_row, ranks,
-                row, column, rows, columns, STEP,
-            )  # fmt: skip
+        y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        out = tl.dot(low, up, y, input_precision="ieee")
         tl.store(place, out.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:
-    """Add it to y [rows, columns], contiguous, rounded once."""
+    """Add it to y [rows, columns], contiguous, rounded once for each MOST_RANKS."""
     (rows, columns), (low, up, _) = y.shape, added
-    ranks, high, times = up.shape[1], 64, 2  # the best of those that were measured on an H200
-    once = ranks <= 128  # more are too many for the memory of a program
-    start(
-        _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high * times), 1),
-        (y, *added, low.shape[1], ranks, rows, columns),
-        HIGH=high, SIDE=TILE, TIMES=times, STEP=power_of_2(ranks) if once else 32, ONCE=once,
-    )  # fmt: skip
+    high, times = 64, 2  # the best of those that were measured on an H200
+    for first in range(0, up.shape[1], MOST_RANKS):
+        ranks = min(MOST_RANKS, up.shape[1] - first)
+        start(
+            _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high * times), 1),
+            (y, *added, low.shape[1], up.shape[1], first, ranks, rows, columns),
+            HIGH=high, SIDE=TILE, TIMES=times, WIDE=power_of_2(ranks),
+        )  # fmt: skip
