@@ -77,7 +77,8 @@ class Bench:
 
     def note(self, painting: Painting) -> None:
         self.paintings.append(painting)
-        shown = dataclasses.asdict(painting) | {"picture": str(painting.picture)}
+        known = {"picture": str(painting.picture), "phases": painting.phases}
+        shown = dataclasses.asdict(painting) | known
         print(json.dumps(shown), flush=True)
 
     def in_time(self, what: str, seconds: float = SERVER_SECONDS) -> bool:
