@@ -8,10 +8,10 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any
 
-from .commands import batch, cache, demo, doctor, download, inspect, plan, run
+from .commands import batch, cache, compare, demo, doctor, download, inspect, plan, run
 from .messages import MajicFluxError, say
 
-COMMANDS = (demo, cache, inspect, doctor, plan, run, batch, download)  # as `--help` lists them
+COMMANDS = (demo, cache, inspect, doctor, plan, run, batch, compare, download)  # as `--help` lists them
 
 
 class _Unheard:

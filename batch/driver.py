@@ -18,7 +18,7 @@ from ..nodes import NODES
 from .jobs import Job, make_jobs
 from .manifest import Manifest, Record
 from .process import Message, WorkerLost, WorkerProcess
-from .rows import BatchError, read_rows
+from .rows import BatchError, Row, read_rows
 
 log = logging.getLogger("majicflux")
 
@@ -37,8 +37,8 @@ class Batch:
 
     def __init__(
         self,
-        rows: Path | str,
-        graph: Path | str,
+        rows: Path | str | Sequence[Row],
+        graph: Path | str | Graph,
         output: Path | str,
         *,
         models: Path | str | None = None,
@@ -47,8 +47,12 @@ class Batch:
         workers: int | None = None,
         repeat: int = 1,
         retry_failed: bool = False,
+        latents: bool = False,
     ):
-        """gpus: numbers of cards, by default all; workers: so many on the CPU instead.
+        """rows, graph: as they are, or the files that they are read from. latents: keep those of
+        each step, as a file beside the pictures.
+
+        gpus: numbers of cards, by default all; workers: so many on the CPU instead.
 
         Raises BatchError or GraphError for what is wrong with all of it, before anything is
         painted.
@@ -57,10 +61,12 @@ class Batch:
             standalone.models_folder = Path(models)
         self._cards = _cards(gpus, workers)
         self._output, self._input = Path(output), Path(input_folder)
-        self._graph: Graph = read_graph(Path(graph))
+        self._latents = latents
+        self._graph: Graph = graph if isinstance(graph, dict) else read_graph(Path(graph))
         self._classes = {node.define_schema().node_id: node for node in NODES}
         self._classes |= image_nodes(self._output, self._input, {})
-        self.jobs = make_jobs(read_rows(Path(rows)), self._graph, self._classes, repeat)
+        rows = read_rows(Path(rows)) if isinstance(rows, (str, Path)) else rows
+        self.jobs = make_jobs(rows, self._graph, self._classes, repeat)
         self._manifest = Manifest(self._output)
         known = {job.key: self._manifest.record(job.key) for job in self.jobs}
         self.waiting = [job for job in self.jobs if _is_open(known[job.key], retry_failed)]
@@ -68,6 +74,12 @@ class Batch:
     @property
     def manifest(self) -> Path:
         return self._manifest.path
+
+    def record(self, key: str) -> Record:
+        """Of the job with this key, which was painted or failed. Raises KeyError otherwise."""
+        if (record := self._manifest.record(key)) is None:
+            raise KeyError(key)
+        return record
 
     @property
     def failed(self) -> int:
@@ -96,6 +108,7 @@ class Batch:
             "output": str(self._output),
             "parts": str(parts),
             "shared": len(self._cards),
+            "latents": self._latents,
         }
         crew = _Crew(jobs, self._graph, self._classes, setup, self._cards)
         try:
@@ -113,6 +126,7 @@ class Batch:
             "row": job.row,
             "seed": job.seed,
             "pictures": answer.get("pictures", {}),
+            **({"latents": answer.get("latents", {})} if self._latents else {}),
             "seconds": answer.get("seconds"),
             "host": platform.node(),
             "card": answer["card"],

@@ -70,6 +70,11 @@ def picture_name(id: str, number: int) -> str:
     return f"{id}.{number + 1}.png" if number else f"{id}.png"
 
 
+def latents_name(id: str) -> str:
+    """Of the file with the latents of a job after each pass of the transformer."""
+    return f"{id}.latents.safetensors"
+
+
 def _require_inputs(rows: Sequence[Row], graph: Graph) -> None:
     for name in dict.fromkeys(name for row in rows for name in row.values):
         if input_named(graph, name) is None or is_linked(graph, name):

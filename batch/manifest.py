@@ -45,7 +45,8 @@ class Manifest:
         record = self._records.get(key)
         if record is None:
             return None
-        there = all((self.folder / name).is_file() for name in record["pictures"])
+        files = (*record["pictures"], *record.get("latents", ()))
+        there = all((self.folder / name).is_file() for name in files)
         return record if there else None
 
     def add(self, record: Record) -> None:

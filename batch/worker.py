@@ -13,13 +13,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import mkdtemp
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..host import provenance, standalone
 from ..host.graph import Graph, Kept, run_graph
@@ -27,7 +28,10 @@ from ..host.image_nodes import image_nodes
 from ..host.schema import ComfyNode
 from ..messages import MajicFluxError
 from ..nodes import NODES
-from .jobs import picture_name
+from .jobs import latents_name, picture_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other row would fare better
 
@@ -38,26 +42,32 @@ class Painter:
     """Paints jobs, and keeps what the next one can use: models first of all."""
 
     def __init__(self, setup: Message):
-        """setup: `models`, `input` and `output` folders, `parts` for unfinished pictures, and by
-        how many processes the machine is `shared`."""
+        """setup: `models`, `input` and `output` folders, `parts` for unfinished pictures, by how
+        many processes the machine is `shared`, and whether `latents` are kept of each step."""
         standalone.models_folder = Path(setup["models"])
         standalone.pinned_share /= setup["shared"]
         self._input, self._output = Path(setup["input"]), Path(setup["output"])
         self._parts = Path(setup["parts"])
         self._classes = {node.define_schema().node_id: node for node in NODES}
         self._kept: Kept = {}
+        self._keeps_latents: bool = setup["latents"]
 
     def paint(self, id: str, graph: Graph) -> Message:
-        """Returns the names and SHA-256 of the pictures, the seconds and the memory report."""
+        """Returns the names and SHA-256 of the pictures and of the file of their latents, the
+        seconds and the memory report."""
         told: dict[str, Any] = {}
         ComfyNode.hidden.extra_pnginfo = told
         began = time.monotonic()
         folder = Path(mkdtemp(dir=self._parts))
+        steps: list[Tensor] = []
+        if self._keeps_latents:
+            standalone.on_latents = partial(_keep_step, steps)
         try:
             # Not the report: it has times in it, and pictures are to be the same in each run.
             nodes = image_nodes(folder, self._input, {"prompt": graph})
             shown = run_graph(graph, self._classes | nodes, self._kept)
             paths = [path for paths in shown for path in paths]
+            latents = {latents_name(id): self._keep(id, steps, folder)} if steps else {}
             pictures = {
                 picture_name(id, number): self._finish(path, picture_name(id, number))
                 for number, path in enumerate(paths)
@@ -65,15 +75,31 @@ class Painter:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = round(time.monotonic() - began, 3)
-        return {"pictures": pictures, "seconds": seconds, "report": told.get(provenance.KEY)}
+        report = told.get(provenance.KEY)
+        return {"pictures": pictures, "latents": latents, "seconds": seconds, "report": report}
+
+    def _keep(self, id: str, steps: "Sequence[Tensor]", folder: Path) -> str:
+        """Write the latents of a run, by the numbers of its passes; returns their SHA-256."""
+        from safetensors.torch import save_file
+
+        path = folder / latents_name(id)
+        save_file({f"{number:03d}": latents for number, latents in enumerate(steps)}, path)
+        return self._finish(path, path.name)
 
     def _finish(self, path: Path, name: str) -> str:
-        """Give a whole picture its name; returns its SHA-256."""
+        """Give a whole file its name; returns its SHA-256."""
         with path.open("r+b") as file:
             digest = sha256(file.read()).hexdigest()
             os.fsync(file.fileno())
         os.replace(path, self._output / name)
         return digest
+
+
+def _keep_step(steps: "list[Tensor]", latents: "Tensor") -> None:
+    """In float16, which is fine enough to compare them, and away from the card."""
+    import torch
+
+    steps.append(latents.to("cpu", torch.float16).contiguous())
 
 
 def main() -> None:

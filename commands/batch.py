@@ -58,9 +58,9 @@ def _batch(options: Namespace) -> None:
     with tqdm(total=total, initial=known, unit="", disable=None, smoothing=0.1) as bar:
         for done, record in enumerate(batch, start=known + 1):
             if bar.disable:
-                print(f"{done}/{total} {_outcome(record)}", flush=True)
+                print(f"{done}/{total} {outcome(record)}", flush=True)
             elif record["error"] is not None:
-                bar.write(_outcome(record))
+                bar.write(outcome(record))
             bar.update()
     if batch.failed:
         raise BatchError(
@@ -74,7 +74,7 @@ def _batch(options: Namespace) -> None:
         )
 
 
-def _outcome(record: dict[str, Any]) -> str:
+def outcome(record: dict[str, Any]) -> str:
     """Of a row of a batch, as a line."""
     if record["error"] is not None:
         return f"{record['id']}: {record['error']}"

@@ -121,7 +121,7 @@ def run_graph(
     Returns what the output nodes show (`NodeOutput.ui`). Raises GraphError before anything runs
     when the graph is not sound; what a node raises passes through.
     """
-    schemas = _check(graph, node_classes)
+    schemas = require_sound(graph, node_classes)
     standalone.set_up_torch()  # not before: PyTorch takes seconds to import
     order = _order(graph, [k for k, s in schemas.items() if s.is_output_node])
     origins = _origins(graph, order, node_classes)
@@ -228,7 +228,11 @@ def schemas_of(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dic
     return schemas
 
 
-def _check(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+def require_sound(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dict[str, Schema]:
+    """The schema of each node; raises GraphError when the graph could not run.
+
+    Its values take the types that their nodes declare.
+    """
     schemas = schemas_of(graph, node_classes)
     # Output nodes last: they try where they write, which is for a graph that is sound.
     for key in sorted(graph, key=lambda key: schemas[key].is_output_node):

@@ -58,6 +58,11 @@ models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
 # Of the machine's memory, that this process may pin; ComfyUI allows as much on every system. The
 # processes of a batch share it.
 pinned_share = 0.4
+
+# Called after each pass of the transformer with the clean latents that it leads to, for whoever
+# compares runs.
+on_latents: "Callable[[Tensor], None] | None" = None
+
 _pinned_bytes = 0
 _patchers: "WeakSet[StandalonePatcher]" = WeakSet()
 
@@ -241,6 +246,8 @@ def progress(
     def on_pass(clean: "Tensor") -> None:
         nonlocal made
         made += 1
+        if on_latents is not None:
+            on_latents(clean)
         bar.update(made * steps // passes - bar.n)
         if made == passes:
             bar.close()

@@ -4,7 +4,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,17 +41,29 @@ def diagnosis() -> str:
     A file is named by its place in its models folder, so that nobody's name is in a path.
     """
     parts = (
-        ("MajicFlux", _system),
-        ("torch", _torch),
-        (say("packages"), _packages),
-        (say("card"), _card),
-        (say("RAM"), _ram),
         (say("copies to the card"), _copies),
         ("compute_precision auto", _computing),
         (say("models"), _models),
         (say("prepared weights"), _prepared),
         (say("plan of a FLUX.1 transformer in {precision}", precision=PLANNED), _plan),
     )
+    return f"{machine()}\n{_told(parts)}"
+
+
+def machine() -> str:
+    """The first part of it: versions, the card and the memory. Never raises."""
+    return _told(
+        (
+            ("MajicFlux", _system),
+            ("torch", _torch),
+            (say("packages"), _packages),
+            (say("card"), _card),
+            (say("RAM"), _ram),
+        )
+    )
+
+
+def _told(parts: Iterable[tuple[str, Callable[[], str]]]) -> str:
     text = "\n".join(f"{name}: {_said(find)}" for name, find in parts).replace(": \n", ":\n")
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
