@@ -11,7 +11,17 @@ from typing import Any
 from .commands import batch, cache, compare, demo, doctor, download, inspect, plan, run
 from .messages import MajicFluxError, say
 
-COMMANDS = (demo, cache, inspect, doctor, plan, run, batch, compare, download)  # as `--help` lists them
+COMMANDS = (
+    demo,
+    cache,
+    inspect,
+    doctor,
+    plan,
+    run,
+    batch,
+    compare,
+    download,
+)  # as `--help` lists them
 
 
 class _Unheard:

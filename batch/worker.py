@@ -80,10 +80,10 @@ class Painter:
 
     def _keep(self, id: str, steps: "Sequence[Tensor]", folder: Path) -> str:
         """Write the latents of a run, by the numbers of its passes; returns their SHA-256."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = folder / latents_name(id)
-        save_file({f"{number:03d}": latents for number, latents in enumerate(steps)}, path)
+        path.write_bytes(save({f"{number:03d}": step for number, step in enumerate(steps)}))
         return self._finish(path, path.name)
 
     def _finish(self, path: Path, name: str) -> str:

@@ -47,9 +47,7 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
         help="any input instead; given twice, both change at once",
     )
     compare.add_argument("--prompts", type=Path, help=".txt with one a line, .csv or .jsonl")
-    compare.add_argument(
-        "--seeds", type=seeds, metavar="0..7", help="or 3,5,8; by default 0..3"
-    )
+    compare.add_argument("--seeds", type=seeds, metavar="0..7", help="or 3,5,8; by default 0..3")
     compare.add_argument(
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="for all pictures"
     )

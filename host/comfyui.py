@@ -15,7 +15,7 @@ import folder_paths
 import latent_preview
 import server
 import torch
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, io, ui
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ __all__ = [
     "text_encoder_device",
     "vae_device",
     "vae_dtype",
+    "with_pictures",
 ]
 
 log = logging.getLogger("majicflux")
@@ -214,6 +215,13 @@ def node_text(lines: Sequence[str], **values: Any) -> dict[str, Any]:
     texts are in no history, and newer canvases remove them at the end of a job.
     """
     return {UI: [{"text": "\n".join(filter(None, lines)), **values}]}
+
+
+def with_pictures(
+    node: type[io.ComfyNode], shown: dict[str, Any], pictures: Tensor
+) -> dict[str, Any]:
+    """What `node_text` gives, and pictures [n, height, width, 3] in 0..1 on the node below it."""
+    return {**shown, **ui.PreviewImage(pictures, cls=node).as_dict()}
 
 
 def preview_bytes(width: int, height: int) -> int:

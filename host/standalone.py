@@ -47,6 +47,7 @@ __all__ = [
     "text_encoder_device",
     "vae_device",
     "vae_dtype",
+    "with_pictures",
 ]
 
 TRADITIONAL = re.compile("tw|hk|mo|hant|traditional|taiwan|hong")  # in the name of a Chinese locale
@@ -227,6 +228,10 @@ def stage_teller(node_id: str | None) -> "Callable[[str, float | None], None]":
 
 def node_text(lines: "Sequence[str]", **values: Any) -> None:
     """Nothing to show it on: the log says as much."""
+
+
+def with_pictures(node: Any, shown: None, pictures: "Tensor") -> None:
+    """Nothing to show them on."""
 
 
 def preview_bytes(width: int, height: int) -> int:

@@ -118,9 +118,7 @@ def spread(pairs: Sequence[Pair], metric: str) -> Spread | None:
         return None
     values = [*found.values()]
     worst = max(found, key=lambda id: METRICS[metric].badness(found[id]))
-    return Spread(
-        fmean(values), stdev(values) if len(values) > 1 else 0.0, found[worst], worst
-    )
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else 0.0, found[worst], worst)
 
 
 def measured(pair: Pair, reference: Painted, picture: Painted, folder: Path) -> Pair:
@@ -179,7 +177,7 @@ def latent_errors(reference: Path, other: Path) -> list[float]:
 
 
 def worst_places(error_map: "np.ndarray", count: int = CROPS) -> list[Crop]:
-    """Squares with the largest mean error, apart from each other, the worst first.
+    """Squares with the largest mean squared error, apart from each other, the worst first.
 
     error_map: [height, width].
     """
@@ -187,7 +185,8 @@ def worst_places(error_map: "np.ndarray", count: int = CROPS) -> list[Crop]:
 
     height, width = error_map.shape
     side = min(height, width, max(SMALLEST_CROP, min(height, width) // SIDES_IN_A_CROP))
-    sums = np.pad(error_map.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    squares = error_map.astype(np.float64) ** 2
+    sums = np.pad(squares.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     means = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     places: list[Crop] = []
     for _ in range(count):

@@ -19,7 +19,7 @@ SMALLEST_SIDE = 16  # pixels; SSIM's window has 11
 SMALLEST_SIDE_OF_SSIMULACRA2 = 256  # below, it lacks some of its six scales, and means little
 LAYOUT_SIDE = 32  # pixels of the longer side, when only the composition is to be left
 LAYOUT_WINDOW = 7
-CHANGED_BELOW = 0.7  # of `layout`: the composition is another one; see docs/compare.md
+CHANGED_BELOW = 0.9  # of `layout`: the composition is another one; see docs/compare.md
 
 
 class MeasuringError(MajicFluxError):
@@ -130,7 +130,7 @@ def in_colour(error_map: "np.ndarray") -> "np.ndarray":
     """FLIP's map, black over violet and orange to white: uint8 RGB [height, width, 3]."""
     import numpy as np
 
-    levels = np.asarray(_magma())
+    levels = np.asarray(_magma(), np.uint8)
     return levels[(error_map * 255).round().clip(0, 255).astype(np.uint8)]
 
 

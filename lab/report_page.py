@@ -34,7 +34,7 @@ MOST_SHOWN = 12  # pairs, with their pictures
 LONGEST_SIDE = 896  # pixels, that a picture is shown with; crops are cut from the whole one
 LONGEST_SIDE_OF_MAP = 448
 HUES = 5  # colours of settings in the template
-WIDTH, HEIGHT, LEFT, BOTTOM = 1000, 260, 56, 28  # of the chart
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 52, 26  # of the chart
 
 
 def page(comparison: Comparison) -> str:
@@ -97,9 +97,7 @@ def _sheet(heads: Iterable[str], rows: Iterable[str]) -> str:
 def _spread(found: Spread | None, metric: str) -> str:
     if found is None:
         return "<td>–</td>"
-    mean, deviation, worst = map(
-        METRICS[metric].shown, (found.mean, found.deviation, found.worst)
-    )
+    mean, deviation, worst = map(METRICS[metric].shown, (found.mean, found.deviation, found.worst))
     told = escape(say("worst {worst}", worst=worst))
     return f"<td>{mean}<small>± {deviation}</small><small>{told}</small></td>"
 
@@ -160,7 +158,7 @@ def _axes(courses: Iterable[Sequence[float]]) -> str:
         y = _y(top * quarter / 4, top)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y}" y2="{y}"/>')
         text = f"{top * quarter / 4:.3g}"
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{text}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3}" text-anchor="end">{text}</text>')
     for step in {1, *range(5, last + 1, 5), last}:
         x = _x(step - 1, last)
         parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{step}</text>')
@@ -171,11 +169,11 @@ def _line(errors: Sequence[float], top: float, hue: str) -> str:
     points = [(_x(n, len(errors)), _y(error, top)) for n, error in enumerate(errors)]
     joined = " ".join(f"{x},{y}" for x, y in points)
     x, y = points[-1]
-    return f'<g style="{hue}"><polyline points="{joined}"/><circle cx="{x}" cy="{y}" r="3.5"/></g>'
+    return f'<g style="{hue}"><polyline points="{joined}"/><circle cx="{x}" cy="{y}" r="2.5"/></g>'
 
 
 def _x(step: int, count: int) -> float:
-    return round(LEFT + 12 + (WIDTH - LEFT - 24) * step / max(1, count - 1), 1)
+    return round(LEFT + 8 + (WIDTH - LEFT - 16) * step / max(1, count - 1), 1)
 
 
 def _y(error: float, top: float) -> float:
@@ -210,9 +208,9 @@ def _article(comparison: Comparison, pair: Pair, rank: int) -> str:
         f'<article id="{escape(pair.id)}"><header><h3>{key}{rank}. {escape(pair.label)}</h3>'
         f'<span class="rank">{seed}</span>{badge}</header>'
         f'<p class="prompt">{escape(pair.prompt)}</p><div class="views">'
-        f'{_slider(both, names, pair.crops)}<div class="aside">{_map(error_map)}'
-        f'{"".join(crops)}</div></div><dl class="numbers">{_terms(shown_values(pair))}</dl>'
-        "</article>"
+        f"<div>{_slider(both, names, pair.crops)}"
+        f'<dl class="numbers">{_terms(shown_values(pair))}</dl></div>'
+        f'<div class="aside">{_map(error_map)}{"".join(crops)}</div></div></article>'
     )
 
 
@@ -268,9 +266,7 @@ def _all_pairs(comparison: Comparison) -> str:
             for m in metrics
         )
         changed = escape(say("yes")) if pair.changed else ""
-        rows.append(
-            f'<tr><th>{escape(pair.id)}</th>{cells}<td class="alarm">{changed}</td></tr>'
-        )
+        rows.append(f'<tr><th>{escape(pair.id)}</th>{cells}<td class="alarm">{changed}</td></tr>')
     heads = [say("Picture"), *map(metric_name, metrics), say("other composition")]
     told = escape(say("All {count} pairs", count=len(comparison.pairs)))
     sheet = _sheet(map(escape, heads), rows)

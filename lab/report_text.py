@@ -1,10 +1,11 @@
 """A comparison in words and figures, and as a Markdown file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 from ..messages import say
 from .comparison import Comparison, Pair, Spread, metrics_of
-from .picture_metrics import CHANGED_BELOW, METRICS, package_versions
+from .picture_metrics import CHANGED_BELOW, METRICS, PictureDifference, package_versions
 
 MOST_LISTED = 10  # of the worst pairs, in Markdown
 
@@ -24,7 +25,7 @@ def lead(comparison: Comparison) -> str:
         "The same prompts and seeds, painted with another {inputs} each time. Every picture is "
         "compared with the one that {reference} gives; the numbers say how far apart they are, not "
         "which is the better one.",
-        inputs=list_of(comparison.inputs),
+        inputs=list_of(name.rpartition(".")[2] for name in comparison.inputs),
         reference=comparison.labels[0],
     )
 
@@ -34,10 +35,21 @@ def facts(comparison: Comparison) -> dict[str, str]:
     return {
         say("Workflow"): comparison.name,
         say("Prompts"): str(len(comparison.prompts)),
-        say("Seeds"): list_of(map(str, comparison.seeds)),
+        say("Seeds"): list_of(_runs(comparison.seeds)),
         say("Pairs"): str(len(comparison.pairs)),
         say("Failures"): str(len(comparison.failures)),
     }
+
+
+def _runs(seeds: Sequence[int]) -> list[str]:
+    """Those that follow each other as `first..last`."""
+    found: list[list[int]] = []
+    for seed in seeds:
+        if found and seed == found[-1][-1] + 1:
+            found[-1][1:] = [seed]
+        else:
+            found.append([seed])
+    return ["..".join(map(str, run)) for run in found]
 
 
 def metric_name(metric: str) -> str:
@@ -139,6 +151,32 @@ def shown_values(pair: Pair) -> dict[str, str]:
     return {
         metric_name(metric): METRICS[metric].shown(value) for metric, value in pair.values.items()
     }
+
+
+def difference_in_words(difference: PictureDifference) -> str:
+    """Of one pair, as a node shows it."""
+    told = ", ".join(_told(difference.values))
+    if difference.changed:
+        return say("{values}; the composition is another one", values=told)
+    return say("{values}; the composition is the same", values=told)
+
+
+def mean_in_words(differences: Sequence[PictureDifference]) -> str:
+    """Of several pairs: the mean, and how many are another picture."""
+    means = {
+        metric: fmean(each.values[metric] for each in differences)
+        for metric in differences[0].values
+    }
+    return say(
+        "mean of {count}: {values}; {changed} with another composition",
+        count=len(differences),
+        values=", ".join(_told(means)),
+        changed=sum(each.changed for each in differences),
+    )
+
+
+def _told(values: Mapping[str, float]) -> list[str]:
+    return [f"{metric_name(m)} {METRICS[m].shown(value)}" for m, value in values.items()]
 
 
 def _cell(found: Spread | None, metric: str) -> str:

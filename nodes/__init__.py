@@ -4,6 +4,7 @@ from functools import partial
 
 from ..host import current as host
 from ..host import provenance
+from .compare import Compare
 from .controlnet import ControlNetNode
 from .decode import Decode
 from .denoise import Denoise
@@ -31,6 +32,7 @@ NODES = [
     EncodeImage,
     Denoise,
     Decode,
+    Compare,
     Doctor,
 ]
 
