@@ -11,17 +11,8 @@ from typing import Any
 from .commands import batch, cache, compare, demo, doctor, download, inspect, plan, run
 from .messages import MajicFluxError, say
 
-COMMANDS = (
-    demo,
-    cache,
-    inspect,
-    doctor,
-    plan,
-    run,
-    batch,
-    compare,
-    download,
-)  # as `--help` lists them
+# As `--help` lists them.
+COMMANDS = (demo, cache, inspect, doctor, plan, run, batch, compare, download)
 
 
 class _Unheard:

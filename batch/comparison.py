@@ -254,7 +254,7 @@ def _labels(settings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
         )
     labels = tuple(", ".join(values) for values in zip(*settings.values(), strict=True))
     if len({*map(_file_name, labels)}) < len(labels):
-        raise BatchError(say("Two of the settings are the same: {settings}", settings=labels))
+        raise BatchError(say("Two settings are the same: {settings}", settings="; ".join(labels)))
     return labels
 
 

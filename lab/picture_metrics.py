@@ -138,8 +138,8 @@ def _flip(reference: "np.ndarray", picture: "np.ndarray") -> tuple[float, "np.nd
     import numpy as np
     from flip_evaluator import evaluate
 
-    both = (np.ascontiguousarray(p, np.float32) / 255 for p in (reference, picture))
-    error_map, mean, _ = evaluate(*both, "LDR", applyMagma=False)
+    ours, theirs = (np.ascontiguousarray(p, np.float32) / 255 for p in (reference, picture))
+    error_map, mean, _ = evaluate(ours, theirs, "LDR", applyMagma=False)
     return float(mean), np.asarray(error_map)[..., 0]
 
 
@@ -149,11 +149,12 @@ def _structure(reference: "np.ndarray", picture: "np.ndarray") -> dict[str, floa
 
     both = _tensor(reference), _tensor(picture)
     small = _tensor(_layout(reference)), _tensor(_layout(picture))
-    return {
-        "ssim": piq.ssim(*both).item(),
-        "psnr": piq.psnr(*both).item(),
-        "layout": piq.ssim(*small, kernel_size=LAYOUT_WINDOW).item(),
+    found: dict[str, Any] = {
+        "ssim": piq.ssim(*both),
+        "psnr": piq.psnr(*both),
+        "layout": piq.ssim(*small, kernel_size=LAYOUT_WINDOW),
     }
+    return {metric: value.item() for metric, value in found.items()}
 
 
 def _ssimulacra2(reference: "np.ndarray", picture: "np.ndarray") -> float:

@@ -110,11 +110,11 @@ def _failures(comparison: Comparison) -> list[str]:
     if not comparison.failures:
         return []
     rows = (
-        f"<tr><th>{escape(id)}</th><td>{escape(problem)}</td></tr>"
+        f'<tr><th>{escape(id)}</th><td class="words">{escape(problem)}</td></tr>'
         for id, problem in comparison.failures.items()
     )
-    heads = escape(say("Picture")), escape(say("Problem"))
-    return [_heading(say("Failures")), _sheet(heads, rows)]
+    sheet = _sheet(map(escape, (say("Picture"), say("Problem"))), rows)
+    return [_heading(say("Failures")), sheet]
 
 
 def _course(comparison: Comparison) -> list[str]:
@@ -208,9 +208,9 @@ def _article(comparison: Comparison, pair: Pair, rank: int) -> str:
         f'<article id="{escape(pair.id)}"><header><h3>{key}{rank}. {escape(pair.label)}</h3>'
         f'<span class="rank">{seed}</span>{badge}</header>'
         f'<p class="prompt">{escape(pair.prompt)}</p><div class="views">'
-        f"<div>{_slider(both, names, pair.crops)}"
-        f'<dl class="numbers">{_terms(shown_values(pair))}</dl></div>'
-        f'<div class="aside">{_map(error_map)}{"".join(crops)}</div></div></article>'
+        f'{_slider(both, names, pair.crops)}<div class="aside">{_map(error_map)}'
+        f'<dl class="numbers">{_terms(shown_values(pair))}</dl></div></div>'
+        f'<div class="places">{"".join(crops)}</div></article>'
     )
 
 

@@ -110,7 +110,7 @@ def test_the_package_has_what_it_is_shipped_with() -> None:
     packaged = {path for pattern in ast.literal_eval(listed) for path in ROOT.glob(pattern)}
     there = {
         path
-        for folder in ("workflows", "locales", "web", "loaders/little_world")
+        for folder in ("workflows", "locales", "web", "lab", "loaders/little_world")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }

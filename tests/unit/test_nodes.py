@@ -151,6 +151,11 @@ CONTRACT = {
         ["pipeline:MAJICFLUX_PIPELINE", "latent:LATENT"],
         ["IMAGE"],
     ),
+    "MajicFluxCompare": (
+        "compare pictures",
+        ["reference:IMAGE", "image:IMAGE"],
+        ["IMAGE", "STRING"],
+    ),
     "MajicFluxDoctor": ("MajicFlux doctor", [], ["STRING"]),
 }
 
