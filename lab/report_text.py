@@ -155,7 +155,7 @@ def shown_values(pair: Pair) -> dict[str, str]:
 
 def difference_in_words(difference: PictureDifference) -> str:
     """Of one pair, as a node shows it."""
-    told = ", ".join(_told(difference.values))
+    told = list_of(_told(difference.values))
     if difference.changed:
         return say("{values}; the composition is another one", values=told)
     return say("{values}; the composition is the same", values=told)
@@ -170,7 +170,7 @@ def mean_in_words(differences: Sequence[PictureDifference]) -> str:
     return say(
         "mean of {count}: {values}; {changed} with another composition",
         count=len(differences),
-        values=", ".join(_told(means)),
+        values=list_of(_told(means)),
         changed=sum(each.changed for each in differences),
     )
 

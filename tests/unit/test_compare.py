@@ -22,11 +22,12 @@ from majicflux.batch.manifest import NAME
 from majicflux.batch.process import WorkerProcess
 from majicflux.batch.worker import Painter
 from majicflux.cli import main
-from majicflux.commands.compare import PUBLISHED_SEEDS, seeds
+from majicflux.commands.compare import PUBLISHED_PRECISIONS, PUBLISHED_SEEDS, seeds
 from majicflux.engine.run import pipeline
 from majicflux.host import standalone
 from majicflux.lab import comparison as lab
 from majicflux.lab.comparison import Comparison, Painted, Pair, as_dict, measured, spread
+from majicflux.lab.picture_metrics import CHANGED_BELOW, SMALLEST_SIDE_OF_SSIMULACRA2
 from majicflux.lab.report_page import MOST_SHOWN, page
 from majicflux.lab.report_text import markdown
 from majicflux.loaders import demo_models
@@ -287,6 +288,14 @@ def test_what_could_not_be_painted_is_a_failure_of_its_pairs(
     }
     again = planned(models, graph, tmp_path / "out", {"cfg": ["1", "2"]}, [0, 1, 2])
     assert [job.id for job in again.batch.waiting] == ["1-p0-s0", "2-p0-s1"], "are tried again"
+
+
+@pytest.mark.parametrize("page", ["compare.md", "compare.zh-CN.md"])
+def test_the_page_has_the_figures_of_the_command(page: str) -> None:
+    told = (API.parents[1] / "docs" / page).read_text(encoding="utf-8")
+    pictures = len(PUBLISHED_SEEDS) * len(PUBLISHED_PRECISIONS.split(","))
+    for figure in (CHANGED_BELOW, MOST_SHOWN, pictures, SMALLEST_SIDE_OF_SSIMULACRA2):
+        assert re.search(rf"(?<![\d.]){re.escape(str(figure))}(?![\d])", told), figure
 
 
 # Sums and reports
