@@ -1,11 +1,15 @@
 """`majicflux batch`: many pictures with one workflow."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..messages import say
 from .arguments import Commands, add_models, numbers, positive
+
+if TYPE_CHECKING:
+    from ..batch import Batch
 
 
 def add_to(commands: Commands, common: ArgumentParser) -> None:
@@ -36,8 +40,6 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
 
 
 def _batch(options: Namespace) -> None:
-    from tqdm import tqdm
-
     from ..batch import Batch, BatchError
 
     batch = Batch(
@@ -51,30 +53,37 @@ def _batch(options: Namespace) -> None:
         repeat=options.repeat,
         retry_failed=options.retry_failed,
     )
-    total, known = len(batch.jobs), len(batch.jobs) - len(batch.waiting)
-    if known:
-        print(say("{known} of {total} were done before.", known=known, total=total), flush=True)
-    # disable=None: no bar where there is no terminal.
-    with tqdm(total=total, initial=known, unit="", disable=None, smoothing=0.1) as bar:
-        for done, record in enumerate(batch, start=known + 1):
-            if bar.disable:
-                print(f"{done}/{total} {outcome(record)}", flush=True)
-            elif record["error"] is not None:
-                bar.write(outcome(record))
-            bar.update()
+    follow(batch, batch)
     if batch.failed:
         raise BatchError(
             say(
                 "{failed} of {total} could not be painted; {file} says why. --retry-failed tries "
                 "them again.",
                 failed=batch.failed,
-                total=total,
+                total=len(batch.jobs),
                 file=batch.manifest,
             )
         )
 
 
-def outcome(record: dict[str, Any]) -> str:
+def follow(batch: "Batch", records: Iterable[dict[str, Any]]) -> None:
+    """Show how a batch goes on, as it gives its records."""
+    from tqdm import tqdm
+
+    total, known = len(batch.jobs), len(batch.jobs) - len(batch.waiting)
+    if known:
+        print(say("{known} of {total} were done before.", known=known, total=total), flush=True)
+    # disable=None: no bar where there is no terminal.
+    with tqdm(total=total, initial=known, unit="", disable=None, smoothing=0.1) as bar:
+        for done, record in enumerate(records, start=known + 1):
+            if bar.disable:
+                print(f"{done}/{total} {_outcome(record)}", flush=True)
+            elif record["error"] is not None:
+                bar.write(_outcome(record))
+            bar.update()
+
+
+def _outcome(record: dict[str, Any]) -> str:
     """Of a row of a batch, as a line."""
     if record["error"] is not None:
         return f"{record['id']}: {record['error']}"

@@ -4,13 +4,18 @@ import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..host.graph import GraphError
 from ..messages import say
 from .arguments import Commands, add_models, numbers, positive
-from .batch import outcome
+from .batch import follow
 from .demo import DEMO_WORKFLOW
 
+if TYPE_CHECKING:
+    from ..lab.comparison import Comparison
+
+SEEDS = 4  # by default, from 0 on
 MOST_SEEDS = 1000
 # The comparison of precisions that was published with the recipe: one prompt, 20 steps, a fixed
 # seed and ten random ones, which have to be the same ones in each run to be compared.
@@ -79,49 +84,42 @@ def seeds(text: str) -> list[int]:
 
 
 def _compare(options: Namespace) -> None:
-    from tqdm import tqdm
-
     from ..batch.comparison import ComparedBatch, as_settings, precision_input
 
-    fixed, chosen, precision = options.set, options.seeds, options.precision
-    graph = options.graph
     if options.preset == PUBLISHED:
-        graph = graph or DEMO_WORKFLOW
-        fixed = [f"steps={PUBLISHED_STEPS}", *fixed]
-        chosen = chosen or PUBLISHED_SEEDS
-        precision = precision or (None if options.vary else PUBLISHED_PRECISIONS)
-    if graph is None:
+        _fill_in(options)
+    if options.graph is None:
         raise GraphError(say("Give the workflow by --graph, or --preset {name}.", name=PUBLISHED))
     settings = as_settings(options.vary)
-    if precision is not None:
-        settings |= as_settings([f"{precision_input(graph)}={precision}"])
+    if options.precision is not None:
+        settings |= as_settings([f"{precision_input(options.graph)}={options.precision}"])
     compared = ComparedBatch(
-        graph,
+        options.graph,
         options.out,
         settings,
-        chosen or [*range(4)],
+        options.seeds or range(SEEDS),
         options.prompts,
-        fixed,
+        options.set,
         models=options.models,
         input_folder=options.input,
         gpus=options.gpus,
         workers=options.workers,
     )
-    total, known = len(compared.batch.jobs), len(compared.batch.jobs) - len(compared.batch.waiting)
-    if known:
-        print(say("{known} of {total} were done before.", known=known, total=total), flush=True)
-    with tqdm(total=total, initial=known, unit="", disable=None, smoothing=0.1) as bar:
-        for done, record in enumerate(compared, start=known + 1):
-            if bar.disable:
-                print(f"{done}/{total} {outcome(record)}", flush=True)
-            elif record["error"] is not None:
-                bar.write(outcome(record))
-            bar.update()
+    follow(compared.batch, compared)
     _report(compared.comparison(), options.out)
 
 
-def _report(comparison, folder: Path) -> None:
-    """Write the three files and print the short one's table."""
+def _fill_in(options: Namespace) -> None:
+    """What the published comparison had, where nothing else is asked for."""
+    options.graph = options.graph or DEMO_WORKFLOW
+    options.set = [f"steps={PUBLISHED_STEPS}", *options.set]
+    options.seeds = options.seeds or PUBLISHED_SEEDS
+    if not options.vary:
+        options.precision = options.precision or PUBLISHED_PRECISIONS
+
+
+def _report(comparison: "Comparison", folder: Path) -> None:
+    """Write its three files, and print where they are."""
     from ..lab.comparison import as_dict, write_whole
     from ..lab.report_page import page
     from ..lab.report_text import markdown

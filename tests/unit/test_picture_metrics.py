@@ -77,7 +77,7 @@ def test_flip_is_what_its_makers_program_says_of_the_files(tmp_path: Path) -> No
     both = scene(), noisy(scene(), 20)
     for path, pixels in zip(paths, both, strict=True):
         Image.fromarray(pixels).save(path)
-    colours, mean, _ = flip_evaluator.evaluate(*paths, "LDR")
+    colours, mean, _ = flip_evaluator.evaluate(paths[0], paths[1], "LDR")
     difference = compare_pictures(*both)
     assert difference.values["flip"] == pytest.approx(mean, abs=1e-4)
     ours = in_colour(difference.error_map) / 255
