@@ -103,7 +103,7 @@ class ComparedBatch:
             latents=True,
         )
         self._records: dict[str, Record] = {}
-        self._pairs: dict[str, Pair] = {}
+        self._pairs: dict[str, list[Pair]] = {}
         self._failures: dict[str, str] = {}
         (output / PAIRS).mkdir(parents=True, exist_ok=True)
 
@@ -129,7 +129,7 @@ class ComparedBatch:
             self._labels,
             tuple(prompts.values()),
             self._seeds,
-            tuple(self._pairs[id] for id in order if id in self._pairs),
+            tuple(pair for id in order for pair in self._pairs.get(id, ())),
             {id: self._failures[id] for id in order if id in self._failures},
             machine(),
         )
@@ -160,7 +160,7 @@ class ComparedBatch:
         return own if isinstance(own, str) else row.id or ""
 
     def _require_settable(self) -> None:
-        """Raise GraphError for a setting that the graph cannot have, of any of the inputs."""
+        """Raise GraphError for a setting that the graph cannot have."""
         for name in self._settings:
             if input_named(self._graph, name) is None or is_linked(self._graph, name):
                 raise GraphError(
@@ -190,21 +190,17 @@ class ComparedBatch:
 
     def _compare(self, reference: _Wanted, wanted: _Wanted) -> None:
         """Each picture of these two, one with one."""
+        if wanted.id in self._pairs or wanted.id in self._failures:
+            return
         ours, theirs = self._records[reference.id], self._records[wanted.id]
-        problem = theirs["error"] or (ours["error"] and say("Its reference could not be painted."))
-        if problem:
+        if problem := theirs["error"] or ours["error"] and say("Its reference is not there."):
             self._failures[wanted.id] = problem
-            return
-        if wanted is reference:
-            return
-        for first, second in zip(self._painted(ours), self._painted(theirs), strict=False):
-            pair = self._pair(wanted, first, second)
-            if pair.id in self._pairs or pair.id in self._failures:
-                continue
+        elif wanted is not reference:
+            both = zip(self._painted(ours), self._painted(theirs), strict=False)
             try:
-                self._pairs[pair.id] = measured(pair, first, second, self._output / PAIRS)
+                self._pairs[wanted.id] = [self._pair(wanted, *each) for each in both]
             except MeasuringError as error:
-                self._failures[pair.id] = str(error)
+                self._failures[wanted.id] = str(error)
 
     def _painted(self, record: Record) -> list[Painted]:
         folder = self._output / PICTURES
@@ -215,11 +211,12 @@ class ComparedBatch:
             for name, digest in record["pictures"].items()
         ]
 
-    def _pair(self, wanted: _Wanted, first: Painted, second: Painted) -> Pair:
-        id = second.picture.stem
-        error_map = self._output / PAIRS / f"{id}.png"
-        files = (first.picture, second.picture, error_map)
-        return Pair(id, wanted.label, wanted.prompt, wanted.seed, *files, {}, (), ())
+    def _pair(self, wanted: _Wanted, reference: Painted, picture: Painted) -> Pair:
+        """Measured. Raises MeasuringError."""
+        folder, id = self._output / PAIRS, picture.picture.stem
+        files = reference.picture, picture.picture, folder / f"{id}.png"
+        pair = Pair(id, wanted.label, wanted.prompt, wanted.seed, *files, {}, (), ())
+        return measured(pair, reference, picture, folder)
 
 
 def precision_input(graph: Path) -> str:

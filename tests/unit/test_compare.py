@@ -271,8 +271,10 @@ def test_what_could_not_be_painted_is_a_failure_of_its_pairs(
     def paint(worker: WorkerProcess, id: str, graph: dict) -> dict:
         if id in ("1-p0-s0", "2-p0-s1"):
             return {"problem": "no memory", "fatal": False}
-        Image.new("RGB", (32, 32)).save(tmp_path / "out/pictures" / f"{id}.png")
-        return {"pictures": {f"{id}.png": ""}, "latents": {}, "seconds": 1.0}
+        names = [f"{id}.png", f"{id}.2.png"]  # of a batch of two
+        for name in names:
+            Image.new("RGB", (32, 32)).save(tmp_path / "out/pictures" / name)
+        return {"pictures": dict.fromkeys(names, ""), "latents": {}, "seconds": 1.0}
 
     monkeypatch.setattr(WorkerProcess, "paint", paint)
     compared = ComparedBatch(
@@ -280,10 +282,10 @@ def test_what_could_not_be_painted_is_a_failure_of_its_pairs(
     )
     assert len([*compared]) == 6
     found = compared.comparison()
-    assert [pair.id for pair in found.pairs] == ["2-p0-s2"]
+    assert [pair.id for pair in found.pairs] == ["2-p0-s2", "2-p0-s2.2"]
     assert found.failures == {
         "1-p0-s0": "no memory",
-        "2-p0-s0": "Its reference could not be painted.",
+        "2-p0-s0": "Its reference is not there.",
         "2-p0-s1": "no memory",
     }
     again = planned(models, graph, tmp_path / "out", {"cfg": ["1", "2"]}, [0, 1, 2])
