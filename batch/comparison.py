@@ -193,7 +193,7 @@ class ComparedBatch:
         if wanted.id in self._pairs or wanted.id in self._failures:
             return
         ours, theirs = self._records[reference.id], self._records[wanted.id]
-        if problem := theirs["error"] or ours["error"] and say("Its reference is not there."):
+        if problem := theirs["error"] or (ours["error"] and say("Its reference is not there.")):
             self._failures[wanted.id] = problem
         elif wanted is not reference:
             both = zip(self._painted(ours), self._painted(theirs), strict=False)
