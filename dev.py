@@ -35,7 +35,7 @@ NEWEST_CANVAS = VENV / "frontend" / "comfyui_frontend_package" / "static"
 CANVAS = "comfyui-frontend-package==1.58.1"
 IN_COMFYUI = "--in-comfyui"  # what `test` is called with where nothing may be left out
 TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client", "diffusers"]
-TOOLS += ["flip-evaluator", "piq", "ssimulacra2"]  # of the extra `lab`
+TOOLS += ["flip-evaluator; python_version < '3.14'", "piq", "ssimulacra2"]  # of the extra `lab`
 
 
 def main() -> int:

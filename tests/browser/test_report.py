@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page
 from majicflux.lab.comparison import Comparison, Painted, Pair, measured
 from majicflux.lab.report_page import page as report_page
 
+pytest.importorskip("flip_evaluator")  # which has no build for Python 3.14
 SIZES = [(1366, 768), (390, 844)]  # of a laptop, of a phone
 
 

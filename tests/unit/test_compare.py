@@ -32,6 +32,7 @@ from majicflux.lab.report_page import MOST_SHOWN, page
 from majicflux.lab.report_text import markdown
 from majicflux.loaders import demo_models
 
+pytest.importorskip("flip_evaluator")  # which has no build for Python 3.14
 API = Path(__file__).parents[2] / "workflows" / "api"
 SMALL = {"width": 64, "height": 64, "steps": 2}
 SOUND, ROUNDED, WRONG = "sound", "rounded", "wrong"  # transformers, the last with a defect
