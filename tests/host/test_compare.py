@@ -1,5 +1,7 @@
 """The node that compares pictures, in a real server."""
 
+import pytest
+
 from comfyui_server import Server
 
 pytest.importorskip("flip_evaluator")  # which has no build for Python 3.14
