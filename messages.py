@@ -21,6 +21,10 @@ class MajicFluxError(ValueError):
 
     __module__ = "majicflux"  # ComfyUI shows it, and would show the path of the pack
 
+    def __init__(self, english: str = "", /, **values: object):
+        """The same as of `say`."""
+        super().__init__(say(english, **values))
+
     def __init_subclass__(cls) -> None:
         cls.__module__ = "majicflux"
 
@@ -39,11 +43,15 @@ def speak(language: Callable[[], str]) -> None:
 
 
 def say(english: str, /, **values: object) -> str:
-    """The message in the user's language, its fields filled by `values` as `str.format` does."""
+    """The message in the user's language, its fields filled by `values` as `str.format` does.
+
+    Without values it has no fields, so that what has been said already stays as it is.
+    """
     try:
-        return _messages(_language())[english].format(**values)
+        text = _messages(_language())[english]
+        return text.format(**values) if values else text
     except Exception:  # anything: a message in English is better than another error in its place
-        return english.format(**values)
+        return english.format(**values) if values else english
 
 
 def later(english: str) -> str:

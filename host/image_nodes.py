@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError
 from .schema import ComfyNode, Schema, io
 
 if TYPE_CHECKING:
@@ -137,10 +137,8 @@ def _target(folder: Path, prefix: str, width: int, height: int) -> Path:
     inside, name = os.path.split(os.path.normpath(prefix))
     if name in ("", ".", "..") or not _within(folder, folder / inside):
         raise MajicFluxError(
-            say(
-                "The file name prefix {prefix} leads out of the output folder or names no file.",
-                prefix=prefix,
-            )
+            "The file name prefix {prefix} leads out of the output folder or names no file.",
+            prefix=prefix,
         )
     return Path(os.path.realpath(folder / inside), name)
 
@@ -186,7 +184,7 @@ def _write_new(target: Path, data: bytes) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot encode
         reason = getattr(error, "strerror", None) or error
         raise MajicFluxError(
-            say("{file} cannot be written: {reason}.", file=path, reason=reason)
+            "{file} cannot be written: {reason}.", file=path, reason=reason
         ) from error
     return path
 
@@ -196,11 +194,9 @@ def _place(input_folder: Path, output_folder: Path, name: str) -> Path:
     folder = output_folder if name.endswith(" [output]") else input_folder
     path = folder / re.sub(r" \[(input|output)\]$", "", name)
     if not _within(folder, path):
-        raise MajicFluxError(
-            say("{file} leads out of the folder {folder}.", file=path, folder=folder)
-        )
+        raise MajicFluxError("{file} leads out of the folder {folder}.", file=path, folder=folder)
     if not path.is_file():  # a pipe would be waited for
-        raise MajicFluxError(say("There is no picture {file}.", file=path))
+        raise MajicFluxError("There is no picture {file}.", file=path)
     return path
 
 
@@ -231,5 +227,5 @@ def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
     except Exception as error:  # anything: decoders raise many things at a damaged file
         reason = getattr(error, "strerror", None) or error
         raise MajicFluxError(
-            say("{file} cannot be read: {reason}.", file=path, reason=reason)
+            "{file} cannot be read: {reason}.", file=path, reason=reason
         ) from error

@@ -39,31 +39,25 @@ def from_conditioning(
     """name: of the input it came by, which the MajicFluxError names if it cannot be honoured."""
     if not all(_is_entry(entry) for entry in conditioning):
         raise MajicFluxError(
-            say(
-                "The CONDITIONING of {name} is not one that ComfyUI's nodes make. Connect encode "
-                "prompt or CLIPTextEncode.",
-                name=name,
-            )
+            "The CONDITIONING of {name} is not one that ComfyUI's nodes make. Connect encode "
+            "prompt or CLIPTextEncode.",
+            name=name,
         )
     if len(conditioning) != 1:
         raise MajicFluxError(
-            say(
-                "The CONDITIONING of {name} has {count} entries, and Majic nodes paint with one. "
-                "Remove Conditioning (Combine) or its like.",
-                name=name,
-                count=len(conditioning),
-            )
+            "The CONDITIONING of {name} has {count} entries, and Majic nodes paint with one. "
+            "Remove Conditioning (Combine) or its like.",
+            name=name,
+            count=len(conditioning),
         )
     tokens, options = conditioning[0]
     unknown = [key for key, value in options.items() if key not in HONOURED and value is not None]
     if unknown:
         raise MajicFluxError(
-            say(
-                "The CONDITIONING of {name} carries {unknown}, which Majic nodes cannot honour. "
-                "Remove the node that adds it, or sample with KSampler.",
-                name=name,
-                unknown=", ".join(sorted(unknown)),
-            )
+            "The CONDITIONING of {name} carries {unknown}, which Majic nodes cannot honour. "
+            "Remove the node that adds it, or sample with KSampler.",
+            name=name,
+            unknown=", ".join(sorted(unknown)),
         )
     pooled = options.get("pooled_output")
     if pooled is None:
@@ -74,14 +68,12 @@ def from_conditioning(
     ):
         if found.shape[0] != 1 or found.shape[-1] != width:
             raise MajicFluxError(
-                say(
-                    "The CONDITIONING of {name} has {what} of shape {shape}, but Flux.1 takes one "
-                    "prompt of width {width}. Encode it with CLIP-L and T5-XXL (type flux).",
-                    name=name,
-                    what=say(what),
-                    shape=tuple(found.shape),
-                    width=width,
-                )
+                "The CONDITIONING of {name} has {what} of shape {shape}, but Flux.1 takes one "
+                "prompt of width {width}. Encode it with CLIP-L and T5-XXL (type flux).",
+                name=name,
+                what=say(what),
+                shape=tuple(found.shape),
+                width=width,
             )
         require_finite(name, found)
     guidance = options.get("guidance")
@@ -89,11 +81,9 @@ def from_conditioning(
         isinstance(guidance, (int, float)) and math.isfinite(guidance)
     ):
         raise MajicFluxError(
-            say(
-                "The guidance in the CONDITIONING of {name} must be a number, not {value!r}.",
-                name=name,
-                value=guidance,
-            )
+            "The guidance in the CONDITIONING of {name} must be a number, not {value!r}.",
+            name=name,
+            value=guidance,
         )
     # What FluxDisableGuidance leaves is not what is left where no node gave one.
     guided = guidance is not None or "guidance" not in options
@@ -122,21 +112,17 @@ def _references(
     placing = options.get("reference_latents_method") or PLACINGS[0]
     if geometry.takes_picture:
         raise MajicFluxError(
-            say(
-                "The CONDITIONING of {name} carries reference_latents, which fill, depth and "
-                "canny models and control LoRAs cannot take. Remove ReferenceLatent, or choose a "
-                "Kontext model.",
-                name=name,
-            )
+            "The CONDITIONING of {name} carries reference_latents, which fill, depth and "
+            "canny models and control LoRAs cannot take. Remove ReferenceLatent, or choose a "
+            "Kontext model.",
+            name=name,
         )
     if placing not in PLACINGS:
         raise MajicFluxError(
-            say(
-                "The CONDITIONING of {name} places its references by {method}, which Majic nodes "
-                "cannot honour. Choose offset, index or uxo/uno in Edit Model Reference Method.",
-                name=name,
-                method=placing,
-            )
+            "The CONDITIONING of {name} places its references by {method}, which Majic nodes "
+            "cannot honour. Choose offset, index or uxo/uno in Edit Model Reference Method.",
+            name=name,
+            method=placing,
         )
     latents = [_latents_of(name, "reference_latents", each) for each in references]
     return PictureConditions(references=tuple(latents), placing=placing)
@@ -147,15 +133,13 @@ def _latents_of(name: str, key: str, given: Any) -> Tensor:
     samples = tensor_of(key, "LATENT", given).float().cpu()
     if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
         raise MajicFluxError(
-            say(
-                "The CONDITIONING of {name} has {key} of the shape {shape}, but Flux.1's latents "
-                "are [batch, {channels}, height/8, width/8]. Encode the picture with the VAE of "
-                "Flux.1.",
-                name=name,
-                key=key,
-                shape=tuple(samples.shape),
-                channels=CHANNELS,
-            )
+            "The CONDITIONING of {name} has {key} of the shape {shape}, but Flux.1's latents "
+            "are [batch, {channels}, height/8, width/8]. Encode the picture with the VAE of "
+            "Flux.1.",
+            name=name,
+            key=key,
+            shape=tuple(samples.shape),
+            channels=CHANNELS,
         )
     require_finite(name, samples)
     return to_model_space(samples)
@@ -178,12 +162,7 @@ def tensor_of(where: str, wanted: str, value: Any) -> Tensor:
         return value
     found = type(value).__name__
     raise MajicFluxError(
-        say(
-            "{where} takes {wanted}, but is linked to {found}.",
-            where=where,
-            wanted=wanted,
-            found=found,
-        )
+        "{where} takes {wanted}, but is linked to {found}.", where=where, wanted=wanted, found=found
     )
 
 
@@ -191,11 +170,9 @@ def require_finite(name: str, values: Tensor) -> None:
     """Raise MajicFluxError for a NaN or an infinity in what came by the input of this name."""
     if not torch.isfinite(values).all():
         raise MajicFluxError(
-            say(
-                "What came by {name} holds values that are no numbers (NaN or infinity). Look at "
-                "the node that it comes from.",
-                name=name,
-            )
+            "What came by {name} holds values that are no numbers (NaN or infinity). Look at "
+            "the node that it comes from.",
+            name=name,
         )
 
 
@@ -220,12 +197,10 @@ def from_latent(latent: Latent) -> Tensor:
         return samples.new_zeros(len(samples), CHANNELS, *size)
     if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
         raise MajicFluxError(
-            say(
-                "This LATENT has the shape {shape}, but Flux.1's are [batch, {channels}, height/8, "
-                "width/8]. Encode the picture with the VAE of Flux.1.",
-                shape=tuple(samples.shape),
-                channels=CHANNELS,
-            )
+            "This LATENT has the shape {shape}, but Flux.1's are [batch, {channels}, height/8, "
+            "width/8]. Encode the picture with the VAE of Flux.1.",
+            shape=tuple(samples.shape),
+            channels=CHANNELS,
         )
     return to_model_space(samples)
 
@@ -246,10 +221,8 @@ def from_whole_image(image: Tensor) -> Tensor:
     """The same of any size."""
     if image.ndim != 4 or image.shape[-1] < 3 or image.numel() == 0:
         raise MajicFluxError(
-            say(
-                "This IMAGE has the shape {shape}, but pictures are [batch, height, width, 3].",
-                shape=tuple(image.shape),
-            )
+            "This IMAGE has the shape {shape}, but pictures are [batch, height, width, 3].",
+            shape=tuple(image.shape),
         )
     require_finite("image", image)
     return image[..., :3].float().cpu()
@@ -263,10 +236,8 @@ def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
     mask = tensor_of("mask", "MASK", mask)
     if mask.ndim < 2 or mask.numel() == 0:
         raise MajicFluxError(
-            say(
-                "This MASK has the shape {shape}, but masks are [batch, height, width].",
-                shape=tuple(mask.shape),
-            )
+            "This MASK has the shape {shape}, but masks are [batch, height, width].",
+            shape=tuple(mask.shape),
         )
     require_finite("mask", mask)
     mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])

@@ -66,12 +66,10 @@ def _geometry(path: Path, sources: Sources) -> ControlGeometry:
     )
     if channels != OF_LATENTS and not geometry.inpaints:
         raise ModelFileError(
-            say(
-                "{file} is shown {channels} channels, and the ControlNets that MajicFlux knows "
-                "64, or 68 with a mask. Choose another file.",
-                file=path.name,
-                channels=channels,
-            )
+            "{file} is shown {channels} channels, and the ControlNets that MajicFlux knows "
+            "64, or 68 with a mask. Choose another file.",
+            file=path.name,
+            channels=channels,
         )
     return geometry
 

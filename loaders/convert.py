@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..messages import later, say
+from ..messages import later
 from .convert_on_device import DeviceQuantizer
 from .read_ahead import BUFFER_BYTES, FileSpan, Reader
 from .safetensors_file import DTYPES, ModelFileError
@@ -258,12 +258,10 @@ def _convert(piece: _Piece, data: "Tensor", quantizer: DeviceQuantizer | None) -
     cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
     if cast and holds_nan(weight):
         raise ModelFileError(
-            say(
-                "{file}, tensor {name}: a value is too large for float8 without a scale. Choose "
-                "float8_e4m3fn or int8 rotated.",
-                file=part.file.path.name,
-                name=part.name,
-            )
+            "{file}, tensor {name}: a value is too large for float8 without a scale. Choose "
+            "float8_e4m3fn or int8 rotated.",
+            file=part.file.path.name,
+            name=part.name,
         )
 
 
@@ -367,10 +365,8 @@ def _require_sane(part: Part, name: str, largest: float) -> None:
 def damaged(part: Part, name: str) -> ModelFileError:
     """The error of a tensor that holds what no weight has."""
     return ModelFileError(
-        say(
-            "{file}, tensor {name}: it holds a NaN, an infinity or a value that no weight has. The "
-            "file is damaged; download it again.",
-            file=part.file.path.name,
-            name=name,
-        )
+        "{file}, tensor {name}: it holds a NaN, an infinity or a value that no weight has. The "
+        "file is damaged; download it again.",
+        file=part.file.path.name,
+        name=name,
     )

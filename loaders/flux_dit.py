@@ -192,14 +192,12 @@ def sizes_of(path: Path, sources: Sources) -> FluxGeometry:
     hidden = size_of(path, sources, "img_in.weight", 0)
     if head_dim != HEAD_DIM or hidden == 0 or hidden % HEAD_DIM:
         raise ModelFileError(
-            say(
-                "{file} has attention heads of {found} in a width of {width}; Flux.1 models have "
-                "heads of {heads}. Choose another file.",
-                file=path.name,
-                found=head_dim,
-                width=hidden,
-                heads=HEAD_DIM,
-            )
+            "{file} has attention heads of {found} in a width of {width}; Flux.1 models have "
+            "heads of {heads}. Choose another file.",
+            file=path.name,
+            found=head_dim,
+            width=hidden,
+            heads=HEAD_DIM,
         )
     return FluxGeometry(
         hidden=hidden,

@@ -17,7 +17,6 @@ from ..engine.flux.geometry import (
     FluxGeometry,
     T5Geometry,
 )
-from ..messages import say
 from .safetensors_file import ModelFileError
 
 MAX_BLOCKS = 256  # of one kind; Flux.1 has 38 at most
@@ -150,13 +149,11 @@ def blocks_in(path: Path, names: Iterable[str], prefix: str, layout: Layout) -> 
     count = len({match[1] for match in matches if match and match[2] in needed})
     if count > MAX_BLOCKS:
         raise ModelFileError(
-            say(
-                "{file} has {count:,} blocks; no Flux.1 model has more than {most}. Choose another "
-                "file.",
-                file=path.name,
-                count=count,
-                most=MAX_BLOCKS,
-            )
+            "{file} has {count:,} blocks; no Flux.1 model has more than {most}. Choose another "
+            "file.",
+            file=path.name,
+            count=count,
+            most=MAX_BLOCKS,
         )
     return count
 

@@ -112,12 +112,10 @@ def inspect_usable_lora(
     report = _report(inspect_lora(path, flux, clip))
     if report.layers + report.text_layers == 0:
         raise ModelFileError(
-            say(
-                "{file} changes CLIP-L alone, in a way that MajicFlux cannot use ({reasons}). "
-                "Choose another file.",
-                file=path.name,
-                reasons=", ".join(map(say, report.unused)),
-            )
+            "{file} changes CLIP-L alone, in a way that MajicFlux cannot use ({reasons}). "
+            "Choose another file.",
+            file=path.name,
+            reasons=", ".join(map(say, report.unused)),
         )
     return report
 

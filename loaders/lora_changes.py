@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from ..engine.flux.geometry import FIRST_LAYER
 from ..engine.sizes import OF_LATENTS
-from ..messages import say
 from .lora_models import FLUX_LORA, model_of_size
 from .lora_names import Target
 from .recognise import not_wanted
@@ -142,12 +141,9 @@ class Layer:
             raise self._misfit(part, "[n, m]")
         if 0 in shape:
             raise ModelFileError(
-                say(
-                    "{file} is damaged: {name} has rank 0. Download it again, or choose another "
-                    "file.",
-                    file=self.path.name,
-                    name=part.name,
-                )
+                "{file} is damaged: {name} has rank 0. Download it again, or choose another file.",
+                file=self.path.name,
+                name=part.name,
             )
         return shape[0], shape[1]
 
@@ -165,26 +161,22 @@ class Layer:
 
     def _misfit(self, part: Part, wanted: object) -> ModelFileError:
         return ModelFileError(
-            say(
-                "{file} does not fit: {name} has the shape {shape} where {expected} follows from "
-                "the others. Choose another file.",
-                file=self.path.name,
-                name=part.name,
-                shape=list(part.file.tensors[part.name].shape),
-                expected=wanted,
-            )
+            "{file} does not fit: {name} has the shape {shape} where {expected} follows from "
+            "the others. Choose another file.",
+            file=self.path.name,
+            name=part.name,
+            shape=list(part.file.tensors[part.name].shape),
+            expected=wanted,
         )
 
     def _other_size(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> ModelFileError:
         return ModelFileError(
-            say(
-                "{file} does not fit this model: what it adds to {name} has the shape {shape}, "
-                "where the model has {expected}. Choose another file.",
-                file=self.path.name,
-                name=name,
-                shape=list(shape),
-                expected=list(wanted),
-            )
+            "{file} does not fit this model: what it adds to {name} has the shape {shape}, "
+            "where the model has {expected}. Choose another file.",
+            file=self.path.name,
+            name=name,
+            shape=list(shape),
+            expected=list(wanted),
         )
 
     def _require_size(self, rows: int, columns: int, decomposed: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
-from ..messages import later, say
+from ..messages import later
 from .lora_changes import BIAS, FACTORS, NORM, Change, Layer
 from .lora_models import FLUX_LORA, MORE_BLOCKS, lora_of_another_model
 from .lora_names import (
@@ -180,12 +180,10 @@ class _Reading:
         names = [*self.parts]
         if self.unused[NO_SUCH_METHOD]:
             return ModelFileError(
-                say(
-                    "{file} changes the model by a method that MajicFlux does not know, as in "
-                    "{name}. Choose a LoRA, LoHa or LoKr.",
-                    file=self.path.name,
-                    name=self.unused[NO_SUCH_METHOD][0],
-                )
+                "{file} changes the model by a method that MajicFlux does not know, as in "
+                "{name}. Choose a LoRA, LoHa or LoKr.",
+                file=self.path.name,
+                name=self.unused[NO_SUCH_METHOD][0],
             )
         return not_wanted(self.path, names, None, FLUX_LORA)
 

@@ -12,7 +12,6 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..messages import say
 from .safetensors_file import Identity, ModelFileError, changed, identity_of
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Reader:
             except OSError as error:
                 reason = error.strerror or error
                 raise ModelFileError(
-                    say("{file} cannot be read: {reason}.", file=span.path, reason=reason)
+                    "{file} cannot be read: {reason}.", file=span.path, reason=reason
                 ) from error
             finally:
                 with self._lock:
@@ -101,7 +100,7 @@ class Reader:
             count = self._read_at(file, span.start + done, view[done:])
             if not count:
                 raise ModelFileError(
-                    say("{file} became shorter while it was read.", file=span.path.name)
+                    "{file} became shorter while it was read.", file=span.path.name
                 )
             done += count
         if hasattr(os, "posix_fadvise"):  # Linux

@@ -244,13 +244,11 @@ def not_wanted(
         some = say("Its names: {names} ...", names=", ".join(sorted(names)[:3]))
         return ModelFileError("\n".join([said, some]))
     return ModelFileError(
-        say(
-            "{file} is {found}, not {wanted}. {advice}",
-            file=path.name,
-            found=found,
-            wanted=wanted,
-            advice=say(found.advice),
-        )
+        "{file} is {found}, not {wanted}. {advice}",
+        file=path.name,
+        found=found,
+        wanted=wanted,
+        advice=say(found.advice),
     )
 
 

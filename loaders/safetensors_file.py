@@ -128,11 +128,9 @@ class SafetensorsFile:
         size = size if most is None else min(size, most)
         if size > MAX_SMALL_BYTES:
             raise ModelFileError(
-                say(
-                    "{file} has a damaged header ({error}); download it again.",
-                    file=self.path.name,
-                    error=say("a scale or a marker of {size:,} bytes", size=size),
-                )
+                "{file} has a damaged header ({error}); download it again.",
+                file=self.path.name,
+                error=say("a scale or a marker of {size:,} bytes", size=size),
             )
         return bytes(self.read_span(entry.start, size))
 
@@ -151,13 +149,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """Raises ModelFileError when that cannot be done, or reading fails."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise ModelFileError(say("{file} is not a file.", file=path))
+            raise ModelFileError("{file} is not a file.", file=path)
         with path.open("rb") as file:
             yield file
     except OSError as error:
         reason = error.strerror or error
         raise ModelFileError(
-            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+            "{file} cannot be opened: {reason}.", file=path, reason=reason
         ) from error
 
 
@@ -179,7 +177,7 @@ def identity_of(file: Any) -> Identity:
 def changed(path: Path) -> ModelFileError:
     """The error of a file that is another than the one whose header was read."""
     return ModelFileError(
-        say("{file} was changed while it was being read. Run it again.", file=path.name)
+        "{file} was changed while it was being read. Run it again.", file=path.name
     )
 
 
@@ -195,24 +193,20 @@ def _read_header(
             if magic in PICKLES:
                 names = first + file.read(NAMING_BYTES)
                 sentence = next((said for part, said in PICKLED if part in names), sentence)
-            raise ModelFileError(say(sentence, file=name))
+            raise ModelFileError(sentence, file=name)
     length = int.from_bytes(first[:8], "little")
     if len(first) < 10 or first[8:9] != b"{" or length > FORMAT_HEADER_BYTES:
         raise ModelFileError(_what_else(name, first))
     data_start = 8 + length
     if data_start > file_bytes:
-        raise ModelFileError(
-            say("{file} is cut off inside its header; download it again.", file=name)
-        )
+        raise ModelFileError("{file} is cut off inside its header; download it again.", file=name)
     if length > MAX_HEADER_BYTES:
         values = {"size": length / 2**20, "most": MAX_HEADER_BYTES / 2**20}
         raise ModelFileError(
-            say(
-                "{file} has a header of {size:.0f} MB; no Flux.1 model needs more than {most:.0f}. "
-                "Choose another file.",
-                file=name,
-                **values,
-            )
+            "{file} has a header of {size:.0f} MB; no Flux.1 model needs more than {most:.0f}. "
+            "Choose another file.",
+            file=name,
+            **values,
         )
     file.seek(8)
     try:
@@ -223,17 +217,14 @@ def _read_header(
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(
-            say("{file} has a damaged header ({error}); download it again.", file=name, error=error)
+            "{file} has a damaged header ({error}); download it again.", file=name, error=error
         ) from error
     if end > file_bytes:
         raise ModelFileError(
-            say(
-                "{file} is cut off: {missing:,} of its {all:,} bytes are missing. Download it "
-                "again.",
-                file=name,
-                missing=end - file_bytes,
-                all=end,
-            )
+            "{file} is cut off: {missing:,} of its {all:,} bytes are missing. Download it again.",
+            file=name,
+            missing=end - file_bytes,
+            all=end,
         )
     return entries, metadata
 

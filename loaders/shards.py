@@ -4,7 +4,6 @@ import re
 from itertools import filterfalse
 from pathlib import Path
 
-from ..messages import say
 from .safetensors_file import ModelFileError
 
 MAX_SHARDS = 1000
@@ -29,19 +28,15 @@ def model_parts(path: Path) -> list[Path]:
     first = next(filter(None, map(SHARD.match, filterfalse(hidden, names))), None)
     if first is None:
         raise ModelFileError(
-            say(
-                "The folder {folder} holds no model parts named NAME-00001-of-00002.safetensors.",
-                folder=folder.name,
-            )
+            "The folder {folder} holds no model parts named NAME-00001-of-00002.safetensors.",
+            folder=folder.name,
         )
     total = int(first["total"])
     if not 0 < total <= MAX_SHARDS:
         raise ModelFileError(
-            say(
-                "{file} is one of {total:,} parts; no model has as many. Choose another file.",
-                file=first[0],
-                total=total,
-            )
+            "{file} is one of {total:,} parts; no model has as many. Choose another file.",
+            file=first[0],
+            total=total,
         )
     parts = [
         folder / f"{first['stem']}-{index:05d}-of-{total:05d}.safetensors"
@@ -50,10 +45,8 @@ def model_parts(path: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise ModelFileError(
-            say(
-                "The folder {folder} lacks {missing}. Download it into that folder.",
-                folder=folder.name,
-                missing=", ".join(missing[:3]) + (" ..." if missing[3:] else ""),
-            )
+            "The folder {folder} lacks {missing}. Download it into that folder.",
+            folder=folder.name,
+            missing=", ".join(missing[:3]) + (" ..." if missing[3:] else ""),
         )
     return parts

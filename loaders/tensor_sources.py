@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.quant.formats import rotation_group
-from ..messages import say
 from .layouts import Layout
 from .safetensors_file import ModelFileError, SafetensorsFile
 
@@ -130,11 +129,9 @@ def prefix_before(names: Iterable[str], marker: str) -> str:
 def missing(path: Path, name: str) -> ModelFileError:
     """The error of a file that lacks a tensor."""
     return ModelFileError(
-        say(
-            "{file} is incomplete: {name} is missing. Download it again, or choose another file.",
-            file=path.name,
-            name=name,
-        )
+        "{file} is incomplete: {name} is missing. Download it again, or choose another file.",
+        file=path.name,
+        name=name,
     )
 
 
@@ -146,14 +143,12 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
     absent = [name for name in layout if name not in sources]
     if absent:
         raise ModelFileError(
-            say(
-                "{file} is incomplete: {count} of {all} tensors are missing, {name} among them. "
-                "Download it again, or choose another file.",
-                file=path.name,
-                count=len(absent),
-                all=len(layout),
-                name=absent[0],
-            )
+            "{file} is incomplete: {count} of {all} tensors are missing, {name} among them. "
+            "Download it again, or choose another file.",
+            file=path.name,
+            count=len(absent),
+            all=len(layout),
+            name=absent[0],
         )
     for name in layout:  # first, as other formats have other shapes too
         for part in sources[name].parts:
@@ -162,26 +157,22 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
         source = sources[name]
         if _without_ones(source.shape) != _without_ones(shape):
             raise ModelFileError(
-                say(
-                    "{file} does not fit: {name} has the shape {shape} where {expected} follows "
-                    "from the others. Choose another file.",
-                    file=path.name,
-                    name=name,
-                    shape=list(source.shape),
-                    expected=list(shape),
-                )
+                "{file} does not fit: {name} has the shape {shape} where {expected} follows "
+                "from the others. Choose another file.",
+                file=path.name,
+                name=name,
+                shape=list(source.shape),
+                expected=list(shape),
             )
         for part in source.parts:
             if part.row_shape != source.parts[0].row_shape:
                 raise ModelFileError(
-                    say(
-                        "{file} does not fit: {name} has rows of {shape} where {expected} follows "
-                        "from the tensors that it belongs to. Choose another file.",
-                        file=path.name,
-                        name=part.name,
-                        shape=list(part.row_shape),
-                        expected=list(source.parts[0].row_shape),
-                    )
+                    "{file} does not fit: {name} has rows of {shape} where {expected} follows "
+                    "from the tensors that it belongs to. Choose another file.",
+                    file=path.name,
+                    name=part.name,
+                    shape=list(part.row_shape),
+                    expected=list(source.parts[0].row_shape),
                 )
 
 
@@ -189,11 +180,9 @@ def require_readable(path: Path, name: str, part: Part) -> None:
     """Raise ModelFileError when the weight of this name has a part in a format we do not know."""
     if part.format == DAMAGED:
         raise ModelFileError(
-            say(
-                "{file} has a damaged comfy_quant marker beside {name}. Download it again.",
-                file=path.name,
-                name=part.name,
-            )
+            "{file} has a damaged comfy_quant marker beside {name}. Download it again.",
+            file=path.name,
+            name=part.name,
         )
     layer = part.name.removesuffix("weight")
     beside = next((m for m in MULTIPLIERS if layer + m in part.file.tensors), None)
@@ -208,27 +197,23 @@ def require_readable(path: Path, name: str, part: Part) -> None:
         unread = f"{part.dtype} + {beside}"
     if unread is not None:
         raise ModelFileError(
-            say(
-                "{file} stores {name} as {dtype}, a quantisation that MajicFlux cannot read. Use "
-                "the bf16, fp16, float8 or int8_tensorwise file.",
-                file=path.name,
-                name=name,
-                dtype=unread,
-            )
+            "{file} stores {name} as {dtype}, a quantisation that MajicFlux cannot read. Use "
+            "the bf16, fp16, float8 or int8_tensorwise file.",
+            file=path.name,
+            name=name,
+            dtype=unread,
         )
     if part.scale_name is not None:
         entry = part.file.tensors[part.scale_name]
         rows = part.file.tensors[part.name].shape[0]
         if entry.dtype not in FLOATING or math.prod(entry.shape) not in (1, rows):
             raise ModelFileError(
-                say(
-                    "{file} stores {name} with a scale of {dtype} and shape {shape}, which "
-                    "MajicFlux cannot read. Use the bf16 or fp16 file.",
-                    file=path.name,
-                    name=name,
-                    dtype=entry.dtype,
-                    shape=list(entry.shape),
-                )
+                "{file} stores {name} with a scale of {dtype} and shape {shape}, which "
+                "MajicFlux cannot read. Use the bf16 or fp16 file.",
+                file=path.name,
+                name=name,
+                dtype=entry.dtype,
+                shape=list(entry.shape),
             )
 
 

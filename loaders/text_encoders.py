@@ -73,13 +73,11 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, Sources]:
         vocabulary, width = _shape(path, sources, CLIP_TOKENS, 2)
         if width % CLIP_HEAD_DIM:
             raise ModelFileError(
-                say(
-                    "{file} is {width} wide, which is no multiple of {heads} as in every CLIP text "
-                    "encoder. Choose clip_l.safetensors.",
-                    file=path.name,
-                    width=width,
-                    heads=CLIP_HEAD_DIM,
-                )
+                "{file} is {width} wide, which is no multiple of {heads} as in every CLIP text "
+                "encoder. Choose clip_l.safetensors.",
+                file=path.name,
+                width=width,
+                heads=CLIP_HEAD_DIM,
             )
         geometry = ClipGeometry(
             width=width,

@@ -58,26 +58,22 @@ def load_tokenizer(
         except Exception as error:  # anything: transformers checks little of what it reads
             reason = str(error).strip().partition("\n")[0][:MOST_REASON]
             raise ModelFileError(
-                say(
-                    "The {kind} tokenizer in {folder} is damaged ({reason}). Download that folder "
-                    "again.",
-                    kind=kind.name,
-                    folder=folder,
-                    reason=reason or type(error).__name__,
-                )
+                "The {kind} tokenizer in {folder} is damaged ({reason}). Download that folder "
+                "again.",
+                kind=kind.name,
+                folder=folder,
+                reason=reason or type(error).__name__,
             ) from error
         return tokenizer
     raise ModelFileError(
-        say(
-            "No {kind} tokenizer with {entries} entries was found for {file}. Put the one that "
-            "belongs to it, such as {folder} of the FLUX.1-dev repository, beside the file, as "
-            "{place}.",
-            kind=kind.name,
-            entries=vocabulary,
-            file=model_path.name,
-            folder=kind.folder,
-            place=candidates[0],
-        )
+        "No {kind} tokenizer with {entries} entries was found for {file}. Put the one that "
+        "belongs to it, such as {folder} of the FLUX.1-dev repository, beside the file, as "
+        "{place}.",
+        kind=kind.name,
+        entries=vocabulary,
+        file=model_path.name,
+        folder=kind.folder,
+        place=candidates[0],
     )
 
 
@@ -103,11 +99,9 @@ def _class_of(kind: TokenizerKind) -> Any:
             first = first.__cause__
         reason = "; ".join([str(first).partition("\n")[0], *misfits()])
         raise ModelFileError(
-            say(
-                "Transformers cannot import its {kind} tokenizer: {reason}",
-                kind=kind.name,
-                reason=reason,
-            )
+            "Transformers cannot import its {kind} tokenizer: {reason}",
+            kind=kind.name,
+            reason=reason,
         ) from error
 
 

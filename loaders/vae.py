@@ -42,12 +42,10 @@ def inspect_vae(path: Path) -> Sources:
         layout, first = vae_layout(), sources.get("decoder.conv_in.weight")
         if first is not None and len(first.shape) == 4 and first.shape[1] != CHANNELS:
             raise ModelFileError(
-                say(
-                    "{file} is a VAE of another model: its latents have {channels} channels, "
-                    "Flux's have 16. Choose ae.safetensors.",
-                    file=path.name,
-                    channels=first.shape[1],
-                )
+                "{file} is a VAE of another model: its latents have {channels} channels, "
+                "Flux's have 16. Choose ae.safetensors.",
+                file=path.name,
+                channels=first.shape[1],
             )
         require_layout(path, sources, layout)
     return {name: sources[name] for name in layout}

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..messages import later, say
+from ..messages import later
 from .convert import LARGEST, MakeRoom, Progress
 from .safetensors_file import ModelFileError, SafetensorsFile
 
@@ -173,11 +173,9 @@ def clear_cache(folder: Path) -> int:
     if failed is not None:
         path, error = failed
         raise ModelFileError(
-            say(
-                "{file} cannot be removed: {reason}. Close ComfyUI and try again.",
-                file=path.name,
-                reason=error.strerror,
-            )
+            "{file} cannot be removed: {reason}. Close ComfyUI and try again.",
+            file=path.name,
+            reason=error.strerror,
         ) from error
     return freed
 

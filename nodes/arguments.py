@@ -14,7 +14,7 @@ from typing import Any
 
 from ..engine.errors import EngineError
 from ..engine.torch_state import own_state
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError
 from .advice import advise
 
 # What travels on a socket: its class, by name, because the modules take seconds to import.
@@ -70,30 +70,24 @@ def _value(name: str, io_type: str, value: Any, limits: dict[str, Any]) -> Any:
         if not isinstance(value, getattr(import_module(module, __package__), kind)):
             found = type(value).__name__
             raise MajicFluxError(
-                say(
-                    "{where} takes {wanted}, but is linked to {found}.",
-                    where=name,
-                    wanted=io_type,
-                    found=found,
-                )
+                "{where} takes {wanted}, but is linked to {found}.",
+                where=name,
+                wanted=io_type,
+                found=found,
             )
         return value
     found = READ[io_type](name, value)
     low, high = limits.get("min", found), limits.get("max", found)
     if not low <= found <= high:
         values = {"low": low, "high": high, "value": found}
-        raise MajicFluxError(
-            say("{where} must be {low} to {high}, not {value}.", where=name, **values)
-        )
+        raise MajicFluxError("{where} must be {low} to {high}, not {value}.", where=name, **values)
     if found not in limits.get("options", [found]):
         choices = ", ".join(limits["options"])
         raise MajicFluxError(
-            say(
-                "{where} must be one of: {choices}; not {value}.",
-                where=name,
-                choices=choices,
-                value=brief(found),
-            )
+            "{where} must be one of: {choices}; not {value}.",
+            where=name,
+            choices=choices,
+            value=brief(found),
         )
     return found
 
@@ -110,7 +104,7 @@ def _whole(name: str, value: Any) -> int:
     except (OverflowError, RuntimeError, TypeError, ValueError):
         pass
     raise MajicFluxError(
-        say("{where} must be a whole number, not {value!r}.", where=name, value=brief(value))
+        "{where} must be a whole number, not {value!r}.", where=name, value=brief(value)
     )
 
 
@@ -121,7 +115,7 @@ def _number(name: str, value: Any) -> float:
     except (OverflowError, RuntimeError, TypeError, ValueError):
         pass
     raise MajicFluxError(
-        say("{where} must be a number, not {value}.", where=name, value=repr(brief(value)))
+        "{where} must be a number, not {value}.", where=name, value=repr(brief(value))
     )
 
 
@@ -132,16 +126,14 @@ def _switch(name: str, value: Any) -> bool:
     except (RuntimeError, TypeError, ValueError):
         pass
     raise MajicFluxError(
-        say("{where} must be true or false, not {value!r}.", where=name, value=brief(value))
+        "{where} must be true or false, not {value!r}.", where=name, value=brief(value)
     )
 
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, (str, int, float)):
         return str(value).encode(errors="replace").decode()  # halves of characters, which some cut
-    raise MajicFluxError(
-        say("{where} must be a text, not {value!r}.", where=name, value=brief(value))
-    )
+    raise MajicFluxError("{where} must be a text, not {value!r}.", where=name, value=brief(value))
 
 
 READ: dict[str, Callable[[str, Any], Any]] = {

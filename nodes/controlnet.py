@@ -206,12 +206,10 @@ def _said(geometry: "ControlGeometry", mode: str, masked: bool) -> str:
     if geometry.modes:
         if MODES.index(mode) >= geometry.modes:
             raise MajicFluxError(
-                say(
-                    "This ControlNet has {count} modes, and {mode} is not among them. Choose "
-                    "another mode.",
-                    count=geometry.modes,
-                    mode=mode,
-                )
+                "This ControlNet has {count} modes, and {mode} is not among them. Choose "
+                "another mode.",
+                count=geometry.modes,
+                mode=mode,
             )
         return say("mode: {mode}", mode=mode)
     if geometry.inpaints and not masked:

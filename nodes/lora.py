@@ -140,11 +140,9 @@ class LoRA(Node):
         baked = report.layers > 0 and (keep or bool(report.baking))
         if baked and report.takes_picture:
             raise MajicFluxError(
-                say(
-                    "{file} is a control LoRA, which cannot be baked into the weights. Turn keep "
-                    "off, or choose a file of rank 256 or less.",
-                    file=file,
-                )
+                "{file} is a control LoRA, which cannot be baked into the weights. Turn keep "
+                "off, or choose a file of rank 256 or less.",
+                file=file,
             )
 
         def load() -> "Adapter":

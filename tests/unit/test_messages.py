@@ -28,7 +28,7 @@ from majicflux.lab.doctor import diagnosis
 from majicflux.loaders import demo_models
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.safetensors_file import ModelFileError
-from majicflux.messages import later, say
+from majicflux.messages import MajicFluxError, later, say
 from majicflux.nodes import DiTLoader
 from majicflux.nodes.advice import advise
 
@@ -64,11 +64,28 @@ def translations(language: str) -> dict[str, str]:
     return json.loads((ROOT / "locales" / language / "messages.json").read_text(encoding="utf-8"))
 
 
-def calls(*names: str) -> Iterator[ast.Call]:
+def nodes() -> Iterator[ast.AST]:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names:
-                yield node
+        yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def errors_that_say() -> set[str]:
+    """The names of MajicFluxError and of those that are made of it."""
+    classes = [node for node in nodes() if isinstance(node, ast.ClassDef)]
+    found, before = {"MajicFluxError"}, set()
+    while found != before:
+        before = {*found}
+        found |= {c.name for c in classes if {*map(ast.unparse, c.bases)} & found}
+    return found
+
+
+ERRORS = errors_that_say()
+
+
+def calls(*names: str) -> Iterator[ast.Call]:
+    for node in nodes():
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names and node.args:
+            yield node
 
 
 def fields(text: str) -> list[tuple[str | None, ...]]:
@@ -86,7 +103,7 @@ def chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_message_is_translated_and_no_other(language: str) -> None:
-    texts = [call.args[0] for call in calls("say", "later")]
+    texts = [call.args[0] for call in calls("say", "later", *ERRORS)]
     said = {text.value for text in texts if isinstance(text, ast.Constant)}
     translated = translations(language)
     assert list(translated) == sorted(said)
@@ -101,7 +118,7 @@ def test_every_message_is_translated_and_no_other(language: str) -> None:
 
 def test_what_is_marked_is_a_literal_and_what_is_looked_up_has_its_fields() -> None:
     assert all(type(call.args[0]) is ast.Constant for call in calls("later"))
-    for call in calls("say"):
+    for call in calls("say", *ERRORS):
         if type(call.args[0]) is ast.Constant and all(word.arg for word in call.keywords):
             wanted = {name for name, *_ in fields(call.args[0].value)}
             assert wanted == {word.arg for word in call.keywords}, call.args[0].value
@@ -113,17 +130,24 @@ def test_no_error_that_a_user_meets_is_raised_in_english_only() -> None:
         return "".join(p.value for p in parts if type(p) is ast.Constant and type(p.value) is str)
 
     found = set()
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                assert not any(isinstance(given, ast.BinOp) for given in node.exc.args)
-                if not ast.unparse(node.exc.func).endswith(FOR_PROGRAMMERS):
-                    found |= {literal(given) for given in node.exc.args}
+    for node in nodes():
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            assert not any(isinstance(given, ast.BinOp) for given in node.exc.args)
+            name = ast.unparse(node.exc.func)
+            if not name.endswith(FOR_PROGRAMMERS):
+                said = name in ERRORS  # a literal of theirs; not one that has fields already
+                found |= {
+                    literal(given)
+                    for given in node.exc.args
+                    if not (said and type(given) is ast.Constant)
+                }
     assert {text for text in found if WORD.search(text)} == NEVER_SHOWN
 
 
 def test_values_are_neither_translated_nor_formatted(chinese: None) -> None:
     assert say("error: {error}", error="{0} {error} stopped") == "错误：{0} {error} stopped"
+    assert str(MajicFluxError("error: {error}", error="{0} stopped")) == "错误：{0} stopped"
+    assert str(MajicFluxError(say("error: {error}", error="{0} stopped"))) == "错误：{0} stopped"
     assert say("stopped") == "已停止"
     assert later("stopped") == "stopped"
 
