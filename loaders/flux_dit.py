@@ -25,14 +25,7 @@ from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .shards import model_parts
-from .tensor_sources import (
-    Sources,
-    files_of,
-    missing,
-    prefix_before,
-    require_layout,
-    sources_of,
-)
+from .tensor_sources import Sources, files_of, missing, prefix_before, require_layout, sources_of
 from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:

@@ -146,9 +146,7 @@ def _report(lora: LoraFile) -> "AdapterReport":
     )
 
 
-def _sorted(
-    lora: LoraFile,
-) -> tuple[dict[str, list[Change]], dict[str, tuple[str, list[Change]]]]:
+def _sorted(lora: LoraFile) -> tuple[dict[str, list[Change]], dict[str, tuple[str, list[Change]]]]:
     """Changes by the layer, of those that terms can express; and of the others with the reason."""
     layers: dict[str, list[Change]] = defaultdict(list)
     for change in lora.changes:

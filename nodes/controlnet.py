@@ -131,9 +131,7 @@ class ControlNetNode(Node):
                     tooltip="As of the DiT loader: 2 to 5 GB of disk, and loading takes a second.",
                 ),
                 ControlHandle.Input(
-                    "control",
-                    optional=True,
-                    tooltip="From another ControlNet, which acts too.",
+                    "control", optional=True, tooltip="From another ControlNet, which acts too."
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -24,13 +24,7 @@ class Decode(Node):
                 "Decodes LATENT to pictures with the pipeline's VAE, in bands that keep to its "
                 "VRAM budget, without seams."
             ),
-            search_aliases=[
-                "vae decode",
-                "tiled decode",
-                "解码",
-                "VAE解码",
-                "麦橘 超然",
-            ],
+            search_aliases=["vae decode", "tiled decode", "解码", "VAE解码", "麦橘 超然"],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.Latent.Input("latent", tooltip="Of any Flux.1 sampler or VAE encoder."),

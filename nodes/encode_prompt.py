@@ -24,13 +24,7 @@ class EncodePrompt(Node):
                 "Encodes a prompt as CONDITIONING, inside the pipeline's VRAM budget, for denoise, "
                 "sample or ComfyUI's own samplers."
             ),
-            search_aliases=[
-                "clip text encode",
-                "prompt",
-                "提示词",
-                "编码提示词",
-                "麦橘 超然",
-            ],
+            search_aliases=["clip text encode", "prompt", "提示词", "编码提示词", "麦橘 超然"],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.String.Input(

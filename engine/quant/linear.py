@@ -33,11 +33,7 @@ class LinearMethod(Protocol):
         """The format in which the rows should come; None: as they are."""
 
     def __call__(
-        self,
-        layer: "StoredLinear",
-        x: Rows,
-        out: Tensor | None,
-        columns: slice,
+        self, layer: "StoredLinear", x: Rows, out: Tensor | None, columns: slice
     ) -> Tensor:
         """These columns of x W^T + b, which are `out` if they could be written there."""
         ...

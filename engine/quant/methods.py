@@ -34,13 +34,7 @@ class Dequantized:
     def wanted(self, layer: StoredLinear) -> ActivationFormat | None:
         return ActivationFormat(None, 0.0, layer.group) if layer.group else None
 
-    def __call__(
-        self,
-        layer: StoredLinear,
-        x: Rows,
-        out: Tensor | None,
-        columns: slice,
-    ) -> Tensor:
+    def __call__(self, layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
         if isinstance(x, Tensor) and x.dtype != self.dtype:
             return _in_pieces(layer, x, columns)
         buffer = None if layer.weight.dtype == self.dtype else self.buffer
@@ -68,13 +62,7 @@ class EightBit:
             return None  # its kernel rotates and quantizes by itself
         return ActivationFormat(dtype, LIMITS[dtype], layer.group)
 
-    def __call__(
-        self,
-        layer: StoredLinear,
-        x: Rows,
-        out: Tensor | None,
-        columns: slice,
-    ) -> Tensor:
+    def __call__(self, layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
         if isinstance(x, Tensor):
             dtype = layer.weight.dtype
             exact = x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype != self.dtype
