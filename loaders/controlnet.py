@@ -1,35 +1,33 @@
 """The file of a control net for Flux.1."""
 
-import logging
-import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import ControlGeometry, blocks_used
 from ..engine.quant.formats import Precision
 from ..engine.sizes import OF_LATENTS
 from ..engine.torch_state import own_state
-from ..messages import say
+from ..messages import later
 from .convert import Progress
 from .diffusers_names import flux_from_diffusers
-from .flux_dit import contents_of, fill, parameters_of, size_of, sizes_of, storage_in
+from .flux_dit import load, size_of, sizes_of
 from .inspect_once import inspect_once
 from .layouts import control_net_layout
 from .recognise import CONTROL_NET, INFUSENET, expecting_control_net, not_wanted
-from .report import size_and_time, where_kept
-from .safetensors_file import ModelFileError, SafetensorsFile
-from .shards import model_parts
-from .tensor_sources import Sources, prefix_before, require_layout, sources_of
+from .safetensors_file import ModelFileError
+from .shards import files_at
+from .tensor_sources import Sources, in_layout, prefix_before, sources_of
 
 if TYPE_CHECKING:
     import torch
 
     from ..engine.offload.offloaded_module import OffloadedModule
 
-log = logging.getLogger("majicflux")
+REPORT = later(
+    "{file}: ControlNet for Flux.1, {double} + {single} blocks of width {width}, "
+    "{parameters:.2f} B parameters, {size}, {where}"
+)
 
 
 @inspect_once
@@ -40,18 +38,16 @@ def inspect_control_net(path: Path) -> tuple[ControlGeometry, Sources]:
     blocks only those are read that are used. Raises ModelFileError when there is none for Flux.1,
     or not a whole one.
     """
-    files = [SafetensorsFile(part) for part in model_parts(path)]
-    names = [name for file in files for name in file.tensors]
+    files, names = files_at(path)
     with expecting_control_net(path, names):
         theirs = sources_of(files, prefix_before(names, *CONTROL_NET.markers))
         extra = {name: s for name, s in theirs.items() if name.startswith("controlnet_")}
         sources = flux_from_diffusers(theirs) | extra
         geometry = _geometry(path, sources)
-        layout = control_net_layout(geometry)
-        require_layout(path, sources, layout)
+        sources = in_layout(path, sources, control_net_layout(geometry))
     if (geometry.double_blocks, geometry.single_blocks, geometry.modes) == (4, 10, 0):
         raise not_wanted(path, names, INFUSENET, CONTROL_NET)
-    return geometry, {name: sources[name] for name in layout}
+    return geometry, sources
 
 
 def _geometry(path: Path, sources: Sources) -> ControlGeometry:
@@ -85,23 +81,5 @@ def load_control_net(
     """Read a control net into CPU memory in `precision`, as `load_flux_dit` reads a transformer."""
     from ..engine.flux.controlnet import build_control_net
 
-    start = time.perf_counter()
-    geometry, sources = inspect_control_net(path)
-    names = diffsynth_module("utils.state_dict_converters.flux_dit")
-    extra = {name: s for name, s in sources.items() if name.startswith("controlnet_")}
-    renamed = names.FluxDiTStateDictConverter(sources) | extra
-    weights = build_control_net(geometry, precision, partial(storage_in, precision, renamed))
-    mapped = fill(weights, renamed, precision, progress, cache_folder, device)
-    weights.report = say(
-        "{file}: ControlNet for Flux.1, {double} + {single} blocks of width {width}, "
-        "{parameters:.2f} B parameters, {size}, {where}",
-        file=path.name,
-        double=geometry.double_blocks,
-        single=geometry.single_blocks,
-        width=geometry.hidden,
-        parameters=parameters_of(sources) / 1e9,
-        size=size_and_time(weights, contents_of(weights), start),
-        where=where_kept(mapped),
-    )
-    log.info(weights.report)
-    return weights, geometry
+    kept = (progress, cache_folder, device)
+    return load(path, inspect_control_net, build_control_net, REPORT, precision, *kept)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..messages import later
 from .convert_on_device import DeviceQuantizer
 from .read_ahead import BUFFER_BYTES, FileSpan, Reader
-from .safetensors_file import DTYPES, ModelFileError
+from .safetensors_file import DTYPES, ModelFileError, SafetensorsFile
 from .tensor_sources import Part, Sources, cut
 
 if TYPE_CHECKING:
@@ -223,15 +223,20 @@ def read_rows(part: Part, rows: slice) -> "Tensor":
     return float32_of(values).view(rows.stop - rows.start, -1)
 
 
-def read_scale(part: Part) -> "Tensor | None":
-    """The file's scale for the rows of this part, float32, [rows] or [1]."""
+def read_small(file: SafetensorsFile, name: str) -> "Tensor":
+    """The values of a small tensor, in one axis."""
     import torch
 
+    entry = file.tensors[name]
+    data = bytearray(file.read(entry))
+    return torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0]))
+
+
+def read_scale(part: Part) -> "Tensor | None":
+    """The file's scale for the rows of this part, float32, [rows] or [1]."""
     if part.scale_name is None:
         return None
-    entry = part.file.tensors[part.scale_name]
-    data = bytearray(part.file.read(entry))
-    scale = torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).float()
+    scale = read_small(part.file, part.scale_name).float()
     _require_sane(part, part.scale_name, _largest(scale))
     return scale if len(scale) == 1 else scale[part.first_row : part.first_row + part.rows]
 

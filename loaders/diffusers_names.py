@@ -1,7 +1,7 @@
 """The names of Diffusers for the same weights, as the names of Black Forest Labs."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .tensor_sources import Source, Sources, halves_swapped, stacked
 
@@ -41,6 +41,7 @@ FLUX_SINGLE = {
     "norm.query_norm": ["attn.norm_q"],
     "norm.key_norm": ["attn.norm_k"],
 }
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"  # Diffusers' blocks
 SHIFT_AND_SCALE = "final_layer.adaLN_modulation.1"  # Diffusers keeps scale and shift
 
 VAE_RENAMES = (
@@ -59,19 +60,29 @@ VAE_RENAMES = (
 def flux_from_diffusers(sources: Sources) -> dict[str, Source]:
     """A Flux.1 transformer under the names of Black Forest Labs; what is missing stays missing."""
     renamed: dict[str, Source] = {}
-    for ending in ("weight", "bias"):
-        _collect(renamed, sources, ending, "", "", FLUX_ROOT)
-        for index in _indices(sources, "transformer_blocks"):
-            theirs, ours = f"transformer_blocks.{index}.", f"double_blocks.{index}."
-            _collect(renamed, sources, ending, theirs, ours, FLUX_DOUBLE)
-        for index in _indices(sources, "single_transformer_blocks"):
-            theirs, ours = f"single_transformer_blocks.{index}.", f"single_blocks.{index}."
-            _collect(renamed, sources, ending, theirs, ours, FLUX_SINGLE)
-    for ending in ("weight", "bias"):
-        name = f"{SHIFT_AND_SCALE}.{ending}"
-        if name in renamed:
-            renamed[name] = halves_swapped(renamed[name])
+    blocks = (_indices(sources, block) for block in (DOUBLE, SINGLE))
+    for ours, theirs in modules_of(*blocks):
+        for ending in ("weight", "bias"):
+            needed = [f"{part}.{ending}" for part in theirs]
+            if all(part in sources for part in needed):
+                found = stacked(sources[part] for part in needed)
+                # Black Forest Labs calls the weight of a norm its scale.
+                kind = "scale" if ours.endswith("_norm") else ending
+                swapped = ours == SHIFT_AND_SCALE
+                renamed[f"{ours}.{kind}"] = halves_swapped(found) if swapped else found
     return renamed
+
+
+def modules_of(double: Iterable[int], single: Iterable[int]) -> Iterator[tuple[str, list[str]]]:
+    """Each module and Diffusers' for it, with the blocks of these numbers."""
+    yield from FLUX_ROOT.items()
+    for numbers, ours, theirs, modules in (
+        (double, "double_blocks", DOUBLE, FLUX_DOUBLE),
+        (single, "single_blocks", SINGLE, FLUX_SINGLE),
+    ):
+        for number in numbers:
+            for name, parts in modules.items():
+                yield f"{ours}.{number}.{name}", [f"{theirs}.{number}.{part}" for part in parts]
 
 
 def vae_from_diffusers(sources: Sources) -> dict[str, Source]:
@@ -94,19 +105,3 @@ def _level(kind: str):
 def _indices(sources: Iterable[str], block: str) -> set[int]:
     pattern = re.compile(rf"{block}\.(\d+)\.")
     return {int(match[1]) for name in sources if (match := pattern.match(name))}
-
-
-def _collect(
-    renamed: dict[str, Source],
-    sources: Sources,
-    ending: str,
-    theirs: str,
-    ours: str,
-    modules: dict[str, list[str]],
-) -> None:
-    for name, parts in modules.items():
-        needed = [f"{theirs}{part}.{ending}" for part in parts]
-        if all(part in sources for part in needed):
-            # Black Forest Labs calls the weight of a norm its scale.
-            kind = "scale" if name.endswith("_norm") else ending
-            renamed[f"{ours}{name}.{kind}"] = stacked(sources[part] for part in needed)

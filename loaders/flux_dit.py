@@ -4,18 +4,18 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, Precision, Storage
 from ..engine.torch_state import own_state
-from ..messages import say
-from .bake import Loras, changes_of
+from ..messages import later, say
+from .bake import changes_of
 from .convert import MakeRoom, Progress, convert_into
 from .diffusers_names import flux_from_diffusers
 from .inspect_once import inspect_once
@@ -23,17 +23,23 @@ from .layouts import blocks_in, flux_dit_layout
 from .lora_file import inspect_lora
 from .recognise import FLUX_DIT, expecting
 from .report import size_and_time, where_kept
-from .safetensors_file import ModelFileError, SafetensorsFile
-from .shards import model_parts
-from .tensor_sources import Sources, files_of, missing, prefix_before, require_layout, sources_of
+from .safetensors_file import ModelFileError
+from .shards import files_at
+from .tensor_sources import Sources, files_of, in_layout, missing, prefix_before, sources_of
 from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
     import torch
 
     from ..engine.offload.offloaded_module import OffloadedModule
+    from ..engine.quant.linear import StorageOf
 
 log = logging.getLogger("majicflux")
+Geometry = TypeVar("Geometry", bound=FluxGeometry)
+REPORT = later(
+    "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
+    "{parameters:.2f} B parameters, {size}, {where}"
+)
 
 
 @inspect_once
@@ -44,8 +50,7 @@ def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, Sources]:
     under any prefix, or in that of Diffusers; other models in the same file are passed over.
     Raises ModelFileError when there is none, or not a whole one.
     """
-    files = [SafetensorsFile(part) for part in model_parts(path)]
-    names = [name for file in files for name in file.tensors]
+    files, names = files_at(path)
     with expecting(path, names, FLUX_DIT):
         ours, diffusers = FLUX_DIT.markers
         if any(ours in name for name in names):
@@ -59,10 +64,12 @@ def inspect_flux_dit(path: Path) -> tuple[FluxGeometry, Sources]:
             sources = renamed | sources
         else:
             sources = flux_from_diffusers(sources_of(files, prefix_before(names, diffusers)))
-        geometry = _geometry(path, sources)
-        layout = flux_dit_layout(geometry)
-        require_layout(path, sources, layout)
-    return geometry, {name: sources[name] for name in layout}
+        geometry = replace(
+            sizes_of(path, sources),
+            in_channels=size_of(path, sources, "img_in.weight", 1),
+            out_channels=size_of(path, sources, "final_layer.linear.weight", 0),
+        )
+        return geometry, in_layout(path, sources, flux_dit_layout(geometry))
 
 
 @own_state()
@@ -85,60 +92,55 @@ def load_flux_dit(
     """
     from ..engine.flux.transformer import build_flux_dit
 
+    kept = (progress, cache_folder, device, baked)
+    return load(path, inspect_flux_dit, build_flux_dit, REPORT, precision, *kept)
+
+
+def load(
+    path: Path,
+    inspect: Callable[[Path], tuple[Geometry, Sources]],
+    build: Callable[[Geometry, Precision, "StorageOf"], "OffloadedModule"],
+    report: str,
+    precision: Precision,
+    progress: Progress | None,
+    cache_folder: Path | None,
+    device: "torch.device | None",
+    baked: Sequence[tuple[Path, float]] = (),
+) -> tuple["OffloadedModule", Geometry]:
+    """As `load_flux_dit`, what `inspect` finds and `build` makes. report: a text for `say`."""
     start = time.perf_counter()
-    geometry, sources = inspect_flux_dit(path)
+    geometry, sources = inspect(path)
     names = diffsynth_module("utils.state_dict_converters.flux_dit")
-    renamed = names.FluxDiTStateDictConverter(sources)
-    weights = build_flux_dit(geometry, precision, partial(storage_in, precision, renamed))
+    beside = {name: s for name, s in sources.items() if name.startswith("controlnet_")}
+    renamed = names.FluxDiTStateDictConverter(sources) | beside
+    weights = build(geometry, precision, partial(storage_in, precision, renamed))
     loras = [(inspect_lora(lora, geometry), strength) for lora, strength in baked]
-    mapped = fill(weights, renamed, precision, progress, cache_folder, device, loras)
+
+    def convert(make_room: MakeRoom | None) -> None:
+        changes = changes_of(loras, renamed, progress)
+        convert_into(weights.module, renamed, progress, device, make_room, changes)
+
+    mapped = map_or_convert(
+        cache_folder if precision.eight_bit else None,
+        files_of(renamed),
+        weights,
+        str(precision),
+        convert,
+        progress,
+        [(lora.file, strength) for lora, strength in loras],
+    )
     weights.report = say(
-        "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "
-        "{parameters:.2f} B parameters, {size}, {where}",
+        report,
         file=" + ".join([path.name, *(f"{lora.name} @ {s:g}" for lora, s in baked)]),
         double=geometry.double_blocks,
         single=geometry.single_blocks,
         width=geometry.hidden,
-        parameters=parameters_of(sources) / 1e9,
+        parameters=sum(math.prod(source.shape) for source in sources.values()) / 1e9,
         size=size_and_time(weights, contents_of(weights), start),
         where=where_kept(mapped),
     )
     log.info(weights.report)
     return weights, geometry
-
-
-def fill(
-    weights: "OffloadedModule",
-    sources: Sources,
-    precision: Precision,
-    progress: Progress | None,
-    cache_folder: Path | None,
-    device: "torch.device | None",
-    loras: Loras = (),
-) -> bool:
-    """Read the weights from sources of their names; returns whether they are mapped."""
-
-    def convert(make_room: MakeRoom | None = None) -> None:
-        changes = changes_of(loras, sources, progress)
-        convert_into(weights.module, sources, progress, device, make_room, changes)
-
-    mapped = (
-        cache_folder is not None
-        and precision.eight_bit
-        and map_or_convert(
-            cache_folder,
-            files_of(sources),
-            weights,
-            str(precision),
-            convert,
-            progress,
-            [(lora.file, strength) for lora, strength in loras],
-        )
-    )
-    if not mapped:
-        weights.allocate()
-        convert()
-    return mapped
 
 
 def storage_in(precision: Precision, sources: Sources, name: str) -> Storage:
@@ -165,18 +167,6 @@ def contents_of(weights: "OffloadedModule") -> str:
     total = counts.total()
     shares = [f"{name} {count / total:.0%}" for name, count in counts.most_common()]
     return ", ".join(share for share in shares if not share.endswith(" 0%"))
-
-
-def parameters_of(sources: Sources) -> int:
-    return sum(math.prod(source.shape) for source in sources.values())
-
-
-def _geometry(path: Path, sources: Sources) -> FluxGeometry:
-    return replace(
-        sizes_of(path, sources),
-        in_channels=size_of(path, sources, "img_in.weight", 1),
-        out_channels=size_of(path, sources, "final_layer.linear.weight", 0),
-    )
 
 
 def sizes_of(path: Path, sources: Sources) -> FluxGeometry:

@@ -26,33 +26,33 @@ Layout = dict[str, tuple[int, ...]]
 def flux_dit_layout(g: FluxGeometry) -> Layout:
     """The names of Black Forest Labs, as in flux1-dev.safetensors."""
     layout: Layout = {}
-    _linear(layout, "img_in", g.in_channels, g.hidden)
-    _linear(layout, "txt_in", g.text_width, g.hidden)
+    _add(layout, "img_in", g.hidden, g.in_channels)
+    _add(layout, "txt_in", g.hidden, g.text_width)
     embedders = {"time_in": TIMESTEP_CHANNELS, "vector_in": g.pooled_width}
     if g.guidance:
         embedders["guidance_in"] = TIMESTEP_CHANNELS
     for name, width in embedders.items():
-        _linear(layout, f"{name}.in_layer", width, g.hidden)
-        _linear(layout, f"{name}.out_layer", g.hidden, g.hidden)
+        _add(layout, f"{name}.in_layer", g.hidden, width)
+        _add(layout, f"{name}.out_layer", g.hidden, g.hidden)
     for index in range(g.double_blocks):
         for stream in ("img", "txt"):
             prefix = f"double_blocks.{index}.{stream}_"
-            _linear(layout, prefix + "mod.lin", g.hidden, 6 * g.hidden)
-            _linear(layout, prefix + "attn.qkv", g.hidden, 3 * g.hidden)
-            _linear(layout, prefix + "attn.proj", g.hidden, g.hidden)
+            _add(layout, prefix + "mod.lin", 6 * g.hidden, g.hidden)
+            _add(layout, prefix + "attn.qkv", 3 * g.hidden, g.hidden)
+            _add(layout, prefix + "attn.proj", g.hidden, g.hidden)
             layout[prefix + "attn.norm.query_norm.scale"] = (HEAD_DIM,)
             layout[prefix + "attn.norm.key_norm.scale"] = (HEAD_DIM,)
-            _linear(layout, prefix + "mlp.0", g.hidden, MLP_RATIO * g.hidden)
-            _linear(layout, prefix + "mlp.2", MLP_RATIO * g.hidden, g.hidden)
+            _add(layout, prefix + "mlp.0", MLP_RATIO * g.hidden, g.hidden)
+            _add(layout, prefix + "mlp.2", g.hidden, MLP_RATIO * g.hidden)
     for index in range(g.single_blocks):
         prefix = f"single_blocks.{index}."
-        _linear(layout, prefix + "modulation.lin", g.hidden, 3 * g.hidden)
-        _linear(layout, prefix + "linear1", g.hidden, (3 + MLP_RATIO) * g.hidden)
-        _linear(layout, prefix + "linear2", (1 + MLP_RATIO) * g.hidden, g.hidden)
+        _add(layout, prefix + "modulation.lin", 3 * g.hidden, g.hidden)
+        _add(layout, prefix + "linear1", (3 + MLP_RATIO) * g.hidden, g.hidden)
+        _add(layout, prefix + "linear2", g.hidden, (1 + MLP_RATIO) * g.hidden)
         layout[prefix + "norm.query_norm.scale"] = (HEAD_DIM,)
         layout[prefix + "norm.key_norm.scale"] = (HEAD_DIM,)
-    _linear(layout, "final_layer.linear", g.hidden, g.out_channels)
-    _linear(layout, "final_layer.adaLN_modulation.1", g.hidden, 2 * g.hidden)
+    _add(layout, "final_layer.linear", g.out_channels, g.hidden)
+    _add(layout, "final_layer.adaLN_modulation.1", 2 * g.hidden, g.hidden)
     return layout
 
 
@@ -62,8 +62,8 @@ def control_net_layout(g: ControlGeometry) -> Layout:
     layout = {name: shape for name, shape in layout.items() if not name.startswith("final_layer.")}
     for kind, count in (("", g.double_blocks), ("single_", g.single_blocks)):
         for index in range(count):
-            _linear(layout, f"controlnet_{kind}blocks.{index}", g.hidden, g.hidden)
-    _linear(layout, "controlnet_x_embedder", g.hint_channels, g.hidden)
+            _add(layout, f"controlnet_{kind}blocks.{index}", g.hidden, g.hidden)
+    _add(layout, "controlnet_x_embedder", g.hidden, g.hint_channels)
     if g.modes:
         layout["controlnet_mode_embedder.weight"] = (g.modes, g.hidden)
     return layout
@@ -78,12 +78,12 @@ def clip_layout(g: ClipGeometry) -> Layout:
     for index in range(g.layers):
         prefix = f"text_model.encoder.layers.{index}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            _linear(layout, f"{prefix}self_attn.{name}", g.width, g.width)
-        _norm(layout, prefix + "layer_norm1", g.width)
-        _norm(layout, prefix + "layer_norm2", g.width)
-        _linear(layout, prefix + "mlp.fc1", g.width, g.mlp_width)
-        _linear(layout, prefix + "mlp.fc2", g.mlp_width, g.width)
-    _norm(layout, "text_model.final_layer_norm", g.width)
+            _add(layout, f"{prefix}self_attn.{name}", g.width, g.width)
+        _add(layout, prefix + "layer_norm1", g.width)
+        _add(layout, prefix + "layer_norm2", g.width)
+        _add(layout, prefix + "mlp.fc1", g.mlp_width, g.width)
+        _add(layout, prefix + "mlp.fc2", g.width, g.mlp_width)
+    _add(layout, "text_model.final_layer_norm", g.width)
     return layout
 
 
@@ -158,25 +158,20 @@ def blocks_in(path: Path, names: Iterable[str], prefix: str, layout: Layout) -> 
     return count
 
 
-def _linear(layout: Layout, name: str, width_in: int, width_out: int) -> None:
-    layout[f"{name}.weight"] = (width_out, width_in)
-    layout[f"{name}.bias"] = (width_out,)
-
-
-def _norm(layout: Layout, name: str, width: int) -> None:
-    layout[f"{name}.weight"] = (width,)
-    layout[f"{name}.bias"] = (width,)
+def _add(layout: Layout, name: str, *shape: int) -> None:
+    """A weight of this shape, and a bias for its rows."""
+    layout[f"{name}.weight"] = shape
+    layout[f"{name}.bias"] = shape[:1]
 
 
 def _conv(layout: Layout, name: str, width_in: int, width_out: int, kernel: int = 3) -> None:
-    layout[f"{name}.weight"] = (width_out, width_in, kernel, kernel)
-    layout[f"{name}.bias"] = (width_out,)
+    _add(layout, name, width_out, width_in, kernel, kernel)
 
 
 def _resnet(layout: Layout, name: str, width_in: int, width_out: int) -> None:
-    _norm(layout, f"{name}.norm1", width_in)
+    _add(layout, f"{name}.norm1", width_in)
     _conv(layout, f"{name}.conv1", width_in, width_out)
-    _norm(layout, f"{name}.norm2", width_out)
+    _add(layout, f"{name}.norm2", width_out)
     _conv(layout, f"{name}.conv2", width_out, width_out)
     if width_in != width_out:
         _conv(layout, f"{name}.nin_shortcut", width_in, width_out, kernel=1)
@@ -188,5 +183,5 @@ def _middle(layout: Layout, coder: str, width: int) -> None:
         _resnet(layout, f"{coder}.mid.block_{block}", width, width)
     for name in ("q", "k", "v", "proj_out"):
         _conv(layout, f"{coder}.mid.attn_1.{name}", width, width, kernel=1)
-    _norm(layout, f"{coder}.mid.attn_1.norm", width)
-    _norm(layout, f"{coder}.norm_out", 512 if coder == "encoder" else 128)
+    _add(layout, f"{coder}.mid.attn_1.norm", width)
+    _add(layout, f"{coder}.norm_out", 512 if coder == "encoder" else 128)

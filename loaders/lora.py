@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
 from ..engine.torch_state import own_state
 from ..messages import later, say
-from .convert import LARGEST, Progress, convert_into, damaged
+from .convert import LARGEST, Progress, convert_into, damaged, read_small
 from .lora_changes import BIAS, DIFF, NORM, SET, Change
 from .lora_factors import factors
 from .lora_file import LoraFile, inspect_lora
 from .recognise import is_lora
-from .safetensors_file import DTYPES, ModelFileError, SafetensorsFile
+from .safetensors_file import ModelFileError, SafetensorsFile
 from .tensor_sources import Part, Source
 
 if TYPE_CHECKING:
@@ -180,14 +180,7 @@ def scale_of(lora: LoraFile, change: Change) -> float:
         return 1.0
     if change.alpha is None:
         return _declared_scale(lora.declared, change)
-    import torch
-
-    file = change.alpha.file
-    entry = file.tensors[change.alpha.name]
-    data = torch.frombuffer(
-        bytearray(file.read(entry)), dtype=getattr(torch, DTYPES[entry.dtype][0])
-    )
-    alpha = data.double().item()
+    alpha = read_small(change.alpha.file, change.alpha.name).double().item()
     if not abs(alpha) <= LARGEST:
         raise damaged(change.alpha, change.alpha.name)
     return alpha / change.divisor

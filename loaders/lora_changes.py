@@ -10,7 +10,7 @@ from .lora_models import FLUX_LORA, model_of_size
 from .lora_names import Target
 from .recognise import not_wanted
 from .safetensors_file import DTYPES, ModelFileError
-from .tensor_sources import Part, missing, require_readable
+from .tensor_sources import Part, misfit, missing, require_readable
 
 CONTROL_INPUTS = 2 * OF_LATENTS  # of the first layer: those of the noisy picture and of another
 
@@ -160,14 +160,7 @@ class Layer:
             raise self._other_size(part.name, part.file.tensors[part.name].shape, wanted)
 
     def _misfit(self, part: Part, wanted: object) -> ModelFileError:
-        return ModelFileError(
-            "{file} does not fit: {name} has the shape {shape} where {expected} follows from "
-            "the others. Choose another file.",
-            file=self.path.name,
-            name=part.name,
-            shape=list(part.file.tensors[part.name].shape),
-            expected=wanted,
-        )
+        return misfit(self.path, part.name, part.file.tensors[part.name].shape, wanted)
 
     def _other_size(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> ModelFileError:
         return ModelFileError(

@@ -1,6 +1,5 @@
 """What the header of a LoRA says: which layers it changes, and how."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from .recognise import is_lora, kind_of, not_wanted
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .tensor_sources import Part, sources_of
 
-PEFT, MOST_DECLARED = "lora_adapter_metadata", 2**20  # characters of what it says of a file
+PEFT = "lora_adapter_metadata"  # how the file was trained
 
 # Why a tensor is not used.
 IN_T5 = later("T5")
@@ -120,7 +119,7 @@ class _Reading:
         changes.sort(key=lambda c: (order[c.target.layer], c.target.first))
         unused = {reason: tuple(names) for reason, names in self.unused.items()}
         dialect = dialects.most_common(1)[0][0]
-        return LoraFile(file, dialect, tuple(changes), unused, _declared(file))
+        return LoraFile(file, dialect, tuple(changes), unused, file.declared(PEFT))
 
     def _model_layers(self) -> Iterator[str]:
         return (found.target.layer for found in self.names.values())
@@ -186,12 +185,3 @@ class _Reading:
                 name=self.unused[NO_SUCH_METHOD][0],
             )
         return not_wanted(self.path, names, None, FLUX_LORA)
-
-
-def _declared(file: SafetensorsFile) -> Mapping[str, Any]:
-    """What PEFT says of how the file was trained."""
-    try:
-        text = file.metadata[PEFT]
-        return {**json.loads(text)} if len(text) <= MOST_DECLARED else {}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}

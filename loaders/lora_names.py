@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
-from .diffusers_names import FLUX_DOUBLE, FLUX_ROOT, FLUX_SINGLE, SHIFT_AND_SCALE
+from .diffusers_names import SHIFT_AND_SCALE, modules_of
 from .layouts import Layout, clip_layout, flux_dit_layout
 
 # Whose names of the layers these are.
@@ -178,24 +178,16 @@ def _targets(layout: Layout, to_engine) -> Iterator[tuple[str, str, Target]]:
 
 
 def _diffusers(g: FluxGeometry, whole: Mapping[str, Target]) -> Iterator[tuple[str, Target]]:
-    tables = [("", "", FLUX_ROOT)]
-    for index in range(g.double_blocks):
-        tables.append((f"transformer_blocks.{index}.", f"double_blocks.{index}.", FLUX_DOUBLE))
-    for index in range(g.single_blocks):
-        prefix = f"single_transformer_blocks.{index}."
-        tables.append((prefix, f"single_blocks.{index}.", FLUX_SINGLE))
-    for theirs, ours, table in tables:
-        for name, parts in table.items():
-            target = whole.get(ours + name)
-            if target is None:  # guidance, of a model that has none
-                continue
-            first = target.first
-            for part in parts:
-                rest = target.columns - first
-                columns = rest if part == parts[-1] else g.hidden
-                swapped = ours + name == SHIFT_AND_SCALE
-                yield theirs + part, replace(target, first=first, columns=columns, swapped=swapped)
-                first += columns
+    for name, parts in modules_of(range(g.double_blocks), range(g.single_blocks)):
+        target = whole.get(name)
+        if target is None:  # guidance, of a model that has none
+            continue
+        first = target.first
+        for part in parts:
+            columns = target.columns - first if part == parts[-1] else g.hidden
+            swapped = name == SHIFT_AND_SCALE
+            yield part, replace(target, first=first, columns=columns, swapped=swapped)
+            first += columns
 
 
 def _xlabs(g: FluxGeometry, whole: Mapping[str, Target]) -> Iterator[tuple[str, Target]]:

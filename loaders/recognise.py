@@ -203,13 +203,8 @@ def expecting(path: Path, names: Collection[str], wanted: Kind) -> Iterator[None
         raise not_wanted(path, names, kind_of(names), wanted)
     if wanted is T5 and _first([UMT5], names):
         raise not_wanted(path, names, UMT5, wanted)
-    try:
+    with _told_as(path, names, (*RELATIVES, *QUANTISATIONS), wanted):
         yield
-    except ModelFileError as error:
-        kind = _first((*RELATIVES, *QUANTISATIONS), names)
-        if kind is None:
-            raise
-        raise not_wanted(path, names, kind, wanted) from error
 
 
 @contextmanager
@@ -220,13 +215,22 @@ def expecting_control_net(path: Path, names: Collection[str]) -> Iterator[None]:
         other = kind_of(names)
     if other is not None or not _shown([CONTROL_NET], names):
         raise not_wanted(path, names, other, CONTROL_NET)
+    with _told_as(path, names, QUANTISATIONS, CONTROL_NET):
+        yield
+
+
+@contextmanager
+def _told_as(
+    path: Path, names: Collection[str], kinds: Iterable[Kind], wanted: Kind
+) -> Iterator[None]:
+    """What is wrong with a file that looks like one of the kinds is that it is one."""
     try:
         yield
     except ModelFileError as error:
-        kind = _first(QUANTISATIONS, names)
+        kind = _first(kinds, names)
         if kind is None:
             raise
-        raise not_wanted(path, names, kind, CONTROL_NET) from error
+        raise not_wanted(path, names, kind, wanted) from error
 
 
 def not_wanted(

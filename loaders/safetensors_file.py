@@ -23,6 +23,7 @@ MAX_NAME = 256  # letters
 MAX_ENTRY = 1000  # letters between a tensor's name and the next
 MAX_AXES = 8
 MAX_NUMBER = 2**63
+MOST_DECLARED = 2**20  # characters of what another program has written into the metadata
 MAX_SMALL_BYTES = 2**20  # of a tensor that is read at once: a scale for every row, a marker
 
 METADATA = "__metadata__"
@@ -120,6 +121,14 @@ class SafetensorsFile:
         with _opened(path) as file:
             self.identity = identity_of(file)  # first: what changes later is then seen
             self.tensors, self.metadata = _read_header(file, path.name, self.identity.size)
+
+    def declared(self, key: str) -> dict[str, Any]:
+        """The JSON object in the metadata under this key; empty where there is none."""
+        try:
+            text = self.metadata[key]
+            return {**json.loads(text)} if len(text) <= MOST_DECLARED else {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return {}
 
     def read(self, entry: TensorEntry, most: int | None = None) -> bytes:
         """The bytes of a small tensor, `most` of them. Raises ModelFileError when they are more

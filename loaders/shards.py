@@ -4,7 +4,7 @@ import re
 from itertools import filterfalse
 from pathlib import Path
 
-from .safetensors_file import ModelFileError
+from .safetensors_file import ModelFileError, SafetensorsFile
 
 MAX_SHARDS = 1000
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")
@@ -13,6 +13,12 @@ SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<total>\d{5})\.safetensors$")
 def hidden(name: str) -> bool:
     """Whether a file in a models folder was put there by the system: macOS's `._` files, trash."""
     return any(part.startswith(".") for part in Path(name).parts)
+
+
+def files_at(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
+    """The files of the model there, as of `model_parts`, and the names of all their tensors."""
+    files = [SafetensorsFile(part) for part in model_parts(path)]
+    return files, [name for file in files for name in file.tensors]
 
 
 def model_parts(path: Path) -> list[Path]:

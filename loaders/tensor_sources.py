@@ -20,7 +20,6 @@ SCALE_NAMES = ((".weight", ".scale_weight"), (".weight", ".weight_scale"))
 INT8_FORMAT = "int8_tensorwise"
 FORMATS = {INT8_FORMAT: "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 MARKER, MARKERS = "comfy_quant", "_quantization_metadata"  # beside a weight, of a whole file
-MOST_DECLARED = 2**20  # characters of what a header says of all layers
 MOST_MARKER_BYTES, MOST_FORMAT = 2**10, 40  # of one marker, characters of a format's name
 DAMAGED = "damaged"  # in place of a format
 # What stands beside a weight that is something else without it, and which we do not read.
@@ -74,7 +73,8 @@ def sources_of(files: Iterable[SafetensorsFile], prefix: str = "") -> dict[str, 
     """Every tensor of `files` whose name starts with `prefix`, by its name without the prefix."""
     sources = {}
     for file in files:
-        declared = _declared(file)
+        layers = file.declared(MARKERS).get("layers")
+        declared = layers if isinstance(layers, dict) else {}
         for name, entry in file.tensors.items():
             if name.startswith(prefix):
                 rows = entry.shape[0] if entry.shape else 1
@@ -135,10 +135,22 @@ def missing(path: Path, name: str) -> ModelFileError:
     )
 
 
-def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
-    """Raise ModelFileError unless every weight of `layout` is there, of its shape, readable.
+def misfit(path: Path, name: str, shape: Iterable[int], expected: object) -> ModelFileError:
+    """The error of a tensor whose shape is not the one that others have."""
+    return ModelFileError(
+        "{file} does not fit: {name} has the shape {shape} where {expected} follows from the "
+        "others. Choose another file.",
+        file=path.name,
+        name=name,
+        shape=list(shape),
+        expected=expected,
+    )
 
-    Tensors that the layout does not name are left alone; trailing axes of length 1 do not count.
+
+def in_layout(path: Path, sources: Sources, layout: Layout) -> dict[str, Source]:
+    """The sources that the layout names; trailing axes of length 1 do not count.
+
+    Raises ModelFileError unless each of them is there, of its shape, readable.
     """
     absent = [name for name in layout if name not in sources]
     if absent:
@@ -156,14 +168,7 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
     for name, shape in layout.items():
         source = sources[name]
         if _without_ones(source.shape) != _without_ones(shape):
-            raise ModelFileError(
-                "{file} does not fit: {name} has the shape {shape} where {expected} follows "
-                "from the others. Choose another file.",
-                file=path.name,
-                name=name,
-                shape=list(source.shape),
-                expected=list(shape),
-            )
+            raise misfit(path, name, source.shape, list(shape))
         for part in source.parts:
             if part.row_shape != source.parts[0].row_shape:
                 raise ModelFileError(
@@ -174,6 +179,7 @@ def require_layout(path: Path, sources: Sources, layout: Layout) -> None:
                     shape=list(part.row_shape),
                     expected=list(source.parts[0].row_shape),
                 )
+    return {name: sources[name] for name in layout}
 
 
 def require_readable(path: Path, name: str, part: Part) -> None:
@@ -223,15 +229,6 @@ def _is_int8(part: Part) -> bool:
     if part.dtype != "I8" or part.scale_name is None or group is None:
         return False
     return group == 0 or group == rotation_group(width, group)
-
-
-def _declared(file: SafetensorsFile) -> dict[str, Any]:
-    """What the file's header says of the format of its layers, by their names."""
-    try:
-        text = file.metadata[MARKERS]
-        return {**json.loads(text)["layers"]} if len(text) <= MOST_DECLARED else {}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
 
 
 def _format(

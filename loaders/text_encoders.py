@@ -16,15 +16,15 @@ from .inspect_once import inspect_once
 from .layouts import blocks_in, clip_layout, t5_layout
 from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
-from .safetensors_file import ModelFileError, SafetensorsFile
-from .shards import model_parts
+from .safetensors_file import ModelFileError
+from .shards import files_at
 from .tensor_sources import (
     Source,
     Sources,
     files_of,
+    in_layout,
     missing,
     prefix_before,
-    require_layout,
     sources_of,
     split,
 )
@@ -62,7 +62,7 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, Sources]:
     In the names of Transformers, of which version 5.6 dropped the first part, or in OpenAI's.
     Raises ModelFileError when the file is not one, or not whole.
     """
-    files, names = _open(path)
+    files, names = files_at(path)
     with expecting(path, names, CLIP):
         theirs, openai = CLIP.markers
         if any(theirs in name for name in names):
@@ -88,9 +88,7 @@ def inspect_clip(path: Path) -> tuple[ClipGeometry, Sources]:
             vocabulary=vocabulary,
             positions=_shape(path, sources, CLIP_POSITIONS, 2)[0],
         )
-        layout = clip_layout(geometry)
-        require_layout(path, sources, layout)
-    return geometry, {name: sources[name] for name in layout}
+        return geometry, in_layout(path, sources, clip_layout(geometry))
 
 
 @inspect_once
@@ -99,7 +97,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, Sources]:
 
     Raises ModelFileError when it is not one, or not whole.
     """
-    files, names = _open(path)
+    files, names = files_at(path)
     with expecting(path, names, T5):
         sources = sources_of(files, prefix_before(names, T5.markers[0]))
         if T5_TOKENS not in sources and T5_TOKENS_AGAIN in sources:
@@ -115,9 +113,7 @@ def inspect_t5(path: Path) -> tuple[T5Geometry, Sources]:
             vocabulary=vocabulary,
             buckets=buckets,
         )
-        layout = t5_layout(geometry)
-        require_layout(path, sources, layout)
-    return geometry, {name: sources[name] for name in layout}
+        return geometry, in_layout(path, sources, t5_layout(geometry))
 
 
 @own_state()
@@ -148,12 +144,8 @@ def load_text_encoders(
     sources["clip.position_embeds"] = clip_sources[CLIP_POSITIONS]
     convert = partial(convert_into, weights.module, sources, progress, None)
     files = [*files_of(t5_sources), *files_of(clip_sources)]
-    mapped = cache_folder is not None and map_or_convert(
-        cache_folder, files, weights, f"text encoders {dtype}", convert, progress
-    )
-    if not mapped:
-        weights.allocate()
-        convert()
+    given = (cache_folder, files, weights, f"text encoders {dtype}", convert, progress)
+    mapped = map_or_convert(*given)
     weights.report = say(
         "{clip}, {t5}: text encoders, {size}, {where}",
         clip=clip_path.name,
@@ -163,12 +155,6 @@ def load_text_encoders(
     )
     log.info(weights.report)
     return weights
-
-
-def _open(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
-    """The files, and the names of all tensors in them."""
-    files = [SafetensorsFile(part) for part in model_parts(path)]
-    return files, [name for file in files for name in file.tensors]
 
 
 def _from_openai(sources: Sources) -> dict[str, Source]:

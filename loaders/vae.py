@@ -16,7 +16,7 @@ from .layouts import vae_layout
 from .recognise import VAE, expecting
 from .report import size_and_time
 from .safetensors_file import ModelFileError, SafetensorsFile
-from .tensor_sources import Sources, prefix_before, require_layout, sources_of
+from .tensor_sources import Sources, in_layout, prefix_before, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def inspect_vae(path: Path) -> Sources:
             sources = sources_of([file], prefix_before(file.tensors, ours))
         else:
             sources = vae_from_diffusers(sources_of([file], prefix_before(file.tensors, diffusers)))
-        layout, first = vae_layout(), sources.get("decoder.conv_in.weight")
+        first = sources.get("decoder.conv_in.weight")
         if first is not None and len(first.shape) == 4 and first.shape[1] != CHANNELS:
             raise ModelFileError(
                 "{file} is a VAE of another model: its latents have {channels} channels, "
@@ -47,8 +47,7 @@ def inspect_vae(path: Path) -> Sources:
                 file=path.name,
                 channels=first.shape[1],
             )
-        require_layout(path, sources, layout)
-    return {name: sources[name] for name in layout}
+        return in_layout(path, sources, vae_layout())
 
 
 @own_state()

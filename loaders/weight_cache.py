@@ -55,7 +55,8 @@ ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody, if
 WRITE_OUT_SECONDS = 1.0
 KEEPING = later("keeping {total:.1f} GB on disk")
 
-Convert = Callable[[MakeRoom], None]  # fills the weights, asking for room for what it writes
+# Fills the weights, asking for room for what it writes if there is somebody to ask.
+Convert = Callable[[MakeRoom | None], None]
 Baked = Sequence[tuple[SafetensorsFile, float]]  # LoRAs in the weights, with their strengths
 
 
@@ -83,7 +84,7 @@ def cache_path(
 
 
 def map_or_convert(
-    folder: Path,
+    folder: Path | None,
     files: list[SafetensorsFile],
     weights: "OffloadedModule",
     precision: str,
@@ -93,10 +94,15 @@ def map_or_convert(
 ) -> bool:
     """Map the weights from where they are kept, after `convert` has filled them if they are not.
 
-    False when they cannot be kept; the weights then have no memory.
+    False where they are not to be kept (no folder) or cannot be; it fills memory of theirs then.
     """
-    path = cache_path(folder, files, weights, precision, baked)
-    return map_cached(weights, path) or convert_into_cache(weights, path, convert, progress)
+    if folder is not None:
+        path = cache_path(folder, files, weights, precision, baked)
+        if map_cached(weights, path) or convert_into_cache(weights, path, convert, progress):
+            return True
+    weights.allocate()
+    convert(None)
+    return False
 
 
 def convert_into_cache(
