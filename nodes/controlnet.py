@@ -1,23 +1,23 @@
 """The node that shows a control net a picture."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..downloads import model_folders
-from ..engine.quant.formats import PRECISIONS
+from ..engine.flux.geometry import ControlGeometry
+from ..engine.quant.formats import PRECISIONS, Precision
 from ..host import current as host
+from ..loaders.controlnet import inspect_control_net, load_control_net
+from ..loaders.convert import Progress
 from ..messages import MajicFluxError, say
-from . import model_files
 from .arguments import checked
-from .sockets import CATEGORY, ControlHandle, Node
+from .model_files import FileNode, combo, shared
+from .sockets import CATEGORY, ControlHandle, found_by
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.flux.controlnet import Control, ControlNet
-    from ..engine.flux.geometry import ControlGeometry
-    from ..engine.quant.formats import Precision
-    from ..loaders.convert import Progress
 
 log = logging.getLogger("majicflux")
 io = host.io
@@ -26,7 +26,9 @@ FOLDER = "controlnet"
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "low quality"]
 
 
-class ControlNetNode(Node):
+class ControlNetNode(FileNode):
+    folder, inspect = FOLDER, staticmethod(inspect_control_net)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -38,22 +40,11 @@ class ControlNetNode(Node):
                 "small picture, or what is to stay around a mask. The control net runs inside the "
                 "same VRAM budget as the transformer. Chain several."
             ),
-            search_aliases=[
-                "controlnet",
-                "control net",
-                "load controlnet",
-                "apply controlnet",
-                "union",
-                "canny",
-                "depth",
-                "pose",
-                "tile",
-                "控制网",
-                "加载ControlNet",
-                "线稿",
-                "姿态",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "controlnet, control net, load controlnet, apply controlnet, union, canny",
+                "depth, pose, tile",
+                "控制网, 加载ControlNet, 线稿, 姿态, 麦橘 超然",
+            ),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -61,8 +52,7 @@ class ControlNetNode(Node):
                         "A ControlNet for Flux.1 in models/controlnet: Union-Pro 2.0, Union-Pro, "
                         "Union, alimama's inpainting, jasperai's, InstantX's canny."
                     ),
-                    options=(names := model_folders.choices(FOLDER)),
-                    default=(names or [None])[0],
+                    **combo(model_folders.choices(FOLDER)),
                 ),
                 io.Combo.Input(
                     "weight_precision",
@@ -143,16 +133,6 @@ class ControlNetNode(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        from ..loaders.controlnet import inspect_control_net
-
-        return model_folders.problem(FOLDER, file, inspect_control_net) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: Any) -> Any:
-        return model_folders.fingerprint(FOLDER, file)
-
-    @classmethod
     @checked
     def execute(
         cls,
@@ -181,11 +161,10 @@ class ControlNetNode(Node):
 
 
 def _loaded(
-    file: str, precision: "Precision", keep_prepared: bool, progress: "Progress"
+    file: str, precision: Precision, keep_prepared: bool, progress: Progress
 ) -> "ControlNet":
     """The control net of this file, which is read once for all nodes that have it."""
     from ..engine.flux.controlnet import ControlNet
-    from ..loaders.controlnet import load_control_net
 
     path = model_folders.resolve(FOLDER, file)
     prepared = host.prepared_folder() if keep_prepared else None
@@ -196,10 +175,10 @@ def _loaded(
         patcher = host.make_patcher(weights, device, "MajicFluxControlNet")
         return ControlNet(weights, patcher, geometry, precision)
 
-    return model_files.shared(load, model_folders.state_of(path), precision, prepared)
+    return shared(load, model_folders.state_of(path), precision, prepared)
 
 
-def _said(geometry: "ControlGeometry", mode: str, masked: bool) -> str:
+def _said(geometry: ControlGeometry, mode: str, masked: bool) -> str:
     """What the net makes of mode and mask. Raises MajicFluxError for a mode that it has not."""
     if geometry.modes:
         if MODES.index(mode) >= geometry.modes:

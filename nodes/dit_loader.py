@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from ..downloads import model_folders
-from ..engine.quant.formats import PRECISIONS, STORAGES
+from ..engine.quant.formats import PRECISIONS, STORAGES, Precision
 from ..host import current as host
-from . import model_files
+from ..loaders.convert import Progress
+from ..loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from .arguments import checked
-from .sockets import CATEGORY, DiTHandle, Node
+from .model_files import FileNode, options, shared
+from .sockets import CATEGORY, DiTHandle, found_by
 
 if TYPE_CHECKING:
     from ..engine.flux.transformer import DiT, Origin
-    from ..engine.quant.formats import Precision
-    from ..loaders.convert import Progress
 
 io = host.io
 FOLDER = "diffusion_models"
@@ -38,7 +38,9 @@ def _of_kind(kind: str, matrices: str) -> Any:
     )
 
 
-class DiTLoader(Node):
+class DiTLoader(FileNode):
+    folder, inspect = FOLDER, staticmethod(inspect_flux_dit)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -49,20 +51,10 @@ class DiTLoader(Node):
                 "Loads the transformer of majicflus_v1 (麦橘超然) or another Flux.1 model into "
                 "CPU memory, by default in float8 with one scale per output channel."
             ),
-            search_aliases=[
-                "majicflus",
-                "majic",
-                "flux",
-                "dit",
-                "unet",
-                "fp8",
-                "float8",
-                "load model",
-                "麦橘超然",
-                "麦橘",
-                "加载模型",
-                "低显存",
-            ],
+            search_aliases=found_by(
+                "majicflus, majic, flux, dit, unet, fp8, float8, load model",
+                "麦橘超然, 麦橘, 加载模型, 低显存",
+            ),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -70,7 +62,7 @@ class DiTLoader(Node):
                         "A Flux.1 transformer in models/diffusion_models, such as "
                         "majicflus_v134.safetensors or flux1-dev.safetensors."
                     ),
-                    **model_files.options(FOLDER, "majicflus", "flux"),
+                    **options(FOLDER, "majicflus", "flux"),
                 ),
                 io.Combo.Input(
                     "weight_precision",
@@ -101,18 +93,6 @@ class DiTLoader(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        from ..loaders.flux_dit import inspect_flux_dit
-
-        return model_folders.problem(FOLDER, file, inspect_flux_dit) or True
-
-    @classmethod
-    def fingerprint_inputs(
-        cls, file: str, weight_precision: str, keep_prepared: bool = True, **kinds: str
-    ) -> Any:
-        return model_folders.fingerprint(FOLDER, file)
-
-    @classmethod
     @checked
     def execute(
         cls,
@@ -137,10 +117,9 @@ class DiTLoader(Node):
         return io.NodeOutput(dit, ui=host.node_text([dit.weights.report]))
 
 
-def load_dit(origin: "Origin", precision: "Precision", progress: "Progress") -> "DiT":
+def load_dit(origin: "Origin", precision: Precision, progress: Progress) -> "DiT":
     """The transformer of these files, which is read once for all nodes that have it."""
     from ..engine.flux.transformer import DiT
-    from ..loaders.flux_dit import load_flux_dit
 
     def load() -> DiT:
         device = host.compute_device()
@@ -151,4 +130,4 @@ def load_dit(origin: "Origin", precision: "Precision", progress: "Progress") -> 
         return DiT(weights, patcher, geometry, precision, origin=origin)
 
     files = [model_folders.state_of(path) for path in (origin.file, *(p for p, _ in origin.baked))]
-    return model_files.shared(load, files, precision, origin)
+    return shared(load, files, precision, origin)

@@ -4,7 +4,7 @@ import logging
 import time
 
 from ..host import current as host
-from .sockets import CATEGORY, Node
+from .sockets import CATEGORY, Node, found_by
 
 log = logging.getLogger("majicflux")
 io = host.io
@@ -21,15 +21,10 @@ class Doctor(Node):
                 "Looks at this machine: versions, the card, memory, the model files, and what the "
                 "card can do. Run it alone, and paste its text into a bug report."
             ),
-            search_aliases=[
-                "diagnose",
-                "system info",
-                "bug report",
-                "诊断",
-                "检查",
-                "系统信息",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "diagnose, system info, bug report",
+                "诊断, 检查, 系统信息, 麦橘 超然",
+            ),
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.String.Output(

@@ -11,18 +11,19 @@ from weakref import WeakKeyDictionary
 from ..downloads import model_folders
 from ..engine.flux.geometry import ClipGeometry
 from ..host import current as host
+from ..loaders.convert import Progress
+from ..loaders.lora import inspect_usable_lora, load_lora
 from ..messages import MajicFluxError, say
-from . import model_files
 from .arguments import checked
 from .dit_loader import load_dit
-from .sockets import CATEGORY, DiTHandle, Node, TextEncodersHandle
+from .model_files import FileNode, combo, shared
+from .sockets import CATEGORY, DiTHandle, TextEncodersHandle, found_by
 
 if TYPE_CHECKING:
     from ..engine.flux.text_encoders import TextEncoders
     from ..engine.flux.transformer import DiT
     from ..engine.offload.offloaded_module import OffloadedModule
     from ..engine.quant.low_rank import Adapter
-    from ..loaders.convert import Progress
 
 log = logging.getLogger("majicflux")
 io = host.io
@@ -34,7 +35,9 @@ _kept: "WeakKeyDictionary[OffloadedModule, OrderedDict[Path, tuple[str, Adapter,
 _kept = WeakKeyDictionary()
 
 
-class LoRA(Node):
+class LoRA(FileNode):
+    folder, inspect = FOLDER, staticmethod(inspect_usable_lora)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -46,20 +49,10 @@ class LoRA(Node):
                 "nothing is loaded again, and a new strength costs nothing. Chain several. With "
                 "keep it is baked into the weights instead."
             ),
-            search_aliases=[
-                "lora",
-                "lora loader",
-                "load lora",
-                "lycoris",
-                "lokr",
-                "dora",
-                "turbo",
-                "style",
-                "加载LoRA",
-                "风格",
-                "微调",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "lora, lora loader, load lora, lycoris, lokr, dora, turbo, style",
+                "加载LoRA, 风格, 微调, 麦橘 超然",
+            ),
             inputs=[
                 DiTHandle.Input("dit", tooltip="From the DiT loader, or from another LoRA."),
                 io.Combo.Input(
@@ -68,8 +61,7 @@ class LoRA(Node):
                         "A LoRA for Flux.1 in models/loras, by any trainer: kohya, ai-toolkit, "
                         "Diffusers, OneTrainer, LyCORIS, XLabs."
                     ),
-                    options=(names := model_folders.names(FOLDER)),
-                    default=(names or [None])[0],
+                    **combo(model_folders.names(FOLDER)),
                 ),
                 io.Float.Input(
                     "strength",
@@ -111,16 +103,6 @@ class LoRA(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        from ..loaders.lora import inspect_usable_lora
-
-        return model_folders.problem(FOLDER, file, inspect_usable_lora) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **others: Any) -> Any:
-        return model_folders.fingerprint(FOLDER, file)
-
-    @classmethod
     @checked
     def execute(
         cls,
@@ -130,8 +112,6 @@ class LoRA(Node):
         text_encoders: "TextEncoders | None" = None,
         keep: bool = False,
     ) -> io.NodeOutput:
-        from ..loaders.lora import inspect_usable_lora, load_lora
-
         path, own = model_folders.resolve(FOLDER, file), dit.without_adapters.geometry
         clip = ClipGeometry() if text_encoders is None else text_encoders.clip_geometry
         progress = host.loading_progress(cls.hidden.unique_id)
@@ -172,7 +152,7 @@ class LoRA(Node):
         return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
 
 
-def _baked(dit: "DiT", path: Path, strength: float, progress: "Progress") -> "DiT":
+def _baked(dit: "DiT", path: Path, strength: float, progress: Progress) -> "DiT":
     """The transformer read again with this file in its weights, and beside them what was there."""
     from ..engine.quant.adapters import with_gains
 
@@ -196,7 +176,7 @@ def _beside(
     kept = _kept.setdefault(weights, OrderedDict())
     if path not in kept or kept[path][0] != repr(identity):
         kept.pop(path, None)
-        adapter = found = model_files.shared(load, *identity)
+        adapter = found = shared(load, *identity)
         if adapter.magnitudes:
             from ..engine.quant.adapters import with_gains
 

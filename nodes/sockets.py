@@ -11,5 +11,10 @@ ControlHandle = host.io.Custom("MAJICFLUX_CONTROL")
 PipelineHandle = host.io.Custom("MAJICFLUX_PIPELINE")
 
 
+def found_by(*words: str) -> list[str]:
+    """What a node is searched by, given as texts of words and a comma between them."""
+    return ", ".join(words).split(", ")
+
+
 class Node(host.io.ComfyNode):
     HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI sends the texts of remembered nodes to the canvas too

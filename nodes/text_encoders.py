@@ -8,7 +8,7 @@ from ..downloads import model_folders
 from ..host import current as host
 from . import model_files
 from .arguments import checked
-from .sockets import CATEGORY, Node, TextEncodersHandle
+from .sockets import CATEGORY, Node, TextEncodersHandle, found_by
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +29,10 @@ class TextEncodersNode(Node):
             description=(
                 "Loads the two text encoders of Flux.1, CLIP-L and T5-XXL, into CPU memory."
             ),
-            search_aliases=[
-                "clip",
-                "t5",
-                "t5xxl",
-                "dual clip loader",
-                "text encoder",
-                "prompt",
-                "文本编码器",
-                "提示词",
-                "加载CLIP",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "clip, t5, t5xxl, dual clip loader, text encoder, prompt",
+                "文本编码器, 提示词, 加载CLIP, 麦橘 超然",
+            ),
             inputs=[
                 io.Combo.Input(
                     "clip_l",

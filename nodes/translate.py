@@ -13,7 +13,7 @@ from ..loaders.safetensors_file import ModelFileError
 from ..messages import say
 from ..translation.frame import has_chinese, plain
 from .arguments import checked
-from .sockets import CATEGORY, Node
+from .sockets import CATEGORY, Node, found_by
 
 if TYPE_CHECKING:
     from ..translation.translator import Translator
@@ -44,17 +44,10 @@ class Translate(Node):
                 "network. English, weights, brackets, line breaks and quoted text stay as they "
                 "are."
             ),
-            search_aliases=[
-                "translate",
-                "translation",
-                "chinese prompt",
-                "opus-mt",
-                "qwen",
-                "翻译",
-                "中文提示词",
-                "中译英",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "translate, translation, chinese prompt, opus-mt, qwen",
+                "翻译, 中文提示词, 中译英, 麦橘 超然",
+            ),
             inputs=[
                 io.String.Input(
                     "prompt",

@@ -1,18 +1,19 @@
 """The node that loads the VAE."""
 
-from typing import Any
-
 from ..downloads import model_folders
 from ..host import current as host
-from . import model_files
+from ..loaders.vae import inspect_vae, load_vae
 from .arguments import checked
-from .sockets import CATEGORY, Node, VAEHandle
+from .model_files import FileNode, options, shared
+from .sockets import CATEGORY, VAEHandle, found_by
 
 io = host.io
 FOLDER = "vae"
 
 
-class VAELoader(Node):
+class VAELoader(FileNode):
+    folder, inspect = FOLDER, staticmethod(inspect_vae)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -20,20 +21,15 @@ class VAELoader(Node):
             display_name="Flux VAE",
             category=CATEGORY,
             description="Loads the autoencoder of Flux.1, which turns latents into pictures.",
-            search_aliases=[
-                "vae",
-                "load vae",
-                "autoencoder",
-                "ae.safetensors",
-                "变分自编码器",
-                "加载VAE",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "vae, load vae, autoencoder, ae.safetensors",
+                "变分自编码器, 加载VAE, 麦橘 超然",
+            ),
             inputs=[
                 io.Combo.Input(
                     "file",
                     tooltip="The Flux VAE in models/vae, such as ae.safetensors.",
-                    **model_files.options(FOLDER, "ae.safetensors", "flux"),
+                    **options(FOLDER, "ae.safetensors", "flux"),
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -45,20 +41,9 @@ class VAELoader(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        from ..loaders.vae import inspect_vae
-
-        return model_folders.problem(FOLDER, file, inspect_vae) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> Any:
-        return model_folders.fingerprint(FOLDER, file)
-
-    @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
         from ..engine.flux.vae import VAE
-        from ..loaders.vae import load_vae
 
         path = model_folders.resolve(FOLDER, file)
 
@@ -68,5 +53,5 @@ class VAELoader(Node):
             weights = load_vae(path, dtype)
             return VAE(weights, host.make_patcher(weights, device, "MajicFluxVAE"), dtype)
 
-        vae = model_files.shared(load, model_folders.fingerprint(FOLDER, file))
+        vae = shared(load, model_folders.fingerprint(FOLDER, file))
         return io.NodeOutput(vae, ui=host.node_text([vae.weights.report]))
