@@ -1,18 +1,17 @@
 """The node that loads CLIP-L and T5."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..downloads import model_folders
 from ..host import current as host
-from . import model_files
+from ..loaders.convert import Progress
+from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
 from .arguments import checked
+from .model_files import options, shared
 from .sockets import CATEGORY, Node, TextEncodersHandle, found_by
 
 if TYPE_CHECKING:
-    import torch
-
     from ..engine.flux.text_encoders import TextEncoders
 
 io = host.io
@@ -37,7 +36,7 @@ class TextEncodersNode(Node):
                 io.Combo.Input(
                     "clip_l",
                     tooltip="CLIP-L in models/text_encoders, such as clip_l.safetensors.",
-                    **model_files.options(FOLDER, "clip_l", "clip"),
+                    **options(FOLDER, "clip_l", "clip"),
                 ),
                 io.Combo.Input(
                     "t5",
@@ -45,7 +44,7 @@ class TextEncodersNode(Node):
                         "T5-XXL in models/text_encoders: one file such as "
                         "t5xxl_fp16.safetensors, or the folder text_encoder_2 of FLUX.1-dev."
                     ),
-                    **model_files.options(FOLDER, "t5xxl", "t5", "text_encoder_2"),
+                    **options(FOLDER, "t5xxl", "t5", "text_encoder_2"),
                 ),
                 io.Combo.Input(
                     "precision",
@@ -78,8 +77,6 @@ class TextEncodersNode(Node):
 
     @classmethod
     def validate_inputs(cls, clip_l: str, t5: str) -> bool | str:
-        from ..loaders.text_encoders import inspect_clip, inspect_t5
-
         return (
             model_folders.problem(FOLDER, clip_l, inspect_clip)
             or model_folders.problem(FOLDER, t5, inspect_t5)
@@ -98,29 +95,22 @@ class TextEncodersNode(Node):
         cls, clip_l: str, t5: str, precision: str, keep_prepared: bool = True
     ) -> io.NodeOutput:
         progress = host.loading_progress(cls.hidden.unique_id)
-        import torch
-
-        dtype = getattr(torch, precision)
         prepared = host.prepared_folder() if keep_prepared else None
-        clip_path, t5_path = (model_folders.resolve(FOLDER, name) for name in (clip_l, t5))
+        paths = [model_folders.resolve(FOLDER, name) for name in (clip_l, t5)]
 
         def load() -> "TextEncoders":
-            return _load(clip_path, t5_path, dtype, progress, prepared)
+            return _load(*paths, precision, progress, prepared)
 
-        files = [model_folders.fingerprint(FOLDER, name) for name in (clip_l, t5)]
-        encoders = model_files.shared(load, files, dtype, keep_prepared)
+        encoders = shared(load, [*map(model_folders.state_of, paths)], precision, keep_prepared)
         return io.NodeOutput(encoders, ui=host.node_text([encoders.weights.report]))
 
 
 def _load(
-    clip_path: Path,
-    t5_path: Path,
-    dtype: "torch.dtype",
-    progress: Callable[[int, int, str], None],
-    prepared: Path | None,
+    clip_path: Path, t5_path: Path, precision: str, progress: Progress, prepared: Path | None
 ) -> "TextEncoders":
+    import torch
+
     from ..engine.flux.text_encoders import TextEncoders
-    from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
     from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
     clip, t5 = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
@@ -128,6 +118,7 @@ def _load(
         CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
     )
     t5_tokenizer = load_tokenizer(T5_TOKENIZER, t5_path, t5.vocabulary, host.t5_tokenizer_folder())
+    dtype = getattr(torch, precision)
     weights = load_text_encoders(clip_path, t5_path, dtype, progress, prepared)
     patcher = host.make_patcher(weights, host.text_encoder_device(), "MajicFluxTextEncoders")
     return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
