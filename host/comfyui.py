@@ -31,8 +31,8 @@ from .place import Place
 
 __all__ = [
     "ComfyExtension",
+    "bundled_folder",
     "check_cancelled",
-    "clip_tokenizer_folder",
     "comfyui_version",
     "compute_device",
     "compute_dtype",
@@ -53,7 +53,6 @@ __all__ = [
     "result_device",
     "show_on_node",
     "stage_teller",
-    "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
     "vae_dtype",
@@ -145,15 +144,8 @@ def prepared_folder() -> Path:
     return Path(folder_paths.models_dir, "majicflux_prepared")
 
 
-def clip_tokenizer_folder() -> Path | None:
-    return _bundled("sd1_tokenizer")
-
-
-def t5_tokenizer_folder() -> Path | None:
-    return _bundled("text_encoders", "t5_tokenizer")
-
-
-def _bundled(*parts: str) -> Path | None:
+def bundled_folder(*parts: str) -> Path | None:
+    """A folder of those in `comfy`."""
     # Not folder_paths.base_path, which --base-directory moves away from the program.
     folder = Path(comfy.latent_formats.__file__).parent.joinpath(*parts)
     return folder if folder.is_dir() else None

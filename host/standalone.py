@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ComfyExtension",
+    "bundled_folder",
     "check_cancelled",
-    "clip_tokenizer_folder",
     "comfyui_version",
     "compute_device",
     "compute_dtype",
@@ -43,7 +43,6 @@ __all__ = [
     "result_device",
     "show_on_node",
     "stage_teller",
-    "t5_tokenizer_folder",
     "text_encoder_device",
     "vae_device",
     "vae_dtype",
@@ -171,16 +170,8 @@ def prepared_folder() -> Path:
     return models_folder / "majicflux_prepared"
 
 
-def clip_tokenizer_folder() -> Path | None:
-    return _bundled("sd1_tokenizer")
-
-
-def t5_tokenizer_folder() -> Path | None:
-    return _bundled("text_encoders", "t5_tokenizer")
-
-
-def _bundled(*parts: str) -> Path | None:
-    """A folder of the ComfyUI that the models folder belongs to, if it does."""
+def bundled_folder(*parts: str) -> Path | None:
+    """The same of the ComfyUI that the models folder belongs to, if it does."""
     folder = models_folder.absolute().parent.joinpath("comfy", *parts)
     return folder if folder.is_dir() else None
 

@@ -24,14 +24,17 @@ class TokenizerKind:
     class_name: str  # in transformers
     files: tuple[tuple[str, ...], ...]  # any one of these sets is enough
     ends: int  # tokens that mark start and end
+    bundled: tuple[str, ...]  # where ComfyUI has it, in its folder `comfy`
 
 
 CLIP_TOKENIZER = TokenizerKind(
-    "CLIP-L", "tokenizer", "CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt")), 2
-)
+    "CLIP-L", "tokenizer", "CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt")), 2,
+    ("sd1_tokenizer",),
+)  # fmt: skip
 T5_TOKENIZER = TokenizerKind(
-    "T5", "tokenizer_2", "T5TokenizerFast", (("tokenizer.json",), ("spiece.model",)), 1
-)
+    "T5", "tokenizer_2", "T5TokenizerFast", (("tokenizer.json",), ("spiece.model",)), 1,
+    ("text_encoders", "t5_tokenizer"),
+)  # fmt: skip
 
 
 def load_tokenizer(

@@ -113,12 +113,14 @@ def _load(
     from ..engine.flux.text_encoders import TextEncoders
     from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 
-    clip, t5 = inspect_clip(clip_path)[0], inspect_t5(t5_path)[0]
-    clip_tokenizer = load_tokenizer(
-        CLIP_TOKENIZER, clip_path, clip.vocabulary, host.clip_tokenizer_folder()
-    )
-    t5_tokenizer = load_tokenizer(T5_TOKENIZER, t5_path, t5.vocabulary, host.t5_tokenizer_folder())
+    tokenizers = [
+        load_tokenizer(kind, path, vocabulary, host.bundled_folder(*kind.bundled))
+        for kind, path, vocabulary in (
+            (CLIP_TOKENIZER, clip_path, inspect_clip(clip_path)[0].vocabulary),
+            (T5_TOKENIZER, t5_path, inspect_t5(t5_path)[0].vocabulary),
+        )
+    ]
     dtype = getattr(torch, precision)
     weights = load_text_encoders(clip_path, t5_path, dtype, progress, prepared)
     patcher = host.make_patcher(weights, host.text_encoder_device(), "MajicFluxTextEncoders")
-    return TextEncoders(weights, patcher, clip_tokenizer, t5_tokenizer)
+    return TextEncoders(weights, patcher, *tokenizers)

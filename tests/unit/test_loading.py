@@ -253,11 +253,13 @@ def test_tokenizers_come_from_the_comfyui_that_the_models_belong_to(
     bundle = tmp_path / "comfy" / "text_encoders" / "t5_tokenizer"
     shutil.copytree(models / demo_models.T5_TOKENIZER_FOLDER, bundle)
     monkeypatch.setattr(standalone, "models_folder", tmp_path / "models")
-    assert standalone.t5_tokenizer_folder() == bundle
-    assert standalone.clip_tokenizer_folder() is None
+    assert standalone.bundled_folder(*T5_TOKENIZER.bundled) == bundle
+    assert standalone.bundled_folder(*CLIP_TOKENIZER.bundled) is None
     alone = tmp_path / "models" / "text_encoders" / "t5.safetensors"
     rows = random_models.T5.vocabulary
-    assert load_tokenizer(T5_TOKENIZER, alone, rows, standalone.t5_tokenizer_folder())
+    assert load_tokenizer(
+        T5_TOKENIZER, alone, rows, standalone.bundled_folder(*T5_TOKENIZER.bundled)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -17,8 +17,10 @@ def test_ids_are_those_of_comfyuis_own_tokenizers(comfy, tmp_path: Path, prompt:
 
     door = comfy.pack("host.comfyui")
     model = tmp_path / "model.safetensors"
-    clip = load_tokenizer(CLIP_TOKENIZER, model, 49408, door.clip_tokenizer_folder())
-    t5 = load_tokenizer(T5_TOKENIZER, model, 32128, door.t5_tokenizer_folder())
+    clip = load_tokenizer(
+        CLIP_TOKENIZER, model, 49408, door.bundled_folder(*CLIP_TOKENIZER.bundled)
+    )
+    t5 = load_tokenizer(T5_TOKENIZER, model, 32128, door.bundled_folder(*T5_TOKENIZER.bundled))
     # ComfyUI reads parentheses as weights unless they are escaped; the text is the same.
     escaped = prompt.replace("(", "\\(").replace(")", "\\)")
     theirs = FluxTokenizer().tokenize_with_weights(escaped)
@@ -38,8 +40,10 @@ def test_weighted_texts_are_split_as_by_comfyui(comfy, tmp_path: Path) -> None:
 
     door, theirs = comfy.pack("host.comfyui"), FluxTokenizer()
     model = tmp_path / "model.safetensors"
-    clip = load_tokenizer(CLIP_TOKENIZER, model, 49408, door.clip_tokenizer_folder())
-    t5 = load_tokenizer(T5_TOKENIZER, model, 32128, door.t5_tokenizer_folder())
+    clip = load_tokenizer(
+        CLIP_TOKENIZER, model, 49408, door.bundled_folder(*CLIP_TOKENIZER.bundled)
+    )
+    t5 = load_tokenizer(T5_TOKENIZER, model, 32128, door.bundled_folder(*T5_TOKENIZER.bundled))
     words = ["cat", "赛博朋克", "the roof's edge,", "masterpiece ", " ", r"\(blue\)", "long " * 12]
     brackets = ["{0}", "({0}:1.3)", "(({0}) {0}:0.7)", "({0})"]
     chinese = tokenize(weighted_segments("赛博朋克, a cat"), clip, t5).counts
