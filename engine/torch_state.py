@@ -1,7 +1,22 @@
-"""PyTorch's defaults for a whole process or thread, which other nodes may have left changed."""
+"""PyTorch once it is needed, and its defaults for a whole process or thread, which other nodes may
+have left changed."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+else:
+
+    class _Torch:
+        """The module, which takes seconds to import, from the first use of something in it on."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module("torch"), name)
+
+    torch = _Torch()
 
 
 @contextmanager
@@ -11,8 +26,6 @@ def own_state() -> Iterator[None]:
     Around all that runs code of others, which relies on them. What the pack makes itself names its
     dtype and device, because threads, and what is written to disk, must not depend on this.
     """
-    import torch
-
     with ExitStack() as before:
         before.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)

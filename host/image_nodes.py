@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.torch_state import torch
 from ..messages import MajicFluxError
 from .schema import ComfyNode, Schema, io
 
@@ -86,8 +87,6 @@ def image_nodes(
 
         @classmethod
         def execute(cls, image: str) -> Any:
-            import torch
-
             values = torch.from_numpy(_read(input_folder, output_folder, image))[None]
             return io.NodeOutput(values[..., :3], 1 - values[..., 3])
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from ..engine.torch_state import torch
 from ..messages import say
 from .place import Place
 from .schema import ComfyExtension, ComfyNode, io
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..engine.offload.offloaded_module import OffloadedModule
@@ -72,8 +72,6 @@ def set_up_torch() -> None:
 
     It lets the attention of the VAE add up in bfloat16 where no fused kernel is used.
     """
-    import torch
-
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
@@ -82,8 +80,6 @@ def check_cancelled() -> None:
 
 
 def compute_device() -> "torch.device":
-    import torch
-
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -94,8 +90,6 @@ vae_device = compute_device
 
 
 def result_device() -> "torch.device":
-    import torch
-
     return torch.device("cpu")
 
 
@@ -127,8 +121,6 @@ def on_prompt(handler: "Callable[[dict[str, Any]], dict[str, Any]]") -> None:
 
 def free_memory(device: "torch.device") -> int:
     """Bytes of a card, with what PyTorch has reserved but does not use."""
-    import torch
-
     from ..engine.allocator import allocator_of
 
     free, _ = torch.cuda.mem_get_info(device)
@@ -178,8 +170,6 @@ def bundled_folder(*parts: str) -> Path | None:
 
 def compute_dtype(device: "torch.device") -> "torch.dtype":
     """The dtype that a Flux.1 transformer is best computed in on `device`."""
-    import torch
-
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
@@ -252,8 +242,6 @@ def progress(
 
 
 def _cudart() -> Any:
-    import torch
-
     return torch.cuda.cudart()
 
 
@@ -261,7 +249,6 @@ def _pin(memory: "Tensor") -> bool:
     """Pin this memory if all that is pinned stays below pinned_share of the machine's."""
     global _pinned_bytes
     import psutil
-    import torch
 
     if _pinned_bytes + memory.nbytes > pinned_share * psutil.virtual_memory().total:
         return False

@@ -9,17 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from .convert import Changes, Progress, RowChange, convert_into, read_rows, require_sane
 from .lora import read_tensors, scale_of
 from .lora_changes import BIAS, DIFF, NORM, SET, Change
 from .lora_factors import rows_of_change
 from .lora_file import LoraFile
 from .tensor_sources import Sources
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SMALLEST_NORM = 1e-20
 
@@ -51,9 +48,9 @@ class _Bake:
     change: Change
     strength: float
     scale: float
-    tensors: Mapping[str, "Tensor"]
-    magnitude: "Tensor | None"
-    column_norms: "Tensor | None" = None
+    tensors: Mapping[str, "torch.Tensor"]
+    magnitude: "torch.Tensor | None"
+    column_norms: "torch.Tensor | None" = None
 
     @property
     def name(self) -> str:
@@ -65,7 +62,7 @@ class _Bake:
     def needs_column_norms(self) -> bool:
         return self.magnitude is not None and not self.change.scales_rows
 
-    def places(self, use: Callable[[slice, "Tensor"], None]) -> Iterator[RowChange]:
+    def places(self, use: Callable[[slice, "torch.Tensor"], None]) -> Iterator[RowChange]:
         """The rows that it changes, for each of which `use` is called with those of the file."""
         target = self.change.target
         half = target.columns // 2
@@ -75,7 +72,7 @@ class _Bake:
             yield RowChange(first, rows, partial(_in_file, use, first_in_file))
             first += rows
 
-    def apply(self, rows: slice, values: "Tensor") -> None:
+    def apply(self, rows: slice, values: "torch.Tensor") -> None:
         """Change the values of these rows in place."""
         if self.change.method in (SET, NORM):
             values.copy_(self._rows(rows))
@@ -90,11 +87,11 @@ class _Bake:
             values.lerp_(whole, self.strength)
         require_sane(next(iter(self.change.tensors.values())), values)
 
-    def sum(self, rows: slice, values: "Tensor") -> "Tensor":
+    def sum(self, rows: slice, values: "torch.Tensor") -> "torch.Tensor":
         """Weight and change together, at full strength."""
         return values.add(self._rows(rows), alpha=self.scale)
 
-    def _rows(self, rows: slice) -> "Tensor":
+    def _rows(self, rows: slice) -> "torch.Tensor":
         method = self.change.method
         if method in (DIFF, SET):
             return read_rows(self.change.tensors[method], rows)
@@ -125,14 +122,11 @@ def _with_column_norms(
 ) -> list[_Bake]:
     """The same with the norms of columns, for which the weights of DoRA on the input axis are read
     and changed as `before` says, and not kept."""
-    import torch
-    from torch import nn
-
     lock = threading.Lock()
-    squares: dict[int, Tensor] = {}
+    squares: dict[int, torch.Tensor] = {}
     measured: dict[str, list[RowChange]] = defaultdict(list)
 
-    def measure(index: int, rows: slice, values: "Tensor") -> None:
+    def measure(index: int, rows: slice, values: "torch.Tensor") -> None:
         found = bakes[index].sum(rows, values).double().square_().sum(0)
         with lock:
             squares[index] = squares.get(index, 0) + found
@@ -142,10 +136,10 @@ def _with_column_norms(
             measured[bake.name] += bake.places(partial(measure, index))
     if not measured:
         return [*bakes]
-    holder = nn.Module()
+    holder = torch.nn.Module()
     for number, name in enumerate(measured):
         nowhere = torch.empty(sources[name].shape, dtype=torch.float32, device="meta")
-        holder.register_parameter(str(number), nn.Parameter(nowhere, requires_grad=False))
+        holder.register_parameter(str(number), torch.nn.Parameter(nowhere, requires_grad=False))
     numbers = {name: str(number) for number, name in enumerate(measured)}
     changes = {n: [*before.get(name, ()), *measured[name]] for name, n in numbers.items()}
     read = {n: sources[name] for name, n in numbers.items()}
@@ -157,15 +151,15 @@ def _with_column_norms(
 
 
 def _in_file(
-    use: Callable[[slice, "Tensor"], None], first: int, start: int, values: "Tensor"
+    use: Callable[[slice, "torch.Tensor"], None], first: int, start: int, values: "torch.Tensor"
 ) -> None:
     use(slice(first + start, first + start + len(values)), values)
 
 
-def _as_matrix(values: "Tensor") -> "Tensor":
+def _as_matrix(values: "torch.Tensor") -> "torch.Tensor":
     return values.flatten(1) if values.ndim > 1 else values.view(-1, 1)
 
 
-def _not_0(norms: "Tensor") -> "Tensor":
+def _not_0(norms: "torch.Tensor") -> "torch.Tensor":
     """Of a row or column of zeros, to which no magnitude gives a direction."""
     return norms.clamp_min(SMALLEST_NORM)

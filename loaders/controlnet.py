@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..engine.flux.geometry import ControlGeometry, blocks_used
 from ..engine.quant.formats import Precision
 from ..engine.sizes import OF_LATENTS
-from ..engine.torch_state import own_state
+from ..engine.torch_state import own_state, torch
 from ..messages import later
 from .convert import Progress
 from .diffusers_names import flux_from_diffusers
@@ -20,8 +20,6 @@ from .shards import files_at
 from .tensor_sources import Sources, in_layout, prefix_before, sources_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..engine.offload.offloaded_module import OffloadedModule
 
 REPORT = later(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from ..messages import later
 from .convert_on_device import DeviceQuantizer
 from .read_ahead import BUFFER_BYTES, FileSpan, Reader
@@ -16,7 +17,6 @@ from .safetensors_file import DTYPES, ModelFileError, SafetensorsFile
 from .tensor_sources import Part, Sources, cut
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 # The largest value that a weight may have: the norms square what it gives in float32. No model has
@@ -83,8 +83,6 @@ def convert_into(
     Raises ModelFileError when a file cannot be read or holds an infinity, a NaN or a value beyond
     LARGEST, and what `make_room` raises.
     """
-    import torch
-
     quantizer = None if device in (None, torch.device("cpu")) else DeviceQuantizer(device)
     # A processor has enough to do with less at a time, and needs memory to do it in.
     size = BUFFER_BYTES if quantizer else BUFFER_BYTES // 2
@@ -113,8 +111,6 @@ def _workers(
     pay for. They take over whether the caller is in inference mode. When the context is left by
     an error, what they have not begun is not done.
     """
-    import torch
-
     count, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     workers = min(MOST_WORKERS, count + 1)  # one may wait for the disk
     own = threading.local()
@@ -210,8 +206,6 @@ def read_rows(part: Part, rows: slice) -> "Tensor":
 
     Raises ModelFileError as `convert_into`.
     """
-    import torch
-
     from ..engine.quant.quantize import float32_of
 
     span = _span(part)
@@ -225,8 +219,6 @@ def read_rows(part: Part, rows: slice) -> "Tensor":
 
 def read_small(file: SafetensorsFile, name: str) -> "Tensor":
     """The values of a small tensor, in one axis."""
-    import torch
-
     entry = file.tensors[name]
     data = bytearray(file.read(entry))
     return torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0]))
@@ -242,8 +234,6 @@ def read_scale(part: Part) -> "Tensor | None":
 
 
 def _convert(piece: _Piece, data: "Tensor", quantizer: DeviceQuantizer | None) -> None:
-    import torch
-
     from ..engine.quant.quantize import holds_nan
 
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
@@ -287,8 +277,6 @@ def store_rows(
     group: columns that are rotated together in it; change(first, some): of float32 rows before they
     are stored. Raises ModelFileError for an infinity, a NaN or a value beyond LARGEST.
     """
-    import torch
-
     from ..engine.kernels.hadamard import rotate
     from ..engine.kernels.row_format import FLOAT8_DTYPE, LIMITS
     from ..engine.quant.quantize import (
@@ -345,8 +333,6 @@ def store_rows(
 def _largest(values: "Tensor") -> float:
     """The largest magnitude, or what is not finite. Within the bytes that were just read, it takes
     a fraction of what reading them took."""
-    import torch
-
     if not values.is_floating_point():
         return torch.iinfo(values.dtype).max
     if not values.numel():

@@ -2,13 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from .read_ahead import BUFFER_BYTES
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 PIECES_AT_ONCE = 2  # each takes 45 MB of the card, or 60 if it is rotated
 
@@ -27,26 +23,22 @@ class DeviceQuantizer:
     def _begin(self) -> None:
         """Each thread has a stream, so that one copies while the other computes."""
         if self._cuda:
-            import torch
-
             torch.cuda.set_stream(torch.cuda.Stream(self.device))
 
-    def buffer(self) -> "Tensor":
+    def buffer(self) -> "torch.Tensor":
         """CPU memory for a piece, uint8 [BUFFER_BYTES], pinned if the system allows it."""
-        import torch
-
         try:
             return torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._cuda)
         except RuntimeError:
             return torch.empty(BUFFER_BYTES, dtype=torch.uint8)
 
-    def quantize(self, values: "Tensor", into: "Tensor", scale: "Tensor", group: int) -> None:
+    def quantize(
+        self, values: "torch.Tensor", into: "torch.Tensor", scale: "torch.Tensor", group: int
+    ) -> None:
         """What quantize_rows does, with the same bits but for rotated values; `values` are used up.
 
         Done by the CPU when the card is out of memory. Raises ValueError as quantize_rows does.
         """
-        import torch
-
         from ..engine.allocator import is_out_of_memory
         from ..engine.quant.quantize import quantize_rows
 
@@ -63,11 +55,9 @@ class DeviceQuantizer:
             into.copy_(staged)
 
     def _there_and_back(
-        self, values: "Tensor", staged: "Tensor", scale: "Tensor", group: int
+        self, values: "torch.Tensor", staged: "torch.Tensor", scale: "torch.Tensor", group: int
     ) -> None:
         """What this takes of the card is free for the next piece when it returns."""
-        import torch
-
         from ..engine.quant.quantize import quantize_rows
 
         with torch.inference_mode():
@@ -80,8 +70,6 @@ class DeviceQuantizer:
 
     def close(self) -> None:
         """Give back the memory of the card and what is no longer used of pinned memory."""
-        import torch
-
         from ..engine.allocator import allocator_of
         from ..engine.offload.pinned import give_back_pinned
 

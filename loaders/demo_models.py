@@ -9,13 +9,10 @@ import shutil
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from ..messages import say
 from .full_width_vae import widened
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DIT_FILE = "diffusion_models/majicflus_v134.safetensors"
 CLIP_FILE = "text_encoders/clip_l.safetensors"
@@ -64,7 +61,7 @@ def edition(source: Path = LITTLE_WORLD) -> str:
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
-def unpacked(packed: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def unpacked(packed: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     """float32 from 8 bits: each 128 values of NAME in their order share a scale of `NAME:scale`.
 
     Tensors without scales, vectors, are float16.
@@ -80,7 +77,7 @@ def unpacked(packed: "dict[str, Tensor]") -> "dict[str, Tensor]":
     return tensors
 
 
-def _tensors(weights: Path) -> "Iterator[dict[str, Tensor]]":
+def _tensors(weights: Path) -> "Iterator[dict[str, torch.Tensor]]":
     """Those of each model file, float32."""
     from safetensors.torch import load_file
 
@@ -92,7 +89,7 @@ def _tensors(weights: Path) -> "Iterator[dict[str, Tensor]]":
     yield widened(vae)
 
 
-def _part(tensors: "dict[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
+def _part(tensors: "dict[str, torch.Tensor]", prefix: str) -> "dict[str, torch.Tensor]":
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
@@ -114,8 +111,7 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _save(tensors: "dict[str, Tensor]", path: Path) -> None:
-    import torch
+def _save(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, Precision, Storage
-from ..engine.torch_state import own_state
+from ..engine.torch_state import own_state, torch
 from ..messages import later, say
 from .bake import changes_of
 from .convert import MakeRoom, Progress, convert_into
@@ -29,8 +29,6 @@ from .tensor_sources import Sources, files_of, in_layout, missing, prefix_before
 from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
-    import torch
-
     from ..engine.offload.offloaded_module import OffloadedModule
     from ..engine.quant.linear import StorageOf
 

@@ -18,20 +18,15 @@ through the other channels does not change:
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from .layouts import vae_layout
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NO_VARIANCE = -30.0  # its logarithm, the least that readers of the file tell apart
 
 
-def widened(thin: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+def widened(thin: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     """The tensors of ae.safetensors, float32, from thin ones under the same names."""
-    import torch
-
     full = {}
     for name, shape in vae_layout().items():
         part = thin[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
-from ..engine.torch_state import own_state
+from ..engine.torch_state import own_state, torch
 from ..messages import later, say
 from .convert import LARGEST, Progress, convert_into, damaged, read_small
 from .lora_changes import BIAS, DIFF, NORM, SET, Change
@@ -23,7 +23,6 @@ from .safetensors_file import ModelFileError, SafetensorsFile
 from .tensor_sources import Part, Source
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..engine.quant.low_rank import Adapter, AdapterReport, LowRankTerm
@@ -54,8 +53,6 @@ def load_lora(
     only_text: leave out the part for the transformer.
     Raises ModelFileError as `inspect_lora`, and when the file holds an infinity or a NaN.
     """
-    import torch
-
     from ..engine.quant.low_rank import Adapter
 
     lora = inspect_lora(path, flux, clip or ClipGeometry())
@@ -217,10 +214,7 @@ def read_tensors(
 
     Without a dtype, float16 and bfloat16 stay what they are.
     """
-    import torch
-    from torch import nn
-
-    holder, parts = nn.Module(), list[Part]()
+    holder, parts = torch.nn.Module(), list[Part]()
     for change in changes:
         for role, part in [*change.tensors.items(), ("", change.magnitude)]:
             if part is None:
@@ -229,7 +223,7 @@ def read_tensors(
             if dtype is None:
                 kept = {"F16": torch.float16, "BF16": torch.bfloat16}.get(part.dtype, torch.float32)
             empty = torch.empty(part.file.tensors[part.name].shape, dtype=kept)
-            parameter = nn.Parameter(empty, requires_grad=False)
+            parameter = torch.nn.Parameter(empty, requires_grad=False)
             holder.register_parameter(str(len(parts)), parameter)
             parts.append(part)
     convert_into(holder, {str(i): Source((part,)) for i, part in enumerate(parts)}, progress)
@@ -258,8 +252,6 @@ def _joined(terms: Sequence["LowRankTerm"]) -> tuple["LowRankTerm", ...]:
 
     So are query, key and value that were split when a file was converted: all have one down.
     """
-    import torch
-
     joined: list[LowRankTerm] = []
     for term in terms:
         down = next((t.down for t in joined if torch.equal(t.down, term.down)), term.down)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from .lora_changes import LOHA, LOKR
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ def factors(method: str, tensors: Mapping[str, "Tensor"]) -> tuple["Tensor", "Te
         first, second = (tensors[f"hada_w{index}_b"] for index in (1, 2))
         return up, (first[:, None, :] * second[None, :, :]).flatten(0, 1)
     if method == LOKR:
-        import torch
-
         # (A B) x (C D) = (A x C)(B x D), where x is Kronecker's product.
         (up, down), (next_up, next_down) = (_two(tensors, f"lokr_w{index}") for index in (1, 2))
         return torch.kron(up, next_up), torch.kron(down, next_down)
@@ -31,8 +30,6 @@ def factors(method: str, tensors: Mapping[str, "Tensor"]) -> tuple["Tensor", "Te
 
 def rows_of_change(method: str, tensors: Mapping[str, "Tensor"], rows: slice) -> "Tensor":
     """Some rows of the change, float32 [rows, in], but for its scale."""
-    import torch
-
     if method == LOHA:
         return _rows(tensors, "hada_w1", rows).mul_(_rows(tensors, "hada_w2", rows))
     if method == LOKR:
@@ -54,8 +51,6 @@ def _rows(tensors: Mapping[str, "Tensor"], role: str, rows: "slice | Tensor") ->
 
 def _two(tensors: Mapping[str, "Tensor"], role: str) -> tuple["Tensor", "Tensor"]:
     """A matrix as two that are no wider in between than they must be."""
-    import torch
-
     whole = tensors.get(role)
     if whole is None:
         return tensors[f"{role}_a"], tensors[f"{role}_b"]

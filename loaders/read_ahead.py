@@ -10,12 +10,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..engine.torch_state import torch
 from .safetensors_file import Identity, ModelFileError, changed, identity_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BUFFER_BYTES = 16 * 2**20
 BUFFERS = 3  # one being filled, one being used, one between them
@@ -64,7 +61,7 @@ class Reader:
             for file, _identity in self._files.values():
                 file.close()
 
-    def read(self, span: FileSpan, buffer: "Tensor") -> "Tensor":
+    def read(self, span: FileSpan, buffer: "torch.Tensor") -> "torch.Tensor":
         """The bytes of the span, at the beginning of `buffer`.
 
         Raises ModelFileError when the file ends too early or cannot be read.
@@ -119,15 +116,13 @@ class Reader:
             return file.readinto(view)
 
 
-def read_ahead(spans: Sequence[FileSpan]) -> Iterator["Tensor"]:
+def read_ahead(spans: Sequence[FileSpan]) -> Iterator["torch.Tensor"]:
     """The bytes of each span as a uint8 tensor, which is valid until the next one is asked for.
 
     Raises ModelFileError when a file ends too early or cannot be read.
     """
-    import torch
-
     buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
-    jobs: deque[Future[Tensor]] = deque()
+    jobs: deque[Future[torch.Tensor]] = deque()
     with Reader() as reader, ThreadPoolExecutor(1, "majicflux-reader") as pool:
         for index, span in enumerate(spans):
             jobs.append(pool.submit(reader.read, span, buffers[index % BUFFERS]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
-from ..engine.torch_state import own_state
+from ..engine.torch_state import own_state, torch
 from ..messages import say
 from .convert import Progress, convert_into
 from .inspect_once import inspect_once
@@ -31,8 +31,6 @@ from .tensor_sources import (
 from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
-    import torch
-
     from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..engine.torch_state import torch
 from ..messages import say
 from .safetensors_file import ModelFileError
 
@@ -110,8 +111,6 @@ def _class_of(kind: TokenizerKind) -> Any:
 
 def misfits() -> list[str]:
     """The packages beside PyTorch that are made for another version of it, with what to do."""
-    import torch
-
     lines = []
     for name in COMPANIONS:
         if find_spec(name) is None:

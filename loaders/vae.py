@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.sizes import CHANNELS
-from ..engine.torch_state import own_state
+from ..engine.torch_state import own_state, torch
 from ..messages import say
 from .convert import convert_into
 from .diffusers_names import vae_from_diffusers
@@ -19,8 +19,6 @@ from .safetensors_file import ModelFileError, SafetensorsFile
 from .tensor_sources import Sources, in_layout, prefix_before, sources_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..engine.offload.offloaded_module import OffloadedModule
 
 log = logging.getLogger("majicflux")

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..engine.torch_state import torch
 from ..messages import later
 from .convert import LARGEST, MakeRoom, Progress
 from .safetensors_file import ModelFileError, SafetensorsFile
@@ -223,8 +224,6 @@ def _room_in(file: BinaryIO, mapped: mmap.mmap) -> MakeRoom:
     Without, a disk that fills up kills the process as it writes. Tensor by tensor, because a disk
     in memory (tmpfs) takes seconds for the whole file, in which nothing would be read.
     """
-    import torch
-
     start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
 
     def make_room(rows: "Tensor") -> None:
@@ -280,8 +279,6 @@ def _require_scales(weights: "OffloadedModule") -> None:
 
 
 def _buffers(mapped: mmap.mmap, sizes: list[int]) -> list["Tensor"]:
-    import torch
-
     buffers, start = [], HEADER_BYTES
     for size in sizes:
         if not size:

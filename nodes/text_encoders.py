@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..downloads import model_folders
+from ..engine.torch_state import torch
 from ..host import current as host
 from ..loaders.convert import Progress
 from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
@@ -96,20 +97,19 @@ class TextEncodersNode(Node):
     ) -> io.NodeOutput:
         progress = host.loading_progress(cls.hidden.unique_id)
         prepared = host.prepared_folder() if keep_prepared else None
-        paths = [model_folders.resolve(FOLDER, name) for name in (clip_l, t5)]
+        clip, t5_path = (model_folders.resolve(FOLDER, name) for name in (clip_l, t5))
 
         def load() -> "TextEncoders":
-            return _load(*paths, precision, progress, prepared)
+            return _load(clip, t5_path, precision, progress, prepared)
 
-        encoders = shared(load, [*map(model_folders.state_of, paths)], precision, keep_prepared)
+        files = [*map(model_folders.state_of, (clip, t5_path))]
+        encoders = shared(load, files, precision, keep_prepared)
         return io.NodeOutput(encoders, ui=host.node_text([encoders.weights.report]))
 
 
 def _load(
     clip_path: Path, t5_path: Path, precision: str, progress: Progress, prepared: Path | None
 ) -> "TextEncoders":
-    import torch
-
     from ..engine.flux.text_encoders import TextEncoders
     from ..loaders.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, load_tokenizer
 

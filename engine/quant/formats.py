@@ -1,10 +1,8 @@
 """In which precision each kind of weight is stored: the one table."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from ..torch_state import torch
 
 ROTATION = 256  # values that are rotated together; the widest that ComfyUI's int8 files use
 
@@ -23,8 +21,6 @@ class Storage:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        import torch
-
         return getattr(torch, self.dtype)
 
     @property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import LevelNumbersError, LevelOrderError, NoStepsError, TooFewLevelsError
 from ..sizes import STEP
+from ..torch_state import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,14 +79,10 @@ def some_steps(schedule: Schedule, start: int, end: int) -> Schedule:
 
 
 def _line(start: float, end: float, count: int) -> Tensor:
-    import torch
-
     return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
 
 
 def _to_zero(sigmas: Tensor) -> Tensor:
-    import torch
-
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
