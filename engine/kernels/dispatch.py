@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from threading import RLock, Thread
@@ -16,7 +16,6 @@ from . import probe
 log = logging.getLogger("majicflux")
 INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
-Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it should have given
 _trying = RLock()
 _verdicts: dict[tuple[str, torch.device], bool] = {}
 _tried_ahead: set[torch.device] = set()

@@ -18,11 +18,12 @@ def row_scaled_product(
 
 
 def kitchen_int8_product(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
     """x (weight * scale)^T + bias; it quantizes x [..., depth], and rotates it in groups first."""
     import comfy_kitchen
 
+    assert scale is not None, "int8 weights have a scale"
     bias = None if bias is None else bias.to(x.dtype)
     return comfy_kitchen.int8_linear(
         x, weight, scale, bias, x.dtype, convrot=group > 0, convrot_groupsize=group or 256

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..allocator import is_out_of_memory
-from ..offload.weight_block import CPU
 from .chunking import Chunking
 from .pinned import PinnedTogether, PinnedWeights
 from .prefetch import BeforeBlock, PrefetchRing
 from .transfers import PlainTransfers, Transfers, transfers_to
-from .weight_block import WeightBlock
+from .weight_block import CPU, WeightBlock
 from .weight_sizes import WeightSizes, fitting, preferred
 
 Blocks = Sequence[Sequence[nn.Module]]

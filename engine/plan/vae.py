@@ -1,6 +1,5 @@
 """The plan of the VAE, in both directions."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,41 +11,21 @@ from .plan import DECODE, ENCODE, StagePlan, Workload
 from .split import split_budget
 
 
-def plan_decode(
-    weights: WeightSizes,
-    workload: Workload,
-    itemsize: int,
-    budget: int | None,
-    profile: DeviceProfile,
-) -> StagePlan:
-    """The VAE: its weights are there as one block, the picture in bands of rows."""
-    rows, columns = workload.latent_size
-    latents = CHANNELS * rows * columns * 2 * itemsize
-    plan = partial(vae_band_plan.plan_decode, rows, columns, itemsize)
-    return _plan_vae(DECODE, plan, latents, weights, budget, profile)
-
-
-def plan_encode(
-    weights: WeightSizes,
-    workload: Workload,
-    itemsize: int,
-    budget: int | None,
-    profile: DeviceProfile,
-) -> StagePlan:
-    """As of `plan_decode`."""
-    plan = partial(vae_band_plan.plan_encode, workload.height, workload.width, itemsize)
-    return _plan_vae(ENCODE, plan, 0, weights, budget, profile)
-
-
-def _plan_vae(
+def plan_vae(
     name: str,
-    plan: Callable[[float], vae_band_plan.BandPlan],
-    beside: int,
     weights: WeightSizes,
+    workload: Workload,
+    itemsize: int,
     budget: int | None,
     profile: DeviceProfile,
 ) -> StagePlan:
-    """plan: bands within a limit; beside: bytes of values besides."""
+    """name: DECODE or ENCODE. The weights are there as one block, the picture in bands of rows."""
+    rows, columns = workload.latent_size
+    beside = 0  # bytes of values besides those of the bands
+    plan = partial(vae_band_plan.plan_encode, workload.height, workload.width, itemsize)
+    if name == DECODE:
+        beside = CHANNELS * rows * columns * 2 * itemsize
+        plan = partial(vae_band_plan.plan_decode, rows, columns, itemsize)
     limit = float("inf")
     if budget is not None:
         left = budget - weights.root.nbytes - weights.largest_bytes - profile.workspace_bytes
@@ -55,3 +34,6 @@ def _plan_vae(
     choices, least = [(0, bands.peak_bytes + beside)], plan(0).peak_bytes + beside
     stage = split_budget(name, weights, choices, budget, profile, least)
     return stage if budget is None else replace(stage, bands=bands)
+
+
+plan_decode, plan_encode = partial(plan_vae, DECODE), partial(plan_vae, ENCODE)

@@ -64,17 +64,14 @@ class EightBit:
 
     def __call__(self, layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice) -> Tensor:
         if isinstance(x, Tensor):
-            dtype = layer.weight.dtype
             exact = x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype != self.dtype
             if exact or not self.takes(layer):
                 return self.otherwise(layer, x, out, columns)
-            if self.kitchen and dtype == torch.int8:
-                return kitchen_int8_product(x, *_scaled(layer, columns), layer.group)
-            rows = norm_modulate_quantize(
-                x, wanted=ActivationFormat(dtype, LIMITS[dtype], layer.group)
-            )
-            assert isinstance(rows, QuantizedActivations)
-            x = rows
+            wanted = self.wanted(layer)
+            if wanted is None:
+                return kitchen_int8_product(x, *layer.matrix(columns), layer.group)
+            x = norm_modulate_quantize(x, wanted=wanted)
+            assert isinstance(x, QuantizedActivations)
         elif x.scale is None:  # only rotated
             return self.otherwise(layer, x, out, columns)
         product = int8_product if x.values.dtype == torch.int8 else float8_product
@@ -88,12 +85,6 @@ class EightBit:
         return layer.weight.dtype in self.dtypes and not any(
             side % SIDE_MULTIPLE for side in layer.weight.shape
         )
-
-
-def _scaled(layer: StoredLinear, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-    weight, scale, bias = layer.matrix(columns)
-    assert scale is not None, "int8 weights have a scale"
-    return weight, scale, bias
 
 
 def _in_pieces(layer: StoredLinear, x: Tensor, columns: slice) -> Tensor:
