@@ -42,7 +42,7 @@ class FileNode(Node):
         return model_folders.problem(cls.folder, file, cls.inspect) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **others: Any) -> Any:
+    def fingerprint_inputs(cls, file: str, *others: Any, **named: Any) -> Any:
         return model_folders.fingerprint(cls.folder, file)
 
 

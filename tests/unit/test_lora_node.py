@@ -102,7 +102,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return plain(path, *given, **named)
 
-    monkeypatch.setattr(loader, "load_lora", counted)
+    monkeypatch.setattr(node, "load_lora", counted)
     return found
 
 
