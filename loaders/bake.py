@@ -136,13 +136,11 @@ def _with_column_norms(
             measured[bake.name] += bake.places(partial(measure, index))
     if not measured:
         return [*bakes]
-    holder = torch.nn.Module()
-    for number, name in enumerate(measured):
-        nowhere = torch.empty(sources[name].shape, dtype=torch.float32, device="meta")
-        holder.register_parameter(str(number), torch.nn.Parameter(nowhere, requires_grad=False))
-    numbers = {name: str(number) for number, name in enumerate(measured)}
-    changes = {n: [*before.get(name, ()), *measured[name]] for name, n in numbers.items()}
-    read = {n: sources[name] for name, n in numbers.items()}
+    nowhere = (torch.empty(sources[n].shape, dtype=torch.float32, device="meta") for n in measured)
+    holder = torch.nn.ParameterList(torch.nn.Parameter(x, requires_grad=False) for x in nowhere)
+    names = {str(number): name for number, name in enumerate(measured)}
+    changes = {n: [*before.get(name, ()), *measured[name]] for n, name in names.items()}
+    read = {n: sources[name] for n, name in names.items()}
     convert_into(holder, read, progress, None, None, changes)
     return [
         replace(bake, column_norms=squares[index].sqrt().float()) if index in squares else bake

@@ -31,8 +31,9 @@ def diffsynth_sigmas(steps: int, width: int, height: int, strength: float = 1.0)
     Source: DiffSynth-Studio 2.1 `FlowMatchScheduler.set_timesteps_flux`.
     """
     start = SIGMA_MIN + (1 - SIGMA_MIN) * strength
-    sigmas = _line(start, SIGMA_MIN, steps)
-    return _to_zero(SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas))
+    sigmas = torch.linspace(start, SIGMA_MIN, steps, dtype=torch.float32, device="cpu")
+    shifted = SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)
+    return torch.cat([shifted, shifted.new_zeros(1)])
 
 
 def bfl_sigmas(steps: int, width: int, height: int, strength: float = 1.0) -> Tensor:
@@ -44,8 +45,9 @@ def bfl_sigmas(steps: int, width: int, height: int, strength: float = 1.0) -> Te
     tokens = (width // STEP) * (height // STEP)
     slope = (MAX_MU - BASE_MU) / (MAX_TOKENS - BASE_TOKENS)
     shift = math.exp(BASE_MU + slope * (tokens - BASE_TOKENS))
-    sigmas = _line(strength, 0, steps + 1)[:-1]
-    return _to_zero(shift / (shift + (1 / sigmas - 1)))
+    sigmas = torch.linspace(strength, 0, steps + 1, dtype=torch.float32, device="cpu")[:-1]
+    shifted = shift / (shift + (1 / sigmas - 1))
+    return torch.cat([shifted, shifted.new_zeros(1)])
 
 
 def given_sigmas(sigmas: Tensor) -> Schedule:
@@ -76,14 +78,6 @@ def some_steps(schedule: Schedule, start: int, end: int) -> Schedule:
         return sigmas[start : end + 1]
 
     return part
-
-
-def _line(start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
-
-
-def _to_zero(sigmas: Tensor) -> Tensor:
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 SCHEDULES: dict[str, Schedule] = {
