@@ -45,8 +45,10 @@ def speak(language: Callable[[], str]) -> None:
 def say(english: str, /, **values: object) -> str:
     """The message in the user's language, its fields filled by `values` as `str.format` does.
 
-    Without values it has no fields, so that what has been said already stays as it is.
+    Without values it has no fields, so that what has been said already stays as it is. An OSError
+    is shown by its reason, without a number and the file again.
     """
+    values = {name: getattr(value, "strerror", None) or value for name, value in values.items()}
     try:
         text = _messages(_language())[english]
         return text.format(**values) if values else text

@@ -49,9 +49,8 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        reason = error.strerror or error
         raise BatchError(
-            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
+            say("{file} cannot be opened: {reason}.", file=path, reason=error)
         ) from error
     except UnicodeDecodeError as error:
         raise BatchError(

@@ -81,7 +81,7 @@ def download(file: KnownFile, hub: str, models: Path) -> Path:
                 "command again, it goes on where it stopped.",
                 file=file.name,
                 folder=target.parent,
-                reason=error.strerror or error,
+                reason=error,
             )
         ) from error
     log.info(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .graph import Graph
-from .schema import Schema, Socket
+from .schema import Schema
 
 WIDGETS = ("BOOLEAN", "COMBO", "FLOAT", "INT", "STRING")
 NOTES = ("MarkdownNote", "Note")
@@ -58,10 +58,5 @@ def _widget_names(schema: Schema) -> list[str | None]:
     names: list[str | None] = []
     for socket in schema.inputs:
         if socket.io_type in WIDGETS:
-            names.append(socket.id)
-            names.extend([None] * _extra_widgets(socket))
+            names += [socket.id, *[None] * bool(socket.options.get("control_after_generate"))]
     return names
-
-
-def _extra_widgets(socket: Socket) -> int:
-    return 1 if socket.options.get("control_after_generate") else 0

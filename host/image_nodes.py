@@ -44,8 +44,7 @@ def image_nodes(
 
         @classmethod
         def execute(cls, images: "Tensor", filename_prefix: str) -> Any:
-            paths = _save(images, output_folder, filename_prefix, metadata)
-            return io.NodeOutput(ui=paths)
+            return io.NodeOutput(ui=_save(images, output_folder, filename_prefix, metadata))
 
     class PreviewImage(ComfyNode):
         @classmethod
@@ -83,7 +82,8 @@ def image_nodes(
 
         @classmethod
         def fingerprint_inputs(cls, image: str | None = None) -> Any:
-            return image and _state(_place(input_folder, output_folder, image))
+            state = image and _place(input_folder, output_folder, image).stat()
+            return state and (state.st_size, state.st_mtime_ns)
 
         @classmethod
         def execute(cls, image: str) -> Any:
@@ -181,9 +181,8 @@ def _write_new(target: Path, data: bytes) -> Path:
             path.unlink()
             raise
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot encode
-        reason = getattr(error, "strerror", None) or error
         raise MajicFluxError(
-            "{file} cannot be written: {reason}.", file=path, reason=reason
+            "{file} cannot be written: {reason}.", file=path, reason=error
         ) from error
     return path
 
@@ -197,11 +196,6 @@ def _place(input_folder: Path, output_folder: Path, name: str) -> Path:
     if not path.is_file():  # a pipe would be waited for
         raise MajicFluxError("There is no picture {file}.", file=path)
     return path
-
-
-def _state(path: Path) -> tuple[int, int]:
-    """Bytes and time of the file, which another picture under its name has not."""
-    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
@@ -224,7 +218,4 @@ def _read(input_folder: Path, output_folder: Path, name: str) -> "np.ndarray":
             return np.stack([grey.clip(0, 1)] * 3 + [opaque], axis=-1)
         return np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
     except Exception as error:  # anything: decoders raise many things at a damaged file
-        reason = getattr(error, "strerror", None) or error
-        raise MajicFluxError(
-            "{file} cannot be read: {reason}.", file=path, reason=reason
-        ) from error
+        raise MajicFluxError("{file} cannot be read: {reason}.", file=path, reason=error) from error

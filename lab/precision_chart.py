@@ -67,9 +67,8 @@ def write_chart(path: Path, name: str, report: PrecisionReport) -> None:
             _drawn(name, report).save(file, "PNG")
         partial.replace(path)
     except OSError as error:
-        reason = error.strerror or error
         raise ChartError(
-            say("The chart {path} cannot be written: {reason}.", path=path, reason=reason)
+            say("The chart {path} cannot be written: {reason}.", path=path, reason=error)
         ) from error
     finally:
         with suppress(OSError):

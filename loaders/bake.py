@@ -58,10 +58,6 @@ class _Bake:
         kind = "bias" if self.change.method == BIAS else "weight"
         return f"{self.change.target.layer}.{kind}"
 
-    @property
-    def needs_column_norms(self) -> bool:
-        return self.magnitude is not None and not self.change.scales_rows
-
     def places(self, use: Callable[[slice, "torch.Tensor"], None]) -> Iterator[RowChange]:
         """The rows that it changes, for each of which `use` is called with those of the file."""
         target = self.change.target
@@ -132,7 +128,7 @@ def _with_column_norms(
             squares[index] = squares.get(index, 0) + found
 
     for index, bake in enumerate(bakes):
-        if bake.needs_column_norms:
+        if bake.magnitude is not None and not bake.change.scales_rows:
             measured[bake.name] += bake.places(partial(measure, index))
     if not measured:
         return [*bakes]

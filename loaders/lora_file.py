@@ -115,14 +115,12 @@ class _Reading:
                 dialects[found.dialect] += len(changes) > count
         if not changes:
             raise self._nothing()
-        order = {layer: index for index, layer in enumerate(dict.fromkeys(self._model_layers()))}
+        layers = dict.fromkeys(found.target.layer for found in self.names.values())
+        order = {layer: index for index, layer in enumerate(layers)}
         changes.sort(key=lambda c: (order[c.target.layer], c.target.first))
         unused = {reason: tuple(names) for reason, names in self.unused.items()}
         dialect = dialects.most_common(1)[0][0]
         return LoraFile(file, dialect, tuple(changes), unused, file.declared(PEFT))
-
-    def _model_layers(self) -> Iterator[str]:
-        return (found.target.layer for found in self.names.values())
 
     def _layers(self) -> dict[str, dict[str, str]]:
         """By the names of layers in the file: tensors by their role."""

@@ -74,9 +74,8 @@ class Reader:
             try:
                 self._read_exactly(span, memoryview(buffer.numpy().data)[: span.length])
             except OSError as error:
-                reason = error.strerror or error
                 raise ModelFileError(
-                    "{file} cannot be read: {reason}.", file=span.path, reason=reason
+                    "{file} cannot be read: {reason}.", file=span.path, reason=error
                 ) from error
             finally:
                 with self._lock:

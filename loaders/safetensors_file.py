@@ -162,9 +162,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        reason = error.strerror or error
         raise ModelFileError(
-            "{file} cannot be opened: {reason}.", file=path, reason=reason
+            "{file} cannot be opened: {reason}.", file=path, reason=error
         ) from error
 
 

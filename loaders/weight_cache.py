@@ -182,7 +182,7 @@ def clear_cache(folder: Path) -> int:
         raise ModelFileError(
             "{file} cannot be removed: {reason}. Close ComfyUI and try again.",
             file=path.name,
-            reason=error.strerror,
+            reason=error,
         ) from error
     return freed
 

@@ -45,7 +45,7 @@ def _converted(path: Path) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ModelFileError(
-            say("{file} cannot be written: {reason}.", file=target, reason=error.strerror or error)
+            say("{file} cannot be written: {reason}.", file=target, reason=error)
         ) from error
     return target
 

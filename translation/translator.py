@@ -119,9 +119,8 @@ def _kind(folder: Path) -> Kind:
     try:
         name = json.loads(config.read_bytes())["model_type"]
     except OSError as error:
-        reason = error.strerror or error
         raise ModelFileError(
-            say("{file} cannot be opened: {reason}.", file=config, reason=reason)
+            say("{file} cannot be opened: {reason}.", file=config, reason=error)
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(

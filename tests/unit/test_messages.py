@@ -148,6 +148,7 @@ def test_values_are_neither_translated_nor_formatted(chinese: None) -> None:
     assert say("error: {error}", error="{0} {error} stopped") == "错误：{0} {error} stopped"
     assert str(MajicFluxError("error: {error}", error="{0} stopped")) == "错误：{0} stopped"
     assert str(MajicFluxError(say("error: {error}", error="{0} stopped"))) == "错误：{0} stopped"
+    assert say("error: {error}", error=OSError(28, "disk full", "a.png")) == "错误：disk full"
     assert say("stopped") == "已停止"
     assert later("stopped") == "stopped"
 
