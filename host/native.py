@@ -133,9 +133,8 @@ def _latents_of(name: str, key: str, given: Any) -> Tensor:
     samples = tensor_of(key, "LATENT", given).float().cpu()
     if samples.ndim != 4 or samples.shape[1] != CHANNELS or not samples.numel():
         raise MajicFluxError(
-            "The CONDITIONING of {name} has {key} of the shape {shape}, but Flux.1's latents "
-            "are [batch, {channels}, height/8, width/8]. Encode the picture with the VAE of "
-            "Flux.1.",
+            "The CONDITIONING of {name} has {key} of the shape {shape}, but Flux.1's latents are "
+            "[batch, {channels}, height/8, width/8]. Encode the picture with the VAE of Flux.1.",
             name=name,
             key=key,
             shape=tuple(samples.shape),

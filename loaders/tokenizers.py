@@ -70,9 +70,8 @@ def load_tokenizer(
             ) from error
         return tokenizer
     raise ModelFileError(
-        "No {kind} tokenizer with {entries} entries was found for {file}. Put the one that "
-        "belongs to it, such as {folder} of the FLUX.1-dev repository, beside the file, as "
-        "{place}.",
+        "No {kind} tokenizer with {entries} entries was found for {file}. Put the one that belongs "
+        "to it, such as {folder} of the FLUX.1-dev repository, beside the file, as {place}.",
         kind=kind.name,
         entries=vocabulary,
         file=model_path.name,
