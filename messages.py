@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-log = logging.getLogger("majicflux")
+log = logging.getLogger("majicflux")  # of all files
 
 # Not a package in that folder: ComfyUI would serve its __pycache__ as a language.
 FOLDER = Path(__file__).parent / "locales"

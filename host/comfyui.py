@@ -1,7 +1,6 @@
 """The pack inside ComfyUI. Everything that the pack asks of it is asked here."""
 
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..engine.allocator import is_out_of_memory
 from ..engine.offload.offloaded_module import OffloadedModule
 from ..engine.offload.pinned import give_back_pinned
 from ..engine.sizes import PIXELS_PER_LATENT
-from ..messages import say
+from ..messages import log, say
 from .place import Place
 
 __all__ = [
@@ -59,7 +58,6 @@ __all__ = [
     "with_pictures",
 ]
 
-log = logging.getLogger("majicflux")
 
 UI, TEXT_EVENT = "majicflux", "majicflux.text"  # web/majicflux.js knows them
 SHOW_SECONDS = 0.25  # between two texts on a node that is loading

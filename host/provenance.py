@@ -5,16 +5,14 @@ the pack puts there is another JSON for each node that writes it: the runs above
 """
 
 import json
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from hashlib import sha256
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
+from ..messages import log
 from . import current as host
 from .place import Graph, Place
-
-log = logging.getLogger("majicflux")
 
 KEY = "majicflux"
 REMEMBERED_RUNS = 1000  # of some kB each; ComfyUI's cache holds fewer pictures

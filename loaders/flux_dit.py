@@ -1,6 +1,5 @@
 """The Flux.1 transformer file."""
 
-import logging
 import math
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import HEAD_DIM, FluxGeometry, kind_of_layer
 from ..engine.quant.formats import FLOAT8, Precision, Storage
 from ..engine.torch_state import own_state, torch
-from ..messages import later, say
+from ..messages import later, log, say
 from .bake import changes_of
 from .convert import MakeRoom, Progress, convert_into
 from .diffusers_names import flux_from_diffusers
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from ..engine.offload.offloaded_module import OffloadedModule
     from ..engine.quant.linear import StorageOf
 
-log = logging.getLogger("majicflux")
 Geometry = TypeVar("Geometry", bound=FluxGeometry)
 REPORT = later(
     "{file}: Flux.1 transformer, {double} + {single} blocks of width {width}, "

@@ -3,7 +3,6 @@
 What terms cannot express is baked into the weights, by `bake`.
 """
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
 from ..engine.torch_state import own_state, torch
-from ..messages import later, say
+from ..messages import later, log, say
 from .convert import LARGEST, Progress, convert_into, damaged, read_small
 from .lora_changes import BIAS, DIFF, NORM, SET, Change
 from .lora_factors import factors
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..engine.quant.low_rank import Adapter, AdapterReport, LowRankTerm
 
-log = logging.getLogger("majicflux")
 
 MOST_RANK = 256  # that any output column of a layer may have in all, to be multiplied beside it
 

@@ -1,6 +1,5 @@
 """The CLIP-L and T5 files."""
 
-import logging
 import re
 import time
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.flux.geometry import CLIP_HEAD_DIM, ClipGeometry, T5Geometry
 from ..engine.torch_state import own_state, torch
-from ..messages import say
+from ..messages import log, say
 from .convert import Progress, convert_into
 from .inspect_once import inspect_once
 from .layouts import blocks_in, clip_layout, t5_layout
@@ -33,7 +32,6 @@ from .weight_cache import map_or_convert
 if TYPE_CHECKING:
     from ..engine.offload.offloaded_module import OffloadedModule
 
-log = logging.getLogger("majicflux")
 
 CLIP_TOKENS = "text_model.embeddings.token_embedding.weight"
 CLIP_POSITIONS = "text_model.embeddings.position_embedding.weight"

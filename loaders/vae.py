@@ -1,6 +1,5 @@
 """The Flux VAE file."""
 
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..engine.diffsynth_files import diffsynth_module
 from ..engine.sizes import CHANNELS
 from ..engine.torch_state import own_state, torch
-from ..messages import say
+from ..messages import log, say
 from .convert import convert_into
 from .diffusers_names import vae_from_diffusers
 from .inspect_once import inspect_once
@@ -20,8 +19,6 @@ from .tensor_sources import Sources, in_layout, prefix_before, sources_of
 
 if TYPE_CHECKING:
     from ..engine.offload.offloaded_module import OffloadedModule
-
-log = logging.getLogger("majicflux")
 
 
 @inspect_once

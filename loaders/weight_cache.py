@@ -11,7 +11,6 @@ has no lock against that, and Windows does not let it happen.
 import contextlib
 import hashlib
 import json
-import logging
 import mmap
 import os
 import re
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..engine.torch_state import torch
-from ..messages import later
+from ..messages import later, log
 from .convert import LARGEST, MakeRoom, Progress
 from .safetensors_file import ModelFileError, SafetensorsFile
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
     from ..engine.offload.offloaded_module import OffloadedModule
 
-log = logging.getLogger("majicflux")
 
 SUFFIX = ".majicflux"
 OURS = re.compile(r".+\.majicflux(\.\w+\.part)?")

@@ -1,6 +1,5 @@
 """The node that shows a control net a picture."""
 
-import logging
 from typing import TYPE_CHECKING
 
 from ..downloads import model_folders
@@ -12,15 +11,13 @@ from ..loaders.convert import Progress
 from ..messages import MajicFluxError, say
 from .arguments import checked
 from .model_files import FileNode, combo, shared
-from .sockets import CATEGORY, ControlHandle, found_by
+from .sockets import CATEGORY, ControlHandle, found_by, io
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.flux.controlnet import Control, ControlNet
 
-log = logging.getLogger("majicflux")
-io = host.io
 FOLDER = "controlnet"
 # Of InstantX's and Shakker-Labs' Union and Union-Pro, by their numbers.
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "low quality"]

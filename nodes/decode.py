@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING, Any
 from ..host import current as host
 from . import run_ui
 from .arguments import checked
-from .sockets import CATEGORY, Node, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle, io
 
 if TYPE_CHECKING:
     from ..engine.run.pipeline import Pipeline
-
-io = host.io
 
 
 class Decode(Node):

@@ -9,12 +9,11 @@ from ..loaders.convert import Progress
 from ..loaders.flux_dit import inspect_flux_dit, load_flux_dit
 from .arguments import checked
 from .model_files import FileNode, options, shared
-from .sockets import CATEGORY, DiTHandle, found_by
+from .sockets import CATEGORY, DiTHandle, found_by, io
 
 if TYPE_CHECKING:
     from ..engine.flux.transformer import DiT, Origin
 
-io = host.io
 FOLDER = "diffusion_models"
 SAME = "as weight_precision"
 PRECISION_HELP = (

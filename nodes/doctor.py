@@ -1,13 +1,10 @@
 """The node that looks at this machine."""
 
-import logging
 import time
 
 from ..host import current as host
-from .sockets import CATEGORY, Node, found_by
-
-log = logging.getLogger("majicflux")
-io = host.io
+from ..messages import log
+from .sockets import CATEGORY, Node, found_by, io
 
 
 class Doctor(Node):

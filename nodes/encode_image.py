@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING
 from ..host import current as host
 from . import run_ui
 from .arguments import checked
-from .sockets import CATEGORY, Node, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle, io
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.run.pipeline import Pipeline
-
-io = host.io
 
 
 class EncodeImage(Node):

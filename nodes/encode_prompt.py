@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from ..host import current as host
 from . import run_ui, sampler_inputs
 from .arguments import checked
-from .sockets import CATEGORY, Node, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle, io
 
 if TYPE_CHECKING:
     from ..engine.run.pipeline import Pipeline
-
-io = host.io
 
 
 class EncodePrompt(Node):

@@ -1,6 +1,5 @@
 """The node that puts a LoRA beside a transformer, or into its weights."""
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +12,11 @@ from ..engine.flux.geometry import ClipGeometry
 from ..host import current as host
 from ..loaders.convert import Progress
 from ..loaders.lora import inspect_usable_lora, load_lora
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError, log, say
 from .arguments import checked
 from .dit_loader import load_dit
 from .model_files import FileNode, combo, shared
-from .sockets import CATEGORY, DiTHandle, TextEncodersHandle, found_by
+from .sockets import CATEGORY, DiTHandle, TextEncodersHandle, found_by, io
 
 if TYPE_CHECKING:
     from ..engine.flux.text_encoders import TextEncoders
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from ..engine.offload.offloaded_module import OffloadedModule
     from ..engine.quant.low_rank import Adapter
 
-log = logging.getLogger("majicflux")
-io = host.io
 FOLDER = "loras"
 KEPT_BYTES = 2 * 2**30  # of LoRAs that a transformer used last, so that a new strength reads none
 # By the weights that they stand beside and the file: what it was then, the adapter as it was read,

@@ -2,13 +2,14 @@
 
 from ..host import current as host
 
+io = host.io
 CATEGORY = "MajicFlux"
 
-DiTHandle = host.io.Custom("MAJICFLUX_DIT")
-TextEncodersHandle = host.io.Custom("MAJICFLUX_TEXT_ENCODERS")
-VAEHandle = host.io.Custom("MAJICFLUX_VAE")
-ControlHandle = host.io.Custom("MAJICFLUX_CONTROL")
-PipelineHandle = host.io.Custom("MAJICFLUX_PIPELINE")
+DiTHandle = io.Custom("MAJICFLUX_DIT")
+TextEncodersHandle = io.Custom("MAJICFLUX_TEXT_ENCODERS")
+VAEHandle = io.Custom("MAJICFLUX_VAE")
+ControlHandle = io.Custom("MAJICFLUX_CONTROL")
+PipelineHandle = io.Custom("MAJICFLUX_PIPELINE")
 
 
 def found_by(*words: str) -> list[str]:
@@ -16,5 +17,5 @@ def found_by(*words: str) -> list[str]:
     return ", ".join(words).split(", ")
 
 
-class Node(host.io.ComfyNode):
+class Node(io.ComfyNode):
     HAS_INTERMEDIATE_OUTPUT = True  # ComfyUI sends the texts of remembered nodes to the canvas too

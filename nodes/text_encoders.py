@@ -10,12 +10,11 @@ from ..loaders.convert import Progress
 from ..loaders.text_encoders import inspect_clip, inspect_t5, load_text_encoders
 from .arguments import checked
 from .model_files import options, shared
-from .sockets import CATEGORY, Node, TextEncodersHandle, found_by
+from .sockets import CATEGORY, Node, TextEncodersHandle, found_by, io
 
 if TYPE_CHECKING:
     from ..engine.flux.text_encoders import TextEncoders
 
-io = host.io
 FOLDER = "text_encoders"
 
 

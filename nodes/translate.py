@@ -1,6 +1,5 @@
 """The node that translates a prompt."""
 
-import logging
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -10,16 +9,14 @@ from ..downloads import model_folders
 from ..downloads.catalogue import TRANSLATION, TRANSLATOR
 from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
-from ..messages import say
+from ..messages import log, say
 from ..translation.frame import has_chinese, plain
 from .arguments import checked
-from .sockets import CATEGORY, Node, found_by
+from .sockets import CATEGORY, Node, found_by, io
 
 if TYPE_CHECKING:
     from ..translation.translator import Translator
 
-log = logging.getLogger("majicflux")
-io = host.io
 State = tuple[tuple[str, int, int], ...]
 
 

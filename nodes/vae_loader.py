@@ -5,9 +5,8 @@ from ..host import current as host
 from ..loaders.vae import inspect_vae, load_vae
 from .arguments import checked
 from .model_files import FileNode, options, shared
-from .sockets import CATEGORY, VAEHandle, found_by
+from .sockets import CATEGORY, VAEHandle, found_by, io
 
-io = host.io
 FOLDER = "vae"
 
 

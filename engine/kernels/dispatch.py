@@ -1,6 +1,5 @@
 """Which fused kernels this machine has."""
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,10 +9,10 @@ from threading import RLock, Thread
 import torch
 from torch import Tensor
 
+from ...messages import log
 from ..allocator import is_out_of_memory
 from . import probe
 
-log = logging.getLogger("majicflux")
 INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
 FLOAT8_UNITS = (8, 9)  # and float8
 _trying = RLock()

@@ -1,12 +1,12 @@
 """How much a run computes at once, and what it does when memory is short."""
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import gcd
 from typing import TypeVar
 
-log = logging.getLogger("majicflux")
+from ...messages import log
+
 CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens computed at once, besides all of them
 GROUPS = (2, 4, 8)  # that the heads of an attention are divided into, besides one
 ROW_MULTIPLE = 64  # of rows computed at once; what matrix units like
