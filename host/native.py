@@ -1,19 +1,17 @@
 """ComfyUI's CONDITIONING, LATENT, IMAGE and MASK, and what the engine makes of them."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engine.flux.geometry import FluxGeometry
 from ..engine.flux.picture_conditions import NO_PICTURES, PLACINGS, PictureConditions
 from ..engine.flux.text_encoders import TextEmbedding
 from ..engine.latents import to_model_space, to_vae_space
 from ..engine.sizes import CHANNELS, PIXELS_PER_LATENT, STEP, require_size
 from ..messages import MajicFluxError, later, say
-
-if TYPE_CHECKING:
-    from ..engine.flux.geometry import FluxGeometry
 
 Conditioning = list[Any]  # of [tokens, options]
 Latent = dict[str, Any]
@@ -34,7 +32,7 @@ def to_conditioning(embedding: TextEmbedding, guidance: float) -> Conditioning:
 
 
 def from_conditioning(
-    name: str, conditioning: Conditioning, geometry: "FluxGeometry"
+    name: str, conditioning: Conditioning, geometry: FluxGeometry
 ) -> TextEmbedding:
     """name: of the input it came by, which the MajicFluxError names if it cannot be honoured."""
     if not all(_is_entry(entry) for entry in conditioning):
@@ -91,7 +89,7 @@ def from_conditioning(
     return TextEmbedding(tokens.cpu(), pooled.cpu(), guidance, guided, pictures)
 
 
-def _pictures(name: str, options: dict[str, Any], geometry: "FluxGeometry") -> PictureConditions:
+def _pictures(name: str, options: dict[str, Any], geometry: FluxGeometry) -> PictureConditions:
     """Those of a CONDITIONING. A model without channels for one passes it over, as in ComfyUI."""
     references = options.get("reference_latents")
     if references is not None:
@@ -107,7 +105,7 @@ def _pictures(name: str, options: dict[str, Any], geometry: "FluxGeometry") -> P
 
 
 def _references(
-    name: str, references: Any, options: dict[str, Any], geometry: "FluxGeometry"
+    name: str, references: Any, options: dict[str, Any], geometry: FluxGeometry
 ) -> PictureConditions:
     placing = options.get("reference_latents_method") or PLACINGS[0]
     if geometry.takes_picture:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.flux.geometry import ClipGeometry, FluxGeometry
+from ..engine.quant.low_rank import Adapter, AdapterReport, LowRankTerm
 from ..engine.torch_state import own_state, torch
 from ..messages import later, log, say
 from .convert import LARGEST, Progress, convert_into, damaged, read_small
@@ -23,8 +24,6 @@ from .tensor_sources import Part, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..engine.quant.low_rank import Adapter, AdapterReport, LowRankTerm
 
 
 MOST_RANK = 256  # that any output column of a layer may have in all, to be multiplied beside it
@@ -44,15 +43,13 @@ def load_lora(
     dtype: "torch.dtype | None" = None,
     progress: Progress | None = None,
     only_text: bool = False,
-) -> "Adapter":
+) -> Adapter:
     """Read a LoRA for a transformer of this geometry.
 
     clip: of the text encoder, by default CLIP-L's. dtype: of the factors, by default bfloat16.
     only_text: leave out the part for the transformer.
     Raises ModelFileError as `inspect_lora`, and when the file holds an infinity or a NaN.
     """
-    from ..engine.quant.low_rank import Adapter
-
     lora = inspect_lora(path, flux, clip or ClipGeometry())
     dtype = dtype or torch.bfloat16
     kept, _ = _sorted(lora)
@@ -87,7 +84,7 @@ def load_lora(
     return Adapter(terms, biases, norms, magnitudes, report, of_text)
 
 
-def describe_lora(path: Path) -> "AdapterReport | None":
+def describe_lora(path: Path) -> AdapterReport | None:
     """What a LoRA holds, from its header; None when the file seems to be something else.
 
     Raises ModelFileError when it is for another model, or damaged.
@@ -99,7 +96,7 @@ def describe_lora(path: Path) -> "AdapterReport | None":
 
 def inspect_usable_lora(
     path: Path, flux: FluxGeometry | None = None, clip: ClipGeometry | None = None
-) -> "AdapterReport":
+) -> AdapterReport:
     """What a LoRA holds, from its header.
 
     Raises ModelFileError as `inspect_lora`, and when there is nothing in it that can be used.
@@ -115,9 +112,7 @@ def inspect_usable_lora(
     return report
 
 
-def _report(lora: LoraFile) -> "AdapterReport":
-    from ..engine.quant.low_rank import AdapterReport
-
+def _report(lora: LoraFile) -> AdapterReport:
     kept, others = _sorted(lora)
     unused = {reason: [*names] for reason, names in lora.unused.items()}
     baking: dict[str, list[str]] = defaultdict(list)
@@ -230,9 +225,7 @@ def read_tensors(
 
 def _terms(
     lora: LoraFile, changes: Iterable[Change], values: Mapping[str, "Tensor"], dtype: "torch.dtype"
-) -> Iterator["LowRankTerm"]:
-    from ..engine.quant.low_rank import LowRankTerm
-
+) -> Iterator[LowRankTerm]:
     for change in changes:
         if change.rank == 0:
             continue
@@ -245,7 +238,7 @@ def _terms(
         )
 
 
-def _joined(terms: Sequence["LowRankTerm"]) -> tuple["LowRankTerm", ...]:
+def _joined(terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, ...]:
     """The terms of a layer, by their first columns; those that continue each other as one.
 
     So are query, key and value that were split when a file was converted: all have one down.

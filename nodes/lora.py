@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ..downloads import model_folders
 from ..engine.flux.geometry import ClipGeometry
+from ..engine.quant.low_rank import Adapter
 from ..host import current as host
 from ..loaders.convert import Progress
 from ..loaders.lora import inspect_usable_lora, load_lora
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ..engine.flux.text_encoders import TextEncoders
     from ..engine.flux.transformer import DiT
     from ..engine.offload.offloaded_module import OffloadedModule
-    from ..engine.quant.low_rank import Adapter
 
 FOLDER = "loras"
 KEPT_BYTES = 2 * 2**30  # of LoRAs that a transformer used last, so that a new strength reads none
@@ -122,7 +122,7 @@ class LoRA(FileNode):
                 file=file,
             )
 
-        def load() -> "Adapter":
+        def load() -> Adapter:
             return load_lora(path, own, clip, progress=progress, only_text=baked)
 
         files = model_folders.fingerprint(FOLDER, file)
@@ -164,8 +164,8 @@ def _baked(dit: "DiT", path: Path, strength: float, progress: Progress) -> "DiT"
 
 
 def _beside(
-    weights: "OffloadedModule", path: Path, load: Callable[[], "Adapter"], *identity: Any
-) -> "Adapter":
+    weights: "OffloadedModule", path: Path, load: Callable[[], Adapter], *identity: Any
+) -> Adapter:
     """What `load` reads of this file, for these weights: what they used last is kept.
 
     ComfyUI drops what a node gave before it executes the node with a new strength.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..downloads import model_folders
 from ..downloads.catalogue import TRANSLATION, TRANSLATOR
+from ..engine.flux.prompts import require_length
 from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..messages import log, say
@@ -94,8 +95,6 @@ class Translate(Node):
     @classmethod
     @checked
     def execute(cls, prompt: str, model: str = "") -> io.NodeOutput:
-        from ..engine.flux.prompts import require_length
-
         require_length(prompt)
         if not has_chinese(prompt):
             return io.NodeOutput(plain(prompt), ui=host.node_text([plain(prompt)]))
