@@ -10,7 +10,7 @@ from .lora_models import FLUX_LORA, model_of_size
 from .lora_names import Target
 from .recognise import not_wanted
 from .safetensors_file import DTYPES, ModelFileError
-from .tensor_sources import Part, misfit, missing, require_readable
+from .tensor_sources import Part, misfit, missing, require_readable, without_ones
 
 CONTROL_INPUTS = 2 * OF_LATENTS  # of the first layer: those of the noisy picture and of another
 
@@ -148,12 +148,8 @@ class Layer:
         return shape[0], shape[1]
 
     def _shape(self, part: Part, axes: int) -> tuple[int, ...]:
-        """Without the axes of length 1 after the first `axes`, which a convolution has."""
         require_readable(self.path, part.name, part)
-        shape = part.file.tensors[part.name].shape
-        while len(shape) > axes and shape[-1] == 1:
-            shape = shape[:-1]
-        return shape
+        return without_ones(part.file.tensors[part.name].shape, axes)
 
     def _require(self, part: Part, wanted: tuple[int, ...]) -> None:
         if self.fits and self._shape(part, len(wanted)) != wanted:

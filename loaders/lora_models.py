@@ -2,17 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from ..messages import later
-from .recognise import OTHER_MODEL, Kind
+from .recognise import OTHER_MODEL, Kind, named
 
 FLUX_LORA = Kind((), later("a LoRA for Flux.1"))
 MORE_BLOCKS = Kind((), later("a LoRA for a model of more blocks than Flux.1 has"), OTHER_MODEL)
-LORA_OF = later("a LoRA for {name}")
-
-
-def _lora_of(name: str, *markers: str) -> Kind:
-    return Kind(markers, LORA_OF, OTHER_MODEL, name)
+_lora_of = partial(named, later("a LoRA for {name}"), OTHER_MODEL)
 
 
 FLUX_2 = _lora_of("Flux.2", "double_stream_modulation_", "_to_qkv_mlp_proj", "_ff_linear_in",

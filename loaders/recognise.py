@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..messages import later, say
@@ -70,12 +71,12 @@ FLUX_ENCODERS = later(
 )
 
 
-def _other(name: str, *markers: str) -> Kind:
-    return Kind(markers, TRANSFORMER_OF, OTHER_MODEL, name)
+def named(description: str, advice: str, name: str, *markers: str) -> Kind:
+    return Kind(markers, description, advice, name)
 
 
-def _quantised(name: str, *markers: str) -> Kind:
-    return Kind(markers, QUANTISED, BETTER_FILE, name)
+_other = partial(named, TRANSFORMER_OF, OTHER_MODEL)
+_quantised = partial(named, QUANTISED, BETTER_FILE)
 
 
 # It has all that a T5 has, and means something else by it.
@@ -90,8 +91,7 @@ UMT5 = Kind(
 RELATIVES = (
     Kind(("controlnet_cond_embedding.", "control_model.", "zero_convs.", "lora_controlnet",
           "lllite_"), later("a ControlNet for SDXL or Stable Diffusion"), OTHER_MODEL),
-    Kind(("controlnet_", "control_net."), later("a ControlNet"),
-         later("Choose it in the ControlNet node; it belongs in models/controlnet.")),
+    Kind(("controlnet_", "control_net."), later("a ControlNet"), CONTROL_NET.advice),
     Kind(("double_stream_modulation_img.",), later("a Flux.2 transformer"), OTHER_MODEL),
     _other("Chroma", "distilled_guidance_layer."),
     _other("HunyuanVideo", "individual_token_refiner.", "context_embedder.token_refiner."),

@@ -209,12 +209,12 @@ def _read_header(
     if data_start > file_bytes:
         raise ModelFileError("{file} is cut off inside its header; download it again.", file=name)
     if length > MAX_HEADER_BYTES:
-        values = {"size": length / 2**20, "most": MAX_HEADER_BYTES / 2**20}
         raise ModelFileError(
             "{file} has a header of {size:.0f} MB; no Flux.1 model needs more than {most:.0f}. "
             "Choose another file.",
             file=name,
-            **values,
+            size=length / 2**20,
+            most=MAX_HEADER_BYTES / 2**20,
         )
     file.seek(8)
     try:

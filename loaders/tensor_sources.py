@@ -167,7 +167,7 @@ def in_layout(path: Path, sources: Sources, layout: Layout) -> dict[str, Source]
             require_readable(path, name, part)
     for name, shape in layout.items():
         source = sources[name]
-        if _without_ones(source.shape) != _without_ones(shape):
+        if without_ones(source.shape) != without_ones(shape):
             raise misfit(path, name, source.shape, list(shape))
         for part in source.parts:
             if part.row_shape != source.parts[0].row_shape:
@@ -267,7 +267,8 @@ def _scale_name(file: SafetensorsFile, name: str) -> str | None:
     return None
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while shape and shape[-1] == 1:
+def without_ones(shape: tuple[int, ...], axes: int = 0) -> tuple[int, ...]:
+    """Without the axes of length 1 after the first `axes`, which a convolution has."""
+    while len(shape) > axes and shape[-1] == 1:
         shape = shape[:-1]
     return shape
