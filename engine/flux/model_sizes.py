@@ -13,14 +13,14 @@ from .geometry import (
     HEAD_DIM,
     MLP_RATIO,
     TIMESTEP_CHANNELS,
-    VAE_DECODER,
-    VAE_ENCODER,
     ClipGeometry,
     ControlGeometry,
     FluxGeometry,
     T5Geometry,
-    VAEPart,
 )
+
+# Of Flux's VAE, which has one size: decoder and encoder.
+VAE_BYTES = {"bfloat16": (99_091_200, 68_548_608), "float32": (198_182_144, 137_096_960)}
 
 
 @dataclass(frozen=True)
@@ -144,31 +144,8 @@ def text_encoder_sizes(clip: ClipGeometry, t5: T5Geometry, dtype: str) -> Weight
 
 
 def vae_sizes(dtype: str) -> WeightSizes:
-    decoder, encoder = (
-        BlockSize(_nbytes(_vae_shapes(part), dtype)) for part in (VAE_DECODER, VAE_ENCODER)
-    )
+    decoder, encoder = map(BlockSize, VAE_BYTES[dtype])
     return WeightSizes(BlockSize(0), [decoder], [encoder])
-
-
-def _vae_shapes(part: VAEPart) -> Iterator[tuple[int, ...]]:
-    before = part.first
-    yield from _convolution(part.channels_in, before)
-    for kind, after in part.steps:
-        if kind == "attention":
-            yield from (*[(after,)] * 2, *_convolution(after, after, side=1) * 4)
-        elif kind == "residual":
-            yield from (*[(before,)] * 2, *_convolution(before, after))
-            yield from (*[(after,)] * 2, *_convolution(after, after))
-            if before != after:
-                yield from _convolution(before, after, side=1)
-        else:
-            yield from _convolution(before, after)
-        before = after
-    yield from (*[(before,)] * 2, *_convolution(before, part.channels_out))
-
-
-def _convolution(before: int, after: int, side: int = 3) -> list[tuple[int, ...]]:
-    return [(after, before, side, side), (after,)]
 
 
 def _nbytes(shapes: Iterable[tuple[int, ...]], dtype: str) -> int:

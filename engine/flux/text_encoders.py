@@ -1,5 +1,6 @@
 """Prompt -> embeddings, by CLIP-L (pooled vector) and T5 (one vector per token)."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...messages import log
 from ..diffsynth_files import diffsynth_module
 from ..errors import PromptWeightError
 from ..offload.chunking import Chunking
@@ -35,6 +35,7 @@ from .prompts import (
 )
 from .t5 import T5Encoder
 
+log = logging.getLogger("majicflux")
 REMEMBERED_READINGS = 8  # of prompts: a run has two, and what is asked about them comes soon
 REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in bfloat16
 

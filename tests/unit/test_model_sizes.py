@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
 from control_nets import FILES
 
 from majicflux.benchmarks import random_models
-from majicflux.engine.flux import model_sizes
 from majicflux.engine.flux.controlnet import build_control_net
 from majicflux.engine.flux.geometry import (
     VAE_DECODER,
@@ -17,6 +17,7 @@ from majicflux.engine.flux.geometry import (
     ControlGeometry,
     FluxGeometry,
     T5Geometry,
+    VAEPart,
 )
 from majicflux.engine.flux.model_sizes import (
     conversion_bytes,
@@ -104,6 +105,28 @@ def test_the_vae_is_as_large_as_its_geometry_says(dtype: str) -> None:
     assert told(weights.sizes) == told(vae_sizes(dtype))
 
 
+def shapes(part: VAEPart) -> Iterator[tuple[int, ...]]:
+    """Of the weights of a decoder or encoder that has these steps."""
+    before = part.first
+    yield from convolution(part.channels_in, before)
+    for kind, after in part.steps:
+        if kind == "attention":
+            yield from (*[(after,)] * 2, *convolution(after, after, side=1) * 4)
+        elif kind == "residual":
+            yield from (*[(before,)] * 2, *convolution(before, after))
+            yield from (*[(after,)] * 2, *convolution(after, after))
+            if before != after:
+                yield from convolution(before, after, side=1)
+        else:
+            yield from convolution(before, after)
+        before = after
+    yield from (*[(before,)] * 2, *convolution(before, part.channels_out))
+
+
+def convolution(before: int, after: int, side: int = 3) -> list[tuple[int, ...]]:
+    return [(after, before, side, side), (after,)]
+
+
 @pytest.mark.parametrize(("name", "part"), [("decoder", VAE_DECODER), ("encoder", VAE_ENCODER)])
 def test_the_vae_has_the_steps_that_its_geometry_says(name: str, part) -> None:
     """In their order, by which the bands are planned."""
@@ -123,9 +146,7 @@ def test_the_vae_has_the_steps_that_its_geometry_says(name: str, part) -> None:
         module.conv_in.in_channels,
         module.conv_out.out_channels,
     )
-    assert Counter(model_sizes._vae_shapes(part)) == Counter(
-        tuple(p.shape) for p in module.parameters()
-    )
+    assert Counter(shapes(part)) == Counter(tuple(p.shape) for p in module.parameters())
 
 
 def test_the_parameters_of_flux_are_12_billion() -> None:
