@@ -32,11 +32,9 @@ class ControlNetNode(FileNode):
             node_id="MajicFluxControlNet",
             display_name="ControlNet",
             category=CATEGORY,
-            description=(
-                "Steers what is painted by a picture: edges, a depth map, a pose, a blurred or "
-                "small picture, or what is to stay around a mask. The control net runs inside the "
-                "same VRAM budget as the transformer. Chain several."
-            ),
+            description="Steers what is painted by a picture: edges, a depth map, a pose, a "
+            "blurred or small picture, or what is to stay around a mask. The control net runs "
+            "inside the same VRAM budget as the transformer. Chain several.",
             search_aliases=found_by(
                 "controlnet, control net, load controlnet, apply controlnet, union, canny",
                 "depth, pose, tile",
@@ -45,28 +43,22 @@ class ControlNetNode(FileNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    tooltip=(
-                        "A ControlNet for Flux.1 in models/controlnet: Union-Pro 2.0, Union-Pro, "
-                        "Union, alimama's inpainting, jasperai's, InstantX's canny."
-                    ),
+                    tooltip="A ControlNet for Flux.1 in models/controlnet: Union-Pro 2.0, "
+                    "Union-Pro, Union, alimama's inpainting, jasperai's, InstantX's canny.",
                     **combo(model_folders.choices(FOLDER)),
                 ),
                 io.Combo.Input(
                     "weight_precision",
                     options=list(PRECISIONS),
                     default="float8_e4m3fn",
-                    tooltip=(
-                        "As of the DiT loader. Choose the same as there: only then are both "
-                        "multiplied in 8 bits."
-                    ),
+                    tooltip="As of the DiT loader. Choose the same as there: only then are both "
+                    "multiplied in 8 bits.",
                 ),
                 io.Image.Input(
                     "image",
-                    tooltip=(
-                        "What the net is shown, such as the edges from ComfyUI's Canny; "
-                        "preprocessors for depth and pose are other packs'. Scaled to the size "
-                        "that is painted, its middle cut out."
-                    ),
+                    tooltip="What the net is shown, such as the edges from ComfyUI's Canny; "
+                    "preprocessors for depth and pose are other packs'. Scaled to the size that is "
+                    "painted, its middle cut out.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -90,20 +82,16 @@ class ControlNetNode(FileNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip=(
-                        "Up to which share. 0.6 to 0.8 leaves the details to the transformer, and "
-                        "the steps after it are as fast as without a net."
-                    ),
+                    tooltip="Up to which share. 0.6 to 0.8 leaves the details to the transformer, "
+                    "and the steps after it are as fast as without a net.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=MODES,
                     default=MODES[0],
                     optional=True,
-                    tooltip=(
-                        "What the image is, for Union and Union-Pro. Union-Pro 2.0 and nets of one "
-                        "kind see it by themselves."
-                    ),
+                    tooltip="What the image is, for Union and Union-Pro. Union-Pro 2.0 and nets of "
+                    "one kind see it by themselves.",
                 ),
                 io.Mask.Input(
                     "mask",

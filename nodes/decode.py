@@ -18,10 +18,8 @@ class Decode(Node):
             node_id="MajicFluxDecode",
             display_name="decode",
             category=CATEGORY,
-            description=(
-                "Decodes LATENT to pictures with the pipeline's VAE, in bands that keep to its "
-                "VRAM budget, without seams."
-            ),
+            description="Decodes LATENT to pictures with the pipeline's VAE, in bands that keep to "
+            "its VRAM budget, without seams.",
             search_aliases=["vae decode", "tiled decode", "解码", "VAE解码", "麦橘 超然"],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -46,10 +46,8 @@ class DiTLoader(FileNode):
             node_id="MajicFluxDiTLoader",
             display_name="Majic float8 DiT loader",
             category=CATEGORY,
-            description=(
-                "Loads the transformer of majicflus_v1 (麦橘超然) or another Flux.1 model into "
-                "CPU memory, by default in float8 with one scale per output channel."
-            ),
+            description="Loads the transformer of majicflus_v1 (麦橘超然) or another Flux.1 model "
+            "into CPU memory, by default in float8 with one scale per output channel.",
             search_aliases=found_by(
                 "majicflus, majic, flux, dit, unet, fp8, float8, load model",
                 "麦橘超然, 麦橘, 加载模型, 低显存",
@@ -57,10 +55,8 @@ class DiTLoader(FileNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    tooltip=(
-                        "A Flux.1 transformer in models/diffusion_models, such as "
-                        "majicflus_v134.safetensors or flux1-dev.safetensors."
-                    ),
+                    tooltip="A Flux.1 transformer in models/diffusion_models, such as "
+                    "majicflus_v134.safetensors or flux1-dev.safetensors.",
                     **options(FOLDER, "majicflus", "flux"),
                 ),
                 io.Combo.Input(
@@ -73,11 +69,9 @@ class DiTLoader(FileNode):
                     "keep_prepared",
                     default=True,
                     optional=True,
-                    tooltip=(
-                        "Keep the converted 8-bit weights in models/majicflux_prepared, at the "
-                        "cost of 12 to 15 GB of disk. Loading then takes a second, and the weights "
-                        "do not count as used memory: 16 GB are enough."
-                    ),
+                    tooltip="Keep the converted 8-bit weights in models/majicflux_prepared, at the "
+                    "cost of 12 to 15 GB of disk. Loading then takes a second, and the weights do "
+                    "not count as used memory: 16 GB are enough.",
                 ),
                 _of_kind("attention", "the attention matrices of the double blocks"),
                 _of_kind("mlp", "the MLP matrices and the joint matrices of the single blocks"),

@@ -14,10 +14,8 @@ class Doctor(Node):
             node_id="MajicFluxDoctor",
             display_name="MajicFlux doctor",
             category=CATEGORY,
-            description=(
-                "Looks at this machine: versions, the card, memory, the model files, and what the "
-                "card can do. Run it alone, and paste its text into a bug report."
-            ),
+            description="Looks at this machine: versions, the card, memory, the model files, and "
+            "what the card can do. Run it alone, and paste its text into a bug report.",
             search_aliases=found_by(
                 "diagnose, system info, bug report",
                 "诊断, 检查, 系统信息, 麦橘 超然",

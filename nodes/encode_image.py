@@ -20,10 +20,8 @@ class EncodeImage(Node):
             node_id="MajicFluxEncodeImage",
             display_name="encode image",
             category=CATEGORY,
-            description=(
-                "Encodes pictures as LATENT with the pipeline's VAE, in bands that keep to its "
-                "VRAM budget, without seams."
-            ),
+            description="Encodes pictures as LATENT with the pipeline's VAE, in bands that keep to "
+            "its VRAM budget, without seams.",
             search_aliases=["vae encode", "图片编码", "VAE编码", "麦橘 超然"],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

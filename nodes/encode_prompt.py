@@ -17,10 +17,8 @@ class EncodePrompt(Node):
             node_id="MajicFluxEncodePrompt",
             display_name="encode prompt",
             category=CATEGORY,
-            description=(
-                "Encodes a prompt as CONDITIONING, inside the pipeline's VRAM budget, for denoise, "
-                "sample or ComfyUI's own samplers."
-            ),
+            description="Encodes a prompt as CONDITIONING, inside the pipeline's VRAM budget, for "
+            "denoise, sample or ComfyUI's own samplers.",
             search_aliases=["clip text encode", "prompt", "提示词", "编码提示词", "麦橘 超然"],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

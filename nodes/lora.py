@@ -41,11 +41,9 @@ class LoRA(FileNode):
             node_id="MajicFluxLoRA",
             display_name="LoRA",
             category=CATEGORY,
-            description=(
-                "Puts a LoRA beside the transformer. The weights stay as they are and are shared: "
-                "nothing is loaded again, and a new strength costs nothing. Chain several. With "
-                "keep it is baked into the weights instead."
-            ),
+            description="Puts a LoRA beside the transformer. The weights stay as they are and are "
+            "shared: nothing is loaded again, and a new strength costs nothing. Chain several. "
+            "With keep it is baked into the weights instead.",
             search_aliases=found_by(
                 "lora, lora loader, load lora, lycoris, lokr, dora, turbo, style",
                 "加载LoRA, 风格, 微调, 麦橘 超然",
@@ -54,10 +52,8 @@ class LoRA(FileNode):
                 DiTHandle.Input("dit", tooltip="From the DiT loader, or from another LoRA."),
                 io.Combo.Input(
                     "file",
-                    tooltip=(
-                        "A LoRA for Flux.1 in models/loras, by any trainer: kohya, ai-toolkit, "
-                        "Diffusers, OneTrainer, LyCORIS, XLabs."
-                    ),
+                    tooltip="A LoRA for Flux.1 in models/loras, by any trainer: kohya, ai-toolkit, "
+                    "Diffusers, OneTrainer, LyCORIS, XLabs.",
                     **combo(model_folders.names(FOLDER)),
                 ),
                 io.Float.Input(
@@ -78,12 +74,10 @@ class LoRA(FileNode):
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip=(
-                        "Bake the LoRA into the weights while they are read: no step takes longer "
-                        "for it, but a new strength means reading and converting the transformer "
-                        "again, and 12 to 15 GB more of prepared weights. A file that cannot "
-                        "stand beside the weights is baked anyway."
-                    ),
+                    tooltip="Bake the LoRA into the weights while they are read: no step takes "
+                    "longer for it, but a new strength means reading and converting the "
+                    "transformer again, and 12 to 15 GB more of prepared weights. A file that "
+                    "cannot stand beside the weights is baked anyway.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

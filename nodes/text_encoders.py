@@ -40,30 +40,24 @@ class TextEncodersNode(Node):
                 ),
                 io.Combo.Input(
                     "t5",
-                    tooltip=(
-                        "T5-XXL in models/text_encoders: one file such as "
-                        "t5xxl_fp16.safetensors, or the folder text_encoder_2 of FLUX.1-dev."
-                    ),
+                    tooltip="T5-XXL in models/text_encoders: one file such as "
+                    "t5xxl_fp16.safetensors, or the folder text_encoder_2 of FLUX.1-dev.",
                     **options(FOLDER, "t5xxl", "t5", "text_encoder_2"),
                 ),
                 io.Combo.Input(
                     "precision",
                     options=["bfloat16", "float32"],
                     default="bfloat16",
-                    tooltip=(
-                        "bfloat16: 10 GB of CPU memory, what Flux.1 was trained with. "
-                        "float32: 19 GB, a reference for comparisons."
-                    ),
+                    tooltip="bfloat16: 10 GB of CPU memory, what Flux.1 was trained with. float32: "
+                    "19 GB, a reference for comparisons.",
                 ),
                 io.Boolean.Input(
                     "keep_prepared",
                     default=True,
                     optional=True,
-                    tooltip=(
-                        "Keep the encoders in models/majicflux_prepared (10 GB of disk in "
-                        "bfloat16) and map them from there, so that they take no memory of their "
-                        "own and the next load takes a second. Off: they stay in memory."
-                    ),
+                    tooltip="Keep the encoders in models/majicflux_prepared (10 GB of disk in "
+                    "bfloat16) and map them from there, so that they take no memory of their own "
+                    "and the next load takes a second. Off: they stay in memory.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

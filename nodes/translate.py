@@ -37,11 +37,9 @@ class Translate(Node):
             node_id="MajicFluxTranslate",
             display_name="translate prompt",
             category=CATEGORY,
-            description=(
-                "Translates the Chinese in a prompt into English, on this machine and without a "
-                "network. English, weights, brackets, line breaks and quoted text stay as they "
-                "are."
-            ),
+            description="Translates the Chinese in a prompt into English, on this machine and "
+            "without a network. English, weights, brackets, line breaks and quoted text stay as "
+            "they are.",
             search_aliases=found_by(
                 "translate, translation, chinese prompt, opus-mt, qwen",
                 "翻译, 中文提示词, 中译英, 麦橘 超然",
@@ -52,18 +50,14 @@ class Translate(Node):
                     default="",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip=(
-                        "In Chinese, English or both. (词:1.3) keeps its weight; “quoted text” "
-                        "stays in Chinese, to be painted."
-                    ),
+                    tooltip="In Chinese, English or both. (词:1.3) keeps its weight; “quoted text” "
+                    "stays in Chinese, to be painted.",
                 ),
                 io.Combo.Input(
                     "model",
                     optional=True,
-                    tooltip=(
-                        "A folder in models/translation: opus-mt-zh-en, which is small and fast, "
-                        "or a Qwen2.5 or Qwen3 instruction model, for long sentences."
-                    ),
+                    tooltip="A folder in models/translation: opus-mt-zh-en, which is small and "
+                    "fast, or a Qwen2.5 or Qwen3 instruction model, for long sentences.",
                     **_options(),
                 ),
             ],
