@@ -14,13 +14,9 @@ MAX_SIDE = 8192
 
 def size_problem(name: str, side: int) -> str | None:
     """Why a side of that many pixels cannot be painted, or None when it can. name: for `say`."""
-    values = {"name": say(name), "side": side}
+    values = {"name": say(name), "side": side, "most": MAX_SIDE}
     if side > MAX_SIDE:
-        return say(
-            "{name} {side} is more than {most}, the most that can be painted.",
-            most=MAX_SIDE,
-            **values,
-        )
+        return say("{name} {side} is more than {most}, the most that can be painted.", **values)
     if side >= STEP and side % STEP == 0:
         return None
     below = max(STEP, side // STEP * STEP)

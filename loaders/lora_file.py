@@ -22,7 +22,7 @@ from .lora_names import (
 )
 from .recognise import is_lora, kind_of, not_wanted
 from .safetensors_file import ModelFileError, SafetensorsFile
-from .tensor_sources import Part, sources_of
+from .tensor_sources import sources_of
 
 PEFT = "lora_adapter_metadata"  # how the file was trained
 
@@ -82,21 +82,15 @@ def inspect_lora(
         other = kind_of(names)  # the norms of a whole model have the names of a LoRA's
     if other is not None:
         raise not_wanted(path, names, other, FLUX_LORA)
-    sources = sources_of([file])
-    return _Reading(path, {n: s.parts[0] for n, s in sources.items()}, flux, clip).whole(file)
+    return _Reading(file, flux, clip).whole()
 
 
 class _Reading:
     """Sorts the tensors of a file."""
 
-    def __init__(
-        self,
-        path: Path,
-        parts: Mapping[str, Part],
-        flux: FluxGeometry | None,
-        clip: ClipGeometry | None,
-    ):
-        self.path, self.parts = path, parts
+    def __init__(self, file: SafetensorsFile, flux: FluxGeometry | None, clip: ClipGeometry | None):
+        self.file, self.path = file, file.path
+        self.parts = {name: source.parts[0] for name, source in sources_of([file]).items()}
         self.fits, self.text_fits = flux is not None, clip is not None
         flux, clip = flux or FluxGeometry(), clip or ClipGeometry()
         self.names = names_of(flux, clip)
@@ -104,7 +98,7 @@ class _Reading:
         self.unused: dict[str, list[str]] = defaultdict(list)
         self.taken: set[tuple[str, int, int, str]] = set()
 
-    def whole(self, file: SafetensorsFile) -> LoraFile:
+    def whole(self) -> LoraFile:
         dialects: Counter[str] = Counter()
         changes: list[Change] = []
         for layer, roles in self._layers().items():
@@ -120,7 +114,7 @@ class _Reading:
         changes.sort(key=lambda c: (order[c.target.layer], c.target.first))
         unused = {reason: tuple(names) for reason, names in self.unused.items()}
         dialect = dialects.most_common(1)[0][0]
-        return LoraFile(file, dialect, tuple(changes), unused, file.declared(PEFT))
+        return LoraFile(self.file, dialect, tuple(changes), unused, self.file.declared(PEFT))
 
     def _layers(self) -> dict[str, dict[str, str]]:
         """By the names of layers in the file: tensors by their role."""

@@ -114,7 +114,7 @@ def picture_tokens(
     """shape: of the latents to paint; noise_mask: [batch, 1, h, w], for fill models that are given
     no other; on_device: puts a tensor where the transformer wants it."""
     batch, _, height, width = shape
-    channels = [on_device(x) for x in _channels(given, geometry, height, width, noise_mask)]
+    channels = map(on_device, _channels(given, geometry, (height, width), noise_mask))
     spread = [[x[which] for which in _spread(len(x), batch)] for x in channels]
     references = [on_device(patches(_whole(x[:batch]))) for x in given.references]
     return PictureTokens(
@@ -125,11 +125,7 @@ def picture_tokens(
 
 
 def _channels(
-    given: PictureConditions,
-    geometry: FluxGeometry,
-    height: int,
-    width: int,
-    noise_mask: Tensor | None,
+    given: PictureConditions, geometry: FluxGeometry, size: tuple[int, int], mask: Tensor | None
 ) -> Iterator[Tensor]:
     """[n, image tokens, channels] of the picture, and of the mask in 8x8 pixels a latent.
 
@@ -138,13 +134,13 @@ def _channels(
     if geometry.takes_picture:
         image = given.image
         if image is None:
-            image = to_model_space(torch.zeros(1, CHANNELS, height, width, dtype=torch.float32))
-        yield patches(_fitted(image, height, width))
+            image = to_model_space(torch.zeros(1, CHANNELS, *size, dtype=torch.float32))
+        yield patches(_fitted(image, *size))
     if geometry.takes_mask:
-        mask = noise_mask if given.mask is None else given.mask
+        mask = mask if given.mask is None else given.mask
         if mask is None:
-            mask = torch.ones(1, 1, height, width, dtype=torch.float32)
-        pixels = _fitted(mask, PIXELS_PER_LATENT * height, PIXELS_PER_LATENT * width)
+            mask = torch.ones(1, 1, *size, dtype=torch.float32)
+        pixels = _fitted(mask, *(PIXELS_PER_LATENT * side for side in size))
         yield patches(F.pixel_unshuffle(pixels, PIXELS_PER_LATENT))
 
 

@@ -42,7 +42,7 @@ def decode(
     The latent is on the decoder's device and in its dtype, which is also that of the picture.
     bands: of `plan_decode` for h, w. The picture is the same with any.
     """
-    run = _Run(latent.device, latent.dtype, bands.passes, before_band, make_way)
+    run = _Run(latent.device, latent.dtype, iter(bands.passes), before_band, make_way)
     x = _Map(latent / decoder.scaling_factor + decoder.shift_factor, True)
     picture = run.whole(decoder, x).values
     if latent.is_cuda:
@@ -64,7 +64,7 @@ def encode(
     in its dtype. bands: of `plan_encode` for H, W. The latent is the same with any.
     """
     weight = encoder.conv_in.weight
-    run = _Run(weight.device, weight.dtype, bands.passes, before_band, make_way)
+    run = _Run(weight.device, weight.dtype, iter(bands.passes), before_band, make_way)
     picture = picture.to(weight.dtype, memory_format=torch.channels_last)
     x = _Map(picture, picture.device == weight.device)
     latent = run.whole(encoder, x).values[:, :16]
@@ -92,20 +92,15 @@ class _Map:
     moments: list[Tensor] = field(default_factory=list)  # of its parts, see `_moments`
 
 
+@dataclass
 class _Run:
     """One pass over a map after another; `vae_plan` has walked the same way."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        passes: tuple[tuple[int, bool, int], ...],
-        before_band: BeforeBand | None = None,
-        make_way: MakeWay | None = None,
-    ):
-        self.device, self.dtype = device, dtype
-        self.before_band, self.make_way = before_band, make_way
-        self.choices = iter(passes)
+    device: torch.device
+    dtype: torch.dtype
+    choices: Iterator[tuple[int, bool, int]]  # of a BandPlan
+    before_band: BeforeBand | None
+    make_way: MakeWay | None
 
     def whole(self, model: Any, x: _Map) -> _Map:
         steps = {
