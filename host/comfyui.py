@@ -261,12 +261,8 @@ def progress(
                 log.debug("no preview: the card is short of memory")
         bar.update_absolute(done, steps, preview)
         seconds = (time.perf_counter() - start) * passes / steps / made
-        values = {
-            "done": done,
-            "steps": steps,
-            "seconds": seconds,
-            "left": seconds * (steps - done),
-        }
+        left = seconds * (steps - done)
+        values = {"done": done, "steps": steps, "seconds": seconds, "left": left}
         text = say("step {done} of {steps}, {seconds:.2f} s a step, {left:.0f} s left", **values)
         show_on_node(node_id, text)
 
