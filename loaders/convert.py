@@ -161,17 +161,11 @@ def _pieces(module: "nn.Module", sources: Sources, size: int, changes: Changes) 
             rows = sum(part.rows for part in source.parts)
             for part in source.parts:
                 chosen = slice(first, first + part.rows)
-                whole = _Piece(
-                    part,
-                    _span(part),
-                    parameter.view(rows, -1)[chosen],
-                    None if row_scale is None else row_scale[chosen],
-                    read_scale(part),
-                    group,
-                    first,
-                    [c for c in own if c.first <= first < c.first + c.rows],
-                )
-                yield from _split(whole, size)
+                weight = parameter.view(rows, -1)[chosen]
+                scale = None if row_scale is None else row_scale[chosen]
+                made = [c for c in own if c.first <= first < c.first + c.rows]
+                given = (part, _span(part), weight, scale, read_scale(part), group, first, made)
+                yield from _split(_Piece(*given), size)
                 first += part.rows
 
 
@@ -239,18 +233,11 @@ def _convert(piece: _Piece, data: "Tensor", quantizer: DeviceQuantizer | None) -
     dtype = getattr(torch, DTYPES[piece.part.dtype][0])
     values = data.view(dtype).view(len(piece.weight), -1)
     part, weight = piece.part, piece.weight
-    store_rows(
-        part,
-        values,
-        piece.source_scale,
-        weight,
-        piece.row_scale,
-        piece.group,
-        quantizer,
-        piece.change if piece.changes else None,
-    )
+    scale, row_scale = piece.source_scale, piece.row_scale
+    change = piece.change if piece.changes else None
+    store_rows(part, values, scale, weight, row_scale, piece.group, quantizer, change)
     # A cast to float8 without a scale has a NaN for what is too large for the format.
-    cast = weight.dtype == torch.float8_e4m3fn and piece.row_scale is None
+    cast = weight.dtype == torch.float8_e4m3fn and row_scale is None
     if cast and holds_nan(weight):
         raise ModelFileError(
             "{file}, tensor {name}: a value is too large for float8 without a scale. Choose "

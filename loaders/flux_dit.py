@@ -116,15 +116,10 @@ def load(
         changes = changes_of(loras, renamed, progress)
         convert_into(weights.module, renamed, progress, device, make_room, changes)
 
-    mapped = map_or_convert(
-        cache_folder if precision.eight_bit else None,
-        files_of(renamed),
-        weights,
-        str(precision),
-        convert,
-        progress,
-        [(lora.file, strength) for lora, strength in loras],
-    )
+    folder = cache_folder if precision.eight_bit else None
+    added = [(lora.file, strength) for lora, strength in loras]
+    given = (folder, files_of(renamed), weights, str(precision), convert, progress, added)
+    mapped = map_or_convert(*given)
     weights.report = say(
         report,
         file=" + ".join([path.name, *(f"{lora.name} @ {s:g}" for lora, s in baked)]),

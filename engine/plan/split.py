@@ -27,7 +27,6 @@ def split_budget(
     of values that would do; stay: whether weights may become resident; grouped: the same with
     groups of heads, from the fewest to the most; repeating: whether fewer tokens at once cost time
     themselves."""
-    once = sum(block.nbytes for block in weights.once)
     passing = sum(block.nbytes for block in weights.blocks)
     largest = weights.largest_bytes
     tightest = min(values for _, values in choices)
@@ -63,19 +62,10 @@ def split_budget(
     if stay and weights.travelling_bytes <= left:
         return all_stay(tokens, values)
     ring = max(largest, min(blocks * largest, left - weights.root.nbytes))
-    staying = weights.fitting(left - ring if stay else weights.root.nbytes)
-    resident = sum(block.footprint for block in staying)
-    kept = set(staying)
+    kept = {*weights.fitting(left - ring if stay else weights.root.nbytes)}
+    resident = max(weights.root.nbytes, sum(block.footprint for block in kept))
+    visiting = sum(block.nbytes for block in weights.blocks if block not in kept)
+    once = sum(block.nbytes for block in weights.once if block not in kept)
     return StagePlan(
-        name,
-        budget,
-        values,
-        overhead,
-        ring,
-        max(resident, weights.root.nbytes),
-        passing - sum(block.nbytes for block in weights.blocks if block in kept),
-        once - sum(block.nbytes for block in weights.once if block in kept),
-        tokens,
-        smallest,
-        groups,
+        name, budget, values, overhead, ring, resident, visiting, once, tokens, smallest, groups
     )
