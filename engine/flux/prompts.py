@@ -145,25 +145,21 @@ class TokenCounts:
     @property
     def warning(self) -> str:
         """Of what is lost or misunderstood; "" when nothing is."""
-        said = []
+        unread = loras = ""
         if self.unread:
-            said.append(
-                say(
-                    "T5 could not read {unread} of {characters} characters: write the prompt in "
-                    "English, or put translate prompt before it.",
-                    unread=self.unread,
-                    characters=self.characters,
-                )
+            unread = say(
+                "T5 could not read {unread} of {characters} characters: write the prompt in "
+                "English, or put translate prompt before it.",
+                unread=self.unread,
+                characters=self.characters,
             )
         if self.loras:
-            said.append(
-                say(
-                    "{names} in the prompt was read as words, as ComfyUI does: no LoRA is added by "
-                    "it. Add one with the LoRA node.",
-                    names=", ".join(f"<lora:{name}>" for name in self.loras),
-                )
+            loras = say(
+                "{names} in the prompt was read as words, as ComfyUI does: no LoRA is added by it. "
+                "Add one with the LoRA node.",
+                names=", ".join(f"<lora:{name}>" for name in self.loras),
             )
-        return "\n".join(said)
+        return "\n".join(filter(None, [unread, loras]))
 
 
 @dataclass(frozen=True)

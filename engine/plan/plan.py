@@ -166,23 +166,15 @@ class Plan:
     def __str__(self) -> str:
         """Short lines, for a node of the canvas."""
         values: dict[str, Any] = {"picture": self._picture, "steps": self.workload.steps}
-        if self.budget_bytes is None:
-            lines = [say("{picture}, {steps} steps", **values)]
-        else:
-            budget = self.budget_bytes / GB
-            lines = [
-                say("{picture}, {steps} steps, budget {budget:.2f} GB", **values, budget=budget)
-            ]
+        lines = [say("{picture}, {steps} steps", **values)]
+        if self.budget_bytes is not None:
+            values["budget"] = self.budget_bytes / GB
+            lines = [say("{picture}, {steps} steps, budget {budget:.2f} GB", **values)]
+        visits = later("{phase}: {peak:.2f} GB; {visiting:.2f} GB of weights visit at each pass")
         for stage in self.stages:
-            values = {"phase": stage.label, "peak": stage.peak / GB}
-            text = say("{phase}: {peak:.2f} GB", **values)
-            if stage.visiting:
-                text = say(
-                    "{phase}: {peak:.2f} GB; {visiting:.2f} GB of weights visit at each pass",
-                    **values,
-                    visiting=stage.visiting / GB,
-                )
-            lines.append(text)
+            text = visits if stage.visiting else later("{phase}: {peak:.2f} GB")
+            sizes = {"peak": stage.peak / GB, "visiting": stage.visiting / GB}
+            lines.append(say(text, phase=stage.label, **sizes))
         smallest = in_gb_above(self.smallest_bytes)
         lines.append(say("smallest budget that works: {smallest} GB", smallest=smallest))
         if self.seconds is not None:
