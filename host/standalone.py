@@ -85,8 +85,7 @@ def compute_device() -> "torch.device":
     return torch.device("cpu")
 
 
-text_encoder_device = compute_device
-vae_device = compute_device
+text_encoder_device = vae_device = compute_device
 
 
 def result_device() -> "torch.device":
@@ -241,10 +240,6 @@ def progress(
     return on_pass
 
 
-def _cudart() -> Any:
-    return torch.cuda.cudart()
-
-
 def _pin(memory: "Tensor") -> bool:
     """Pin this memory if all that is pinned stays below pinned_share of the machine's."""
     global _pinned_bytes
@@ -252,7 +247,7 @@ def _pin(memory: "Tensor") -> bool:
 
     if _pinned_bytes + memory.nbytes > pinned_share * psutil.virtual_memory().total:
         return False
-    if _cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
+    if torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
         with suppress(RuntimeError):  # which CUDA would raise again at the next call
             torch.cuda.synchronize()
         return False
@@ -262,7 +257,7 @@ def _pin(memory: "Tensor") -> bool:
 
 def _unpin(memory: "Tensor") -> None:
     global _pinned_bytes
-    _cudart().cudaHostUnregister(memory.data_ptr())
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
     _pinned_bytes -= memory.nbytes
 
 
