@@ -247,7 +247,8 @@ def _pin(memory: "Tensor") -> bool:
 
     if _pinned_bytes + memory.nbytes > pinned_share * psutil.virtual_memory().total:
         return False
-    if torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
+    cudart: Any = torch.cuda.cudart()
+    if cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
         with suppress(RuntimeError):  # which CUDA would raise again at the next call
             torch.cuda.synchronize()
         return False
@@ -257,7 +258,8 @@ def _pin(memory: "Tensor") -> bool:
 
 def _unpin(memory: "Tensor") -> None:
     global _pinned_bytes
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    cudart: Any = torch.cuda.cudart()
+    cudart.cudaHostUnregister(memory.data_ptr())
     _pinned_bytes -= memory.nbytes
 
 
