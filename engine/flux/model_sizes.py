@@ -3,8 +3,9 @@
 They are what `build_flux_dit` and its likes would give blocks of; a test compares them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 from ..offload.weight_sizes import BlockSize, WeightSizes, aligned
@@ -25,40 +26,27 @@ VAE_BYTES = {"bfloat16": (99_091_200, 68_548_608), "float32": (198_182_144, 137_
 
 @dataclass(frozen=True)
 class _Linear:
+    """bare: without a bias and a scale, as rows that are looked up."""
+
     kind: str  # a field of Precision
     out: int
     inputs: int
+    bare: bool = False
 
     def nbytes(self, precision: Precision) -> int:
         storage = getattr(precision, self.kind)
-        return (
-            aligned(self.out * self.inputs * itemsize(storage.dtype))
-            + aligned(self.out * itemsize(storage.vector_dtype))  # the bias
-            + aligned(self.out * 4 if storage.scaled else 0)
-        )
+        matrix = aligned(self.out * self.inputs * itemsize(storage.dtype))
+        bias = aligned(self.out * itemsize(storage.vector_dtype))
+        scale = aligned(self.out * 4 if storage.scaled else 0)
+        return matrix if self.bare else matrix + bias + scale
 
 
-@dataclass(frozen=True)
-class _Embedding(_Linear):
-    """Rows without a bias or a scale."""
-
-    def nbytes(self, precision: Precision) -> int:
-        return aligned(self.out * self.inputs * itemsize(getattr(precision, self.kind).dtype))
+_Blocks = list[list[_Linear]]
 
 
-@dataclass(frozen=True)
-class _FluxLayers:
-    blocks: list[list[_Linear]]
-    once: list[list[_Linear]]
-    root: list[_Linear]
-
-    def __iter__(self) -> Iterator[_Linear]:
-        for part in (*self.blocks, *self.once, self.root):
-            yield from part
-
-
-def _flux_layers(g: FluxGeometry) -> _FluxLayers:
-    """Of a transformer, or of a control net, whose blocks are each followed by an output."""
+def _flux_layers(g: FluxGeometry) -> tuple[_Blocks, _Blocks, list[_Linear]]:
+    """The blocks of a pass, those that a run needs once, and what is in none, of a transformer, or
+    of a control net, whose blocks are each followed by an output."""
     d, wide = g.hidden, MLP_RATIO * g.hidden
     qkv, out = _Linear("attention", 3 * d, d), _Linear("attention", d, d)
     stream = [out, _Linear("mlp", wide, d), _Linear("mlp", d, wide)]
@@ -72,28 +60,20 @@ def _flux_layers(g: FluxGeometry) -> _FluxLayers:
         output = [[_Linear("attention", d, d)]]
         root.append(_Linear("rest", d, g.hint_channels))
         if g.modes:
-            embedders.append(_Embedding("rest", g.modes, d))
+            embedders.append(_Linear("rest", g.modes, d, bare=True))
     else:
         last = [[_Linear("rest", 2 * d, d)]]
         root.append(_Linear("rest", g.out_channels, d))
-    return _FluxLayers(
-        [
-            *[[qkv, qkv], stream, stream, *output] * g.double_blocks,
-            *[single, *output] * g.single_blocks,
-        ],
-        [
-            embedders,
-            *[[_Linear("modulation", 6 * d, d)]] * (2 * g.double_blocks),
-            *[[_Linear("modulation", 3 * d, d)]] * g.single_blocks,
-            *last,
-        ],
-        root,
-    )
+    passes = [[qkv, qkv], stream, stream, *output] * g.double_blocks
+    passes += [single, *output] * g.single_blocks
+    once = [embedders, *[[_Linear("modulation", 6 * d, d)]] * (2 * g.double_blocks)]
+    once += [[_Linear("modulation", 3 * d, d)]] * g.single_blocks + last
+    return passes, once, root
 
 
 def flux_dit_sizes(g: FluxGeometry, precision: Precision) -> WeightSizes:
     """Of a transformer or of a control net."""
-    layers = _flux_layers(g)
+    passes, once, root = _flux_layers(g)
 
     def norm(kind: str) -> int:
         """Of the queries or keys."""
@@ -103,11 +83,12 @@ def flux_dit_sizes(g: FluxGeometry, precision: Precision) -> WeightSizes:
         return BlockSize(sum(layer.nbytes(precision) for layer in part) + beside)
 
     norms = 4 * g.double_blocks * norm("attention") + 2 * g.single_blocks * norm("mlp")
+    layers = chain(*passes, *once, root)
     storages = {layer: getattr(precision, layer.kind) for layer in layers}
     return WeightSizes(
-        size(layers.root, norms),
-        [*map(size, layers.blocks)],
-        [*map(size, layers.once)],
+        size(root, norms),
+        [*map(size, passes)],
+        [*map(size, once)],
         any(rotation_group(layer.inputs, storage.rotated) for layer, storage in storages.items()),
         any(storage.dtype == "int8" for storage in storages.values()),
     )
@@ -118,9 +99,10 @@ def conversion_bytes(g: FluxGeometry, precision: Precision, dtype: str, eight_bi
 
     eight_bit: whether those that are kept in 8 bits are multiplied so.
     """
+    passes, once, root = _flux_layers(g)
     converted = (
         layer.out * layer.inputs
-        for layer in _flux_layers(g)
+        for layer in chain(*passes, *once, root)
         if (storage := getattr(precision, layer.kind)).dtype != dtype
         and not (eight_bit and storage.eight_bit)
     )
