@@ -40,18 +40,13 @@ def set_inputs(
         target, equals, text = assignment.partition("=")
         if not equals or input_named(graph, target) is None:
             raise GraphError(
-                say(
-                    "--set {assignment}: give NODE.INPUT=VALUE with one of {inputs}",
-                    assignment=assignment,
-                    inputs=", ".join(settable(graph)),
-                )
+                "--set {assignment}: give NODE.INPUT=VALUE with one of {inputs}",
+                assignment=assignment,
+                inputs=", ".join(settable(graph)),
             )
         if is_linked(graph, target):
             raise GraphError(
-                say(
-                    "--set {assignment}: that input is linked to another node.",
-                    assignment=assignment,
-                )
+                "--set {assignment}: that input is linked to another node.", assignment=assignment
             )
         set_input(graph, target, text, node_classes, f"--set {target}")
 
@@ -72,11 +67,7 @@ def is_linked(graph: Graph, target: str) -> bool:
 
 
 def set_input(
-    graph: Graph,
-    target: str,
-    value: Any,
-    node_classes: Mapping[str, type[ComfyNode]],
-    where: str,
+    graph: Graph, target: str, value: Any, node_classes: Mapping[str, type[ComfyNode]], where: str
 ) -> None:
     """Give the input that is named so a value, in the type that its node declares.
 
@@ -187,12 +178,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())  # in any of the encodings that JSON may have
     except OSError as error:
-        reason = error.strerror or error
-        raise GraphError(
-            say("{file} cannot be opened: {reason}.", file=path, reason=reason)
-        ) from error
+        raise GraphError("{file} cannot be opened: {reason}.", file=path, reason=error) from error
     except (ValueError, RecursionError) as error:
-        raise GraphError(say("{file} is not JSON: {error}.", file=path, error=error)) from error
+        raise GraphError("{file} is not JSON: {error}.", file=path, error=error) from error
 
 
 def require_graph(graph: Any) -> None:
@@ -204,7 +192,7 @@ def require_graph(graph: Any) -> None:
         for node in graph.values()
     ):
         raise GraphError(
-            say("This is not an API-format workflow. In ComfyUI, use Workflow > Export (API).")
+            "This is not an API-format workflow. In ComfyUI, use Workflow > Export (API)."
         )
 
 
@@ -215,16 +203,14 @@ def schemas_of(graph: Graph, node_classes: Mapping[str, type[ComfyNode]]) -> dic
     for key, node in graph.items():
         if node["class_type"] not in node_classes:
             raise GraphError(
-                say(
-                    "Node {key} is a {kind}, which runs in ComfyUI only. Here are: {kinds}.",
-                    key=key,
-                    kind=node["class_type"],
-                    kinds=", ".join(sorted(node_classes)),
-                )
+                "Node {key} is a {kind}, which runs in ComfyUI only. Here are: {kinds}.",
+                key=key,
+                kind=node["class_type"],
+                kinds=", ".join(sorted(node_classes)),
             )
         schemas[key] = node_classes[node["class_type"]].define_schema()
     if not any(schema.is_output_node for schema in schemas.values()):
-        raise GraphError(say("The workflow has no output node; add SaveImage."))
+        raise GraphError("The workflow has no output node; add SaveImage.")
     return schemas
 
 
@@ -252,11 +238,11 @@ def _check_node(
     if "upload" not in known:  # of LoadImage's button: older canvases export it, ComfyUI ignores it
         inputs.pop("upload", None)
     for name in inputs.keys() - known.keys():
-        raise GraphError(say("{where} has no input {name}.", where=where, name=name))
+        raise GraphError("{where} has no input {name}.", where=where, name=name)
     for name, socket in known.items():
         if name not in inputs:
             if not socket.optional:
-                raise GraphError(say("{where} lacks the input {name}.", where=where, name=name))
+                raise GraphError("{where} lacks the input {name}.", where=where, name=name)
         elif isinstance(inputs[name], list):
             _check_link(f"{where}, {name}", inputs[name], socket, schemas)
         else:
@@ -265,12 +251,10 @@ def _check_node(
             if name not in wanted and inputs[name] not in options:  # else the node says more
                 choices = ", ".join(map(str, options))
                 raise GraphError(
-                    say(
-                        "{where} must be one of: {choices}; not {value}.",
-                        where=f"{where}, {name}",
-                        choices=choices,
-                        value=SHOWN.repr(inputs[name]),
-                    )
+                    "{where} must be one of: {choices}; not {value}.",
+                    where=f"{where}, {name}",
+                    choices=choices,
+                    value=SHOWN.repr(inputs[name]),
                 )
     if validate is not None:
         constants = {n: v for n, v in inputs.items() if n in wanted and not isinstance(v, list)}
@@ -284,21 +268,15 @@ def _check_link(where: str, link: list[Any], socket: Socket, schemas: dict[str, 
     source = schemas.get(link[0]) if is_link else None
     if source is None or not 0 <= link[1] < len(source.outputs):
         raise GraphError(
-            say(
-                "{where} is linked to {link}, which is not there.",
-                where=where,
-                link=SHOWN.repr(link),
-            )
+            "{where} is linked to {link}, which is not there.", where=where, link=SHOWN.repr(link)
         )
     found = source.outputs[link[1]].io_type
     if found != socket.io_type:
         raise GraphError(
-            say(
-                "{where} takes {wanted}, but is linked to {found}.",
-                where=where,
-                wanted=socket.io_type,
-                found=found,
-            )
+            "{where} takes {wanted}, but is linked to {found}.",
+            where=where,
+            wanted=socket.io_type,
+            found=found,
         )
 
 
@@ -308,29 +286,27 @@ def _checked_value(where: str, value: Any, socket: Socket) -> Any:
     if kind in ("COMBO", "STRING"):
         # A half of a character can stand in JSON, and nowhere else.
         if not isinstance(value, (str, int, float)) or LONE_SURROGATE.search(str(value)):
-            raise GraphError(say("{where} must be text, not {value}.", where=where, value=shown))
+            raise GraphError("{where} must be text, not {value}.", where=where, value=shown)
         return str(value)
     if kind == "BOOLEAN":
         if value not in (False, True):  # nor 0 and 1, which are equal to them
             raise GraphError(
-                say("{where} must be true or false, not {value}.", where=where, value=shown)
+                "{where} must be true or false, not {value}.", where=where, value=shown
             )
         return bool(value)
     if kind not in NUMBERS:
-        raise GraphError(say("{where} needs a link, not {value}.", where=where, value=shown))
+        raise GraphError("{where} needs a link, not {value}.", where=where, value=shown)
     try:
         value = NUMBERS[kind](value)
         finite = math.isfinite(value)
     except (TypeError, ValueError, OverflowError):
         finite = False
     if not finite:
-        raise GraphError(say("{where} must be a number, not {value}.", where=where, value=shown))
+        raise GraphError("{where} must be a number, not {value}.", where=where, value=shown)
     low, high = socket.options.get("min"), socket.options.get("max")
     if (low is not None and value < low) or (high is not None and value > high):
         values = {"low": low, "high": high, "value": SHOWN.repr(value)}
-        raise GraphError(
-            say("{where} must be {low} to {high}, not {value}.", where=where, **values)
-        )
+        raise GraphError("{where} must be {low} to {high}, not {value}.", where=where, **values)
     return value
 
 
@@ -348,7 +324,7 @@ def _order(graph: Graph, outputs: list[str]) -> list[str]:
             waiting.discard(key)
             continue
         if key in waiting:
-            raise GraphError(say("Node {key} depends on its own output.", key=key))
+            raise GraphError("Node {key} depends on its own output.", key=key)
         waiting.add(key)
         to_do += missing
     return [*ordered]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.torch_state import torch
-from ..messages import MajicFluxError
+from ..messages import MajicFluxError, say
 from .schema import ComfyNode, Schema, io
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def image_nodes(
         @classmethod
         def fingerprint_inputs(cls, image: str | None = None) -> Any:
             state = image and _place(input_folder, output_folder, image).stat()
-            return state and (state.st_size, state.st_mtime_ns)
+            return state and (state.st_size, state.st_mtime_ns)  # of no other under its name
 
         @classmethod
         def execute(cls, image: str) -> Any:
@@ -192,9 +192,11 @@ def _place(input_folder: Path, output_folder: Path, name: str) -> Path:
     folder = output_folder if name.endswith(" [output]") else input_folder
     path = folder / re.sub(r" \[(input|output)\]$", "", name)
     if not _within(folder, path):
-        raise MajicFluxError("{file} leads out of the folder {folder}.", file=path, folder=folder)
+        raise MajicFluxError(
+            say("{file} leads out of the folder {folder}.", file=path, folder=folder)
+        )
     if not path.is_file():  # a pipe would be waited for
-        raise MajicFluxError("There is no picture {file}.", file=path)
+        raise MajicFluxError(say("There is no picture {file}.", file=path))
     return path
 
 

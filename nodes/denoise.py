@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError
 from . import run_ui, sampler_inputs
 from .arguments import checked
-from .sockets import CATEGORY, Node, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle, found_by, io
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..engine.flux.controlnet import Control
     from ..engine.run.pipeline import Pipeline
 
-io = host.io
 LAST_STEP = 10000
 
 
@@ -26,18 +25,12 @@ class Denoise(Node):
             node_id="MajicFluxDenoise",
             display_name="denoise",
             category=CATEGORY,
-            description=(
-                "Samples as ComfyUI's KSampler (Advanced) does, with the pipeline's transformer "
-                "inside its VRAM budget: CONDITIONING and LATENT in, LATENT out."
+            description="Samples as ComfyUI's KSampler (Advanced) does, with the pipeline's "
+            "transformer inside its VRAM budget: CONDITIONING and LATENT in, LATENT out.",
+            search_aliases=found_by(
+                "ksampler, ksampler advanced, sampler",
+                "采样, 去噪, 麦橘 超然",
             ),
-            search_aliases=[
-                "ksampler",
-                "ksampler advanced",
-                "sampler",
-                "采样",
-                "去噪",
-                "麦橘 超然",
-            ],
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.Conditioning.Input(
@@ -124,9 +117,7 @@ class Denoise(Node):
         from ..host import native
 
         if cfg != 1 and negative is None:
-            raise MajicFluxError(
-                say("A cfg other than 1 needs a negative prompt: connect negative.")
-            )
+            raise MajicFluxError("A cfg other than 1 needs a negative prompt: connect negative.")
         request, lines = sampler_inputs.generation_request(
             cls,
             pipeline,

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 from ..host import current as host
 from ..messages import say
 from .arguments import checked
-from .sockets import CATEGORY, DiTHandle, Node, PipelineHandle, TextEncodersHandle, VAEHandle
+from .sockets import (
+    CATEGORY,
+    DiTHandle,
+    Node,
+    PipelineHandle,
+    TextEncodersHandle,
+    VAEHandle,
+    found_by,
+)
 
 if TYPE_CHECKING:
     from ..engine.flux.text_encoders import TextEncoders
@@ -26,23 +34,12 @@ class PipelineNode(Node):
             node_id="MajicFluxPipeline",
             display_name="CPU-offload pipeline",
             category=CATEGORY,
-            description=(
-                "Puts the parts together and says how much of the card they may use. "
-                "Weights stay in CPU memory; what does not fit on the card visits it block by "
-                "block."
+            description="Puts the parts together and says how much of the card they may use. "
+            "Weights stay in CPU memory; what does not fit on the card visits it block by block.",
+            search_aliases=found_by(
+                "offload, low vram, vram budget, pipeline, block swap",
+                "低显存, 显存, CPU卸载, 流水线, 麦橘 超然",
             ),
-            search_aliases=[
-                "offload",
-                "low vram",
-                "vram budget",
-                "pipeline",
-                "block swap",
-                "低显存",
-                "显存",
-                "CPU卸载",
-                "流水线",
-                "麦橘 超然",
-            ],
             inputs=[
                 DiTHandle.Input("dit", tooltip="From the Majic float8 DiT loader."),
                 TextEncodersHandle.Input(
@@ -63,25 +60,21 @@ class PipelineNode(Node):
                     min=0.0,
                     max=256.0,
                     step=0.5,
-                    tooltip=(
-                        "How many GB of the card this pipeline may hold at most, weights and "
-                        "calculation together (the driver's own 0.3 to 0.6 GB come on top). The "
-                        "node shows the plan, the sample node what was used. 0: what ComfyUI "
-                        "grants. For an 8 GB card 7, for 6 GB 5, for 4 GB 3. Less is slower; the "
-                        "picture is the same up to rounding."
-                    ),
+                    tooltip="How many GB of the card this pipeline may hold at most, weights and "
+                    "calculation together (the driver's own 0.3 to 0.6 GB come on top). The node "
+                    "shows the plan, the sample node what was used. 0: what ComfyUI grants. For an "
+                    "8 GB card 7, for 6 GB 5, for 4 GB 3. Less is slower; the picture is the same "
+                    "up to rounding.",
                 ),
                 io.Combo.Input(
                     "compute_precision",
                     options=COMPUTE_PRECISIONS,
                     default="auto",
-                    tooltip=(
-                        "auto: 8-bit products where the card has matrix units for the weights "
-                        "(int8 from RTX 20 on, float8 from RTX 40 on), else bfloat16, or float32 "
-                        "where that is missing (CPU, GTX 10, RTX 20). bfloat16: a little more "
-                        "accurate, slower. 8-bit: also where it is slow. float32: a slow "
-                        "reference with twice the working memory."
-                    ),
+                    tooltip="auto: 8-bit products where the card has matrix units for the weights "
+                    "(int8 from RTX 20 on, float8 from RTX 40 on), else bfloat16, or float32 where "
+                    "that is missing (CPU, GTX 10, RTX 20). bfloat16: a little more accurate, "
+                    "slower. 8-bit: also where it is slow. float32: a slow reference with twice "
+                    "the working memory.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

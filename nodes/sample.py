@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.sizes import MAX_SIDE, STEP
 from ..host import current as host
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError
 from . import run_ui, sampler_inputs
 from .arguments import checked
-from .sockets import CATEGORY, Node, PipelineHandle
+from .sockets import CATEGORY, Node, PipelineHandle, found_by, io
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..engine.run.pipeline import Pipeline
     from ..engine.run.report import StageReport
 
-io = host.io
 CUSTOM = "width x height"
 SIZES = [
     "1024x1024 (1:1)",
@@ -52,24 +51,11 @@ class Sample(Node):
             display_name="sample",
             category=CATEGORY,
             description="Paints the prompt: encodes it, removes the noise step by step, decodes.",
-            search_aliases=[
-                "majicflux",
-                "ksampler",
-                "sampler",
-                "text to image",
-                "txt2img",
-                "image to image",
-                "img2img",
-                "inpaint",
-                "generate",
-                "采样",
-                "采样器",
-                "文生图",
-                "图生图",
-                "局部重绘",
-                "生成图片",
-                "麦橘超然",
-            ],
+            search_aliases=found_by(
+                "majicflux, ksampler, sampler, text to image, txt2img, image to image",
+                "img2img, inpaint, generate",
+                "采样, 采样器, 文生图, 图生图, 局部重绘, 生成图片, 麦橘超然",
+            ),
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),
                 io.String.Input(
@@ -77,10 +63,9 @@ class Sample(Node):
                     default="",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip=(
-                        "What to paint, in English: T5 cannot read Chinese, CLIP-L hardly. Empty "
-                        "is allowed. (words:1.3) weighs them more, \\( and \\) are plain brackets."
-                    ),
+                    tooltip="What to paint, in English: T5 cannot read Chinese, CLIP-L hardly. "
+                    "Empty is allowed. (words:1.3) weighs them more, \\( and \\) are plain "
+                    "brackets.",
                 ),
                 sampler_inputs.seed(),
                 sampler_inputs.steps(),
@@ -110,18 +95,14 @@ class Sample(Node):
                     options=[CUSTOM, *SIZES],
                     default=CUSTOM,
                     optional=True,
-                    tooltip=(
-                        "A size that Flux paints well, or a width and height of your own. An "
-                        "image or latent brings its own size."
-                    ),
+                    tooltip="A size that Flux paints well, or a width and height of your own. An "
+                    "image or latent brings its own size.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip=(
-                        "A picture to begin from, for image to image and inpainting. Its size is "
-                        "that of the result; sides that are no multiple of 16 lose their edges."
-                    ),
+                    tooltip="A picture to begin from, for image to image and inpainting. Its size "
+                    "is that of the result; sides that are no multiple of 16 lose their edges.",
                 ),
                 io.Latent.Input(
                     "latent",
@@ -140,18 +121,14 @@ class Sample(Node):
                     default=True,
                     optional=True,
                     advanced=True,
-                    tooltip=(
-                        "With an image and a mask: outside the mask return the image's own "
-                        "pixels, bit for bit. Off: as the VAE decodes them."
-                    ),
+                    tooltip="With an image and a mask: outside the mask return the image's own "
+                    "pixels, bit for bit. Off: as the VAE decodes them.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip=(
-                        "A prompt that was encoded elsewhere, such as by CLIPTextEncode, instead "
-                        "of the text. Its guidance, if it has one, comes first."
-                    ),
+                    tooltip="A prompt that was encoded elsewhere, such as by CLIPTextEncode, "
+                    "instead of the text. Its guidance, if it has one, comes first.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -162,10 +139,8 @@ class Sample(Node):
                 io.Image.Input(
                     "reference",
                     optional=True,
-                    tooltip=(
-                        "For Kontext models: the picture to change, or several in a batch. For "
-                        "depth and canny models and control LoRAs: the depth map or the edges."
-                    ),
+                    tooltip="For Kontext models: the picture to change, or several in a batch. For "
+                    "depth and canny models and control LoRAs: the depth map or the edges.",
                 ),
                 sampler_inputs.control(),
             ],
@@ -261,9 +236,7 @@ def _encoded(
     from ..host import native
 
     if pipeline.dit.geometry.takes_mask:
-        raise MajicFluxError(
-            say("A fill model takes no reference: connect image and mask instead.")
-        )
+        raise MajicFluxError("A fill model takes no reference: connect image and mask instead.")
     pictures = native.from_image(reference)
     latents, report = encode_pictures(pipeline, pictures, **run_ui.callbacks(node))
     if pipeline.dit.geometry.takes_picture:

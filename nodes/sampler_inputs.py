@@ -36,10 +36,8 @@ def seed() -> Any:
         min=NEW_SEED,
         max=2**64 - 1,
         control_after_generate=True,
-        tooltip=(
-            "Chooses the noise. The same seed and settings give the same picture. "
-            "-1: another one each time; the node and the saved picture say which."
-        ),
+        tooltip="Chooses the noise. The same seed and settings give the same picture. -1: another "
+        "one each time; the node and the saved picture say which.",
     )
 
 
@@ -60,10 +58,8 @@ def guidance() -> Any:
         min=0.0,
         max=100.0,
         step=0.1,
-        tooltip=(
-            "How closely to follow the prompt, built into Flux.1-dev models. 3.5 is usual; lower "
-            "looks more natural. schnell models ignore it. Not the same as cfg."
-        ),
+        tooltip="How closely to follow the prompt, built into Flux.1-dev models. 3.5 is usual; "
+        "lower looks more natural. schnell models ignore it. Not the same as cfg.",
     )
 
 
@@ -75,12 +71,9 @@ def cfg() -> Any:
         max=100.0,
         step=0.1,
         optional=True,
-        tooltip=(
-            "Classifier-free guidance: how far to go away from the negative prompt. 1: not at "
-            "all, which is what Flux.1-dev was made for, as its guidance is built in. Any other "
-            "value takes two passes a step, twice the time; 1.5 to 3 with a guidance of 1 to 2 "
-            "is usual."
-        ),
+        tooltip="Classifier-free guidance: how far to go away from the negative prompt. 1: not at "
+        "all, which is what Flux.1-dev was made for, as its guidance is built in. Any other value "
+        "takes two passes a step, twice the time; 1.5 to 3 with a guidance of 1 to 2 is usual.",
     )
 
 
@@ -91,10 +84,8 @@ def solver() -> Any:
         default=DEFAULT_SOLVER,
         optional=True,
         advanced=True,
-        tooltip=(
-            "How one step leads to the next. euler: the published one. deis_2m, deis_3m: as fast, "
-            "and with few steps nearer to what many give. heun: two passes a step."
-        ),
+        tooltip="How one step leads to the next. euler: the published one. deis_2m, deis_3m: as "
+        "fast, and with few steps nearer to what many give. heun: two passes a step.",
     )
 
 
@@ -105,11 +96,9 @@ def schedule() -> Any:
         default=DEFAULT_SCHEDULE,
         optional=True,
         advanced=True,
-        tooltip=(
-            "The noise level of each step. DiffSynth (shift 3): the published one, the same at "
-            "every size. resolution-aware (BFL): Black Forest Labs' own, which stays longer at "
-            "high noise the larger the picture is."
-        ),
+        tooltip="The noise level of each step. DiffSynth (shift 3): the published one, the same at "
+        "every size. resolution-aware (BFL): Black Forest Labs' own, which stays longer at high "
+        "noise the larger the picture is.",
     )
 
 
@@ -121,10 +110,8 @@ def strength() -> Any:
         max=1.0,
         step=0.01,
         optional=True,
-        tooltip=(
-            "How much of the image or latent is painted anew. 1: everything; 0.5: about half. All "
-            "steps are made with any strength."
-        ),
+        tooltip="How much of the image or latent is painted anew. 1: everything; 0.5: about half. "
+        "All steps are made with any strength.",
     )
 
 
@@ -132,10 +119,8 @@ def sigmas() -> Any:
     return io.Sigmas.Input(
         "sigmas",
         optional=True,
-        tooltip=(
-            "Noise levels from a scheduler node such as BasicScheduler, instead of steps, "
-            "schedule and strength."
-        ),
+        tooltip="Noise levels from a scheduler node such as BasicScheduler, instead of steps, "
+        "schedule and strength.",
     )
 
 

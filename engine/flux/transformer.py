@@ -16,13 +16,7 @@ from ..quant.linear import StorageOf, store
 from ..quant.low_rank import Adapter
 from ..quant.rank_layout import rank_layout
 from .conditioning import LastConditions, blocks_of, modulation_layers
-from .geometry import (
-    FIRST_LAYER,
-    ROPE_AXES,
-    TIMESTEP_CHANNELS,
-    FluxGeometry,
-    kind_of_layer,
-)
+from .geometry import FIRST_LAYER, ROPE_AXES, TIMESTEP_CHANNELS, FluxGeometry, kind_of_layer
 
 ROPE_THETA = 10000
 ENDS = (FIRST_LAYER, "final_proj_out")  # which every step needs, outside of the blocks

@@ -41,9 +41,7 @@ def plan_denoising(
     """weights: of the transformer and its control nets; itemsize: of the activations; eight_bit:
     whether rows are quantized; conversion_bytes: of the buffer in which weights are converted;
     controls: the net of each picture that one is shown."""
-    # A control net is told its mode by a token before the text.
-    mode_token = any(net.modes for net in controls)
-    workload = replace(workload, text_tokens=workload.text_tokens + mode_token)
+    workload = _with_mode_token(workload, controls)
     pictures, text_tokens = workload.batch_size, workload.text_tokens
     tokens, width = workload.tokens, geometry.hidden
     rows, columns = workload.latent_size
@@ -118,6 +116,11 @@ def plan_denoising(
 def _modulation(geometry: FluxGeometry) -> int:
     """Widths of what the modulation layers of the blocks give for one step."""
     return 12 * geometry.double_blocks + 3 * geometry.single_blocks
+
+
+def _with_mode_token(workload: Workload, controls: Sequence[ControlGeometry]) -> Workload:
+    """With the token before the text by which a control net is told the mode."""
+    return replace(workload, text_tokens=workload.text_tokens + any(c.modes for c in controls))
 
 
 def _control_bytes(net: ControlGeometry, workload: Workload, itemsize: int) -> int:

@@ -1,12 +1,12 @@
 """Prompt -> picture: the three components, in turn, inside one VRAM budget."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ...messages import log
 from ..errors import (
     ControlNetWidthError,
     EncoderWidthError,
@@ -30,16 +30,7 @@ from ..torch_state import own_state
 from .pipeline_run import Component, OnStage, PipelineRun, ignore_stage
 from .report import Report
 from .request import GenerationRequest
-from .stages import (
-    DecodeStage,
-    DenoiseStage,
-    EncodeStage,
-    Stage,
-    TextStage,
-    checked_embeddings,
-)
-
-log = logging.getLogger("majicflux")
+from .stages import DecodeStage, DenoiseStage, EncodeStage, Stage, TextStage, checked_embeddings
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A run of a pipeline: the memory of one stage after another, held to the plan and reported."""
 
-import logging
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
+from ...messages import log
 from ..allocator import is_out_of_memory
 from ..errors import OutOfVramError
 from ..offload.chunking import Chunking
@@ -21,8 +21,6 @@ from ..offload.weight_sizes import shares
 from ..plan.plan import Plan, StagePlan, Workload
 from ..plan.units import GB
 from .report import Report, StageReport
-
-log = logging.getLogger("majicflux")
 
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
 # Called when a stage begins, with its name for the user and its seconds where they are predicted.
