@@ -97,10 +97,8 @@ def t5_layout(g: T5Geometry) -> Layout:
             layout[f"{attention}SelfAttention.{name}.weight"] = (inner, g.width)
         layout[f"{attention}SelfAttention.o.weight"] = (g.width, inner)
         if index == 0:
-            layout[f"{attention}SelfAttention.relative_attention_bias.weight"] = (
-                g.buckets,
-                g.heads,
-            )
+            bias = f"{attention}SelfAttention.relative_attention_bias.weight"
+            layout[bias] = (g.buckets, g.heads)
         layout[f"{attention}layer_norm.weight"] = (g.width,)
         layout[f"{mlp}DenseReluDense.wi_0.weight"] = (g.mlp_width, g.width)
         layout[f"{mlp}DenseReluDense.wi_1.weight"] = (g.mlp_width, g.width)

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +55,7 @@ def load_lora(
     dtype = dtype or torch.bfloat16
     kept, _ = _sorted(lora)
     kept = {n: c for n, c in kept.items() if c[0].target.of_text or not only_text}
-    values = read_tensors(
-        [change for changes in kept.values() for change in changes], dtype, progress
-    )
+    values = read_tensors(chain(*kept.values()), dtype, progress)
     terms: dict[str, tuple[LowRankTerm, ...]] = {}
     of_text: dict[str, tuple[LowRankTerm, ...]] = {}
     biases: dict[str, Tensor] = {}
@@ -75,9 +74,8 @@ def load_lora(
                 bias = biases.setdefault(layer, torch.zeros(target.outputs, dtype=torch.float32))
                 bias[rows] += _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
             if change.magnitude is not None:
-                whole = magnitudes.setdefault(
-                    layer, torch.full((target.outputs,), math.nan, dtype=torch.float32)
-                )
+                none = torch.full((target.outputs,), math.nan, dtype=torch.float32)
+                whole = magnitudes.setdefault(layer, none)
                 whole[rows] = _vector(change, change.magnitude, values)
     report = _report(lora)
     log.info(report)

@@ -55,10 +55,7 @@ def lora_of_another_model(shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
 
 def model_of_size(layer: str, rows: int, columns: int) -> Kind | None:
     """The same from the size of the change of a layer, as the engine names it."""
-    gated = layer.endswith(("to_qkv_mlp", "ff_a.0", "ff_b.0")) and rows in (
-        6 * columns,
-        9 * columns,
-    )
-    if gated or (".attn." in layer and columns == FLUX_2_WIDTH):
+    mlp = layer.endswith(("to_qkv_mlp", "ff_a.0", "ff_b.0")) and rows in (6 * columns, 9 * columns)
+    if mlp or (".attn." in layer and columns == FLUX_2_WIDTH):
         return FLUX_2
     return SD_3 if ".attn." in layer and columns in SD_3_WIDTHS else None

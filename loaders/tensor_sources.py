@@ -99,10 +99,7 @@ def split(source: Source, count: int) -> list[Source]:
     """The weight as `count` of equally many rows."""
     (part,) = source.parts
     edges = [part.rows * index // count for index in range(count + 1)]
-    return [
-        Source((replace(part, first_row=first, rows=last - first),))
-        for first, last in pairwise(edges)
-    ]
+    return [Source((replace(part, first_row=a, rows=b - a),)) for a, b in pairwise(edges)]
 
 
 def cut(source: Source, edges: Iterable[int]) -> Source:

@@ -56,8 +56,7 @@ def load_vae(path: Path, dtype: "torch.dtype") -> "OffloadedModule":
     weights = build_vae(dtype).allocate()
     convert_into(weights.module["encoder"], names.FluxVAEEncoderStateDictConverter(sources))
     convert_into(weights.module["decoder"], names.FluxVAEDecoderStateDictConverter(sources))
-    weights.report = say(
-        "{file}: Flux VAE, {size}", file=path.name, size=size_and_time(weights, dtype, start)
-    )
+    size = size_and_time(weights, dtype, start)
+    weights.report = say("{file}: Flux VAE, {size}", file=path.name, size=size)
     log.info(weights.report)
     return weights

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 def callbacks(node: Any) -> dict[str, Any]:
     """What the engine calls while it runs, by the names of its arguments."""
-    return {
-        "before_block": host.check_cancelled,
-        "on_stage": host.stage_teller(node.hidden.unique_id),
-    }
+    on_stage = host.stage_teller(node.hidden.unique_id)
+    return {"before_block": host.check_cancelled, "on_stage": on_stage}
 
 
 def sampling_callbacks(

@@ -24,10 +24,8 @@ State = tuple[tuple[str, int, int], ...]
 def _options() -> dict[str, Any]:
     """`options` and `default` of the combo: the small translator, or the first other one."""
     names = [*model_folders.whole_folders(TRANSLATION)]
-    return {
-        "options": names,
-        "default": ([n for n in names if TRANSLATOR in n] or names or [""])[0],
-    }
+    small = [name for name in names if TRANSLATOR in name]
+    return {"options": names, "default": (small or names or [""])[0]}
 
 
 class Translate(Node):

@@ -43,10 +43,8 @@ def fused(device: torch.device, float8: bool) -> Pairs:
         ):
             assert isinstance(right, Tensor)
             values, of_row = fused_triton.norm_modulate_quantize(*given, EPS, dtype, limit, group)
-            yield (
-                values.float() if of_row is None else values.float() * of_row,
-                rotate(right, group),
-            )
+            found = values.float() if of_row is None else values.float() * of_row
+            yield found, rotate(right, group)
     sums = x.to(device, copy=True)
     fused_triton.add_gated_(sums, scale.to(device), y.to(device, torch.bfloat16))
     yield sums, x + scale * y
@@ -90,10 +88,8 @@ def kitchen(device: torch.device) -> Pairs:
     stored = reference.quantize_activations(weights, rotated, weights.dtype)
     assert stored.scale is not None
     of_weights = (stored.values.to(device), stored.scale.flatten().to(device), None)
-    yield (
-        kitchen_int8_product(rows.to(device, torch.bfloat16), *of_weights, GROUP),
-        rows @ weights.T,
-    )
+    product = kitchen_int8_product(rows.to(device, torch.bfloat16), *of_weights, GROUP)
+    yield product, rows @ weights.T
 
 
 def int8_product(device: torch.device) -> Pairs:
@@ -146,9 +142,8 @@ def _product(
 
 
 def _norm_and_rope(weights: Tensor) -> tuple[Tensor, Tensor]:
-    return weights[0, : WIDTH // HEADS], weights[:, :256].reshape(
-        1, 1, TOKENS, 64, 2, 2
-    ).contiguous()
+    rope = weights[:, :256].reshape(1, 1, TOKENS, 64, 2, 2)
+    return weights[0, : WIDTH // HEADS], rope.contiguous()
 
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -90,9 +90,7 @@ class OffloadedModule:
         `unpin` is called for each piece when `unpin` is, or when the weights are dropped.
         """
         if self._pinned is None:
-            host_buffers = [
-                block.host_buffer for block in self.blocks if block.host_buffer is not None
-            ]
+            host_buffers = [b.host_buffer for b in self.blocks if b.host_buffer is not None]
             self._pinned = PinnedWeights(host_buffers, not self.anonymous, pin, unpin)
             # Not at exit: CUDA may be gone by then, and the memory goes anyway.
             weakref.finalize(self, self._pinned.release).atexit = False

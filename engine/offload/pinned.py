@@ -25,9 +25,7 @@ class PinnedWeights:
         pin: Callable[[Tensor], bool],
         unpin: Callable[[Tensor], object],
     ):
-        self._wanted = {
-            host_buffer.data_ptr() for host_buffer in host_buffers if host_buffer.nbytes
-        }
+        self._wanted = {buffer.data_ptr() for buffer in host_buffers if buffer.nbytes}
         self._mapped, self._pin, self._unpin = mapped, pin, unpin
         self._memory: dict[int, Tensor] = {}  # by the address of where the weights live
         self.grows = False  # whether more may be pinned

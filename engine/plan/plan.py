@@ -156,10 +156,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""
         values = {name: value for name, value in asdict(self).items() if name != "stages"}
-        phases = [
-            {**asdict(stage), "name": LABELS[stage.name], "peak": stage.peak}
-            for stage in self.stages
-        ]
+        phases = [{**asdict(s), "name": LABELS[s.name], "peak": s.peak} for s in self.stages]
         totals = {"peak_bytes": self.peak_bytes, "smallest_bytes": self.smallest_bytes}
         return {**values, "phases": phases, **totals}
 

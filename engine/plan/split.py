@@ -36,10 +36,8 @@ def split_budget(
         return kept + values + profile.overhead(values)
 
     def all_stay(tokens: int, values: int) -> StagePlan:
-        resident = weights.travelling_bytes
-        return StagePlan(
-            name, budget, values, profile.overhead(values), 0, resident, 0, 0, tokens, smallest
-        )
+        overhead, resident = profile.overhead(values), weights.travelling_bytes
+        return StagePlan(name, budget, values, overhead, 0, resident, 0, 0, tokens, smallest)
 
     smallest, groups = needed(least), 1
     if budget is None:

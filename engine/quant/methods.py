@@ -82,9 +82,8 @@ class EightBit:
 
         An error of a product that was taken is one of the run, such as a full card.
         """
-        return layer.weight.dtype in self.dtypes and not any(
-            side % SIDE_MULTIPLE for side in layer.weight.shape
-        )
+        fills = not any(side % SIDE_MULTIPLE for side in layer.weight.shape)
+        return layer.weight.dtype in self.dtypes and fills
 
 
 def _in_pieces(layer: StoredLinear, x: Tensor, columns: slice) -> Tensor:
