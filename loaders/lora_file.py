@@ -10,16 +10,7 @@ from ..engine.flux.geometry import ClipGeometry, FluxGeometry
 from ..messages import later
 from .lora_changes import BIAS, FACTORS, NORM, Change, Layer
 from .lora_models import FLUX_LORA, MORE_BLOCKS, lora_of_another_model
-from .lora_names import (
-    Found,
-    Target,
-    find,
-    in_first_block,
-    names_of,
-    of_t5,
-    role_of,
-    with_all_blocks,
-)
+from .lora_names import Found, Target, completed, find, in_first_block, names_of, of_t5, role_of
 from .recognise import is_lora, kind_of, not_wanted
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .tensor_sources import sources_of
@@ -94,7 +85,7 @@ class _Reading:
         self.fits, self.text_fits = flux is not None, clip is not None
         flux, clip = flux or FluxGeometry(), clip or ClipGeometry()
         self.names = names_of(flux, clip)
-        self.known = names_of(with_all_blocks(flux), clip)
+        self.known = names_of(completed(flux), clip)
         self.unused: dict[str, list[str]] = defaultdict(list)
         self.taken: set[tuple[str, int, int, str]] = set()
 

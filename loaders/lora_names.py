@@ -125,7 +125,7 @@ def in_first_block(layer: str) -> str:
     return BLOCK.sub("0", layer, count=1)
 
 
-def with_all_blocks(g: FluxGeometry) -> FluxGeometry:
+def completed(g: FluxGeometry) -> FluxGeometry:
     """The geometry with what any Flux.1 model has."""
     largest = FluxGeometry()
     return replace(

@@ -17,16 +17,7 @@ from .recognise import CLIP, T5, expecting
 from .report import size_and_time, where_kept
 from .safetensors_file import ModelFileError
 from .shards import files_at
-from .tensor_sources import (
-    Source,
-    Sources,
-    files_of,
-    in_layout,
-    missing,
-    prefix_before,
-    sources_of,
-    split,
-)
+from .tensor_sources import Sources, files_of, in_layout, missing, prefix_before, sources_of, split
 from .weight_cache import map_or_convert
 
 if TYPE_CHECKING:
@@ -153,7 +144,7 @@ def load_text_encoders(
     return weights
 
 
-def _from_openai(sources: Sources) -> dict[str, Source]:
+def _from_openai(sources: Sources) -> Sources:
     """A CLIP text encoder in the names of Transformers."""
     renamed = {}
     for name, source in sources.items():

@@ -71,11 +71,9 @@ class TextEncodersNode(Node):
 
     @classmethod
     def validate_inputs(cls, clip_l: str, t5: str) -> bool | str:
-        return (
-            model_folders.problem(FOLDER, clip_l, inspect_clip)
-            or model_folders.problem(FOLDER, t5, inspect_t5)
-            or True
-        )
+        chosen = ((clip_l, inspect_clip), (t5, inspect_t5))
+        problems = (model_folders.problem(FOLDER, name, inspect) for name, inspect in chosen)
+        return next(filter(None, problems), True)
 
     @classmethod
     def fingerprint_inputs(

@@ -170,9 +170,8 @@ def store(module: nn.Module, storage_of: StorageOf, prefix: str = "") -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
-            stored: nn.Module = StoredLinear(
-                child.in_features, child.out_features, child.bias is not None, storage_of(path)
-            )
+            sides, bias = (child.in_features, child.out_features), child.bias is not None
+            stored: nn.Module = StoredLinear(*sides, bias, storage_of(path))
         elif isinstance(child, rms_norm):
             dtype = getattr(torch, storage_of(path).vector_dtype)
             stored = StoredNorm(len(child.weight), child.eps, dtype)  # pyright: ignore[reportArgumentType]
