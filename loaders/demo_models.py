@@ -38,6 +38,8 @@ def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
 
     source: a folder with the weights in 8 bits, the LoRA and the two tokenizers.
     """
+    from safetensors.torch import save_file
+
     models = [folder / name for name in (DIT_FILE, CLIP_FILE, T5_FILE, VAE_FILE)]
     copied = {folder / name: source / LORA for name in (LORA_FILE, TEMPLATE_LORA_FILE)}
     copied |= _tokenizers(folder, source)
@@ -47,7 +49,7 @@ def write_demo_models(folder: Path, source: Path = LITTLE_WORLD) -> list[Path]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     for path, tensors in zip(models, _tensors(source / WEIGHTS), strict=True):
-        _save(tensors, _unfinished(path))
+        save_file({n: t.to(torch.bfloat16) for n, t in tensors.items()}, _unfinished(path))
     for path, original in copied.items():
         shutil.copyfile(original, _unfinished(path))
     for path in paths:  # not before, so that no name stands for half a file or half a set
@@ -109,9 +111,3 @@ def _require_absent(path: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".part")
-
-
-def _save(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)
