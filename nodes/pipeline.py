@@ -1,6 +1,7 @@
 """The node that puts the parts together and gives them a budget."""
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..host import current as host
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("majicflux")
 io = host.io
 COMPUTE_PRECISIONS = ["auto", "bfloat16", "float32", "8-bit"]
+INT8_ATTENTION = ["off", "auto", "on"]
 
 
 class PipelineNode(Node):
@@ -76,6 +78,19 @@ class PipelineNode(Node):
                     "slower. 8-bit: also where it is slow. float32: a slow reference with twice "
                     "the working memory.",
                 ),
+                io.Combo.Input(
+                    "int8_attention",
+                    options=INT8_ATTENTION,
+                    default="off",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Attention in 8 bits by comfy-kitchen, on RTX 20 cards and newer with a "
+                        "PyTorch for CUDA 13. It gains the more, the larger the picture is, and "
+                        "changes details a little. auto: for the sizes at which it is faster on "
+                        "this card, which is measured. The node says what was chosen, and why."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -92,16 +107,20 @@ class PipelineNode(Node):
         vae: "VAE | None" = None,
         vram_budget_gb: float = 0.0,
         compute_precision: str = "auto",
+        int8_attention: str = "off",
     ) -> io.NodeOutput:
         from ..engine.plan.plan import Workload
         from ..engine.plan.units import GB
         from ..engine.quant.compute import choose_compute
+        from ..engine.run.attention import choose_attention
         from ..engine.run.pipeline import Pipeline
 
         budget_bytes = int(vram_budget_gb * GB) or None
         device = dit.patcher.device
         native = host.compute_dtype(device)
         computing = choose_compute(dit.weights.module, device, compute_precision, native)
+        attention = choose_attention(dit, int8_attention, computing.dtype)
+        computing = replace(computing, attention=attention)
         report = say("transformer: {report}", report=computing.report)
         log.info(report)
         pipeline = Pipeline(dit, text_encoders, vae, budget_bytes, computing)

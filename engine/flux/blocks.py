@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..diffsynth_files import diffsynth_module
+from ..kernels.libraries import kitchen_int8_attention
 from ..kernels.ops import add_gated_, rms_rope_
 from ..offload.chunking import Chunking
 from ..offload.offloaded_module import onloaded
+from ..quant.attention import PYTORCH, Attends, Attention
 from .geometry import HEAD_DIM
 
 
@@ -37,7 +39,7 @@ class TokenSequence:
 _theirs = diffsynth_module("models.flux_dit")
 
 
-class DoubleBlock(_theirs.FluxJointTransformerBlock):
+class DoubleBlock(_theirs.FluxJointTransformerBlock, Attends):
     """Image (a) and text (b) with weights of their own, attending to each other."""
 
     def modulation_layers(self) -> list[Any]:
@@ -79,7 +81,8 @@ class DoubleBlock(_theirs.FluxJointTransformerBlock):
                     (tokens, mod[:2], *stream)
                     for tokens, mod, stream in zip(both, mods, streams, strict=True)
                 ]
-                attended.append(joint_attention(x, parts, rope, attention.num_heads, chunking))
+                given = (rope, attention.num_heads, chunking, self.attention)
+                attended.append(joint_attention(x, parts, *given))
         for index, (to_out, mlp) in enumerate(
             ((attention.b_to_out, self.ff_b), (attention.a_to_out, self.ff_a))
         ):
@@ -90,7 +93,7 @@ class DoubleBlock(_theirs.FluxJointTransformerBlock):
                     )
 
 
-class SingleBlock(_theirs.FluxSingleTransformerBlock):
+class SingleBlock(_theirs.FluxSingleTransformerBlock, Attends):
     """Text and image as one sequence, attention and MLP side by side."""
 
     def modulation_layers(self) -> list[Any]:
@@ -126,7 +129,7 @@ class SingleBlock(_theirs.FluxSingleTransformerBlock):
         both = self.to_qkv_mlp(self.to_qkv_mlp.rows(x, norm=norm))
         qkv, hidden = both.split([3 * self.dim, both.shape[-1] - 3 * self.dim], dim=-1)
         rms_rope_(qkv, self.norm_q_a.weight, self.norm_k_a.weight, rope, self.num_heads)
-        attended = attend(qkv, self.num_heads)
+        attended = attend(qkv, self.num_heads, self.attention)
         add_gated_(x, gate, self.proj_out(self.proj_out.rows(attended, gelu=hidden)))
         return True
 
@@ -136,7 +139,8 @@ class SingleBlock(_theirs.FluxSingleTransformerBlock):
         into, out_of = self.to_qkv_mlp, self.proj_out
         tokens = slice(0, x.shape[1])
         part = (tokens, norm, into, (self.norm_q_a, self.norm_k_a))
-        attended = joint_attention(x, [part], rope, self.num_heads, chunking)
+        given = (rope, self.num_heads, chunking, self.attention)
+        attended = joint_attention(x, [part], *given)
 
         def rest(some: slice) -> None:
             rows = into.rows(x[:, some], norm=norm)
@@ -150,8 +154,9 @@ class SingleBlock(_theirs.FluxSingleTransformerBlock):
 
 
 def joint_attention(
-    x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, chunking: Chunking
-) -> Tensor:
+    x: Tensor, parts: Sequence[Any], rope: Tensor, heads: int, chunking: Chunking,
+    attention: Attention,
+) -> Tensor:  # fmt: skip
     """What all tokens of x [1, tokens, width] find in each other, which is as large as x.
 
     parts: (tokens, what their norm is modulated by, layer whose first columns are queries, keys
@@ -170,7 +175,7 @@ def joint_attention(
         qkv = new(1, x.shape[1], 3 * count * HEAD_DIM)
         for of_part, norm, layer, norms in parts:
             chunking.for_each(of_part, partial(_write_qkv, x, norm, layer, norms, rope, qkv, some))
-        found = attend(qkv, count)
+        found = attend(qkv, count, attention)
         if attended is None:
             attended = found
         else:
@@ -183,10 +188,12 @@ def joint_attention(
     return attended
 
 
-def attend(qkv: Tensor, heads: int) -> Tensor:
+def attend(qkv: Tensor, heads: int, attention: Attention = PYTORCH) -> Tensor:
     """Attention of [1, tokens, 3 * width], queries, keys and values side by side."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    in_int8 = attention.in_int8(qkv.shape[1])
+    mix = kitchen_int8_attention if in_int8 else F.scaled_dot_product_attention
+    return mix(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _write_qkv(

@@ -89,6 +89,13 @@ def low_rank_works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @cache
+def int8_attention_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """The same for comfy-kitchen's attention in 8 bits, where that is installed."""
+    what = f"The int8 attention of comfy-kitchen in {str(dtype).removeprefix('torch.')}"
+    return _works(what, device, lambda: probe.int8_attention(device, dtype))
+
+
+@cache
 def float8_takes_row_scales(device: torch.device) -> bool:
     """Whether PyTorch multiplies float8 with a scale for each row. On Windows it does not."""
     try:

@@ -1,4 +1,4 @@
-"""Products in 8 bits by PyTorch and by comfy-kitchen, which not every machine has."""
+"""Products and attention in 8 bits by PyTorch and by comfy-kitchen, which not every machine has."""
 
 from torch import Tensor, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
@@ -28,3 +28,11 @@ def kitchen_int8_product(
     return comfy_kitchen.int8_linear(
         x, weight, scale, bias, x.dtype, convrot=group > 0, convrot_groupsize=group or 256
     )
+
+
+def kitchen_int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What [batch, heads, tokens, width] find in each other, rotated and rounded to int8 on the
+    way; the rows of a head need not lie one after the other."""
+    import comfy_kitchen
+
+    return comfy_kitchen.int8_attention(q, k, v)

@@ -5,10 +5,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
 from .hadamard import rotate
-from .libraries import kitchen_int8_product, row_scaled_product
+from .libraries import kitchen_int8_attention, kitchen_int8_product, row_scaled_product
 from .row_format import EPS, FLOAT8_DTYPE, LIMITS, TILE, ActivationFormat
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it should have given
@@ -16,6 +17,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]  # what a kernel gave, and what it shoul
 WIDTH, HEADS, TOKENS = 3072, 24, 16
 GROUP = 256  # of columns that are rotated together
 ROWS, RANKS = 48, 16  # of trials of products
+ATTENDING = (200, 1000, 1100)  # tokens: comfy-kitchen attends in another way from 257 and 1025 on
 
 
 def same(found: Tensor, right: Tensor) -> bool:
@@ -90,6 +92,15 @@ def kitchen(device: torch.device) -> Pairs:
     of_weights = (stored.values.to(device), stored.scale.flatten().to(device), None)
     product = kitchen_int8_product(rows.to(device, torch.bfloat16), *of_weights, GROUP)
     yield product, rows @ weights.T
+
+
+def int8_attention(device: torch.device, dtype: torch.dtype) -> Pairs:
+    """comfy-kitchen's, of queries, keys and values that lie side by side, as a block has them."""
+    for tokens in ATTENDING:
+        (qkv,) = _random((1, tokens, 3 * WIDTH // HEADS))
+        q, k, v = (x[:, None] for x in qkv.chunk(3, dim=-1))
+        here = (x[:, None] for x in qkv.to(device, dtype).chunk(3, dim=-1))
+        yield kitchen_int8_attention(*here), scaled_dot_product_attention(q, k, v)
 
 
 def int8_product(device: torch.device) -> Pairs:

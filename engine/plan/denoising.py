@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from ..flux.geometry import HEAD_DIM, MLP_RATIO, ControlGeometry, FluxGeometry
 from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
 from ..offload.weight_sizes import WeightSizes
+from ..quant.attention import PYTORCH, Attention
 from ..quant.formats import CONVERTED_AT_ONCE
 from ..sizes import CHANNELS, OF_LATENTS
 from .device import DeviceProfile
@@ -37,6 +38,7 @@ def plan_denoising(
     profile: DeviceProfile,
     adapters: AdapterSizes = NO_ADAPTERS,
     controls: Sequence[ControlGeometry] = (),
+    attention: Attention = PYTORCH,
 ) -> StagePlan:
     """weights: of the transformer and its control nets; itemsize: of the activations; eight_bit:
     whether rows are quantized; conversion_bytes: of the buffer in which weights are converted;
@@ -69,6 +71,9 @@ def plan_denoising(
     piece = min(CONVERTED_AT_ONCE, max(6 * width, geometry.text_width) * width)
     conditions = 4 * max(beside + result + max(piece, result) for beside, result in given)
     conditions += adapters.once + 4 * len(controls) * workload.prompts * text_tokens * width
+    attended = one_of_width
+    if attention.in_int8(tokens):
+        attended += _rounded_bytes(geometry, tokens, itemsize)
     low = adapters.ranks * itemsize  # of a token, between the two matrices of a term
 
     def values(chunk: int, groups: int = 1) -> int:
@@ -89,7 +94,7 @@ def plan_denoising(
         others = (side_by_side - 1) * one_of_width  # what they mix to, in a joint block
         qkv = int(3 * share * one_of_width) + (one_of_width if share < 1 else 0)
         step = fixed + max(
-            others + qkv + int(share * one_of_width),  # queries, keys, values, what they mix to
+            others + qkv + int(share * attended),  # queries, keys, values, what they mix to
             others + qkv + one_at_once * before_row,
             qkv + waiting + all_at_once * before_row,
             others + one_of_width + one_at_once * joint_row,
@@ -169,6 +174,15 @@ def _row_bytes(
     # GELU is computed in place; only beside the attention it is copied.
     joint = int((itemsize + more) * hidden) + 2 * itemsize * width
     return before, joint, itemsize * hidden + int((itemsize + more) * joined)
+
+
+def _rounded_bytes(geometry: FluxGeometry, tokens: int, itemsize: int) -> int:
+    """Of queries, keys and values of all heads in int8, with their scales, and of a result in
+    bfloat16 where one in float32 is made of it, as comfy-kitchen allocates them."""
+    padded = -(-tokens // 128) * 128
+    scales = padded // 128 * (32 + 8) * 4 + HEAD_DIM * 4 + 4
+    half = tokens * HEAD_DIM * 2 if itemsize > 2 else 0
+    return geometry.heads * ((2 * tokens + padded) * HEAD_DIM + scales + half)
 
 
 def step_seconds(

@@ -5,16 +5,22 @@ from functools import cache
 
 import torch
 from torch import _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..allocator import allocator_of, is_out_of_memory
+from ..flux.blocks import attend
+from ..flux.geometry import HEAD_DIM
 from ..kernels import dispatch
+from ..quant.attention import PYTORCH, Attention
 from ..quant.compute import ComputePrecision
 from .device import WORKSPACE_BYTES, DeviceProfile
 from .units import MB
 
 MEASURING_BYTES = 256 * MB
 _measured: dict[tuple[torch.device, ComputePrecision], DeviceProfile] = {}
+ATTENTION_TOKENS = 4096  # about as many as Flux.1 has at 1024x1024
+ATTENTIONS = (1024, ATTENTION_TOKENS, 16384)  # sizes that are compared
+INT8 = Attention(0)
+GAIN = 1.05  # what rounding to 8 bits has to gain
 ONES = 0x38  # in each byte: a number of about 1 in float8, small ones in other formats
 
 
@@ -31,7 +37,7 @@ def device_profile(
     eight_bit = sorted(computing.eight_bit, key=str)
     try:
         product = _product_rate(device, eight_bit[0] if eight_bit else computing.dtype)
-        attention = _attention_rate(device, computing.dtype)
+        attention = _attention_rate(device, computing.dtype, computing.attention)
         profile = DeviceProfile(workspace, fused, copy_rate(device), product, attention)
         _measured[device, computing] = profile
         return profile
@@ -75,13 +81,28 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / _seconds(product, device)
 
 
+def int8_attention_from(device: torch.device, dtype: torch.dtype) -> int | None:
+    """The tokens from which on attention in 8 bits is the faster one, measured the first time in up
+    to MEASURING_BYTES of the device; None: it never is."""
+    found = None
+    for tokens in reversed(ATTENTIONS):
+        plain, in_int8 = (_attention_rate(device, dtype, each, tokens) for each in (PYTORCH, INT8))
+        if in_int8 < GAIN * plain:
+            break
+        found = tokens
+    return found
+
+
 @cache
-def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of an attention of as many heads and about as many tokens as Flux.1's has."""
-    heads, tokens, width = 24, 4096, 128
-    q = torch.zeros(1, heads, tokens, width, dtype=dtype, device=device)
-    seconds = _seconds(lambda: scaled_dot_product_attention(q, q, q), device)
-    return 4 * heads * tokens**2 * width / seconds
+def _attention_rate(
+    device: torch.device, dtype: torch.dtype, attention: Attention, tokens: int = ATTENTION_TOKENS
+) -> float:
+    """FLOP/s of Flux.1's attention, of fewer heads where there are many tokens."""
+    heads = min(24, 24 * ATTENTION_TOKENS // tokens)
+    qkv = torch.empty(1, tokens, 3 * heads * HEAD_DIM, dtype=dtype, device=device)
+    qkv.normal_(generator=torch.Generator(device).manual_seed(0))
+    seconds = _seconds(lambda: attend(qkv, heads, attention), device)
+    return 4 * heads * tokens**2 * HEAD_DIM / seconds
 
 
 def _seconds(run, device: torch.device) -> float:

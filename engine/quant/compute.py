@@ -1,4 +1,4 @@
-"""In what a device multiplies each format of weights, and why."""
+"""In what a device multiplies each format of weights, and why; and what its blocks attend by."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from ...messages import say
 from ..errors import NoEightBitWeightsError
 from ..kernels import dispatch
 from ..kernels.row_format import FLOAT8_DTYPE, LIMITS
+from .attention import PYTORCH, Attends, Attention
 from .linear import LinearMethod, stored_linears
 from .methods import Dequantized, EightBit
 
@@ -19,12 +20,13 @@ from .methods import Dequantized, EightBit
 class ComputePrecision:
     """What a run computes in. dtype: of the activations; eight_bit: weights that are multiplied
     by rows in their own format; device: that this was chosen for; obstacles: why other weights
-    are not, or slowly."""
+    are not, or slowly; attention: of the blocks."""
 
     dtype: torch.dtype
     eight_bit: frozenset[torch.dtype] = frozenset()
     device: torch.device | None = None
     obstacles: tuple[str, ...] = ()
+    attention: Attention = PYTORCH
 
     @property
     def report(self) -> str:
@@ -32,12 +34,12 @@ class ComputePrecision:
         if self.device is None:
             return self.choice
         values = {"formats": self._formats, "device": device_name(self.device)}
-        return say("computes in {formats} on {device}", **values) + self._reasons
+        return say("computes in {formats} on {device}", **values) + self._reasons + self._attention
 
     @property
     def choice(self) -> str:
         """The report without the name of the device."""
-        return say("computes in {formats}", formats=self._formats) + self._reasons
+        return say("computes in {formats}", formats=self._formats) + self._reasons + self._attention
 
     @property
     def _formats(self) -> str:
@@ -46,6 +48,10 @@ class ComputePrecision:
     @property
     def _reasons(self) -> str:
         return f" ({'; '.join(self.obstacles)})" if self.obstacles else ""
+
+    @property
+    def _attention(self) -> str:
+        return self.attention.report and f"; {self.attention.report}"
 
     def conversion_bytes(self, module: nn.Module) -> int:
         """Of the buffer for matrices that are multiplied in another format than they are kept."""
@@ -59,13 +65,18 @@ class ComputePrecision:
 
     @contextmanager
     def applied_to(self, module: nn.Module, device: torch.device) -> Iterator[None]:
-        """Let the layers of `module` multiply this way on `device`."""
+        """Let the layers of `module` multiply, and its blocks attend, this way on `device`."""
         layers, method = stored_linears(module), self.method(module, device)
+        blocks = [block for block in module.modules() if isinstance(block, Attends)]
         for layer in layers:
             layer.method = method
+        for block in blocks:
+            block.attention = self.attention
         try:
             yield
         finally:
+            for block in blocks:
+                block.attention = PYTORCH
             for layer in layers:
                 layer.method = None
 

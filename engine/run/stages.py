@@ -115,7 +115,7 @@ class DenoiseStage:
             joined([weights.sizes for weights in self._weights]), dit.geometry, workload,
             compute.dtype.itemsize, bool(compute.eight_bit),
             compute.conversion_bytes(self._modules), budget, device_profile(dit.patcher.device),
-            AdapterSizes(once, always, ranks), self._control_geometries,
+            AdapterSizes(once, always, ranks), self._control_geometries, compute.attention,
         )  # fmt: skip
 
     def measure(self) -> None:

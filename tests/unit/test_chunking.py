@@ -96,9 +96,9 @@ def test_groups_of_heads_attend_one_after_another(
     attended: list[tuple[int, int]] = []
     attend = blocks.attend
 
-    def watched(qkv: Tensor, heads: int) -> Tensor:
+    def watched(qkv: Tensor, heads: int, *attention: Any) -> Tensor:
         attended.append((heads, qkv.shape[2]))
-        return attend(qkv, heads)
+        return attend(qkv, heads, *attention)
 
     monkeypatch.setattr(blocks, "attend", watched)
     run(Chunking(256, groups))
@@ -270,11 +270,11 @@ def test_an_attention_that_is_short_of_memory_takes_fewer_heads(
     attend = blocks.attend
     attended: list[int] = []
 
-    def short(qkv: Tensor, heads: int) -> Tensor:
+    def short(qkv: Tensor, heads: int, *attention: Any) -> Tensor:
         if heads > most:
             raise torch.OutOfMemoryError("simulated")
         attended.append(heads)
-        return attend(qkv, heads)
+        return attend(qkv, heads, *attention)
 
     monkeypatch.setattr(blocks, "attend", short)
     chunking = Chunking(tokens=512)

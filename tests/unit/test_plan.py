@@ -56,6 +56,7 @@ from majicflux.engine.plan.units import GB, MB
 from majicflux.engine.plan.vae import plan_decode
 from majicflux.engine.quant import adapters, methods
 from majicflux.engine.quant.adapters import adapted, bound_bytes
+from majicflux.engine.quant.attention import PYTORCH, Attention
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear
@@ -82,6 +83,7 @@ COMPUTED = {
 CASES = [("bfloat16", size) for size in SIZES[:4]]
 CASES += [(name, size) for name in [*COMPUTED][1:] for size in ((512, 512), (1024, 1024))]
 CASES += [("int8 rotated", (1536, 640)), ("float8", (2048, 2048))]
+INT8_ATTENTION = "int8 attention"  # behind "and" after one of COMPUTED
 CARDS = {"plain": DeviceProfile(), "fused": DeviceProfile(128 * 2**20, True)}
 
 
@@ -114,9 +116,12 @@ def autoencoder() -> OffloadedModule:
 
 
 def computing_of(name: str) -> tuple[str, ComputePrecision]:
-    precision, eight_bit = COMPUTED[name]
+    products, _, attending = name.partition(" and ")
+    precision, eight_bit = COMPUTED[products]
     return precision, ComputePrecision(
-        torch.bfloat16, frozenset(LIMITS) if eight_bit else frozenset()
+        torch.bfloat16,
+        frozenset(LIMITS) if eight_bit else frozenset(),
+        attention=Attention(0) if attending == INT8_ATTENTION else PYTORCH,
     )
 
 
@@ -133,7 +138,7 @@ def plan_of(
     weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
     sizes = joined([weights.sizes, *(control_net(net, precision).sizes for net in {*controls})])
     given = (job, 2, bool(computing.eight_bit), converted, budget, card, adapters, controls)
-    return plan_denoising(sizes, geometry, *given)
+    return plan_denoising(sizes, geometry, *given, computing.attention)
 
 
 rope_once = cache(velocity._rope)
@@ -166,6 +171,20 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditioning, "_on_host", lambda x: torch.empty(x.shape))
     monkeypatch.setattr(blocks, "F", functional)
     monkeypatch.setattr(methods, "float8_product", float8_product)
+
+
+@pytest.fixture
+def kitchens_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """comfy-kitchen's own attention without its kernel: it allocates what it does on a card."""
+    library = pytest.importorskip("comfy_kitchen.sage_attention")
+    backend = SimpleNamespace(
+        _C=SimpleNamespace(sage_sdpa=lambda *_, **__: None), _wrap_for_dlpack=lambda x: x
+    )
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(library, "_cuda_backend", backend)
+    monkeypatch.setattr(library, "_validate_inputs", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(blocks, "kitchen_int8_attention", library._int8_attention_cuda)
 
 
 @pytest.fixture
@@ -392,6 +411,46 @@ def test_heads_are_grouped_only_where_nothing_else_would_do(
         groups.append(phase.groups)
     assert groups == sorted(groups), "as few as will do"
     assert {*groups} == {*GROUPS} or side == 1024
+
+
+@pytest.mark.parametrize(
+    ("products", "card", "size"),
+    [
+        ("float8", "fused", (1024, 1024)), ("int8 rotated", "fused", (2048, 2048)),
+        ("bfloat16", "plain", (1024, 1024)), ("bfloat16", "fused", (512, 512)),
+    ],
+)  # fmt: skip
+def test_attention_in_int8_is_planned(
+    as_cuda, kitchens_buffers, request, products: str, card: str, size: tuple[int, int]
+) -> None:
+    if card == "fused":
+        request.getfixturevalue("fused")
+    job, name = Workload(*size, steps=1), f"{products} and {INT8_ATTENTION}"
+    found = assert_planned(name, job, card)
+    assert max(groups for _, groups in found) > 1
+    plain, more = (plan_of(each, job, None, CARDS[card]) for each in (products, name))
+    assert more.smallest >= plain.smallest
+
+
+def test_attention_in_int8_of_a_batch_and_two_prompts_is_planned(
+    as_cuda, kitchens_buffers, fused
+) -> None:
+    job = Workload(512, 512, 2, 1, prompts=2)
+    assert_planned(f"float8 and {INT8_ATTENTION}", job, "fused", controls=(UNION,))
+
+
+@pytest.mark.parametrize(("dtype", "mb"), [(torch.bfloat16, 42.6), (torch.float32, 70.9)])
+def test_attention_in_int8_holds_what_was_planned(
+    kitchens_buffers, dtype: torch.dtype, mb: float
+) -> None:
+    """Besides its result, of 4608 tokens; half as much as one more of queries, keys and values."""
+    qkv = torch.empty(1, 4608, 3 * FULL.hidden, dtype=dtype, device=META)
+    with LiveBytes() as live:
+        found = blocks.attend(qkv, FULL.heads, Attention(0))
+    planned = denoising._rounded_bytes(FULL, 4608, dtype.itemsize)
+    assert live.now == found.nbytes
+    assert 0.99 * planned < live.peak - found.nbytes <= planned
+    assert planned == pytest.approx(mb * 1e6, rel=0.01)
 
 
 def test_two_prompts_side_by_side_are_planned(as_cuda) -> None:
