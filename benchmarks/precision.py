@@ -10,9 +10,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from majicflux.engine.offload.chunking import Chunking
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import PRECISIONS, Precision
 from majicflux.engine.quant.linear import StoredLinear, StoredNorm, store
+from majicflux.engine.run.attention import choose_attention
 
 from .measuring import relative_error
 from .random_flux import Draw, Part, heavy_tailed, mixed, normal, parts
@@ -45,11 +47,13 @@ DISTRIBUTIONS: dict[str, Draw] = {"normal": normal, JUDGED: heavy_tailed, "mixed
 EXACT = "float32"
 CAST, FAST = "DiffSynth's cast to float8_e4m3fn", "ComfyUI fp8_e4m3fn_fast"
 FLOAT8_BOTH, INT8_BOTH = "float8_e4m3fn, 8x8 bit", "int8 rotated, 8x8 bit"
+ATTENDING = "attention in int8"  # behind the name of a scheme
 BARS = (  # ours, peer, share of the peer's error that is allowed
     ("float8_e4m3fn", CAST, 0.45),
     ("int8 rotated", CAST, 0.2),
     (FLOAT8_BOTH, FAST, 0.6),
     (INT8_BOTH, FAST, 0.3),
+    (f"{INT8_BOTH}, {ATTENDING}", INT8_BOTH, 1.15),
 )
 
 BFLOAT16 = ComputePrecision(torch.bfloat16)
@@ -80,7 +84,7 @@ def main() -> None:
     chosen = parser.parse_args()
     g = SMALL if chosen.quick else FluxGeometry()
     tokens = chosen.tokens or (64 if chosen.device.type == "cpu" else 4608)
-    schemes = [exact(), *peers(chosen.device), *ours()]
+    schemes = [exact(), *peers(chosen.device), *ours(chosen.device)]
     if chosen.bars:
         compared = {EXACT, *(name for ours_name, peer, _ in BARS for name in (ours_name, peer))}
         schemes = [s for s in schemes if s.name in compared]
@@ -189,7 +193,7 @@ def peers(device: torch.device) -> Iterator[Scheme]:
         yield Scheme(name, partial(plain, FLOAT8_DTYPE, change=partial(replace, linear)))
 
 
-def ours() -> Iterator[Scheme]:
+def ours(device: torch.device) -> Iterator[Scheme]:
     float8, int8 = PRECISIONS["float8_e4m3fn"], PRECISIONS["int8 rotated"]
     unscaled = PRECISIONS["float8_e4m3fn unscaled"]
     precisions = {
@@ -205,6 +209,17 @@ def ours() -> Iterator[Scheme]:
     both = ComputePrecision(torch.bfloat16, frozenset(LIMITS))
     yield Scheme(FLOAT8_BOTH, partial(stored, float8), both, torch.float32)
     yield Scheme(INT8_BOTH, partial(stored, int8), both, torch.float32)
+    dit: Any = SimpleNamespace(patcher=SimpleNamespace(device=device))
+    attention = choose_attention(dit, "on", torch.bfloat16)
+    if attention.obstacle:
+        print(f"not measured: {attention.report}")
+        return
+    plain = PRECISIONS["bfloat16"]
+    for name, precision, computing in (
+        ("bfloat16", plain, BFLOAT16), (FLOAT8_BOTH, float8, both), (INT8_BOTH, int8, both)
+    ):  # fmt: skip
+        computing = replace(computing, attention=attention)
+        yield Scheme(f"{name}, {ATTENDING}", partial(stored, precision), computing, torch.float32)
 
 
 def stored(precision: Precision, part: Part) -> nn.Module:

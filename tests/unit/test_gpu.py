@@ -6,22 +6,28 @@ import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from comfyui_server import Server
 from file_layouts import sparse_file
 from majicflux.benchmarks.lora import random_lora
+from majicflux.engine.flux.blocks import attend
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.latents import to_vae_space
 from majicflux.engine.plan.plan import Workload
+from majicflux.engine.quant.attention import Attention
 from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.engine.run import pipeline_run
+from majicflux.engine.run.attention import choose_attention
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
@@ -289,3 +295,51 @@ def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(
         monkeypatch.setattr(pipeline_run, "Chunking", lambda *rest, forced=forced: forced(rest[2]))
         found.append(painted())
     assert all(torch.equal(latents, found[0]) for latents in found)
+
+
+@pytest.fixture
+def int8_attention() -> Attention:
+    dit: Any = SimpleNamespace(patcher=SimpleNamespace(device=CUDA))
+    found = choose_attention(dit, "on", torch.bfloat16)
+    if found.obstacle:
+        pytest.skip(found.obstacle)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [48, 640, 1536, 4608])
+@pytest.mark.parametrize("width", [3 * 3072, 7 * 3072])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_in_int8_is_that_of_float64(
+    int8_attention: Attention, tokens: int, width: int, dtype: torch.dtype
+) -> None:
+    """Of normed queries and keys with outlying channels; and each head by itself is the same."""
+    drawn = torch.Generator(CUDA).manual_seed(0)
+    rows = torch.randn(1, tokens, width, device=CUDA, generator=drawn)
+    qkv = rows[..., : 3 * 3072].unflatten(-1, (3, 24, 128))
+    qkv[:, :, :2, :, 5] *= 4
+    rows = rows.to(dtype)
+    qkv = rows[..., : 3 * 3072]
+    found = attend(qkv, 24, int8_attention)
+    q, k, v = (x.transpose(1, 2).double() for x in qkv.unflatten(-1, (3, 24, 128)).unbind(2))
+    exact = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert found.dtype == dtype
+    assert (found - exact).norm() < 0.025 * exact.norm()
+    one = torch.cat([part[..., :128] for part in qkv.chunk(3, dim=-1)], dim=-1)
+    assert torch.equal(attend(one, 1, int8_attention), found[..., :128])
+
+
+@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
+def test_a_picture_by_attention_in_int8_is_as_large_as_planned_and_like_the_other(
+    make_pipeline, int8_attention: Attention, precision: str
+) -> None:
+    request = dataclasses.replace(REQUEST, width=1024, height=1024, steps=2)
+    made = make_pipeline(precision=PRECISIONS[precision], device=CUDA, mode="8-bit")
+    plain = paint(made, request, lambda *_: None, lambda: None)[1]
+    compute = dataclasses.replace(made.compute, attention=int8_attention)
+    pipeline = dataclasses.replace(made, compute=compute)
+    first, again = (paint(pipeline, request, lambda *_: None, lambda: None) for _ in range(2))
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], plain)
+    assert (first[1] - plain).norm() < 0.05 * plain.norm()
+    for stage in again[2].stages:
+        assert stage.peak_bytes is None or stage.peak_bytes <= stage.planned_bytes
