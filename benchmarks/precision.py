@@ -103,7 +103,8 @@ def main() -> None:
         found[name] = blocks, output
         if name == JUDGED and chosen.seeds > 1:
             for ours_name, peer, _ in BARS:
-                ratios = [d[1][ours_name] / d[1][peer] for d in drawn if peer in d[1]]
+                both = [e for _, e in drawn if {ours_name, peer} <= {*e}]
+                ratios = [e[ours_name] / e[peer] for e in both]
                 print(f"{ours_name} / {peer}:", *(f"{ratio:.3f}" for ratio in ratios))
     print(
         f"\n{g.double_blocks} + {g.single_blocks} blocks of width {g.hidden}, {tokens} "
@@ -123,7 +124,7 @@ def main() -> None:
         Row(f"{name}, bar {share:g} × the peer's", judged[name], "", judged[peer], peer,
             bar=share * judged[peer])
         for name, peer, share in BARS
-        if peer in judged
+        if {name, peer} <= {*judged}
     ]  # fmt: skip
     report(rows, chosen.check)
 

@@ -36,7 +36,7 @@ def choose_attention(dit: DiT, mode: str, dtype: torch.dtype) -> Attention:
         return Attention(obstacle=say("the card has no memory free to measure it"))
     finally:
         allocator_of(device).give_back()
-    return Attention(faster, "" if faster else say("PyTorch's is as fast on this card"))
+    return Attention(faster, "" if faster else say("PyTorch's is no slower on this card"))
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:

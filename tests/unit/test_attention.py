@@ -237,7 +237,7 @@ def test_auto_takes_it_from_the_size_on_at_which_it_is_faster(
         assert found.in_int8(expected)
         assert not found.in_int8(expected - 1)
     else:
-        assert said == "no attention in int8: PyTorch's is as fast on this card"
+        assert said == "no attention in int8: PyTorch's is no slower on this card"
 
 
 def test_a_card_that_is_too_full_to_measure_keeps_pytorchs(

@@ -20,7 +20,7 @@ def test_equal_weights_have_equal_errors_and_scaled_ones_smaller(
 ) -> None:
     monkeypatch.setattr(precision, "find_comfyui", lambda: None)  # it would stay in this process
     device = torch.device("cpu")
-    peers, ours = [precision.exact(), *precision.peers(device)], [*precision.ours()]
+    peers, ours = [precision.exact(), *precision.peers(device)], [*precision.ours(device)]
 
     def draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         return 4 * normal(shape, generator)  # so narrow a block would hardly change its input

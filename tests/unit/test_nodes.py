@@ -77,6 +77,7 @@ CONTRACT = {
             "vae:MAJICFLUX_VAE",
             "vram_budget_gb:FLOAT",
             "compute_precision:COMBO",
+            "int8_attention:COMBO",
         ],
         ["MAJICFLUX_PIPELINE"],
     ),
