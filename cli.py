@@ -8,11 +8,11 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any
 
-from .commands import batch, cache, compare, demo, doctor, download, inspect, plan, run
+from .commands import batch, bench, cache, compare, demo, doctor, download, inspect, plan, run
 from .messages import MajicFluxError, say
 
 # As `--help` lists them.
-COMMANDS = (demo, cache, inspect, doctor, plan, run, batch, compare, download)
+COMMANDS = (demo, cache, inspect, doctor, bench, plan, run, batch, compare, download)
 
 
 class _Unheard:

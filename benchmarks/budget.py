@@ -30,7 +30,6 @@ from majicflux.engine.flux.text_encoders import TextEmbedding, TextEncoders, bui
 from majicflux.engine.flux.transformer import DiT, build_flux_dit
 from majicflux.engine.flux.vae import VAE, build_vae
 from majicflux.engine.flux.velocity import flux_velocity
-from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.plan.measure import copy_rate
 from majicflux.engine.plan.plan import DENOISE
 from majicflux.engine.plan.split import RING_BLOCKS
@@ -40,12 +39,12 @@ from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host.standalone import make_patcher
-from majicflux.loaders.convert import MakeRoom
+from majicflux.lab.steps import GUIDANCE, Case, fill_randomly, wait_for
 from majicflux.loaders.weight_cache import convert_into_cache
 
 from . import budget_peers
-from .measuring import relative_error, wait_for
-from .step import BFLOAT16, GUIDANCE, Case, random_weights
+from .measuring import relative_error
+from .step import BFLOAT16, random_weights
 from .table import Row, report
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # GB
@@ -89,7 +88,7 @@ def random_pipeline(precision: str, device: torch.device, quick: bool, folder: P
     dit = build_flux_dit(geometry, PRECISIONS[precision])
     parts = (dit, build_text_encoders(clip, t5, BFLOAT16), build_vae(BFLOAT16))
     for name, weights in zip(("dit", "text encoders", "vae"), parts, strict=True):
-        convert = partial(_fill, weights, device)
+        convert = partial(fill_randomly, weights, device)
         if not convert_into_cache(weights, folder / f"{name}.majicflux", convert):
             sys.exit(f"not measured: {folder} takes no prepared weights; choose another --scratch")
     one, two, three = (make_patcher(weights, device, "") for weights in parts)
@@ -110,23 +109,6 @@ class Letters:
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> SimpleNamespace:
         ids = [ord(letter) % 999 for letter in text]
         return SimpleNamespace(input_ids=[1, *ids, 2] if add_special_tokens else ids)
-
-
-def _fill(weights: OffloadedModule, device: torch.device, make_room: MakeRoom) -> None:
-    """Random weights that keep the values in range from block to block."""
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in weights.module.named_parameters():
-        make_room(parameter)
-        if parameter.dim() < 2:
-            value = float("norm" in name)
-            parameter.fill_(2e-4 if parameter.dtype == torch.float32 else value)
-        elif parameter.dtype == torch.int8:
-            draw = torch.randint(-127, 128, parameter.shape, device=device, generator=generator)
-            parameter.copy_(draw.to(torch.int8))
-        else:
-            draw = torch.randn(parameter.shape, device=device, generator=generator)
-            std = 90 if parameter.itemsize == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(draw.mul_(std).clamp_(-400, 400).to(parameter.dtype))
 
 
 def budgets(pipeline: Pipeline, quick: bool) -> Iterator[Row]:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.lab.steps import Case, Step, wait_for
 
 from . import peer_comfyui, peer_diffsynth
-from .measuring import device_name, relative_error, wait_for
+from .measuring import device_name, relative_error
 from .peer_diffusers import group_offload
 from .peer_setup import FLOAT8, NotMeasured, Setup
-from .step import BFLOAT16, GB, Case, State, Step, random_weights
+from .step import BFLOAT16, GB, State, random_weights
 
 CPU = torch.device("cpu")
 WARM_UP, STEPS = 1, 3  # `peers` has made one step before

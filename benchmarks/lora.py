@@ -19,9 +19,10 @@ from majicflux.engine.quant.adapters import Adapters, LastTerms, adapted, bound_
 from majicflux.engine.quant.compute import choose_compute
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
+from majicflux.lab.steps import Case, our_step, random_case, wait_for
 
-from .measuring import device_name, wait_for
-from .step import BFLOAT16, Case, our_step, ours, random_case, random_weights
+from .measuring import device_name
+from .step import BFLOAT16, ours, random_weights
 from .table import Row, options, report
 
 TURNS = 7

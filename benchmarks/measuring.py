@@ -9,11 +9,5 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.float() - exact).norm() / exact.norm()).item()
 
 
-def wait_for(device: torch.device) -> None:
-    """Until all that was begun on it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

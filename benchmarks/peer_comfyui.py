@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from majicflux.dev import find_comfyui
+from majicflux.lab.steps import GUIDANCE, Step
 
 from .peer_setup import FLOAT8, NotMeasured, Setup
-from .step import BFLOAT16, GB, GUIDANCE, Step
+from .step import BFLOAT16, GB
 
 AIMDO_HEADROOM = 256 * 2**20  # bytes that ComfyUI's dynamic mode leaves free on any card
 

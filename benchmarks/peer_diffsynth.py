@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from majicflux.engine.flux.transformer import sized_flux_dit
+from majicflux.lab.steps import Step
 
 from .peer_setup import FLOAT8, Setup
-from .step import BFLOAT16, GB, Step, diffsynth_names, diffsynth_step, imported
+from .step import BFLOAT16, GB, diffsynth_names, diffsynth_step, imported
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from majicflux.lab.steps import GUIDANCE, Step
+
 from .peer_setup import NotMeasured, Setup
-from .step import BFLOAT16, GUIDANCE, State, Step, image_ids
+from .step import BFLOAT16, State, image_ids
 
 
 def group_offload(level: str, storage: torch.dtype) -> Callable[..., AbstractContextManager[Step]]:

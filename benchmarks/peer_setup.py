@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 
 from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.lab.steps import Case
 
-from .step import Case, State
+from .step import State
 
 FLOAT8 = torch.float8_e4m3fn
 

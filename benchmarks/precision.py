@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,10 +28,11 @@ from majicflux.engine.flux.geometry import ROPE_AXES, FluxGeometry, kind_of_laye
 from majicflux.engine.flux.transformer import ROPE_THETA
 from majicflux.engine.kernels.row_format import FLOAT8_DTYPE, LIMITS
 from majicflux.engine.offload.chunking import Chunking
+from majicflux.engine.quant.attention import Attention
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import PRECISIONS, Precision
 from majicflux.engine.quant.linear import StoredLinear, StoredNorm, store
-from majicflux.engine.run.attention import choose_attention
+from majicflux.engine.run.attention import int8_obstacle
 
 from .measuring import relative_error
 from .random_flux import Draw, Part, heavy_tailed, mixed, normal, parts
@@ -210,16 +210,14 @@ def ours(device: torch.device) -> Iterator[Scheme]:
     both = ComputePrecision(torch.bfloat16, frozenset(LIMITS))
     yield Scheme(FLOAT8_BOTH, partial(stored, float8), both, torch.float32)
     yield Scheme(INT8_BOTH, partial(stored, int8), both, torch.float32)
-    dit: Any = SimpleNamespace(patcher=SimpleNamespace(device=device))
-    attention = choose_attention(dit, "on", torch.bfloat16)
-    if attention.obstacle:
-        print(f"not measured: {attention.report}")
+    if obstacle := int8_obstacle(device, torch.bfloat16):
+        print(f"not measured: {ATTENDING}: {obstacle}")
         return
     plain = PRECISIONS["bfloat16"]
     for name, precision, computing in (
         ("bfloat16", plain, BFLOAT16), (FLOAT8_BOTH, float8, both), (INT8_BOTH, int8, both)
     ):  # fmt: skip
-        computing = replace(computing, attention=attention)
+        computing = replace(computing, attention=Attention(0))
         yield Scheme(f"{name}, {ATTENDING}", partial(stored, precision), computing, torch.float32)
 
 

@@ -8,39 +8,32 @@ that the script works.
 """
 
 import importlib
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from majicflux.dev import find_comfyui
-from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.geometry import FluxGeometry
-from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.flux.transformer import build_flux_dit, sized_flux_dit
-from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.kernels import dispatch
-from majicflux.engine.quant.compute import ComputePrecision, choose_compute
+from majicflux.engine.quant.compute import choose_compute
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.quantize import quantize_rows
+from majicflux.lab.steps import GUIDANCE, Case, Step, our_step, random_case, seconds_of, wait_for
 from majicflux.loaders.layouts import flux_dit_layout
 
-from .measuring import device_name, relative_error, wait_for
+from .measuring import device_name, relative_error
 from .random_models import random_tensors
 from .table import Row, options, report
 
 WARM_UP, STEPS = 3, 7
-GUIDANCE = 4.0  # 4000 is a bfloat16, as DiffSynth has it; of 3500 it would make 3504
 GB = 2**30
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
-Step = Callable[[], Tensor]
 State = dict[str, Tensor]
 
 # What a step of ours is to be at most, as a share of a peer's (the goals of this benchmark).
@@ -48,16 +41,6 @@ GOALS = {
     "8-bit": {"DiffSynth bf16": 1 / 1.8, "ComfyUI fp8_e4m3fn": 1 / 1.8, "ComfyUI fast": 1 / 1.2},
     "bfloat16": {"DiffSynth bf16": 1.0},
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step's inputs: float32 latents, text states [1, 512, width], pooled text; bfloat16, in
-    which the peers take them, holds all of them exactly."""
-
-    latents: Tensor
-    text: TextEmbedding
-    sigma: Tensor
 
 
 def main() -> None:
@@ -111,27 +94,9 @@ def main() -> None:
     report(rows, chosen.check)
 
 
-def random_case(geometry: FluxGeometry, side: int, device: torch.device) -> Case:
-    """side: of the latents."""
-    torch.manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).bfloat16().float()
-
-    text = TextEmbedding(drawn(1, 512, geometry.text_width), drawn(1, geometry.pooled_width))
-    return Case(drawn(1, 16, side, side), text, torch.tensor(0.7))
-
-
 def measure(step: Step, device: torch.device) -> tuple[float, Tensor]:
     """Median seconds of a step, and its result."""
-    seconds = []
-    for _ in range(WARM_UP + STEPS):
-        wait_for(device)
-        start = time.perf_counter()
-        step()
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[WARM_UP:]), step().float()
+    return seconds_of(step, device, WARM_UP, STEPS), step().float()
 
 
 def random_weights(geometry: FluxGeometry, device: torch.device) -> State:
@@ -163,21 +128,6 @@ def ours(geometry: FluxGeometry, precision: str, state: State, device: torch.dev
             else:
                 parameter.copy_(renamed[f"{prefix}.{name}"])
     return weights.module
-
-
-@contextmanager
-def our_step(
-    module: Any, computing: ComputePrecision, case: Case, device: torch.device
-) -> Iterator[Step]:
-    """One of the steps of a run, as the run takes it: what the conditions give is computed once,
-    and the products are chosen once, before the first step."""
-    sigmas = case.sigma[None]
-    with computing.applied_to(module, device):
-        given = (BFLOAT16, device, case.latents.dtype, sigmas)
-        (conditions,) = conditions_of(module, [case.text], GUIDANCE, *given)
-    velocity = flux_velocity(module, conditions)
-    with computing.applied_to(module, device):
-        yield lambda: velocity(case.latents, case.sigma)
 
 
 def diffsynth_step(module: Any, case: Case, device: torch.device) -> Step:

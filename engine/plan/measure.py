@@ -55,9 +55,9 @@ def measured_profile(device: torch.device, computing: ComputePrecision) -> Devic
 
 
 @cache
-def copy_rate(device: torch.device) -> float:
-    """Bytes/s from pinned memory."""
-    home = torch.empty(64 * MB, dtype=torch.uint8, pin_memory=True)
+def copy_rate(device: torch.device, pinned: bool = True) -> float:
+    """Bytes/s from pinned memory, or from other."""
+    home = torch.ones(64 * MB, dtype=torch.uint8, pin_memory=pinned)
     place = torch.empty_like(home, device=device)
     return len(home) / _seconds(lambda: place.copy_(home, non_blocking=True), device)
 

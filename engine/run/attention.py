@@ -23,7 +23,7 @@ def choose_attention(dit: DiT, mode: str, dtype: torch.dtype) -> Attention:
     device = dit.patcher.device
     if mode == "off":
         return PYTORCH
-    if obstacle := _obstacle(device, dtype):
+    if obstacle := int8_obstacle(device, dtype):
         return Attention(obstacle=obstacle)
     if mode == "on":
         return Attention(0)
@@ -39,8 +39,8 @@ def choose_attention(dit: DiT, mode: str, dtype: torch.dtype) -> Attention:
     return Attention(faster, "" if faster else say("PyTorch's is no slower on this card"))
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    """Why there is none in int8 on `device`; "" where there is."""
+def int8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no attention can be in int8 on `device`; "" where it can."""
     found, needed = dispatch.capability(device), dispatch.INT8_UNITS
     if found is None or found < needed:
         return say(

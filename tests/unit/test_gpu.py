@@ -6,8 +6,6 @@ import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.engine.run import pipeline_run
-from majicflux.engine.run.attention import choose_attention
+from majicflux.engine.run.attention import int8_obstacle
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
@@ -299,11 +297,9 @@ def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(
 
 @pytest.fixture
 def int8_attention() -> Attention:
-    dit: Any = SimpleNamespace(patcher=SimpleNamespace(device=CUDA))
-    found = choose_attention(dit, "on", torch.bfloat16)
-    if found.obstacle:
-        pytest.skip(found.obstacle)
-    return found
+    if obstacle := int8_obstacle(CUDA, torch.bfloat16):
+        pytest.skip(obstacle)
+    return Attention(0)
 
 
 @pytest.mark.parametrize("tokens", [48, 640, 1536, 4608])
