@@ -7,7 +7,6 @@ import torch
 from torch import _int_mm, _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
 from ..allocator import allocator_of, is_out_of_memory
-from ..flux.blocks import attend
 from ..flux.geometry import HEAD_DIM
 from ..kernels import dispatch
 from ..quant.attention import PYTORCH, Attention
@@ -98,6 +97,8 @@ def _attention_rate(
     device: torch.device, dtype: torch.dtype, attention: Attention, tokens: int = ATTENTION_TOKENS
 ) -> float:
     """FLOP/s of Flux.1's attention, of fewer heads where there are many tokens."""
+    from ..flux.blocks import attend  # which needs DiffSynth, as nothing else here does
+
     heads = min(24, 24 * ATTENTION_TOKENS // tokens)
     qkv = torch.empty(1, tokens, 3 * heads * HEAD_DIM, dtype=dtype, device=device)
     qkv.normal_(generator=torch.Generator(device).manual_seed(0))

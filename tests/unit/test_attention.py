@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from majicflux.engine.flux import blocks
 from majicflux.engine.flux.blocks import attend
 from majicflux.engine.flux.conditioning import Conditions
 from majicflux.engine.flux.controlnet import build_control_net
@@ -266,7 +267,7 @@ def test_what_is_measured_is_what_a_block_does(monkeypatch: pytest.MonkeyPatch, 
 
     sizes: list[tuple[Any, ...]] = []
     monkeypatch.setattr(measure, "_seconds", seconds)
-    monkeypatch.setattr(measure, "attend", attending)
+    monkeypatch.setattr(blocks, "attend", attending)
     measured = measure._attention_rate.__wrapped__
     rates = [measured(CPU, torch.float32, measure.INT8, tokens) for tokens in (1024, 4096)]
     assert sizes == [(1, tokens, 9216, 24, Attention(0)) for tokens in (1024, 4096)]
