@@ -14,7 +14,7 @@ from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.engine.sampling.schedules import SCHEDULES
 from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.nodes import NODES
-from majicflux.nodes.pipeline import COMPUTE_PRECISIONS
+from majicflux.nodes.pipeline import COMPUTE_PRECISIONS, INT8_ATTENTION
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [(english, english.with_suffix(".zh-CN.md")) for english in (
@@ -120,12 +120,15 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert re.findall(r"^## (.+)", text(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version
 
 
+CHOICES = [*PRECISIONS, *COMPUTE_PRECISIONS, *INT8_ATTENTION]
+
+
 def test_every_choice_is_explained() -> None:
     for suffix in (".md", ".zh-CN.md"):
         settings, about_sampling = (
             text(ROOT / "docs" / f"{n}{suffix}") for n in ("settings", "sampling")
         )
-        assert all(f" `{name}` |" in settings for name in [*PRECISIONS, *COMPUTE_PRECISIONS])
+        assert all(f" `{name}` |" in settings for name in CHOICES)
         assert all(f"`{n}`" in about_sampling for n in [*SOLVERS, *SCHEDULES])
 
 
