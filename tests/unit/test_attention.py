@@ -277,6 +277,31 @@ def test_what_is_measured_is_what_a_block_does(monkeypatch: pytest.MonkeyPatch, 
         assert tokens * heads * 128 * (3 + 2) * 4 < measure.MEASURING_BYTES
 
 
+@pytest.mark.parametrize("int8_from", [None, 0, 4096, 16384])
+def test_a_step_is_predicted_by_the_attention_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, int8_from: int | None
+) -> None:
+    """As it is at 1024x1024, from where the other sizes are told."""
+    rates = {False: 70e12, True: 120e12}
+
+    def rate(_device, _dtype, attention: Attention, tokens: int = measure.ATTENTION_TOKENS):
+        return rates[attention.in_int8(tokens)]
+
+    monkeypatch.setattr(measure, "_attention_rate", rate)
+    monkeypatch.setattr(measure, "copy_rate", lambda _: 25e9)
+    monkeypatch.setattr(measure, "_product_rate", lambda *_: 200e12)
+    monkeypatch.setattr(measure, "allocator_of", lambda _: SimpleNamespace(give_back=lambda: None))
+    monkeypatch.setattr(measure, "_measured", {})
+    monkeypatch.setattr(dispatch, "triton_works", lambda _: False)
+    computing = ComputePrecision(torch.bfloat16, attention=Attention(int8_from))
+    found = measure.device_profile(CARD, computing, rates=True)
+    assert found.attention_rate == rates[int8_from in (0, 4096)]
+    assert measure.measured_profile(CARD, computing) == found
+    assert measure.measured_profile(CARD, ComputePrecision(torch.bfloat16)) in (
+        None if int8_from is not None else found,
+    )
+
+
 @pytest.mark.parametrize("mode", ["off", "on", "auto"])
 def test_without_a_card_the_node_says_so_and_nothing_changes(
     make_pipeline, monkeypatch: pytest.MonkeyPatch, mode: str
