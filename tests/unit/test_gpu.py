@@ -18,6 +18,7 @@ from majicflux.engine.flux.blocks import attend
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.latents import to_vae_space
+from majicflux.engine.plan.measure import ATTENTIONS
 from majicflux.engine.plan.plan import Workload
 from majicflux.engine.quant.attention import Attention
 from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
@@ -25,7 +26,7 @@ from majicflux.engine.quant.linear import StoredLinear
 from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.engine.run import pipeline_run
-from majicflux.engine.run.attention import int8_obstacle
+from majicflux.engine.run.attention import choose_attention, int8_obstacle
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
@@ -339,3 +340,10 @@ def test_a_picture_by_attention_in_int8_is_as_large_as_planned_and_like_the_othe
     assert (first[1] - plain).norm() < 0.05 * plain.norm()
     for stage in again[2].stages:
         assert stage.peak_bytes is None or stage.peak_bytes <= stage.planned_bytes
+
+
+def test_auto_finds_out_whether_int8_is_faster_here(make_pipeline) -> None:
+    dit = make_pipeline(device=CUDA).dit
+    found = choose_attention(dit, "auto", torch.bfloat16)
+    assert (found.int8_from in ATTENTIONS) == (found.obstacle == "")
+    assert choose_attention(dit, "auto", torch.bfloat16) == found, "measured once"
