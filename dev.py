@@ -34,7 +34,10 @@ WRITERS = {"locales": "locales/english.py", "templates": "workflows/build.py"}
 NEWEST_CANVAS = VENV / "frontend" / "comfyui_frontend_package" / "static"
 CANVAS = "comfyui-frontend-package==1.58.1"
 IN_COMFYUI = "--in-comfyui"  # what `test` is called with where nothing may be left out
-TOOLS = ["ruff", "basedpyright", "pytest", "playwright", "websocket-client", "diffusers"]
+TOOLS = [
+    "ruff", "basedpyright", "pytest", "playwright", "websocket-client", "diffusers",
+    "ray>=2.60,<3; sys_platform == 'linux'",
+]  # fmt: skip
 TOOLS += ["flip-evaluator; python_version < '3.14'", "piq", "ssimulacra2"]  # of the extra `lab`
 
 

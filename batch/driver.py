@@ -1,31 +1,26 @@
-"""Hands out the jobs of a batch to workers, one a card, and writes down what they have painted."""
+"""A batch: what is to be painted, by whom, and what became of it."""
 
 import json
-import logging
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
 
 from ..host import standalone
 from ..host.graph import Graph, read_graph
 from ..host.image_nodes import image_nodes
 from ..messages import say
 from ..nodes import NODES
+from ..nodes.translate import Translate, translator_of
+from .cluster import LOCAL, Cluster
+from .crew import Crew, Staff
+from .english import English
 from .jobs import Job, make_jobs
 from .manifest import Manifest, Record
-from .process import Message, WorkerLost, WorkerProcess
+from .process import LocalStaff, Message
 from .rows import BatchError, Row, read_rows
 
-log = logging.getLogger("majicflux")
-
-MOST_TRIES = 3  # of a job whose worker ended
 PARTS = ".unfinished"  # folder in that of the pictures, on the same disk
-
-Outcome = tuple[Job, Message] | BaseException
+NOBODY = {"host": None, "card": None, "tries": 0}  # has painted it
 
 
 class Batch:
@@ -45,28 +40,41 @@ class Batch:
         input_folder: Path | str = "input",
         gpus: Sequence[int] | None = None,
         workers: int | None = None,
+        ray: str | None = None,
         repeat: int = 1,
+        translate: str | None = None,
         retry_failed: bool = False,
         latents: bool = False,
     ):
         """rows, graph: as they are, or the files that they are read from. latents: keep those of
         each step, as a file beside the pictures.
 
-        gpus: numbers of cards, by default all; workers: so many on the CPU instead.
+        gpus: numbers of cards, by default all; workers: so many on the CPU instead; ray: where a
+        cluster is whose machines paint, as HOST:PORT, or LOCAL; translate: folder in
+        models/translation of what puts Chinese prompts into English.
 
         Raises BatchError or GraphError for what is wrong with all of it, before anything is
         painted.
         """
+        if ray is not None and gpus is not None:
+            raise BatchError(say("Cards are chosen with --gpus, machines with --ray: give one."))
         if models is not None:
             standalone.models_folder = Path(models)
-        self._cards = _cards(gpus, workers)
+        self._ray, self._workers = ray, workers
+        self._cards = [] if ray is not None and ray != LOCAL else _cards(gpus, workers)
         self._output, self._input = Path(output), Path(input_folder)
         self._latents = latents
         self._graph: Graph = graph if isinstance(graph, dict) else read_graph(Path(graph))
+        self._base = json.dumps(self._graph)
         self._classes = {node.define_schema().node_id: node for node in NODES}
         self._classes |= image_nodes(self._output, self._input, {})
+        translator = None
+        self._english = None
+        if translate is not None:
+            translator = translate, Translate.fingerprint_inputs(model=translate)
+            self._english = English(translator_of(translate))
         rows = read_rows(Path(rows)) if isinstance(rows, (str, Path)) else rows
-        self.jobs = make_jobs(rows, self._graph, self._classes, repeat)
+        self.jobs = make_jobs(rows, self._graph, self._classes, repeat, translator)
         self._manifest = Manifest(self._output)
         known = {job.key: self._manifest.record(job.key) for job in self.jobs}
         self.waiting = [job for job in self.jobs if _is_open(known[job.key], retry_failed)]
@@ -94,7 +102,7 @@ class Batch:
         try:
             for job in self.waiting:
                 if job.problem is not None:
-                    yield self._written(job, {"problem": job.problem, "card": None, "tries": 0})
+                    yield self._written(job, {"problem": job.problem, **NOBODY})
             yield from self._painted([job for job in self.waiting if job.problem is None], parts)
         finally:
             shutil.rmtree(parts, ignore_errors=True)
@@ -102,22 +110,38 @@ class Batch:
 
     def _painted(self, jobs: Sequence[Job], parts: Path) -> Iterator[Record]:
         parts.mkdir(exist_ok=True)
-        setup = {
-            "models": str(standalone.models_folder),
-            "input": str(self._input),
-            "output": str(self._output),
-            "parts": str(parts),
-            "shared": len(self._cards),
-            "latents": self._latents,
-        }
-        crew = _Crew(jobs, self._graph, self._classes, setup, self._cards)
+        staff = self._staff(parts)
+        crew = Crew(jobs, self._graph_of, staff)
+        if self._english is not None:
+            self._english.go_ahead(job.graph(self._base, self._classes) for job in jobs)
         try:
             for job, answer in crew.outcomes():
                 yield self._written(job, answer)
                 if answer.get("fatal"):
                     raise BatchError(answer["problem"])
         finally:
+            if self._english is not None:
+                self._english.stop()
             crew.stop()
+            staff.close()
+
+    def _graph_of(self, job: Job) -> Graph:
+        graph = job.graph(self._base, self._classes)
+        return graph if self._english is None else self._english.put_into(graph)
+
+    def _staff(self, parts: Path) -> Staff:
+        """Raises BatchError when the cluster does not answer."""
+        setup = {
+            "models": str(standalone.models_folder.absolute()),
+            "input": str(self._input),
+            "output": str(self._output),
+            "parts": str(parts),
+            "shared": len(self._cards),
+            "latents": self._latents,
+        }
+        if self._ray is None:
+            return LocalStaff(setup, self._cards)
+        return Cluster(self._ray, setup, self._classes, self._workers, self._cards)
 
     def _written(self, job: Job, answer: Message) -> Record:
         record: Record = {
@@ -128,7 +152,7 @@ class Batch:
             "pictures": answer.get("pictures", {}),
             **({"latents": answer.get("latents", {})} if self._latents else {}),
             "seconds": answer.get("seconds"),
-            "host": platform.node(),
+            "host": answer["host"],
             "card": answer["card"],
             "tries": answer["tries"],
             "error": answer.get("problem"),
@@ -136,86 +160,6 @@ class Batch:
         }
         self._manifest.add(record)
         return record
-
-
-class _Crew:
-    """A thread for each worker; each takes the next job when its last one is done."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        graph: Graph,
-        classes: dict,
-        setup: Message,
-        cards: Sequence[int | None],
-    ):
-        self._base, self._classes = json.dumps(graph), classes
-        self._count = len(jobs)
-        self._jobs: SimpleQueue[Job] = SimpleQueue()
-        for job in jobs:
-            self._jobs.put(job)
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
-        self._stopped = Event()
-        # The first job prepares the weights; all others would do the same work at the same time.
-        self._prepared = Event()
-        self._workers = [WorkerProcess(setup, card) for card in cards[: len(jobs)]]
-        self._threads = [
-            Thread(target=self._work, args=(worker, worker is self._workers[0]), daemon=True)
-            for worker in self._workers
-        ]
-
-    def outcomes(self) -> Iterator[tuple[Job, Message]]:
-        """Each job with what became of it. Raises BatchError when no worker can be started."""
-        for thread in self._threads:
-            thread.start()
-        for _ in range(self._count):
-            outcome = self._next_outcome()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            yield outcome
-
-    def _next_outcome(self) -> Outcome:
-        while True:
-            with suppress(Empty):  # Windows hears Ctrl+C between two waits only
-                return self._outcomes.get(timeout=0.5)
-
-    def stop(self) -> None:
-        """End all processes at once."""
-        self._stopped.set()
-        self._prepared.set()
-        for worker in self._workers:
-            worker.stop()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self, worker: WorkerProcess, is_first: bool) -> None:
-        try:
-            if not is_first:
-                self._prepared.wait()
-            while not self._stopped.is_set():
-                job = self._jobs.get_nowait()
-                self._outcomes.put((job, self._done(job, worker)))
-                self._prepared.set()
-        except (Empty, WorkerLost):
-            pass
-        except BaseException as error:  # anything: it is raised where the outcomes are waited for
-            self._outcomes.put(error)
-        finally:
-            worker.end()
-
-    def _done(self, job: Job, worker: WorkerProcess) -> Message:
-        """What became of it, after some tries if it must be. Raises WorkerLost once stopped."""
-        graph = job.graph(self._base, self._classes)
-        for tries in range(1, MOST_TRIES + 1):
-            try:
-                answer = worker.paint(job.id, graph)
-                return {**answer, "card": worker.card, "tries": tries}
-            except WorkerLost:
-                if self._stopped.is_set():
-                    raise
-                log.warning("The worker that painted %s has ended (try %d).", job.id, tries)
-        problem = say("Each worker that painted it ended, {tries} in all.", tries=MOST_TRIES)
-        return {"problem": problem, "fatal": False, "card": worker.card, "tries": MOST_TRIES}
 
 
 def _is_open(record: Record | None, retry_failed: bool) -> bool:

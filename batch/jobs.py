@@ -52,27 +52,22 @@ class Job:
         return _filled(base, self.values, classes, self.row)
 
 
-def make_jobs(rows: Sequence[Row], graph: Graph, classes: NodeClasses, repeat: int) -> list[Job]:
-    """Raises BatchError or GraphError for what is wrong with all rows, or with their names.
+def make_jobs(
+    rows: Sequence[Row], graph: Graph, classes: NodeClasses, repeat: int, translator: Any = None
+) -> list[Job]:
+    """translator: what tells it from others, where prompts will be translated.
+
+    Raises BatchError or GraphError for what is wrong with all rows, or with their names.
 
     What is wrong with one row becomes its job's problem.
     """
     schemas_of(graph, classes)
     _require_inputs(rows, graph)
     base = json.dumps(graph)
-    jobs = [_job(row, turn, graph, base, classes) for row in rows for turn in range(repeat)]
+    given = (graph, base, classes, translator)
+    jobs = [_job(row, turn, *given) for row in rows for turn in range(repeat)]
     _require_different(jobs)
     return jobs
-
-
-def picture_name(id: str, number: int) -> str:
-    """Of the pictures of a job, the first of which is number 0."""
-    return f"{id}.{number + 1}.png" if number else f"{id}.png"
-
-
-def latents_name(id: str) -> str:
-    """Of the file with the latents of a job after each pass of the transformer."""
-    return f"{id}.latents.safetensors"
 
 
 def _require_inputs(rows: Sequence[Row], graph: Graph) -> None:
@@ -104,7 +99,9 @@ def _require_different(jobs: Sequence[Job]) -> None:
             )
 
 
-def _job(row: Row, turn: int, graph: Graph, base: str, classes: NodeClasses) -> Job:
+def _job(
+    row: Row, turn: int, graph: Graph, base: str, classes: NodeClasses, translator: Any
+) -> Job:
     id = _id(row) + (f"-{turn + 1}" if turn else "")
     values = {name: value for name, value in row.values.items() if not _is_seed(name)}
     values |= {name: _seed(row, turn, graph, name) for name in _seeds(graph)}
@@ -112,6 +109,7 @@ def _job(row: Row, turn: int, graph: Graph, base: str, classes: NodeClasses) -> 
     try:
         filled = _filled(base, values, classes, row.number)
         states = [fingerprint(node, classes) for node in filled.values()]
+        states += [] if translator is None else [translator]
     except MajicFluxError as error:
         problem = str(error)
     text = json.dumps([id, graph, values, states], sort_keys=True)

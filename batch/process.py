@@ -3,11 +3,14 @@ has ended."""
 
 import json
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..host.graph import Graph
 from ..messages import say
 from .rows import BatchError
 
@@ -20,6 +23,25 @@ class WorkerLost(Exception):
     """The process ended while it painted: it was killed, or the card or the memory failed it."""
 
 
+class MachineRefused(WorkerLost):
+    """It cannot paint the picture that others paint."""
+
+
+class LocalStaff:
+    """A process for each of these cards of this machine; None: on the CPU."""
+
+    def __init__(self, setup: Message, cards: Sequence[int | None]):
+        self._workers = [WorkerProcess(setup, card) for card in cards]
+
+    def newcomers(self, wanted: int) -> "list[WorkerProcess]":
+        workers, self._workers = self._workers[:wanted], []
+        return workers
+
+    def require_hope(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class WorkerProcess:
     """card: the number of the card that it has to itself, as nvidia-smi counts or, where
     CUDA_VISIBLE_DEVICES is set, in that list; None: it computes on the CPU."""
@@ -28,14 +50,17 @@ class WorkerProcess:
         self._setup, self._number = setup, card
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
-        self.card = ""
+        self.machine, self.card = platform.node(), ""
 
-    def paint(self, id: str, graph: Any) -> Message:
-        """What the worker answers. Raises WorkerLost, or BatchError when it cannot be started."""
+    def start(self) -> bool:
+        """Raises BatchError when it ends before it can paint, time after time."""
         if self._process is None:
             self._start()
+        return True
+
+    def paint(self, id: str, graph: Graph, coming: Sequence[Graph]) -> Message:
         try:
-            answer = self._ask({"id": id, "graph": graph})
+            answer = self._ask({"id": id, "graph": graph, "coming": coming})
         except WorkerLost:
             self.end()
             raise
@@ -44,7 +69,6 @@ class WorkerProcess:
         return answer
 
     def end(self) -> None:
-        """For the thread that paints; the next job has another process."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -53,14 +77,11 @@ class WorkerProcess:
             pass
 
     def stop(self) -> None:
-        """For another thread: whoever waits for an answer gets a WorkerLost at once, and for any
-        that follows."""
         self._stopped = True
         if self._process is not None:
             self._process.kill()
 
     def _start(self) -> None:
-        """Raises BatchError when it ends before it can paint, time after time."""
         for _ in range(MOST_STARTS):
             try:
                 name = self._started()

@@ -5,7 +5,6 @@ under temporary names first, and nothing else. When its stdin ends, so does the 
 is doing: the driver has stopped, or was killed.
 """
 
-import errno
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import mkdtemp
@@ -28,12 +26,11 @@ from ..host.image_nodes import image_nodes
 from ..host.schema import ComfyNode
 from ..messages import MajicFluxError
 from ..nodes import NODES
-from .jobs import latents_name, picture_name
+from .coming import prompts_to_come
+from .pictures import FATAL, finish, latents_name, picture_name
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other row would fare better
 
 Message = dict[str, Any]
 
@@ -52,9 +49,9 @@ class Painter:
         self._kept: Kept = {}
         self._keeps_latents: bool = setup["latents"]
 
-    def paint(self, id: str, graph: Graph) -> Message:
-        """Returns the names and SHA-256 of the pictures and of the file of their latents, the
-        seconds and the memory report."""
+    def paint(self, id: str, graph: Graph, coming: Sequence[Graph] = ()) -> Message:
+        """coming: graphs that will follow. Returns the pictures and the file of their latents by
+        name, as `_finished` gives them, the seconds and the memory report."""
         told: dict[str, Any] = {}
         ComfyNode.hidden.extra_pnginfo = told
         began = time.monotonic()
@@ -65,11 +62,12 @@ class Painter:
         try:
             # Not the report: it has times in it, and pictures are to be the same in each run.
             nodes = image_nodes(folder, self._input, {"prompt": graph})
+            standalone.prompts_to_come = prompts_to_come(graph, coming, self._classes)
             shown = run_graph(graph, self._classes | nodes, self._kept)
             paths = [path for paths in shown for path in paths]
             latents = {latents_name(id): self._keep(id, steps, folder)} if steps else {}
             pictures = {
-                picture_name(id, number): self._finish(path, picture_name(id, number))
+                picture_name(id, number): self._finished(path, picture_name(id, number))
                 for number, path in enumerate(paths)
             }
         finally:
@@ -78,21 +76,17 @@ class Painter:
         report = told.get(provenance.KEY)
         return {"pictures": pictures, "latents": latents, "seconds": seconds, "report": report}
 
-    def _keep(self, id: str, steps: "Sequence[Tensor]", folder: Path) -> str:
-        """Write the latents of a run, by the numbers of its passes; returns their SHA-256."""
+    def _keep(self, id: str, steps: "Sequence[Tensor]", folder: Path) -> Any:
+        """Write the latents of a run, by the numbers of its passes, and finish that file."""
         from safetensors.torch import save
 
         path = folder / latents_name(id)
         path.write_bytes(save({f"{number:03d}": step for number, step in enumerate(steps)}))
-        return self._finish(path, path.name)
+        return self._finished(path, path.name)
 
-    def _finish(self, path: Path, name: str) -> str:
+    def _finished(self, path: Path, name: str) -> Any:
         """Give a whole file its name; returns its SHA-256."""
-        with path.open("r+b") as file:
-            digest = sha256(file.read()).hexdigest()
-            os.fsync(file.fileno())
-        os.replace(path, self._output / name)
-        return digest
+        return finish(path, self._output / name)
 
 
 def _keep_step(steps: "list[Tensor]", latents: "Tensor") -> None:
@@ -107,20 +101,20 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     replies, lines = _own_stdout(), _lines()
     painter = Painter(json.loads(next(lines)))
-    _reply(replies, {"card": _card()})
+    _reply(replies, {"card": card_name()})
     for line in lines:
         job = json.loads(line)
-        message = answer(painter, job["id"], job["graph"])
+        message = answer(painter, **job)
         _reply(replies, message)
         if message.get("last"):
             return
 
 
-def answer(painter: Painter, id: str, graph: Graph) -> Message:
+def answer(painter: Painter, id: str, graph: Graph, coming: Sequence[Graph] = ()) -> Message:
     """What `painter` returns, or the problem: whether it is fatal to the batch, and the last that
     this process should try."""
     try:
-        return painter.paint(id, graph)
+        return painter.paint(id, graph, coming)
     except (MajicFluxError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         return {"problem": str(error), "fatal": getattr(cause, "errno", None) in FATAL}
@@ -154,7 +148,7 @@ def _reply(replies: BinaryIO, message: Message) -> None:
     replies.flush()
 
 
-def _card() -> str:
+def card_name() -> str:
     """The name of what this process computes on."""
     import torch
 

@@ -1,10 +1,10 @@
 """Kills workers and drivers of batches at random, and sees that no row is lost or painted twice.
 
-python -m benchmarks.batch [--quick]
+python -m benchmarks.batch [--quick] [--rows N] [--rounds N]
 
 Random small models, on the CPU. Every round paints the same rows into a new folder, in as many runs
-as it takes, and compares its pictures with those of one worker that nobody disturbed. Then: what a
-batch costs beside a bare loop over the same graphs.
+as it takes, and compares its pictures with those of one worker that nobody disturbed. Before: what
+a batch costs beside a bare loop over the same graphs.
 """
 
 import argparse
@@ -36,15 +36,21 @@ CALM = (3.0, 12.0)  # seconds between two of them, for starts take some
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few rows, two rounds")
-    rows, rounds = (12, 2) if parser.parse_args().quick else (200, 20)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--rounds", type=int)
+    options = parser.parse_args()
+    rows, rounds = (12, 2) if options.quick else (200, 20)
+    rows, rounds = options.rows or rows, options.rounds or rounds
     with TemporaryDirectory() as place:
         folder = Path(place)
         _prepare(folder, rows)
         expected = _undisturbed(folder)
         for number in range(1, rounds + 1):
+            began = time.monotonic()
             killed = _disturbed(folder, folder / str(number), random.Random(number))
             _require_whole(folder / str(number), expected, rows)
-            print(f"round {number}: {rows} rows whole after kills of {', '.join(killed)}")
+            said = f"round {number}: {rows} rows whole after kills of {', '.join(killed)}"
+            print(f"{said}; {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _prepare(folder: Path, rows: int) -> None:
@@ -61,13 +67,13 @@ def _undisturbed(folder: Path) -> dict[str, str]:
     for _ in Batch(*given, models=folder / "models", workers=1):  # the weights are prepared
         break
     began = time.monotonic()
-    records = [*Batch(*given, workers=1)]
+    records = [*Batch(*given, models=folder / "models", workers=1)]
     whole = time.monotonic() - began
     in_batch = sum(record["seconds"] for record in records[1:]) / len(records[1:])
     bare = _bare_loop(folder)
     print(f"a picture: {in_batch:.3f} s in a batch, {bare:.3f} s in a bare loop")
     print(f"{len(records)} rows in {whole:.1f} s, the start of the worker included")
-    return _pictures(folder / "one")
+    return pictures_in(folder / "one")
 
 
 def _bare_loop(folder: Path) -> float:
@@ -91,7 +97,8 @@ def _disturbed(folder: Path, output: Path, chance: random.Random) -> list[str]:
                "--graph", folder / "graph.json", "--out", output,
                "--models", folder / "models", "--workers", WORKERS]  # fmt: skip
     while True:
-        driver = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+        nowhere = subprocess.DEVNULL
+        driver = subprocess.Popen([*map(str, command)], stdout=nowhere, stderr=nowhere)
         while driver.poll() is None:
             try:
                 driver.wait(chance.uniform(*CALM) if len(killed) < KILLS else None)
@@ -117,11 +124,11 @@ def _require_whole(output: Path, expected: dict[str, str], rows: int) -> None:
     painted = [record["key"] for record in map(json.loads, lines) if record["error"] is None]
     if len(painted) != rows or len({*painted}) != rows:
         raise SystemExit(f"{len(painted)} records for {rows} rows")
-    if _pictures(output) != expected:
+    if pictures_in(output) != expected:
         raise SystemExit("the pictures are not those of one worker")
 
 
-def _pictures(folder: Path) -> dict[str, str]:
+def pictures_in(folder: Path) -> dict[str, str]:
     files = [path for path in folder.iterdir() if path.name != "manifest.jsonl"]
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -48,17 +48,24 @@ def write_majicflus(
     _write(path, layout, PREFIX, _skip if content is None else repeat)
 
 
-def write_models(folder: Path, small: bool = False, sparse: bool = False) -> None:
+def write_models(
+    folder: Path, small: bool = False, sparse: bool = False, tokenizers: bool = False
+) -> None:
     """All files of the documented graph under `folder`, 34 GB, random; those there are kept.
 
     small: in the sizes of `random_models`, but with a row for every token of the real vocabularies.
-    sparse: their headers alone are real.
+    sparse: their headers alone are real. tokenizers: with those of `random_models`, and as many
+    rows, where no ComfyUI has the real ones.
     """
     clip, t5 = ClipGeometry(), T5Geometry()
     dit = random_models.DIT if small else FluxGeometry()
     if small:
         clip = replace(random_models.CLIP, vocabulary=clip.vocabulary)
         t5 = replace(random_models.T5, vocabulary=t5.vocabulary)
+    if tokenizers:
+        clip = replace(clip, vocabulary=random_models.CLIP_VOCABULARY)
+        t5 = replace(t5, vocabulary=random_models.T5_VOCABULARY)
+        random_models.write_tokenizers(folder)
     for file, layout, prefix in (
         (demo_models.DIT_FILE, flux_dit_layout(dit), PREFIX),
         (demo_models.CLIP_FILE, clip_layout(clip), ""),

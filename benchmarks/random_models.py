@@ -51,6 +51,11 @@ def write_random_models(folder: Path) -> None:
         save_file(random_tensors(layout, seed, torch.bfloat16), path)
     (folder / TEMPLATE_LORA_FILE).parent.mkdir(exist_ok=True)
     save_file(random_lora(layouts[DIT_FILE].items()), folder / TEMPLATE_LORA_FILE)
+    write_tokenizers(folder)
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Of CLIP_VOCABULARY and T5_VOCABULARY entries."""
     _write_clip_tokenizer(folder / CLIP_TOKENIZER_FOLDER)
     _write_t5_tokenizer(folder / T5_TOKENIZER_FOLDER)
 

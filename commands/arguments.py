@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
+from ..downloads.catalogue import TRANSLATOR
 from ..host import standalone
 
 MOST = 1_000_000  # that any number of an option may be
@@ -20,6 +21,17 @@ def add_models(parser: ArgumentParser) -> None:
         default=standalone.models_folder,
         help="folder with diffusion_models, loras, text_encoders and vae in it "
         "(default: %(default)s)",
+    )
+
+
+def add_translate(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--translate",
+        nargs="?",
+        const=TRANSLATOR,
+        metavar="MODEL",
+        help="translate the Chinese in its prompts, with this folder in models/translation "
+        f"(without one: {TRANSLATOR})",
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..messages import say
-from .arguments import Commands, add_models, numbers, positive
+from .arguments import Commands, add_models, add_translate, numbers, positive
 
 if TYPE_CHECKING:
     from ..batch import Batch
@@ -35,6 +35,12 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
     where.add_argument(
         "--workers", type=positive, metavar="N", help="so many processes on the CPU instead"
     )
+    batch.add_argument(
+        "--ray",
+        metavar="HOST:PORT",
+        help="on all machines of the Ray cluster there; local: of one that is started here",
+    )
+    add_translate(batch)
     add_models(batch)
     batch.set_defaults(command=_batch)
 
@@ -50,7 +56,9 @@ def _batch(options: Namespace) -> None:
         input_folder=options.input,
         gpus=options.gpus,
         workers=options.workers,
+        ray=options.ray,
         repeat=options.repeat,
+        translate=options.translate,
         retry_failed=options.retry_failed,
     )
     follow(batch, batch)

@@ -4,17 +4,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from ..downloads.catalogue import TRANSLATOR
 from ..host import standalone
 from ..host.graph import Graph, read_graph
+from ..nodes.prompts import translate_prompts
 from ..nodes.translate import translator_of
-from .arguments import Commands, add_models
+from .arguments import Commands, add_models, add_translate
 from .painting import paint
-
-PROMPTS = {  # inputs that `run --translate` translates, by node
-    "MajicFluxSample": ("prompt", "negative_prompt"),
-    "MajicFluxEncodePrompt": ("prompt",),
-}
 
 
 def add_to(commands: Commands, common: ArgumentParser) -> None:
@@ -26,14 +21,7 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
     add_models(run)
     run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")
     run.add_argument("--input", type=Path, default=Path("input"), help="where LoadImage looks")
-    run.add_argument(
-        "--translate",
-        nargs="?",
-        const=TRANSLATOR,
-        metavar="MODEL",
-        help="translate the Chinese in its prompts, with this folder in models/translation "
-        f"(without one: {TRANSLATOR})",
-    )
+    add_translate(run)
     run.set_defaults(command=_run)
 
 
@@ -52,17 +40,11 @@ def _translator(model: str, models: Path) -> Callable[[Graph], None]:
 
     Raises ModelFileError when there is no such translator, or it is damaged.
     """
-    from ..translation.frame import has_chinese
-
     standalone.models_folder = models
     translate = translator_of(model)
 
     def on_graph(graph: Graph) -> None:
-        for node in graph.values():
-            for name in PROMPTS.get(node["class_type"], ()):
-                prompt = node["inputs"].get(name)
-                if isinstance(prompt, str) and has_chinese(prompt):
-                    node["inputs"][name] = translate(prompt)
-                    print(node["inputs"][name], flush=True)
+        for english in translate_prompts(graph, translate):
+            print(english, flush=True)
 
     return on_graph

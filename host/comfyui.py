@@ -33,6 +33,7 @@ __all__ = [
     "bundled_folder",
     "check_cancelled",
     "comfyui_version",
+    "coming_prompts",
     "compute_device",
     "compute_dtype",
     "executing",
@@ -176,6 +177,11 @@ def loading_progress(node_id: str | None) -> Callable[[int, int, str], None]:
             show_on_node(node_id, say(doing, done=done / 1e9, total=total / 1e9))
 
     return on_bytes
+
+
+def coming_prompts(node_id: str | None) -> Sequence[str]:
+    """Of graphs that are queued nothing is known before they run."""
+    return ()
 
 
 def show_on_node(node_id: str | None, text: str) -> None:

@@ -138,6 +138,11 @@ def run_graph(
     return shown
 
 
+def origin_of(graph: Graph, key: str, node_classes: Mapping[str, type[ComfyNode]]) -> str:
+    """A digest of all that the outputs of a node come from. Raises MajicFluxError."""
+    return _origins(graph, _order(graph, [key]), node_classes)[key]
+
+
 def _origins(
     graph: Graph, order: Sequence[str], node_classes: Mapping[str, type[ComfyNode]]
 ) -> dict[str, str]:

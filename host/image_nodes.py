@@ -187,14 +187,20 @@ def _write_new(target: Path, data: bytes) -> Path:
     return path
 
 
-def _place(input_folder: Path, output_folder: Path, name: str) -> Path:
-    """Where the picture of that name is; raises MajicFluxError when it is not there."""
+def picture_path(input_folder: Path, output_folder: Path, name: str) -> Path:
+    """Where the picture of that name belongs; raises MajicFluxError when that is elsewhere."""
     folder = output_folder if name.endswith(" [output]") else input_folder
     path = folder / re.sub(r" \[(input|output)\]$", "", name)
     if not _within(folder, path):
         raise MajicFluxError(
             say("{file} leads out of the folder {folder}.", file=path, folder=folder)
         )
+    return path
+
+
+def _place(input_folder: Path, output_folder: Path, name: str) -> Path:
+    """Where the picture of that name is; raises MajicFluxError when it is not there."""
+    path = picture_path(input_folder, output_folder, name)
     if not path.is_file():  # a pipe would be waited for
         raise MajicFluxError(say("There is no picture {file}.", file=path))
     return path

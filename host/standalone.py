@@ -3,7 +3,7 @@
 import locale
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ __all__ = [
     "bundled_folder",
     "check_cancelled",
     "comfyui_version",
+    "coming_prompts",
     "compute_device",
     "compute_dtype",
     "executing",
@@ -58,6 +59,9 @@ models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
 # Of the machine's memory, that this process may pin; ComfyUI allows as much on every system. The
 # processes of a batch share it.
 pinned_share = 0.4
+
+# By the nodes that will encode them. A batch sets it.
+prompts_to_come: "Mapping[str | None, Sequence[str]]" = {}
 
 # Called after each pass of the transformer with the clean latents that it leads to, for whoever
 # compares runs.
@@ -195,6 +199,11 @@ def loading_progress(node_id: str | None) -> "Callable[[int, int, str], None]":
             bar.refresh()
 
     return on_bytes
+
+
+def coming_prompts(node_id: str | None) -> "Sequence[str]":
+    """Which the node will have to encode soon, in graphs that follow."""
+    return prompts_to_come.get(node_id, ())
 
 
 def show_on_node(node_id: str | None, text: str) -> None:

@@ -53,6 +53,9 @@ SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody, if locks do not tell
 WRITE_OUT_SECONDS = 1.0
 KEEPING = later("keeping {total:.1f} GB on disk")
+LOCK = "majicflux.lock"  # in the folder of the cache; it stays there, empty
+WAIT_SECONDS = 0.2
+WAITING = later("waiting for another process that prepares weights")
 
 # Fills the weights, asking for room for what it writes if there is somebody to ask.
 Convert = Callable[[MakeRoom | None], None]
@@ -97,8 +100,11 @@ def map_or_convert(
     """
     if folder is not None:
         path = cache_path(folder, files, weights, precision, baked)
-        if map_cached(weights, path) or convert_into_cache(weights, path, convert, progress):
+        if map_cached(weights, path):
             return True
+        with _alone_in(folder, progress):
+            if map_cached(weights, path) or convert_into_cache(weights, path, convert, progress):
+                return True
     weights.allocate()
     convert(None)
     return False
@@ -183,6 +189,30 @@ def clear_cache(folder: Path) -> int:
             reason=error,
         ) from error
     return freed
+
+
+@contextmanager
+def _alone_in(folder: Path, progress: Progress | None) -> Iterator[None]:
+    """No other process prepares weights in the folder: it would make what this one makes, or read
+    the same disk. Where nothing can be locked, others may.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=WAIT_SECONDS)
+                break
+            if progress is not None:
+                progress(0, 1, WAITING)
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cut(name: str, size: int) -> str:

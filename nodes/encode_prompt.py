@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ..host import current as host
 from . import run_ui, sampler_inputs
 from .arguments import checked
 from .sockets import CATEGORY, Node, PipelineHandle, io
@@ -45,7 +46,9 @@ class EncodePrompt(Node):
         from ..engine.run.pipeline import encode_prompts
         from ..host import native
 
-        (embedding,), report = encode_prompts(pipeline, [prompt], **run_ui.callbacks(cls))
+        coming = host.coming_prompts(cls.hidden.unique_id)
+        given = (pipeline, [prompt])
+        (embedding,), report = encode_prompts(*given, **run_ui.callbacks(cls), coming=coming)
         counts = pipeline.checked_text_encoders.count(prompt)
         conditioning = native.to_conditioning(embedding, guidance)
         return io.NodeOutput(conditioning, ui=run_ui.shown(cls, report, counts=counts))

@@ -191,6 +191,7 @@ def generation_request(
         latents=latents,
         mask=mask,
         noise_of=of_latent.get("batch_index"),
+        coming=host.coming_prompts(node.hidden.unique_id),
         **settings,
     )
     return request, [sized, drawn]

@@ -1,9 +1,12 @@
 """The T5 v1.1 encoder: that of Transformers, whose file takes seconds to import, bit for bit.
 
-Its modules have the names that the weights have in T5's files.
+Its modules have the names that the weights have in T5's files. They take the states of several
+prompts one by one, [1, text tokens, width] each: a matrix is needed once for all of them, and what
+becomes of a prompt has the same bits as if it were alone.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,14 @@ class T5LayerNorm(nn.Module):
         return self.weight * x.to(self.weight.dtype)
 
 
+class T5Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, each: Sequence[Tensor]) -> list[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return [F.linear(x, self.weight) for x in each]
+
+
 class T5Attention(nn.Module):
     """has_bias: whether it is the first, which keeps the position bias of all."""
 
@@ -33,8 +44,8 @@ class T5Attention(nn.Module):
         super().__init__()
         inner = g.heads * g.head_dim
         self.heads = g.heads
-        self.q, self.k, self.v = (nn.Linear(g.width, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, g.width, bias=False)
+        self.q, self.k, self.v = (T5Linear(g.width, inner) for _ in range(3))
+        self.o = T5Linear(inner, g.width)
         if has_bias:
             # The constructor draws values, for which PyTorch imports its compiler on meta.
             table = torch.empty(g.buckets, g.heads)
@@ -47,13 +58,16 @@ class T5Attention(nn.Module):
         buckets = _buckets(place[None, :] - place[:, None], table.num_embeddings)
         return table(buckets).permute(2, 0, 1)[None].contiguous()
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.q, self.k, self.v)
-        )
+    def forward(self, each: Sequence[Tensor], bias: Tensor) -> list[Tensor]:
+        of_each = zip(self.q(each), self.k(each), self.v(each), strict=True)
+        found = [self._attended(q, k, v, bias) for q, k, v in of_each]
+        del of_each  # as much memory as what follows
+        return self.o(found)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.o(found.transpose(1, 2).flatten(2))
+        return found.transpose(1, 2).flatten(2)
 
 
 class T5LayerSelfAttention(nn.Module):
@@ -62,22 +76,27 @@ class T5LayerSelfAttention(nn.Module):
         self.SelfAttention = T5Attention(g, has_bias)
         self.layer_norm = T5LayerNorm(g.width)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, each: Sequence[Tensor], bias: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """bias: None for the first, which makes it."""
         if bias is None:
-            bias = self.SelfAttention.position_bias(x.shape[1])
-        return x + self.SelfAttention(self.layer_norm(x), bias), bias
+            bias = self.SelfAttention.position_bias(each[0].shape[1])
+        found = self.SelfAttention([self.layer_norm(x) for x in each], bias)
+        return [x + y for x, y in zip(each, found, strict=True)], bias
 
 
 class T5DenseGatedActDense(nn.Module):
     def __init__(self, g: T5Geometry):
         super().__init__()
-        self.wi_0, self.wi_1 = (nn.Linear(g.width, g.mlp_width, bias=False) for _ in range(2))
-        self.wo = nn.Linear(g.mlp_width, g.width, bias=False)
+        self.wi_0, self.wi_1 = (T5Linear(g.width, g.mlp_width) for _ in range(2))
+        self.wo = T5Linear(g.mlp_width, g.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = _gelu(self.wi_0(x))
-        return self.wo(gate * self.wi_1(x))
+    def forward(self, each: Sequence[Tensor]) -> list[Tensor]:
+        gates = self.wi_0(each)
+        for index, gate in enumerate(gates):
+            gates[index] = _gelu(gate)
+        for gate, x in zip(gates, self.wi_1(each), strict=True):
+            gate.mul_(x)
+        return self.wo(gates)
 
 
 class T5LayerFF(nn.Module):
@@ -86,8 +105,9 @@ class T5LayerFF(nn.Module):
         self.DenseReluDense = T5DenseGatedActDense(g)
         self.layer_norm = T5LayerNorm(g.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
+    def forward(self, each: Sequence[Tensor]) -> list[Tensor]:
+        found = self.DenseReluDense([self.layer_norm(x) for x in each])
+        return [x + y for x, y in zip(each, found, strict=True)]
 
 
 class T5Block(nn.Module):
@@ -105,13 +125,13 @@ class T5Stack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: token vectors [batch, text tokens, width]."""
-        bias = None
+        each, bias = x.split(1), None
         block: Any
         for block in self.block:
             attention, mlp = block.layer
-            x, bias = attention(x, bias)
-            x = mlp(x)
-        return self.final_layer_norm(x)
+            each, bias = attention(each, bias)
+            each = mlp(each)
+        return torch.cat([self.final_layer_norm(x) for x in each])
 
 
 class T5Encoder(nn.Module):

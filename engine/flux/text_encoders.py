@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +36,7 @@ from .prompts import (
 from .t5 import T5Encoder
 
 log = logging.getLogger("majicflux")
-REMEMBERED_READINGS = 8  # of prompts: a run has two, and what is asked about them comes soon
+REMEMBERED_READINGS = 64  # of prompts: a run has two, and a batch some that come soon
 REMEMBERED_BYTES = 256 * 2**20  # of embeddings: 63 prompts of usual length in bfloat16
 
 
@@ -121,53 +121,101 @@ class TextEncoders:
     def itemsize(self) -> int:
         return self.weights.module.t5.shared.weight.itemsize
 
-    def encode(
+    def encode(self, prompt: str, **how: Any) -> tuple[TextEmbedding, int]:
+        """`encode_together` of one prompt."""
+        (embedding,), moved_bytes = self.encode_together([prompt], **how)
+        return embedding, moved_bytes
+
+    def encode_together(
         self,
-        prompt: str,
+        prompts: Sequence[str],
+        along: Sequence[str] = (),
         before_block: BeforeBlock | None = None,
         ring_bytes: int = 0,
         chunking: Chunking | None = None,
         text_tokens: int = T5_TOKENS,
-    ) -> tuple[TextEmbedding, int]:
-        """Run both encoders; the caller has made room on `patcher.device`.
+    ) -> tuple[list[TextEmbedding], int]:
+        """Run both encoders, once for all prompts of a length, each of which is encoded as it would
+        be alone; the caller has made room on `patcher.device`.
 
         Weights other than 1 mean what they mean to ComfyUI: T5's vectors are moved along the line
         from those of an empty prompt, which is encoded too if it is not remembered; CLIP's pooled
-        vector, all that Flux takes of CLIP, is left as it is. text_tokens: T5's at least.
-        Returns the embedding, on the CPU, and the bytes of weights that were moved.
+        vector, all that Flux takes of CLIP, is left as it is. along: others, to be remembered if
+        they can be encoded. text_tokens: T5's at least.
+        Returns the embeddings, on the CPU, and the bytes of weights that were moved.
         Raises PromptTooLongError or PromptWeightError.
         """
-        segments, text = self.read(prompt, before_block or (lambda: None))
+        before_text = before_block or (lambda: None)
+        alike: dict[int, list[str]] = {}
+        for prompt in dict.fromkeys([*prompts, *along]):
+            text = self.read(prompt, before_text)[1]
+            alike.setdefault(max(len(text.t5), text_tokens), []).append(prompt)
+        found: dict[str, TextEmbedding | PromptWeightError] = {}
         moved_bytes = 0
-        ids = filled(text.t5, text_tokens, self.t5_tokenizer.pad_token_id)
-        weights = filled(text.weights, text_tokens, 1.0)
-        if prompt:
-            log.info("%s", " ".join(filter(None, [str(text.counts), text.counts.warning])))
-        empty = None
-        if any(weight != 1 for weight in weights):
-            empty = self.recall("", len(ids))
-            if empty is None:
-                given = (before_block, ring_bytes, chunking, len(ids))
-                empty, moved_bytes = self.encode("", *given)
+        for length, some in alike.items():
+            given = (some, length, text_tokens, before_block, ring_bytes, chunking)
+            embeddings, moved = self._encode_alike(*given)
+            found |= embeddings
+            moved_bytes += moved
+        return [_required(found[prompt]) for prompt in prompts], moved_bytes
+
+    def _encode_alike(
+        self,
+        prompts: Sequence[str],
+        length: int,
+        text_tokens: int,
+        before_block: BeforeBlock | None,
+        ring_bytes: int,
+        chunking: Chunking | None,
+    ) -> tuple[dict[str, TextEmbedding | PromptWeightError], int]:
+        """The same for prompts of `length` T5 tokens; the empty one is encoded with them where
+        weights are measured from it. The error of a prompt is in the place of its embedding."""
+        weights = {p: filled(self.read(p)[1].weights, length, 1.0) for p in prompts}
+        weighted = any(weight != 1 for each in weights.values() for weight in each)
+        empty = self.recall("", length) if weighted else None
+        texts = [*prompts, *([""] if weighted and empty is None and "" not in prompts else [])]
+        plain, moved_bytes = self._run(texts, length, before_block, ring_bytes, chunking)
+        found: dict[str, TextEmbedding | PromptWeightError] = {}
+        for prompt, embedding in plain.items():
+            segments, text = self.read(prompt)
+            if prompt:
+                log.info("%s", " ".join(filter(None, [str(text.counts), text.counts.warning])))
+            if prompt in weights and any(weight != 1 for weight in weights[prompt]):
+                try:
+                    embedding = _weighed(embedding, empty or plain[""], weights[prompt])
+                except PromptWeightError as error:
+                    found[prompt] = error
+                    continue
+            of_length = text_tokens if prompt in weights else length
+            self._remembered[segments, of_length] = found[prompt] = embedding
+        while sum(known.nbytes for known in self._remembered.values()) > REMEMBERED_BYTES:
+            self._remembered.popitem(last=False)
+        return {prompt: found[prompt] for prompt in prompts}, moved_bytes
+
+    def _run(
+        self,
+        prompts: Sequence[str],
+        length: int,
+        before_block: BeforeBlock | None,
+        ring_bytes: int,
+        chunking: Chunking | None,
+    ) -> tuple[dict[str, TextEmbedding], int]:
+        """Of each prompt what both encoders give, without weights."""
         device, module, chunking = self.patcher.device, self.weights.module, chunking or Chunking()
+        texts = [self.read(prompt)[1] for prompt in prompts]
+        pad = self.t5_tokenizer.pad_token_id
         visits = self.weights.running_on(device, before_block, 1, ring_bytes, chunking)
         with visits as stream, _retried(module, chunking), ExitStack() as stack:
             beside = partial(beside_plain_layers, module, self.adapters, device)
             chunking.retry(lambda: stack.enter_context(beside()))
-            clip_ids = torch.tensor([text.clip], device=device)
+            clip_ids = torch.tensor([text.clip for text in texts], device=device)
             pooled, _ = chunking.retry(lambda: module.clip(clip_ids))
-            t5_ids = torch.tensor([ids], device=device)
+            t5_ids = torch.tensor([filled(text.t5, length, pad) for text in texts], device=device)
             tokens = chunking.retry(lambda: module.t5(t5_ids))
-            embedding = TextEmbedding(tokens.cpu(), pooled.cpu())
-        if empty is not None:
-            weighed = _weighted(embedding.tokens, empty.tokens, weights)
-            if torch.isfinite(embedding.tokens).all() and not torch.isfinite(weighed).all():
-                raise PromptWeightError(weight=max(weights, key=abs))
-            embedding = replace(embedding, tokens=weighed)
-        self._remembered[segments, text_tokens] = embedding
-        while sum(known.nbytes for known in self._remembered.values()) > REMEMBERED_BYTES:
-            self._remembered.popitem(last=False)
-        return embedding, moved_bytes + stream.moved_bytes
+            both = zip(prompts, tokens.cpu().split(1), pooled.cpu().split(1), strict=True)
+            # Each with memory of its own, which is free when it is forgotten.
+            found = {prompt: TextEmbedding(t.clone(), p.clone()) for prompt, t, p in both}
+        return found, stream.moved_bytes
 
 
 def build_text_encoders(
@@ -194,9 +242,14 @@ def build_text_encoders(
 
 @contextmanager
 def _retried(both: Any, chunking: Chunking) -> Iterator[None]:
-    """Each layer of CLIP, and each attention and feed forward of T5, is an attempt of its own."""
-    of_t5 = (layer for block in both.t5.encoder.block for layer in block.layer)
+    """Each layer of CLIP, and each attention and feed forward of T5, is an attempt of its own.
+
+    Those of CLIP take the prompts of a batch one by one, as T5's do by themselves.
+    """
+    of_t5 = [layer for block in both.t5.encoder.block for layer in block.layer]
     layers = [*both.clip.encoders, *of_t5]
+    for layer in both.clip.encoders:
+        layer.forward = partial(_one_by_one, layer.forward)
     for layer in layers:
         layer.forward = partial(_retry, chunking, layer.forward)
     try:
@@ -208,6 +261,10 @@ def _retried(both: Any, chunking: Chunking) -> Iterator[None]:
 
 def _retry(chunking: Chunking, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return chunking.retry(lambda: forward(*args, **kwargs))
+
+
+def _one_by_one(forward: Callable[..., Tensor], batch: Tensor, **named: Any) -> Tensor:
+    return torch.cat([forward(each, **named) for each in batch.split(1)])
 
 
 class HostEmbedding(nn.Module):
@@ -239,6 +296,20 @@ def _sized_clip(g: ClipGeometry) -> Any:
             self.geometry = g
 
     return SizedClip()
+
+
+def _required(found: TextEmbedding | PromptWeightError) -> TextEmbedding:
+    if isinstance(found, PromptWeightError):
+        raise found
+    return found
+
+
+def _weighed(plain: TextEmbedding, empty: TextEmbedding, weights: list[float]) -> TextEmbedding:
+    """Raises PromptWeightError when the weights leave no numbers."""
+    tokens = _weighted(plain.tokens, empty.tokens, weights)
+    if torch.isfinite(plain.tokens).all() and not torch.isfinite(tokens).all():
+        raise PromptWeightError(weight=max(weights, key=abs))
+    return replace(plain, tokens=tokens)
 
 
 def _weighted(tokens: Tensor, empty: Tensor, weights: list[float]) -> Tensor:

@@ -61,7 +61,8 @@ class StagePlan:
     overhead: of libraries; ring: for visiting weights, 0 where all stay; resident: weights that
     stay; visiting: weights that are copied at each pass; once: weights that are copied once;
     tokens: computed at once, 0 for all; smallest: what the stage needs; groups: of heads that
-    attend one after another; bands: in which the VAE runs, None for the whole picture at once.
+    attend one after another; bands: in which the VAE runs, None for the whole picture at once;
+    prompts: encoded together.
     """
 
     name: str
@@ -76,6 +77,7 @@ class StagePlan:
     smallest: int
     groups: int = 1
     bands: BandPlan | None = None
+    prompts: int = 1
 
     @property
     def peak(self) -> int:

@@ -98,6 +98,10 @@ class Pipeline:
         encoders = self.checked_text_encoders
         return TextStage(encoders, [c for c in self.components if c is not encoders])
 
+    def text_with(self, coming: Sequence[str]) -> TextStage:
+        """coming: prompts of later runs, to be encoded along."""
+        return replace(self.text, coming=coming)
+
     @property
     def denoise(self) -> DenoiseStage:
         return DenoiseStage(self.dit, self.compute)
@@ -202,7 +206,7 @@ def paint(
     stage = pipeline.denoise_with(() if request.mask_is_empty else request.acting)
     painting = [] if request.mask_is_empty else [stage]
     encoding = [pipeline.encode] if request.picture is not None or stage.controls else []
-    reading = [pipeline.text] if painting and request.has_texts else []
+    reading = [pipeline.text_with(request.coming)] if painting and request.has_texts else []
     stages = [*reading, *encoding, *painting, pipeline.decode]
     workload = _workload(pipeline, request, preview_bytes, before_block)
     run = pipeline.start(workload, stages, before_block, on_stage)
@@ -240,7 +244,7 @@ def _embedded(
 ) -> list[TextEmbedding]:
     """Of each prompt, with the pictures that it comes with."""
     if request.has_texts:
-        prompts = pipeline.text.run(run, request.prompts)
+        prompts = pipeline.text_with(request.coming).run(run, request.prompts)
     else:
         prompts = checked_embeddings(request.prompts)
     both = zip(prompts, request.prompt_pictures, strict=True)
@@ -278,10 +282,13 @@ def encode_prompts(
     prompts: Sequence[str],
     before_block: BeforeBlock,
     on_stage: OnStage = ignore_stage,
+    coming: Sequence[str] = (),
 ) -> tuple[list[TextEmbedding], Report]:
+    """coming: prompts of later runs, to be encoded along."""
+    stage = pipeline.text_with(coming)
     workload = Workload(STEP, STEP, text_tokens=pipeline.text_tokens(prompts, before_block))
-    run = pipeline.start(workload, [pipeline.text], before_block, on_stage)
-    return pipeline.text.run(run, prompts), run.report
+    run = pipeline.start(workload, [stage], before_block, on_stage)
+    return stage.run(run, prompts), run.report
 
 
 @own_state()

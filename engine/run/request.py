@@ -35,7 +35,8 @@ class GenerationRequest:
     `strength` lowers. mask: [m, rows, columns] in 0..1, 1 where the picture may change.
     noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
     to go on with the noise that `latents` have. reference: for prompts that bring no pictures.
-    controls: pictures that control nets are shown.
+    controls: pictures that control nets are shown. coming: prompts of later requests, which are
+    encoded in the same visit of the text encoders.
     """
 
     prompt: str | TextEmbedding
@@ -57,6 +58,7 @@ class GenerationRequest:
     add_noise: bool = True
     reference: PictureConditions = NO_PICTURES
     controls: tuple[Control, ...] = ()
+    coming: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, size in ((later("Width"), self.width), (later("Height"), self.height)):

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...messages import say
-from ..errors import NotFiniteError
+from ..errors import NotFiniteError, PromptTooLongError
 from ..flux.conditioning import Conditions, conditions_of
 from ..flux.controlnet import Control, ControlNet
 from ..flux.geometry import ControlGeometry
@@ -38,10 +38,12 @@ from .pipeline_run import Component, PipelineRun
 
 @dataclass(frozen=True)
 class TextStage:
-    """Prompts -> embeddings. others: the pipeline's other components, which may have to stay."""
+    """Prompts -> embeddings. others: the pipeline's other components, which may have to stay;
+    coming: prompts of later runs, for which the weights need not come again."""
 
     encoders: TextEncoders
     others: Sequence[Component] = ()
+    coming: Sequence[str] = ()
     name: ClassVar[str] = TEXT
     repeats: ClassVar[bool] = False
 
@@ -59,20 +61,35 @@ class TextStage:
         return plan_text(
             encoders.weights.sizes, encoders.t5_geometry, encoders.itemsize, budget,
             device_profile(encoders.patcher.device), others, workload.text_tokens,
-            plain_bytes(encoders.adapters, encoders.itemsize),
+            plain_bytes(encoders.adapters, encoders.itemsize), 1 + len(self.coming),
         )  # fmt: skip
 
     def run(self, run: PipelineRun, prompts: Sequence[str | TextEmbedding]) -> list[TextEmbedding]:
         """The embedding of each, without running an encoder for those that are remembered."""
-        found = [self.encoders.recall(p) if isinstance(p, str) else p for p in prompts]
-        if not all(found):
+        found = {p: self.encoders.recall(p) for p in prompts if isinstance(p, str)}
+        missing = [prompt for prompt, embedding in found.items() if embedding is None]
+        if missing:
             with run.memory_of(self) as (plan, chunking):
-                for index, prompt in enumerate(prompts):
-                    if found[index] is None and isinstance(prompt, str):
-                        given = (prompt, run.before_block, plan.ring, chunking)
-                        found[index], moved = self.encoders.encode(*given)
-                        run.moved(moved)
-        return checked_embeddings(found)
+                coming = self._readable_coming(run.plan.workload.text_tokens)
+                for first in range(0, len(missing), plan.prompts):
+                    some = missing[first : first + plan.prompts]
+                    along = [coming.pop(0) for _ in coming[: plan.prompts - len(some)]]
+                    given = (some, along, run.before_block, plan.ring, chunking)
+                    embeddings, moved = self.encoders.encode_together(*given)
+                    found |= zip(some, embeddings, strict=True)
+                    run.moved(moved)
+        return checked_embeddings([found[p] if isinstance(p, str) else p for p in prompts])
+
+    def _readable_coming(self, text_tokens: int) -> list[str]:
+        """Those that are not remembered and no longer than was planned for; what is wrong with one
+        is told when it is painted."""
+        readable = []
+        for prompt in dict.fromkeys(self.coming):
+            with suppress(PromptTooLongError):
+                fits = self.encoders.count(prompt).text_tokens <= text_tokens
+                if fits and self.encoders.recall(prompt) is None:
+                    readable.append(prompt)
+        return readable
 
 
 @dataclass(frozen=True)

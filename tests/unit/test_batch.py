@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from PIL import Image
 
-from majicflux.batch import Batch, BatchError
+from majicflux.batch import Batch, BatchError, crew, driver
+from majicflux.batch.crew import HAND, Crew
 from majicflux.batch.jobs import Job, make_jobs
 from majicflux.batch.manifest import NAME, Manifest
 from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
@@ -27,6 +30,8 @@ from majicflux.batch.worker import answer
 from majicflux.cli import main
 from majicflux.host import standalone
 from majicflux.host.image_nodes import image_nodes
+from majicflux.loaders.demo_models import DIT_FILE
+from majicflux.loaders.weight_cache import LOCK
 from majicflux.messages import MajicFluxError
 from majicflux.nodes import NODES
 
@@ -241,7 +246,7 @@ def by_one_worker(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (folder / "rows.csv").write_text(TABLE)
     for record in Batch(folder / "rows.csv", folder / "graph.json", folder / "out", models=models,
                         workers=1):  # fmt: skip
-        assert record["host"]
+        assert record["host"] or record["tries"] == 0
     return folder / "out"
 
 
@@ -256,7 +261,9 @@ def test_each_row_is_painted_or_its_problem_recorded(by_one_worker: Path) -> Non
     assert found["d"]["error"] == "Row 4, steps must be a number, not 'many'."
     assert [found[id]["tries"] for id in "abcdef"] == [1, 1, 1, 0, 1, 1]
     assert {found[id]["card"] for id in "abcef"} == {"CPU"}
-    assert [phase["name"] for phase in found["b"]["report"]["phases"]][1] == "denoising"
+    phases = {id: [each["name"] for each in found[id]["report"]["phases"]] for id in "ab"}
+    assert phases["a"] == ["text encoders", "denoising", "VAE decode"]
+    assert phases["b"] == phases["a"][1:], "its prompt was encoded with the first"
     assert found["a"]["seconds"] > found["b"]["seconds"], "the models stay between rows"
     with Image.open(by_one_worker / "b.png") as picture:
         assert picture.size == (48, 32)
@@ -357,6 +364,9 @@ def test_ctrl_c_ends_a_batch_at_once(graph: Path, rows: Save, models: Path, tmp_
     assert psutil.wait_procs(workers, timeout=1)[1] == []
     painted = {name for record in records(tmp_path / "out") for name in record["pictures"]}
     assert painted <= {*pictures(tmp_path / "out")}
+    left = Batch(many, graph, tmp_path / "out", workers=1)
+    left._manifest.close()
+    assert len(left.waiting) == 50 - len(painted) < 50
 
 
 def test_the_command_says_what_was_painted_and_what_was_not(
@@ -384,10 +394,11 @@ def test_a_terminal_shows_rate_and_remaining_time(
         def isatty(self) -> bool:
             return True
 
-    def paint(worker: WorkerProcess, id: str, graph: object) -> dict:
+    def paint(worker: WorkerProcess, id: str, graph: object, coming: object) -> dict:
         time.sleep(0.2)
         return {"problem": "no"} if id == "a" else {"pictures": {f"{id}.png": ""}, "seconds": 0.2}
 
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: True)
     monkeypatch.setattr(WorkerProcess, "paint", paint)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(sys, "stdout", out := StringIO())
@@ -414,17 +425,61 @@ def test_three_lines_of_python(by_one_worker: Path, graph: Path, rows: Save, mod
     assert pictures(graph.parent / "out") == {"a.png": pictures(by_one_worker)["a.png"]}
 
 
+def test_chinese_prompts_are_translated_for_the_workers(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    english = {"雨夜": "rainy night", "猫": "a cat"}
+    asked: list[str] = []
+    painted: dict[str, str] = {}
+
+    def translate(prompt: str) -> str:
+        asked.append(prompt)
+        if prompt not in english:
+            raise MajicFluxError("The prompt is too long.")
+        return english[prompt]
+
+    def paint(worker: WorkerProcess, id: str, graph: dict, coming: object) -> dict:
+        painted[id] = graph["5"]["inputs"]["prompt"]
+        return {"seconds": 0.1}
+
+    monkeypatch.setattr(driver, "translator_of", lambda model: translate)
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: True)
+    monkeypatch.setattr(WorkerProcess, "paint", paint)
+    table = rows("id,prompt\na,雨夜\nb,猫\nc,a (dog:1.2)\nd,雨夜\ne,很长\n")
+    given = (table, graph, tmp_path / "out")
+    batch = Batch(*given, workers=1, translate="opus-mt-zh-en")
+    problems = {record["id"]: record["error"] for record in batch}
+    assert painted == {"a": "rainy night", "b": "a cat", "c": "a (dog:1.2)", "d": "rainy night"}
+    assert problems == dict.fromkeys("abcd") | {"e": "The prompt is too long."}
+    assert asked.count("雨夜") == asked.count("猫") == 1
+    again = Batch(*given, workers=1, translate="opus-mt-zh-en")
+    again._manifest.close()
+    assert again.waiting == []
+    untranslated = Batch(*given, workers=1)
+    untranslated._manifest.close()
+    assert len(untranslated.waiting) == 5
+
+
+def test_a_translator_that_is_not_there_is_told(
+    graph: Path, rows: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--graph", str(graph), "--out", str(tmp_path / "out"), "--translate"]
+    assert main(["batch", str(rows("a cat\n", "rows.txt")), *options]) == 1
+    assert "No translator opus-mt-zh-en is in models/translation." in capsys.readouterr().err
+
+
 # What cannot go on
 
 
 def test_a_row_that_ends_each_worker_fails_and_the_others_go_on(
     graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def paint(worker: WorkerProcess, id: str, graph: object) -> dict:
+    def paint(worker: WorkerProcess, id: str, graph: object, coming: object) -> dict:
         if id == "a":
             raise WorkerLost
         return {"pictures": {}, "seconds": 1.0, "report": None}
 
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: True)
     monkeypatch.setattr(WorkerProcess, "paint", paint)
     a, b = Batch(rows("id\na\nb\n"), graph, tmp_path / "out", workers=1)
     assert (a["error"], a["tries"]) == ("Each worker that painted it ended, 3 in all.", 3)
@@ -435,13 +490,14 @@ def test_a_full_disk_ends_the_batch(
     graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
-        def paint(self, id: str, graph: object) -> dict:
+        def paint(self, id: str, graph: object, coming: object) -> dict:
             try:
                 raise OSError(errno.ENOSPC, "No space left on device")
             except OSError as error:
                 raise MajicFluxError("a.png cannot be written.") from error
 
-    monkeypatch.setattr(WorkerProcess, "paint", lambda _, id, graph: answer(Full(), id, graph))
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: True)
+    monkeypatch.setattr(WorkerProcess, "paint", lambda _, *job: answer(Full(), *job))
     with pytest.raises(BatchError, match=r"^a\.png cannot be written\.$"):
         list(Batch(rows("id\na\nb\nc\n"), graph, tmp_path / "out", workers=2))
     assert len(records(tmp_path / "out")) == 1
@@ -449,7 +505,7 @@ def test_a_full_disk_ends_the_batch(
 
 def test_a_worker_that_fails_in_an_unknown_way_is_replaced() -> None:
     class Broken:
-        def paint(self, id: str, graph: object) -> dict:
+        def paint(self, id: str, graph: object, coming: object) -> dict:
             raise RuntimeError("CUDA error")
 
     expected = {"problem": "RuntimeError: CUDA error", "fatal": False, "last": True}
@@ -477,30 +533,116 @@ def test_a_worker_that_ends_as_it_starts_is_started_again(monkeypatch: pytest.Mo
     monkeypatch.setattr(WorkerProcess, "_started", started)
     monkeypatch.setattr(WorkerProcess, "_ask", lambda *_: {"seconds": 1.0})
     worker = WorkerProcess({}, 1)
-    assert worker.paint("a", {}) == {"seconds": 1.0}
+    assert worker.start()
+    assert worker.paint("a", {}, []) == {"seconds": 1.0}
     assert worker.card == "1: a card"
 
 
-def test_the_first_job_is_painted_alone_for_it_prepares_the_weights(
-    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Workers that come and go
+
+
+class Hired:
+    """A worker in this process: it paints until `lasts` jobs are done, then it is lost."""
+
+    machine, card = "a machine", "a card"
+
+    def __init__(self, painted: dict[str, list[str]], name: str, lasts: float = math.inf):
+        self.painted, self.name, self.left = painted, name, lasts
+
+    def start(self) -> bool:
+        return self.left >= 0
+
+    def paint(self, id: str, graph: object, coming: list) -> dict:
+        self.left -= 1
+        if self.left < 0:
+            raise WorkerLost
+        self.painted.setdefault(self.name, []).append(id)
+        time.sleep(0.01)
+        return {"coming": len(coming)}
+
+    def end(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Agency:
+    """Gives these workers, one more each time that it is asked."""
+
+    def __init__(self, *workers: Hired):
+        self.workers = [*workers]
+
+    def newcomers(self, wanted: int) -> list[Hired]:
+        return [self.workers.pop(0)] if self.workers and wanted > 0 else []
+
+    def require_hope(self) -> None:
+        raise BatchError("nobody is left")
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def forty() -> list[Job]:
+    return [Job(str(number), number, {}, str(number)) for number in range(40)]
+
+
+def test_jobs_of_a_lost_worker_are_painted_by_one_that_comes_later(
+    forty: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spans: dict[str, tuple[float, float]] = {}
+    monkeypatch.setattr(crew, "HIRE_SECONDS", 0.0)
+    painted: dict[str, list[str]] = {}
+    staff = Agency(Hired(painted, "first", 5), Hired(painted, "second", 7), Hired(painted, "third"))
+    found = [
+        (job.id, answer["tries"]) for job, answer in Crew(forty, lambda _: {}, staff).outcomes()
+    ]
+    assert sorted(int(id) for id, _ in found) == [*range(40)]
+    assert sorted(int(id) for ids in painted.values() for id in ids) == [*range(40)]
+    assert [len(painted[name]) for name in ("first", "second", "third")] == [5, 7, 28]
+    assert sorted(tries for _, tries in found)[-3:] == [1, 2, 2]
 
-    def paint(worker: WorkerProcess, id: str, graph: object) -> dict:
-        began = time.monotonic()
-        time.sleep(0.2)
-        spans[id] = began, time.monotonic()
-        return {"seconds": 0.2}
 
-    monkeypatch.setattr(WorkerProcess, "paint", paint)
-    list(Batch(rows("id\na\nb\nc\n"), graph, tmp_path / "out", workers=2))
-    assert min(spans["b"][0], spans["c"][0]) >= spans["a"][1]
-    assert max(spans["b"][0], spans["c"][0]) < min(spans["b"][1], spans["c"][1])
+def test_a_batch_ends_when_nobody_is_left(forty: list[Job]) -> None:
+    painting = Crew(forty, lambda _: {}, Agency(Hired({}, "first", 5)))
+    with pytest.raises(BatchError, match="nobody is left"):
+        list(painting.outcomes())
+
+
+def test_a_worker_knows_the_next_jobs_and_gets_fewer_towards_the_end(forty: list[Job]) -> None:
+    jobs = Crew(forty, lambda _: {}, Agency(Hired({}, "only"))).outcomes()
+    coming = [answer["coming"] for _, answer in jobs]
+    assert coming[:HAND] == [*range(HAND - 1, -1, -1)]
+    assert coming[HAND:][:12] == [*range(11, -1, -1)]
+    assert coming[-4:] == [0, 0, 0, 0]
+
+
+def test_weights_are_prepared_by_one_process_while_others_wait(
+    models: Path, tmp_path: Path
+) -> None:
+    """Both would make the same file, and read the same disk."""
+    code = (
+        "import sys; from pathlib import Path; from majicflux.loaders import flux_dit as f;"
+        "from majicflux.engine.quant.formats import PRECISIONS; own = f.convert_into;"
+        "f.convert_into = lambda *given: print('converts') or own(*given); sys.stdin.read(1);"
+        "f.load_flux_dit(Path(sys.argv[1]), PRECISIONS['float8_e4m3fn'],"
+        " cache_folder=Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, models / DIT_FILE, tmp_path]
+    lock = FileLock(tmp_path / LOCK)
+    with lock:
+        two = [subprocess.Popen(command, stdin=-1, stdout=-1, text=True) for _ in range(2)]
+        for process in two:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            two[0].wait(4)
+        assert not [*tmp_path.glob("*.part")]
+    assert sorted(process.communicate()[0] for process in two) == ["", "converts\n"]
 
 
 def test_cards_that_are_not_there_are_refused(graph: Path, rows: Save, tmp_path: Path) -> None:
     with pytest.raises(BatchError, match="There is no card 99: this machine has"):
         Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[99])
+    with pytest.raises(BatchError, match="Cards are chosen with --gpus, machines with --ray"):
+        Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[0], ray="local")
 
 
 @pytest.mark.parametrize(

@@ -247,10 +247,11 @@ def test_the_published_comparison_is_one_command(
 ) -> None:
     asked = []
 
-    def paint(worker: WorkerProcess, id: str, graph: dict) -> dict:
+    def paint(worker: WorkerProcess, id: str, graph: dict, coming: object) -> dict:
         asked.append(graph)
         return {"problem": "no card", "fatal": False}
 
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: True)
     monkeypatch.setattr(WorkerProcess, "paint", paint)
     given = ["--out", str(tmp_path), "--models", str(models), "--workers", "1"]
     assert main(["compare", "--preset", "published", *given]) == 1
@@ -269,7 +270,7 @@ def test_the_published_comparison_is_one_command(
 def test_what_could_not_be_painted_is_a_failure_of_its_pairs(
     graph: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def paint(worker: WorkerProcess, id: str, graph: dict) -> dict:
+    def paint(worker: WorkerProcess, id: str, graph: dict, coming: object) -> dict:
         if id in ("1-p0-s0", "2-p0-s1"):
             return {"problem": "no memory", "fatal": False}
         names = [f"{id}.png", f"{id}.2.png"]  # of a batch of two
@@ -277,6 +278,7 @@ def test_what_could_not_be_painted_is_a_failure_of_its_pairs(
             Image.new("RGB", (32, 32)).save(tmp_path / "out/pictures" / name)
         return {"pictures": dict.fromkeys(names, ""), "latents": {}, "seconds": 1.0}
 
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: True)
     monkeypatch.setattr(WorkerProcess, "paint", paint)
     compared = ComparedBatch(
         graph, tmp_path / "out", {"cfg": ["1", "2"]}, [0, 1, 2], models=models, workers=1

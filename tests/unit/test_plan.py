@@ -601,8 +601,9 @@ def test_conditions_hold_what_was_planned(as_cuda, precision: str, steps: int) -
 
 
 @pytest.mark.parametrize("words", [T5_TOKENS, 1280])
+@pytest.mark.parametrize("prompts", [1, 4, 16])
 def test_the_text_encoders_hold_what_was_planned(
-    monkeypatch: pytest.MonkeyPatch, words: int
+    monkeypatch: pytest.MonkeyPatch, words: int, prompts: int
 ) -> None:
     """Without a fused attention that takes a bias, as on many cards: in float32, step by step."""
 
@@ -615,15 +616,16 @@ def test_the_text_encoders_hold_what_was_planned(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     weights = encoders(2)
     phase = plan_text(
-        weights.sizes, T5Geometry(layers=2), 2, None, DeviceProfile(), text_tokens=words
-    )
+        weights.sizes, T5Geometry(layers=2), 2, None, DeviceProfile(), text_tokens=words,
+        prompts=prompts,
+    )  # fmt: skip
     with torch.inference_mode(), LiveBytes() as live:
-        clip_ids = torch.zeros(1, CLIP_TOKENS, dtype=torch.int64, device=META)
-        t5_ids = torch.zeros(1, words, dtype=torch.int64, device=META)
+        clip_ids = torch.zeros(prompts, CLIP_TOKENS, dtype=torch.int64, device=META)
+        t5_ids = torch.zeros(prompts, words, dtype=torch.int64, device=META)
         pooled, _ = weights.module.clip(clip_ids)
         tokens = weights.module.t5(t5_ids)
-    assert pooled.shape == (1, 768)
-    assert tokens.shape == (1, words, 4096)
+    assert pooled.shape == (prompts, 768)
+    assert tokens.shape == (prompts, words, 4096)
     assert 0.85 * phase.values <= live.peak <= phase.values
 
 

@@ -129,7 +129,7 @@ def test_a_prompt_is_read_once_and_may_be_cancelled_meanwhile(
     assert sorted(read) == ["", "a (cat:1.2)"]
     for number in range(100):
         encoders.count(str(number))
-    assert len(encoders._read) < 10
+    assert len(encoders._read) < 70
 
 
 @pytest.mark.parametrize("prompt", ["(" * 8000 + "a" + ")" * 8000, "(a:1e39)", "(a:-3e38) b"])
@@ -184,15 +184,15 @@ def test_the_empty_prompt_is_encoded_once_for_each_length(
     for prompt in ("(a:1.2)", "(b:1.2)", "a" * 600 + "(b:1.2)", "b" * 600 + "(b:1.2)", ""):
         if encoders.recall(prompt) is None:
             encode(encoders, prompt)
-    assert runs == [512] * 3 + [768] * 3
+    assert runs == [512] * 2 + [768] * 2, "together with the first that is measured from it"
 
 
-def test_weights_that_visit_are_counted_in_both_passes(make_pipeline) -> None:
+def test_the_empty_prompt_costs_no_visit_of_its_own(make_pipeline) -> None:
     encoders = make_pipeline(device=torch.device("cpu", 0)).text_encoders
     with torch.inference_mode():
         moved = [encoders.encode(prompt)[1] for prompt in ("a", "(a:1.2)", "(b:1.2)")]
-    assert moved == [moved[0], 2 * moved[0], moved[0]]
     assert moved[0]
+    assert moved == [moved[0]] * 3
 
 
 @pytest.mark.parametrize(("letters", "words"), [(511, 512), (512, 768), (767, 768), (768, 1024)])

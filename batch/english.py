@@ -1,0 +1,47 @@
+"""Prompts in Chinese become English, ahead of the workers that are to paint them."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from threading import Event, Lock, Thread
+
+from ..host.graph import Graph
+from ..messages import MajicFluxError
+from ..nodes.prompts import translate_prompts
+
+Translate = Callable[[str], str]
+
+
+class English:
+    """translate: one prompt at a time, which may take seconds."""
+
+    def __init__(self, translate: Translate):
+        self._translate = translate
+        self._known: dict[str, str] = {}
+        self._turn = Lock()
+        self._stopped = Event()
+
+    def put_into(self, graph: Graph) -> Graph:
+        """Translate the prompts of a graph in place."""
+        translate_prompts(graph, self._english_of)
+        return graph
+
+    def go_ahead(self, graphs: Iterable[Graph]) -> None:
+        """Begin to translate what will be asked for, in a thread of its own."""
+
+        def translate_all() -> None:
+            for graph in graphs:
+                if self._stopped.is_set():
+                    return
+                with suppress(MajicFluxError):  # is told to whoever asks for it
+                    self.put_into(graph)
+
+        Thread(target=translate_all, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _english_of(self, prompt: str) -> str:
+        if prompt not in self._known:  # else nobody waits for the one that is being translated
+            with self._turn:
+                self._known[prompt] = self._translate(prompt)
+        return self._known[prompt]
