@@ -63,6 +63,14 @@ class TwoPicturesError(EngineError):
     fact = later("There are both a picture and latents to begin from.")
 
 
+class ReusedStepError(EngineError):
+    fact = later("Step {step} cannot be reused in a run of {steps}: the first is always computed.")
+
+
+class ReuseWithHeunError(EngineError):
+    fact = later("Steps cannot be reused with heun, which takes two passes for each.")
+
+
 # Noise levels
 
 

@@ -8,6 +8,8 @@ ADVICE: dict[type[errors.EngineError], str] = {
     errors.MaskAloneError: later("Connect an image or a latent too."),
     errors.StrengthAloneError: later("Connect an image or a latent, or set strength to 1."),
     errors.TwoPicturesError: later("Connect an image or a latent, not both."),
+    errors.ReusedStepError: later("Change reused_steps, or set reuse to off."),
+    errors.ReuseWithHeunError: later("Choose another solver, or set reuse to off."),
     errors.TooFewLevelsError: later(
         "Raise the steps or the denoise of the scheduler that SIGMAS come from."
     ),

@@ -78,6 +78,7 @@ class Denoise(Node):
                 ),
                 sampler_inputs.sigmas(),
                 sampler_inputs.control(),
+                *sampler_inputs.reuse(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -111,6 +112,8 @@ class Denoise(Node):
         add_noise: bool = True,
         sigmas: "Tensor | None" = None,
         control: "tuple[Control, ...]" = (),
+        reuse: str = sampler_inputs.NO_REUSE,
+        reused_steps: str = "",
     ) -> io.NodeOutput:
         from ..engine.run.pipeline import denoise
         from ..engine.sampling.schedules import some_steps
@@ -134,6 +137,8 @@ class Denoise(Node):
             strength=strength,
             add_noise=add_noise,
             controls=control,
+            reuse=reuse,
+            reused_steps=reused_steps,
         )
         part = some_steps(request.schedule, start_at_step, end_at_step)
         request = replace(request, schedule=part)

@@ -143,6 +143,7 @@ class Sample(Node):
                     "depth and canny models and control LoRAs: the depth map or the edges.",
                 ),
                 sampler_inputs.control(),
+                *sampler_inputs.reuse(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
             outputs=[
@@ -185,6 +186,8 @@ class Sample(Node):
         sigmas: "Tensor | None" = None,
         reference: "Tensor | None" = None,
         control: "tuple[Control, ...]" = (),
+        reuse: str = sampler_inputs.NO_REUSE,
+        reused_steps: str = "",
     ) -> io.NodeOutput:
         from ..engine.run.pipeline import paint
         from ..host import native
@@ -212,6 +215,8 @@ class Sample(Node):
             sigmas=sigmas,
             strength=strength,
             controls=control,
+            reuse=reuse,
+            reused_steps=reused_steps,
         )
         encoded = []
         if reference is not None:

@@ -161,6 +161,10 @@ const IDLE = {
         negative_prompt: (value, has) => value("cfg") === 1 || has("negative"),
         strength: (_, has) => !begins(has),
         keep_unmasked: (_, has) => !has("mask"),
+        reused_steps: (value) => !["chosen", ""].includes(value("reuse")),
+    },
+    MajicFluxDenoise: {
+        reused_steps: (value) => !["chosen", ""].includes(value("reuse")),
     },
 };
 

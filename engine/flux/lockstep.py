@@ -1,7 +1,7 @@
 """Control nets in lockstep with a transformer: each of their blocks runs just before the first
 block that it tells something, so that only one of its outputs is there at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from ..offload.weight_block import WeightBlock
 from .conditioning import Conditions, blocks_of
 from .controlnet import Control, outputs_of
 from .geometry import FluxGeometry, lockstep
+from .step_cache import Visits
 from .transformer import DiT
 from .velocity import TOKENS_OF_ENDS, Pass, Ropes, begun
 
@@ -77,7 +78,7 @@ class Lockstep:
         self._geometry, self._given = geometry, given
         self._ropes: Ropes = {}
 
-    def __call__(self, dit: Any, running: Pass, chunking: Chunking) -> None:
+    def __call__(self, dit: Any, running: Pass, chunking: Chunking) -> Iterator[None]:
         sigma = running.sigma.item()
         beside = [
             self._begun(each, running, chunking)
@@ -92,6 +93,7 @@ class Lockstep:
             running.through(block, chunking)
             for each in beside:
                 each.after(running)
+            yield
 
     def _begun(self, given: ControlTokens, beside: Pass, chunking: Chunking) -> _Beside:
         net: Any = given.control.net.weights.module
@@ -119,19 +121,25 @@ def _write(layer: Any, tokens: Tensor, out: Tensor, some: slice) -> None:
     layer(layer.rows(tokens[:, some]), out=out[:, some])
 
 
-def visits(dit: DiT, controls: Sequence[Control], sigmas: Sequence[float]) -> list[WeightBlock]:
-    """The weights in the order in which passes at these noise levels need them."""
+def visits_once(dit: DiT, controls: Sequence[Control]) -> list[WeightBlock]:
+    """The weights that a run needs before its passes, in their order."""
     nets = list({id(control.net): control.net for control in controls}.values())
-    order = [*dit.weights.once, *(block for net in nets for block in net.weights.once)]
+    return [*dit.weights.once, *(block for net in nets for block in net.weights.once)]
+
+
+def visits(dit: DiT, controls: Sequence[Control], sigmas: Sequence[float]) -> list[Visits]:
+    """The weights in the order in which passes at these noise levels need them."""
     main = [
         [dit.weights.block_of(part[0]) for part in block.weight_blocks()]
         for block in blocks_of(dit.weights.module)
     ]
     due = [(control, lockstep(dit.geometry, control.net.geometry)) for control in controls]
-    for sigma in sigmas:
+
+    def of_pass(sigma: float) -> Visits:
         acting = [(control.net, blocks) for control, blocks in due if control.acts_at(sigma)]
-        for number, own in enumerate(main):
-            for net, blocks in acting:
-                order += net.visits(blocks[number])
-            order += own
-    return order
+        return [
+            [*(visit for net, blocks in acting for visit in net.visits(blocks[number])), *own]
+            for number, own in enumerate(main)
+        ]
+
+    return [of_pass(sigma) for sigma in sigmas]

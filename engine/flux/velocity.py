@@ -44,14 +44,15 @@ class Pass:
         block(self.sequences, of_block, chunking)
 
 
-# How the sequences pass through the blocks, in place: here a step is left out that need not be
-# computed, or what a control net found is added.
-Blocks = Callable[[Any, Pass, Chunking], None]
+# How the sequences pass through the blocks, in place, with a pause behind each: here blocks are
+# left out that need not be computed, or what a control net found is added.
+Blocks = Callable[[Any, Pass, Chunking], Iterator[None]]
 
 
-def all_blocks(dit: Any, running: Pass, chunking: Chunking) -> None:
+def all_blocks(dit: Any, running: Pass, chunking: Chunking) -> Iterator[None]:
     for block in blocks_of(dit):
         running.through(block, chunking)
+        yield
 
 
 def flux_velocity(
@@ -75,10 +76,12 @@ def flux_velocity(
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         height, width = latents.shape[2:]
         running = begun(dit, prompts, latents, sigma, ropes, chunking)
-        through_blocks(dit, running, chunking)
+        for _ in through_blocks(dit, running, chunking):
+            pass
         slopes = []
         for sequence, modulation in zip(running.sequences, running.modulations, strict=True):
-            out = chunking.retry(partial(_final, dit, sequence.image, next(modulation)))
+            *_, of_last_layer = modulation  # behind those of blocks that were left out
+            out = chunking.retry(partial(_final, dit, sequence.image, of_last_layer))
             slopes.append(dit.unpatchify(out, height, width).to(latents.dtype))
         return slopes[0] if negative is None else classifier_free(slopes[0], slopes[1], cfg)
 

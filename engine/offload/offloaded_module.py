@@ -246,7 +246,7 @@ def running_together(
 ) -> Iterator[PrefetchRing]:
     """The modules can run on `device`, and their blocks visit it through one ring.
 
-    order: of the blocks, to the end of the run; ring_bytes: memory for those that visit, taken when
+    order: of the blocks, as far as it is known; ring_bytes: memory for those that visit, taken when
     the first comes; 0: as little as lets one be copied while another computes.
     """
     ring_bytes = ring_bytes or 2 * max(module.largest_bytes for module in modules)

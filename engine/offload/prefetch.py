@@ -38,8 +38,8 @@ class _Place:
 class PrefetchRing:
     """The visits of one run.
 
-    order: the blocks as they will run, to the end of the run. A block that comes out of turn is
-    fetched when it comes, which is slower and nothing else.
+    order: the blocks as they will run, as far as that is known; `expect` goes on with it. A block
+    that comes out of turn is fetched when it comes, which is slower and nothing else.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PrefetchRing:
         transfers: Transfers | None = None,
         pinned: PinnedTogether | None = None,
     ):
-        self.order = order
+        self.order = [*order]
         self.device = device
         self.ring_bytes = ring_bytes
         self.moved_bytes = 0
@@ -94,6 +94,15 @@ class PrefetchRing:
             block.point_to_host()
             place.left, place.needed = self._transfers.computed(), False
             self._look_ahead()
+
+    def expect(self, blocks: Sequence["WeightBlock"]) -> None:
+        """These will run behind those that are expected already."""
+        self.order += blocks
+        self._look_ahead()
+
+    def bytes_to_move(self, blocks: Sequence["WeightBlock"]) -> int:
+        """What would be copied for one visit of each of them."""
+        return sum(block.nbytes for block in blocks if not self._at_hand(block))
 
     def close(self) -> None:
         """End the run, wherever it is: no copy is under way, and the ring is given back."""

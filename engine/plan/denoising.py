@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..flux.geometry import HEAD_DIM, MLP_RATIO, ControlGeometry, FluxGeometry
+from ..flux.reuse import AT_ONCE, COMPARED
 from ..offload.chunking import CHUNKS, GROUPS, Chunking, split
 from ..offload.weight_sizes import WeightSizes
 from ..quant.attention import PYTORCH, Attention
@@ -39,10 +40,12 @@ def plan_denoising(
     adapters: AdapterSizes = NO_ADAPTERS,
     controls: Sequence[ControlGeometry] = (),
     attention: Attention = PYTORCH,
+    reuse: bool = False,
 ) -> StagePlan:
     """weights: of the transformer and its control nets; itemsize: of the activations; eight_bit:
     whether rows are quantized; conversion_bytes: of the buffer in which weights are converted;
-    controls: the net of each picture that one is shown."""
+    controls: the net of each picture that one is shown; reuse: whether steps may be reused: what
+    they take is on the card, or on the host where the budget is too small for that."""
     workload = _with_mode_token(workload, controls)
     pictures, text_tokens = workload.batch_size, workload.text_tokens
     tokens, width = workload.tokens, geometry.hidden
@@ -113,9 +116,31 @@ def plan_denoising(
         grouped.append((chunk, least, groups))
     # Every chunk converts the weights again, or takes many small operations.
     repeating = conversion_bytes > 0 or not profile.fused
-    return split_budget(
-        DENOISE, weights, choices, budget, profile, grouped=grouped, repeating=repeating
-    )
+
+    def planned(kept: int) -> StagePlan:
+        """With so many bytes more for what reused steps take."""
+        return split_budget(
+            DENOISE, weights, [(chunk, values + kept) for chunk, values in choices], budget,
+            profile, grouped=[(chunk, values + kept, groups) for chunk, values, groups in grouped],
+            repeating=repeating,
+        )  # fmt: skip
+
+    on_card, on_host = _kept_bytes(workload, width) if reuse else (0, 0)
+    plan = planned(on_card)
+    if reuse and budget is not None and plan.smallest > budget:
+        return replace(planned(on_host), kept_on_host=True)
+    return plan
+
+
+def _kept_bytes(workload: Workload, width: int) -> tuple[int, int]:
+    """Of the card, for steps that may be reused: with what the blocks added in two passes kept
+    there, or with a stretch of it on its way from the host. And what the first block added in two
+    passes, and how far they are apart."""
+    pictures, image = workload.batch_size, workload.image_tokens
+    added = 2 * pictures * workload.prompts * image
+    travelling = pictures * min(image, AT_ONCE)
+    compared = 3 * pictures * -(-image // COMPARED)
+    return (added + compared) * width * 4, (travelling + compared) * width * 4
 
 
 def _modulation(geometry: FluxGeometry) -> int:

@@ -62,7 +62,8 @@ class StagePlan:
     stay; visiting: weights that are copied at each pass; once: weights that are copied once;
     tokens: computed at once, 0 for all; smallest: what the stage needs; groups: of heads that
     attend one after another; bands: in which the VAE runs, None for the whole picture at once;
-    prompts: encoded together.
+    prompts: encoded together. kept_on_host: whether what reused steps take waits in the host's
+    memory.
     """
 
     name: str
@@ -78,6 +79,7 @@ class StagePlan:
     groups: int = 1
     bands: BandPlan | None = None
     prompts: int = 1
+    kept_on_host: bool = False
 
     @property
     def peak(self) -> int:

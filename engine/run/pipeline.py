@@ -17,6 +17,7 @@ from ..errors import (
 )
 from ..flux.controlnet import Control
 from ..flux.picture_conditions import PictureConditions
+from ..flux.reuse import Reuse
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -106,14 +107,14 @@ class Pipeline:
     def denoise(self) -> DenoiseStage:
         return DenoiseStage(self.dit, self.compute)
 
-    def denoise_with(self, controls: Sequence[Control]) -> DenoiseStage:
+    def denoise_with(self, controls: Sequence[Control], reuse: Reuse | None = None) -> DenoiseStage:
         """Raises ControlNetWidthError for a control net of another transformer."""
         for control in controls:
             found, wanted = control.net.geometry, self.dit.geometry
             for name in ("hidden", "text_width", "pooled_width"):
                 if (width := getattr(found, name)) != getattr(wanted, name):
                     raise ControlNetWidthError(width=width, wanted=getattr(wanted, name))
-        return replace(self.denoise, controls=controls)
+        return replace(self.denoise, controls=controls, reuse=reuse)
 
     @property
     def encode(self) -> EncodeStage:
@@ -203,7 +204,7 @@ def paint(
     Raises BudgetError when the memory does not suffice for a stage, before that stage has begun
     where that can be known.
     """
-    stage = pipeline.denoise_with(() if request.mask_is_empty else request.acting)
+    stage = pipeline.denoise_with(() if request.mask_is_empty else request.acting, request.reuse)
     painting = [] if request.mask_is_empty else [stage]
     encoding = [pipeline.encode] if request.picture is not None or stage.controls else []
     reading = [pipeline.text_with(request.coming)] if painting and request.has_texts else []
@@ -322,7 +323,7 @@ def denoise(
     if request.mask_is_empty:
         return unpainted(inputs), Report()
     workload = _workload(pipeline, request, preview_bytes, before_block)
-    stage = pipeline.denoise_with(request.acting)
+    stage = pipeline.denoise_with(request.acting, request.reuse)
     encoding = [pipeline.encode] if stage.controls else []
     run = pipeline.start(workload, [*encoding, stage], before_block, on_stage)
     prompts = _embedded(pipeline, run, request)

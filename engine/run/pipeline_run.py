@@ -20,7 +20,7 @@ from ..offload.weight_block import CPU
 from ..offload.weight_sizes import shares
 from ..plan.plan import Plan, StagePlan, Workload
 from ..plan.units import GB
-from .report import Report, StageReport
+from .report import Report, ReuseReport, StageReport
 
 RELIEF_BLOCKS = 3  # that leave the card at a time when memory is short; a ring takes two
 # Called when a stage begins, with its name for the user and its seconds where they are predicted.
@@ -76,6 +76,10 @@ class PipelineRun:
     def moved(self, nbytes: int) -> None:
         """So many bytes of weights have visited the device in this stage."""
         self.report.stages[-1].moved_bytes += nbytes
+
+    def reused(self, report: ReuseReport) -> None:
+        """Steps of this stage that might have been."""
+        self.report.stages[-1].reuse = report
 
     @contextmanager
     def memory_of(

@@ -8,15 +8,44 @@ from ..plan.plan import LABELS
 from ..plan.units import GB
 
 
+@dataclass(frozen=True)
+class ReuseReport:
+    """Steps of a run, those of them that were reused, bytes of weights that needed no journey, and
+    seconds: measured, and of as many computed steps."""
+
+    steps: int
+    reused: tuple[int, ...]
+    unmoved_bytes: int
+    seconds: float
+    all_computed: float
+
+    def __str__(self) -> str:
+        return say(
+            "{steps} steps: {computed} computed, {reused} reused ({which}); {unmoved:.1f} GB not "
+            "moved, {seconds:.1f} s instead of {all_computed:.1f} s",
+            steps=self.steps,
+            computed=self.steps - len(self.reused),
+            reused=len(self.reused),
+            which=" ".join(map(str, self.reused)) or "-",
+            unmoved=self.unmoved_bytes / GB,
+            seconds=self.seconds,
+            all_computed=self.all_computed,
+        )
+
+
 @dataclass
 class StageReport:
-    """What a stage was planned to hold on the card and did, None where it is not counted."""
+    """What a stage was planned to hold on the card and did, None where it is not counted.
+
+    reuse: of its steps, where any might be reused.
+    """
 
     name: str
     planned_bytes: int
     peak_bytes: int | None = None
     seconds: float = 0.0
     moved_bytes: int = 0
+    reuse: ReuseReport | None = None
 
     @property
     def label(self) -> str:
@@ -72,4 +101,5 @@ class Report:
             say("{phase} {seconds:.1f} s", phase=stage.label, seconds=stage.seconds)
             for stage in self.stages
         ]
-        return "\n".join([*filter(None, [self.summary]), ", ".join(seconds)])
+        reused = [str(stage.reuse) for stage in self.stages if stage.reuse is not None]
+        return "\n".join([*filter(None, [self.summary]), ", ".join(seconds), *reused])

@@ -12,13 +12,14 @@ from ...messages import later
 from .. import errors
 from ..flux.controlnet import Control
 from ..flux.picture_conditions import NO_PICTURES, PictureConditions
+from ..flux.reuse import Reuse
 from ..flux.text_encoders import TextEmbedding
 from ..latents import draw_noise, latent_mask
 from ..offload.weight_block import CPU
 from ..plan.plan import Workload
 from ..sampling.inputs import SamplerInputs
 from ..sampling.schedules import Schedule, diffsynth_sigmas
-from ..sampling.solvers import Solver, euler, levels_of_passes, passes
+from ..sampling.solvers import Solver, euler, heun, levels_of_passes, passes
 from ..sizes import CHANNELS, require_size
 
 MAX_STEPS = 100
@@ -36,7 +37,8 @@ class GenerationRequest:
     noise_of: which noises of the seed the pictures get, None for the first ones; add_noise: False
     to go on with the noise that `latents` have. reference: for prompts that bring no pictures.
     controls: pictures that control nets are shown. coming: prompts of later requests, which are
-    encoded in the same visit of the text encoders.
+    encoded in the same visit of the text encoders. reuse: which steps need not be computed, None
+    to compute all.
     """
 
     prompt: str | TextEmbedding
@@ -59,6 +61,7 @@ class GenerationRequest:
     reference: PictureConditions = NO_PICTURES
     controls: tuple[Control, ...] = ()
     coming: Sequence[str] = ()
+    reuse: Reuse | None = None
 
     def __post_init__(self) -> None:
         for name, size in ((later("Width"), self.width), (later("Height"), self.height)):
@@ -81,6 +84,8 @@ class GenerationRequest:
                 raise errors.StrengthAloneError(strength=self.strength)
         if self.picture is not None and self.latents is not None:
             raise errors.TwoPicturesError
+        if self.reuse is not None and self.solver is heun:
+            raise errors.ReuseWithHeunError
 
     @property
     def pictures(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -15,8 +16,10 @@ from ..errors import NotFiniteError, PromptTooLongError
 from ..flux.conditioning import Conditions, conditions_of
 from ..flux.controlnet import Control, ControlNet
 from ..flux.geometry import ControlGeometry
-from ..flux.lockstep import ControlTokens, Lockstep, visits
+from ..flux.lockstep import ControlTokens, Lockstep, visits, visits_once
 from ..flux.picture_conditions import picture_tokens
+from ..flux.reuse import Reuse
+from ..flux.step_cache import Course, StepCache
 from ..flux.text_encoders import TextEmbedding, TextEncoders
 from ..flux.transformer import DiT
 from ..flux.vae import VAE
@@ -34,6 +37,7 @@ from ..sampling.inputs import SamplerInputs
 from ..sampling.loop import OnPass, sample
 from ..sampling.solvers import levels_of_passes
 from .pipeline_run import Component, PipelineRun
+from .report import ReuseReport
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,15 @@ class TextStage:
 
 @dataclass(frozen=True)
 class DenoiseStage:
-    """Noise and embeddings -> latents. controls: pictures that control nets are shown."""
+    """Noise and embeddings -> latents.
+
+    controls: pictures that control nets are shown; reuse: which steps need not be computed.
+    """
 
     dit: DiT
     compute: ComputePrecision
     controls: Sequence[Control] = ()
+    reuse: Reuse | None = None
     name: ClassVar[str] = DENOISE
     repeats: ClassVar[bool] = True
 
@@ -133,6 +141,7 @@ class DenoiseStage:
             compute.dtype.itemsize, bool(compute.eight_bit),
             compute.conversion_bytes(self._modules), budget, device_profile(dit.patcher.device),
             AdapterSizes(once, always, ranks), self._control_geometries, compute.attention,
+            self.reuse is not None,
         )  # fmt: skip
 
     def measure(self) -> None:
@@ -160,10 +169,11 @@ class DenoiseStage:
         cfg is 1; hints: of each control, what it shows as latents in model space."""
         dit, compute = self.dit, self.compute
         device, module, modules = dit.patcher.device, dit.weights.module, self._modules
-        levels, seconds = levels_of_passes(inputs.solver, inputs.sigmas), run.plan.seconds
-        predicted = None if seconds is None else seconds * len(levels)
+        course = self._course(levels_of_passes(inputs.solver, inputs.sigmas))
+        seconds = run.plan.seconds
+        predicted = None if seconds is None else seconds * course.passes
         with run.memory_of(self, predicted) as (plan, chunking):
-            order = visits(dit, self.controls, levels)
+            order = [*visits_once(dit, self.controls), *course.ahead()]
             given = (device, run.before_block, plan.ring, chunking)
             running = running_together(self._weights, order, *given)
 
@@ -202,12 +212,31 @@ class DenoiseStage:
                     chunking.retry(lambda: stack.enter_context(beside(dit.adapted_always, last)))
                     positive, negative = [*of_prompts, None][:2]
                     through = Lockstep(dit.geometry, told) if told else all_blocks
+                    cache = None
+                    if self.reuse is not None:
+                        given = (through, self.reuse, course, ring, plan.kept_on_host)
+                        through = cache = StepCache(*given)
                     given = (module, positive, chunking, negative, inputs.cfg, through)
                     latents = sample(inputs, flux_velocity(*given), on_pass, device, latents_dtype)
+                    latents = latents.float().cpu()
                 run.moved(ring.moved_bytes)
-        latents = latents.float().cpu()
+                if cache is not None:
+                    given = (course.reused, cache.unmoved_bytes, *cache.seconds)
+                    run.reused(ReuseReport(len(course.decisions), *given))
         require_numbers(self.name, latents)
         return latents
+
+    def _course(self, levels: Sequence[float]) -> Course:
+        """The passes at these noise levels. What was found while other controls acted is not taken
+        again, unless the user chose so."""
+        acting = [[control.acts_at(level) for control in self.controls] for level in levels]
+        decisions = (
+            [True] * len(levels) if self.reuse is None else self.reuse.decisions(len(levels))
+        )
+        for number, (before, now) in enumerate(pairwise(acting), 1):
+            if before != now and decisions[number] is None:
+                decisions[number] = True
+        return Course(decisions, visits(self.dit, self.controls, levels))
 
     def _with_pictures(
         self,

@@ -216,8 +216,8 @@ def test_weights_come_in_the_order_that_is_expected(make, monkeypatch, solver) -
     made.painted(early, late, solver=solver, steps=3)
     dit = made.pipeline.dit
     levels = levels_of_passes(solver, requested(steps=3).sigmas)
-    order = visits(dit, [early, late], levels)
-    passing = order[sum(len(each.weights.once) for each in (dit, early.net, late.net)) :]
+    of_passes = visits(dit, [early, late], levels)
+    passing = [block for blocks in of_passes for of_block in blocks for block in of_block]
     assert entered[-len(passing) :] == passing
     for control in (early, late):
         acting = [level for level in levels if control.acts_at(level)]

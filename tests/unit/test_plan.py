@@ -32,15 +32,18 @@ from majicflux.engine.flux.geometry import (
 from majicflux.engine.flux.lockstep import ControlTokens, Lockstep
 from majicflux.engine.flux.picture_conditions import PictureConditions, picture_tokens
 from majicflux.engine.flux.prompts import CLIP_TOKENS, T5_TOKENS
+from majicflux.engine.flux.reuse import Reuse
+from majicflux.engine.flux.step_cache import Course, StepCache
 from majicflux.engine.flux.text_encoders import TextEmbedding, build_text_encoders
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.flux.vae import build_vae
-from majicflux.engine.flux.velocity import all_blocks, flux_velocity
+from majicflux.engine.flux.velocity import Blocks, all_blocks, flux_velocity
 from majicflux.engine.kernels import dispatch, matmul
 from majicflux.engine.kernels.row_format import LIMITS
 from majicflux.engine.offload.chunking import GROUPS, Chunking
 from majicflux.engine.offload.chunking import split as split_tokens
 from majicflux.engine.offload.offloaded_module import OffloadedModule
+from majicflux.engine.offload.prefetch import PrefetchRing
 from majicflux.engine.offload.weight_sizes import joined
 from majicflux.engine.plan import denoising, estimate, split
 from majicflux.engine.plan.denoising import (
@@ -133,12 +136,13 @@ def plan_of(
     geometry: FluxGeometry = FULL,
     adapters: AdapterSizes = NO_ADAPTERS,
     controls: Sequence[ControlGeometry] = (),
+    reuse: bool = False,
 ) -> StagePlan:
     precision, computing = computing_of(name)
     weights, converted = transformer(geometry, precision), conversion_bytes(name, geometry)
     sizes = joined([weights.sizes, *(control_net(net, precision).sizes for net in {*controls})])
     given = (job, 2, bool(computing.eight_bit), converted, budget, card, adapters, controls)
-    return plan_denoising(sizes, geometry, *given, computing.attention)
+    return plan_denoising(sizes, geometry, *given, computing.attention, reuse)
 
 
 rope_once = cache(velocity._rope)
@@ -239,9 +243,10 @@ def denoised(
     references: Sizes = (),
     channels: int = FULL.in_channels,
     controls: Sequence[ControlGeometry] = (),
+    reuse: bool = False,
 ) -> int:
     """The most bytes that are alive at once, besides the weights. rank: of adapters in all layers
-    of the blocks but their modulation."""
+    of the blocks but their modulation; reuse: whether a step is reused."""
     del is_fused  # for the cache: the fixture says it to the engine
     precision, computing = computing_of(name)
     geometry = replace(ONE_OF_EACH, in_channels=channels)
@@ -278,9 +283,20 @@ def denoised(
             ]
             positive, negative = [*prompts, None][:2]
             given = (module, positive, Chunking(tokens, groups), negative, 2.0)
-            velocity = flux_velocity(*given, Lockstep(geometry, hints) if hints else all_blocks)
+            through = Lockstep(geometry, hints) if hints else all_blocks
+            if reuse:
+                through = reusing(through, job.steps)
+            velocity = flux_velocity(*given, through)
             sample(task, velocity, lambda _: None, META, torch.float32)
     return live.peak
+
+
+def reusing(through: Blocks, steps: int) -> StepCache:
+    """The last step but one is reused, and what decides is there too."""
+    decisions = [True] * steps
+    decisions[-2] = False
+    course = Course(decisions, [[[], []]] * steps)
+    return StepCache(through, Reuse(1.0, 1), course, PrefetchRing([], META, 0), False)
 
 
 def control_of(geometry: ControlGeometry, precision: str) -> ControlNet:
@@ -319,6 +335,7 @@ def assert_planned(
     references: Sizes = (),
     channels: int = FULL.in_channels,
     controls: Sequence[ControlGeometry] = (),
+    reuse: bool = False,
 ) -> set[tuple[int, int]]:
     """Every plan for up to 24 GB is kept, and not much too large; returns the tokens at once and
     the groups of heads."""
@@ -327,7 +344,7 @@ def assert_planned(
     precision, computing = computing_of(name)
     module = transformer(ONE_OF_EACH, precision).module
     nbytes, ranks = bound_bytes(module, *adapters_of(module, rank), computing.method(module, META))
-    given = (replace(FULL, in_channels=channels), AdapterSizes(0, nbytes, ranks), controls)
+    given = (replace(FULL, in_channels=channels), AdapterSizes(0, nbytes, ranks), controls, reuse)
     job = replace(job, reference_tokens=pictures_of(references).reference_tokens)
     smallest = plan_of(name, job, None, CARDS[card], *given).smallest
     for budget in (*(smallest + n * smallest // 16 for n in range(16)), *range(GB, 25 * GB, GB)):
@@ -338,13 +355,26 @@ def assert_planned(
         found.add(size)
         # The modulation of the blocks that are not there.
         absent = (12 * 18 + 3 * 37) * FULL.hidden * 4 * job.prompts
-        given_too = (rank, references, channels, controls)
+        given_too = (rank, references, channels, controls, reuse)
         peak = denoised(name, job, *size, card == "fused", *given_too) + absent
         share = peak / phase.values
         if not 0.85 <= share <= 1:
             wrong.append(f"{size}: {peak / 1e6:.1f} MB, {share:.3f} of the plan")
     assert not wrong
     return found
+
+
+def test_what_reused_steps_take_holds_what_was_planned(as_cuda, fused) -> None:
+    job = Workload(1024, 1024, steps=4)
+    assert_planned("int8 rotated", job, "fused", reuse=True)
+    given = (CARDS["fused"], FULL, NO_ADAPTERS, ())
+    plans = [plan_of("int8 rotated", job, None, *given, kept) for kept in (False, True)]
+    added, first = 2 * 4096 * 3072 * 4, 3 * 512 * 3072 * 4
+    assert plans[1].values - plans[0].values == added + first
+    tight = plan_of("int8 rotated", job, plans[1].smallest - 1, *given, True)
+    assert tight.kept_on_host
+    on_the_way = 1024 * 3072 * 4
+    assert plans[1].smallest - tight.smallest >= added - on_the_way  # and libraries' share of it
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)

@@ -19,6 +19,7 @@ from majicflux.engine.sampling.schedules import SCHEDULES
 from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.host import current as host
 from majicflux.host import native
+from majicflux.messages import MajicFluxError
 from majicflux.nodes import NODES
 from majicflux.nodes.decode import Decode
 from majicflux.nodes.denoise import Denoise
@@ -108,6 +109,48 @@ def test_a_solver_and_a_schedule_are_found_by_each_name(pipeline: Pipeline) -> N
     for index, one in enumerate(found):
         for other in found[:index]:
             assert not torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_steps_are_reused_as_the_node_says(pipeline: Pipeline) -> None:
+    """And off, which old workflows say nothing of, is all of them computed."""
+    expected = sampled(pipeline, steps=6)[1]
+    assert torch.equal(sampled(pipeline, steps=6, reuse="off", reused_steps="3")[1], expected)
+    assert torch.equal(sampled(pipeline, steps=6, reuse="chosen")[1], expected)
+    found = sampled(pipeline, steps=6, reuse="chosen", reused_steps="2, 3 5")[1]
+    assert not torch.equal(found, expected)
+    given = (pipeline, encoded(pipeline), {"samples": torch.zeros(1, 16, 6, 8)}, 0, 6, 3.5)
+    apart = Denoise.execute(*given, reuse="chosen", reused_steps="2 3 5").args[0]["samples"]
+    assert torch.equal(apart, found)
+
+
+def test_the_report_says_which_steps_were_reused(pipeline: Pipeline, monkeypatch) -> None:
+    monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
+    said = output(pipeline, steps=6, reuse="chosen", reused_steps="2 3").ui
+    assert "6 steps: 4 computed, 2 reused (2 3); 0.0 GB not moved, " in said
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"reused_steps": "2 x"}, "reused_steps takes numbers of steps, such as 6 8 10, not 'x'."),
+        ({"reused_steps": "-1"}, "reused_steps takes numbers of steps, such as 6 8 10, not '-1'."),
+        (
+            {"reused_steps": "0"},
+            "Step 0 cannot be reused in a run of 2: the first is always computed. "
+            "Change reused_steps, or set reuse to off.",
+        ),
+        (
+            {"solver": "heun"},
+            "Steps cannot be reused with heun, which takes two passes for each. "
+            "Choose another solver, or set reuse to off.",
+        ),
+    ],
+)
+def test_steps_that_cannot_be_reused_are_refused(pipeline: Pipeline, inputs, said: str) -> None:
+    with pytest.raises(MajicFluxError) as refused:
+        sampled(pipeline, reuse="chosen", **inputs)
+    assert str(refused.value) == said
 
 
 def test_a_size_from_the_list_is_taken(pipeline: Pipeline, monkeypatch) -> None:
