@@ -1,12 +1,15 @@
 """The same small weights through DiffSynth's own pipeline."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffsynth_pipeline import diffsynth_pipeline
+from PIL import Image
 
+from majicflux.engine.flux.picture_conditions import PictureConditions
 from majicflux.engine.latents import draw_noise
 from majicflux.engine.run.pipeline import paint
 from majicflux.engine.run.request import GenerationRequest
@@ -55,6 +58,43 @@ def test_latents_and_picture_are_diffsynths_bit_for_bit(
     # DiffSynth rounds the picture to bytes; ours is the float picture that it rounds.
     their_pixels = torch.from_numpy(np.array(picture))
     assert ((image[0] * 255) - their_pixels.float()).abs().max() <= 1.5
+
+
+@pytest.mark.usefixtures("one_step_at_a_time")
+def test_a_reference_is_seen_as_diffsynths_kontext_sees_it(make_pipeline) -> None:
+    ours = make_pipeline()
+    theirs = diffsynth_pipeline(ours)
+    theirs.vae_encoder = ours.vae.weights.module["encoder"]
+    found = {}
+
+    def encoded(pictures: torch.Tensor, **options: object) -> torch.Tensor:
+        found["reference"] = encode(pictures, **options)
+        return found["reference"]
+
+    def remember(latents: torch.Tensor, **options: object) -> torch.Tensor:
+        found["latents"] = latents.clone()
+        return decode(latents, **options)
+
+    encode, decode = theirs.vae_encoder.forward, theirs.vae_decoder.forward
+    theirs.vae_encoder.forward, theirs.vae_decoder.forward = encoded, remember
+    pixels = torch.rand(48, 80, 3, generator=torch.Generator().manual_seed(0))
+    theirs(
+        prompt=PROMPT, seed=7, num_inference_steps=4, height=96, width=128, embedded_guidance=3.5,
+        kontext_images=Image.fromarray((255 * pixels).byte().numpy()),
+        progress_bar_cmd=lambda steps: steps,
+    )  # fmt: skip
+    theirs.vae_encoder.forward, theirs.vae_decoder.forward = encode, decode
+    request = GenerationRequest(PROMPT, seed=7, steps=4, guidance=3.5, width=128, height=96)
+    shown = PictureConditions(references=(found["reference"].float(),))
+
+    def latents(**changes: object) -> torch.Tensor:
+        given = dataclasses.replace(request, **changes)
+        dtype = torch.bfloat16
+        return paint(ours, given, lambda *_: None, lambda: None, latents_dtype=dtype)[1]
+
+    expected = found["latents"].float()
+    assert torch.equal(latents(reference=shown), expected)
+    assert (latents() - expected).norm() > 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (1, 4.0)])
