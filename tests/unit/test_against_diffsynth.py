@@ -6,16 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import RecordingPatcher
 from diffsynth_pipeline import diffsynth_pipeline
 from PIL import Image
 
-from majicflux.engine.flux.picture_conditions import PictureConditions
+from majicflux.engine.flux.picture_conditions import NO_PICTURES, PictureConditions
+from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.latents import draw_noise
-from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.engine.sampling.inputs import SamplerInputs
 from majicflux.engine.sampling.loop import sample
 from majicflux.engine.sampling.schedules import diffsynth_sigmas
+from majicflux.loaders.flux_dit import load_flux_dit
 
 PROMPT = "a cat on a roof 屋顶上的猫"
 
@@ -60,16 +63,15 @@ def test_latents_and_picture_are_diffsynths_bit_for_bit(
     assert ((image[0] * 255) - their_pixels.float()).abs().max() <= 1.5
 
 
-@pytest.mark.usefixtures("one_step_at_a_time")
-def test_a_reference_is_seen_as_diffsynths_kontext_sees_it(make_pipeline) -> None:
-    ours = make_pipeline()
+def seen_by_diffsynth(ours: Pipeline, **pictures: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents of its picture, and what its VAE made of the one that it was shown."""
     theirs = diffsynth_pipeline(ours)
     theirs.vae_encoder = ours.vae.weights.module["encoder"]
     found = {}
 
     def encoded(pictures: torch.Tensor, **options: object) -> torch.Tensor:
-        found["reference"] = encode(pictures, **options)
-        return found["reference"]
+        found["shown"] = encode(pictures, **options)
+        return found["shown"]
 
     def remember(latents: torch.Tensor, **options: object) -> torch.Tensor:
         found["latents"] = latents.clone()
@@ -77,24 +79,54 @@ def test_a_reference_is_seen_as_diffsynths_kontext_sees_it(make_pipeline) -> Non
 
     encode, decode = theirs.vae_encoder.forward, theirs.vae_decoder.forward
     theirs.vae_encoder.forward, theirs.vae_decoder.forward = encoded, remember
-    pixels = torch.rand(48, 80, 3, generator=torch.Generator().manual_seed(0))
-    theirs(
-        prompt=PROMPT, seed=7, num_inference_steps=4, height=96, width=128, embedded_guidance=3.5,
-        kontext_images=Image.fromarray((255 * pixels).byte().numpy()),
-        progress_bar_cmd=lambda steps: steps,
-    )  # fmt: skip
-    theirs.vae_encoder.forward, theirs.vae_decoder.forward = encode, decode
-    request = GenerationRequest(PROMPT, seed=7, steps=4, guidance=3.5, width=128, height=96)
-    shown = PictureConditions(references=(found["reference"].float(),))
+    try:
+        theirs(
+            prompt=PROMPT, seed=7, num_inference_steps=4, height=96, width=128,
+            embedded_guidance=3.5, progress_bar_cmd=lambda steps: steps, **pictures,
+        )  # fmt: skip
+    finally:
+        theirs.vae_encoder.forward, theirs.vae_decoder.forward = encode, decode
+    return found["latents"].float(), found["shown"].float()
 
-    def latents(**changes: object) -> torch.Tensor:
-        given = dataclasses.replace(request, **changes)
-        dtype = torch.bfloat16
-        return paint(ours, given, lambda *_: None, lambda: None, latents_dtype=dtype)[1]
 
-    expected = found["latents"].float()
-    assert torch.equal(latents(reference=shown), expected)
-    assert (latents() - expected).norm() > 0.01 * expected.norm()
+def seen_by_us(ours: Pipeline, pictures: PictureConditions) -> torch.Tensor:
+    request = GenerationRequest(
+        PROMPT, seed=7, steps=4, guidance=3.5, width=128, height=96, reference=pictures
+    )
+    dtype = torch.bfloat16
+    return paint(ours, request, lambda *_: None, lambda: None, latents_dtype=dtype)[1]
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.usefixtures("one_step_at_a_time")
+def test_a_reference_is_seen_as_diffsynths_kontext_sees_it(make_pipeline) -> None:
+    ours, picture = make_pipeline(), (255 * drawn(48, 80, 3)).byte().numpy()
+    expected, shown = seen_by_diffsynth(ours, kontext_images=Image.fromarray(picture))
+    assert torch.equal(seen_by_us(ours, PictureConditions(references=(shown,))), expected)
+    plain = seen_by_us(ours, NO_PICTURES)
+    assert (plain - expected).norm() > 0.01 * expected.norm()
+
+
+@pytest.mark.usefixtures("one_step_at_a_time")
+def test_a_picture_is_filled_as_diffsynth_fills_it(make_pipeline, plain, saved) -> None:
+    ours = make_pipeline()
+    first = {"img_in.weight": (drawn(len(plain["img_in.weight"]), 384) - 0.5).bfloat16() / 10}
+    weights, geometry = load_flux_dit(saved(plain | first), ours.dit.precision)
+    dit = DiT(weights, RecordingPatcher(weights), geometry, ours.dit.precision)
+    ours = dataclasses.replace(ours, dit=dit)
+    picture, mask = (255 * drawn(96, 128, 3)).byte().numpy(), (drawn(96, 128) > 0.7)
+    expected, shown = seen_by_diffsynth(
+        ours,
+        flux_fill_image=Image.fromarray(picture),
+        flux_fill_mask=Image.fromarray(255 * mask.byte().numpy()),
+    )
+    given = PictureConditions(shown, mask[None, None].float())
+    assert torch.equal(seen_by_us(ours, given), expected)
+    unmasked = PictureConditions(shown, torch.ones(1, 1, 96, 128))
+    assert (seen_by_us(ours, unmasked) - expected).norm() > 0.001 * expected.norm()
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (1, 4.0)])
