@@ -305,14 +305,14 @@ def test_prepared_weights_are_listed_and_cleared(models: Path, tmp_path: Path) -
     run = ["run", WORKFLOW, "--models", models, "--set=width=32", "--set=height=32"]
     assert majicflux(tmp_path, *run, "--set=steps=1").returncode == 0
     listed = majicflux(tmp_path, "cache", "list", "--models", models).stdout
-    kept = sorted(folder.iterdir())
+    kept = sorted(folder.glob("*.majicflux"))
     assert [line.split(maxsplit=2)[2] for line in listed.splitlines()] == [*map(str, kept)]
     assert any(path.name.startswith(Path(demo_models.DIT_FILE).stem) for path in kept)
     assert f"0.01 GB  {folder}" in listed
     everything = sum(path.stat().st_size for path in kept)
     cleared = majicflux(tmp_path, "cache", "clear", "--models", models).stdout
     assert cleared.startswith(f"{everything / 1e9:.2f} GB freed")
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("*.majicflux"))
     assert majicflux(tmp_path, "cache", "list", "--models", models).stdout == ""
 
 

@@ -48,6 +48,18 @@ SENTENCES: list[tuple[type[EngineError], dict[str, Any], str]] = [
         "both.",
     ),
     (
+        errors.ReusedStepError,
+        {"step": 0, "steps": 4},
+        "Step 0 cannot be reused in a run of 4: the first is always computed. Change reused_steps, "
+        "or set reuse to off.",
+    ),
+    (
+        errors.ReuseWithHeunError,
+        {},
+        "Steps cannot be reused with heun, which takes two passes for each. Choose another solver, "
+        "or set reuse to off.",
+    ),
+    (
         errors.TooFewLevelsError,
         {"shape": (1,)},
         "Noise levels must be a list of at least two, not of shape (1,). Raise the steps or the "

@@ -130,7 +130,7 @@ def test_what_is_kept_of_it_goes_with_the_transformer(comfy, small_graph: Graph)
 
 def test_precisions_are_compared_with_it(comfy, monkeypatch) -> None:
     """The template of three precisions, each behind the node: one file, read once."""
-    loader = comfy.pack("loaders.lora")
+    loader = comfy.pack("nodes.lora")
     read, reads = loader.load_lora, []
     monkeypatch.setattr(loader, "load_lora", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
     graph = json.loads(COMPARED.read_text(encoding="utf-8"))

@@ -336,7 +336,7 @@ def test_handles_show_their_patcher_to_the_cache(comfy, small_graph) -> None:
 @pytest.mark.parametrize("cache_type", ["CLASSIC", "NONE"])
 def test_two_loaders_of_one_file_hold_it_once(comfy, small_graph, monkeypatch, cache_type) -> None:
     """Two branches from loader to picture; the loaders differ in nothing but their node."""
-    module = comfy.pack("loaders.flux_dit")
+    module = comfy.pack("nodes.dit_loader")
     load, alive = module.load_flux_dit, weakref.WeakSet()
     most = 0
 
