@@ -392,7 +392,8 @@ app.registerExtension({
         watchIdle(node);
         // The app view shows only widgets that are there when it opens.
         if (node.comfyClass === "MajicFluxTranslate")
-            addPanel(node).label = node.outputs[0].localized_name ?? node.outputs[0].name;
+            addPanel(node).label =
+                texts[language()]?.nodeDefs?.[node.comfyClass]?.outputs?.[0]?.name ?? node.outputs[0].name;
         if (node.comfyClass === "MajicFluxDoctor") node.setSize([DOCTOR_WIDTH, node.size[1]]);
         for (const widget of node.widgets ?? []) {
             const labels = textOf(node, widget.name)?.options;

@@ -60,8 +60,6 @@ CONTRACT = {
             "mask:MASK",
             "keep_prepared:BOOLEAN",
             "control:MAJICFLUX_CONTROL",
-            "reuse:COMBO",
-            "reused_steps:STRING",
         ],
         ["MAJICFLUX_CONTROL"],
     ),
