@@ -173,7 +173,8 @@ def test_the_server_learns_the_language_of_the_browser_and_of_the_settings(
     require("ja")
     chinese.wait_for_function(
         "app.rootGraph.getNodeById(5)?.widgets"
-        ".find(w => w.name === 'keep_unmasked')?.options.on === 'オン'", timeout=30_000
+        ".find(w => w.name === 'keep_unmasked')?.options.on === 'オン'",
+        timeout=30_000,
     )
 
 
