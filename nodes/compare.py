@@ -1,19 +1,15 @@
 """The node that measures how far pictures are apart."""
 
-import logging
 from typing import TYPE_CHECKING
 
 from ..host import current as host
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError, log, say
 from .arguments import checked
-from .sockets import CATEGORY, Node
+from .sockets import CATEGORY, Node, found_by, io
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-
-log = logging.getLogger("majicflux")
-io = host.io
 
 
 class Compare(Node):
@@ -27,19 +23,9 @@ class Compare(Node):
                 "Measures how far two pictures are apart, as an eye sees it, and shows where. For "
                 "many prompts and seeds use majicflux compare."
             ),
-            search_aliases=[
-                "compare",
-                "difference",
-                "flip",
-                "ssim",
-                "psnr",
-                "ssimulacra2",
-                "对比",
-                "比较",
-                "差异",
-                "画质",
-                "麦橘 超然",
-            ],
+            search_aliases=found_by(
+                "compare, difference, flip, ssim, psnr, ssimulacra2", "对比, 比较, 差异, 画质, 麦橘 超然"
+            ),
             inputs=[
                 io.Image.Input(
                     "reference", tooltip="What it is compared with, such as one in bfloat16."
