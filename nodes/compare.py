@@ -24,7 +24,8 @@ class Compare(Node):
                 "many prompts and seeds use majicflux compare."
             ),
             search_aliases=found_by(
-                "compare, difference, flip, ssim, psnr, ssimulacra2", "对比, 比较, 差异, 画质, 麦橘 超然"
+                "compare, difference, flip, ssim, psnr, ssimulacra2",
+                "对比, 比较, 差异, 画质, 麦橘 超然",
             ),
             inputs=[
                 io.Image.Input(
