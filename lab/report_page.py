@@ -286,7 +286,7 @@ def _jpeg(picture: "Image", longest: int) -> str:
     scale = min(1.0, longest / max(picture.size))
     width, height = (max(1, round(side * scale)) for side in picture.size)
     data = BytesIO()
-    picture.resize((width, height)).save(data, "JPEG", quality=90, subsampling=0, optimize=True)
+    picture.resize((width, height)).save(data, "JPEG", quality=90, subsampling=0)
     return _address(data, "image/jpeg")
 
 

@@ -36,10 +36,10 @@ def random_case(geometry: FluxGeometry, side: int, device: torch.device) -> Case
     torch.manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).bfloat16().float()
+        return torch.randn(shape, device=device, dtype=torch.float32).bfloat16().float()
 
     text = TextEmbedding(drawn(1, 512, geometry.text_width), drawn(1, geometry.pooled_width))
-    return Case(drawn(1, 16, side, side), text, torch.tensor(0.7))
+    return Case(drawn(1, 16, side, side), text, torch.tensor(0.7, dtype=torch.float32))
 
 
 @contextmanager
@@ -94,6 +94,8 @@ def fill_randomly(
             draw = torch.randint(-127, 128, parameter.shape, device=device, generator=generator)
             parameter.copy_(draw.to(torch.int8))
         else:
-            draw = torch.randn(parameter.shape, device=device, generator=generator)
+            draw = torch.randn(
+                parameter.shape, device=device, dtype=torch.float32, generator=generator
+            )
             std = 90 if parameter.itemsize == 1 else parameter[0].numel() ** -0.5
             parameter.copy_(draw.mul_(std).clamp_(-400, 400).to(parameter.dtype))

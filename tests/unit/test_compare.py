@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from statistics import stdev
 
@@ -26,6 +28,7 @@ from majicflux.commands.compare import PUBLISHED_PRECISIONS, PUBLISHED_SEEDS, se
 from majicflux.engine.run import pipeline
 from majicflux.host import standalone
 from majicflux.lab import comparison as lab
+from majicflux.lab import report_page
 from majicflux.lab.comparison import Comparison, Painted, Pair, as_dict, measured, spread
 from majicflux.lab.picture_metrics import CHANGED_BELOW, SMALLEST_SIDE_OF_SSIMULACRA2
 from majicflux.lab.report_page import MOST_SHOWN, page
@@ -379,6 +382,15 @@ def test_json_and_markdown_have_the_same_numbers(pairs) -> None:
     assert re.search(r"\| 3 \| 0\.\d{4} \|", text)
     assert "- x: no memory" in text
     assert set(numbers["packages"]) == {"flip-evaluator", "piq", "ssimulacra2"}
+
+
+def test_a_picture_of_noise_is_embedded_as_any_other() -> None:
+    """What a broken setting paints: it takes more bytes than Pillow makes room for to optimize."""
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+    head, _, data = report_page._jpeg(Image.fromarray(noise), 1024).partition(",")
+    assert head == "data:image/jpeg;base64"
+    found = np.asarray(Image.open(BytesIO(b64decode(data))), np.float32)
+    assert np.abs(found - noise).mean() < 20
 
 
 def test_a_report_is_in_the_users_language(pairs, monkeypatch: pytest.MonkeyPatch) -> None:

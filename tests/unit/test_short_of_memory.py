@@ -288,7 +288,7 @@ def test_when_no_weights_are_left_less_is_computed_at_once(
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=ROOMY)
     expected = run(pipeline)
     shortage = Shortage(
-        monkeypatch, blocks, "attend", lambda _: True, where=lambda _, heads: heads > 1
+        monkeypatch, blocks, "attend", lambda _: True, where=lambda _, heads, *__: heads > 1
     )
     assert_same_in_chunks(run(pipeline), expected)
     assert shortage.failures > 1
