@@ -53,7 +53,7 @@ SPARE_BYTES = 2**30  # of disk, to be left to the user
 ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to nobody, if locks do not tell
 WRITE_OUT_SECONDS = 1.0
 KEEPING = later("keeping {total:.1f} GB on disk")
-LOCK = "majicflux.lock"  # in the folder of the cache; it stays there, empty
+LOCK = "majicflux.lock"  # in the folder of the cache; it stays there, empty, until all is cleared
 WAIT_SECONDS = 0.2
 WAITING = later("waiting for another process that prepares weights")
 
@@ -188,6 +188,9 @@ def clear_cache(folder: Path) -> int:
             file=path.name,
             reason=error,
         ) from error
+    if not cached_files(folder):
+        with contextlib.suppress(OSError):  # Windows does not remove one that is held
+            (folder / LOCK).unlink()
     return freed
 
 
