@@ -31,7 +31,7 @@ WRITTEN = """() => {
     const on = w => w.name === "majicflux_text" ? []  // empty before a run
         : w.element ? [w.element.placeholder, w.element.parentElement.title]
         : w.type === "toggle" ? [w.options.on, w.options.off]
-        : w.type === "combo" && !/safetensors/.test(w.options.values)
+        : w.type === "combo" && !/safetensors|opus-mt/.test(w.options.values)  // names of files
             ? w.options.values.map(label(w)) : [];
     return app.rootGraph.nodes.map(n => [n.type, [n.title,
         ...n.inputs.map(i => i.localized_name), ...n.outputs.map(o => o.localized_name),
