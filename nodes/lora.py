@@ -107,6 +107,7 @@ class LoRA(FileNode):
         clip = ClipGeometry() if text_encoders is None else text_encoders.clip_geometry
         progress = host.loading_progress(cls.hidden.unique_id)
 
+        _try_kernels(dit)
         report = inspect_usable_lora(path, own, clip)
         baked = report.layers > 0 and (keep or bool(report.baking))
         if baked and report.takes_picture:
@@ -141,6 +142,16 @@ class LoRA(FileNode):
                 adapters = (*text_encoders.adapters, added)
                 text_encoders = replace(text_encoders, adapters=adapters)
         return io.NodeOutput(dit, text_encoders, ui=host.node_text(lines))
+
+
+def _try_kernels(dit: "DiT") -> None:
+    """While the file is read: the first LoRA of a machine has them compiled."""
+    from ..engine.kernels import dispatch
+    from ..engine.kernels.row_format import LIMITS
+    from ..engine.quant.linear import stored_linears
+
+    stored = {layer.weight.dtype for layer in stored_linears(dit.weights.module)}
+    dispatch.try_ahead(host.compute_device(), stored & LIMITS.keys())
 
 
 def _baked(dit: "DiT", path: Path, strength: float, progress: Progress) -> "DiT":

@@ -1,7 +1,7 @@
 """Which fused kernels this machine has."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from threading import RLock, Thread
@@ -12,12 +12,12 @@ from torch import Tensor
 from ...messages import log
 from ..allocator import is_out_of_memory
 from . import probe
+from .row_format import FLOAT8_DTYPE
 
-INT8_UNITS = (7, 5)  # compute capability from which on a card multiplies int8
-FLOAT8_UNITS = (8, 9)  # and float8
+UNITS = {torch.int8: (7, 5), FLOAT8_DTYPE: (8, 9)}  # compute capability from which on a card has
 _trying = RLock()
 _verdicts: dict[tuple[str, torch.device], bool] = {}
-_tried_ahead: set[torch.device] = set()
+_tried_ahead: set[tuple[torch.device, torch.dtype | None]] = set()
 OFF = "MAJICFLUX_NO_FUSED_KERNELS"  # set to anything: every operation in plain PyTorch
 
 
@@ -72,7 +72,7 @@ def triton_works(device: torch.device) -> bool:
     found = capability(device)
     if found is None or found < (8, 0) or os.environ.get(OFF):
         return False
-    return _works("Triton", device, lambda: probe.fused(device, found >= FLOAT8_UNITS))
+    return _works("Triton", device, lambda: probe.fused(device, found >= UNITS[FLOAT8_DTYPE]))
 
 
 @cache
@@ -107,19 +107,31 @@ def float8_takes_row_scales(device: torch.device) -> bool:
         return False
 
 
-def try_ahead(device: torch.device) -> None:
+def try_ahead(device: torch.device, terms_beside: Iterable[torch.dtype] = ()) -> None:
     """Have the kernels compiled and tried, once, while something else is done.
 
     Compiling takes seconds the first time on a machine. Whoever asks meanwhile waits for it.
+    terms_beside: weights in 8 bits beside which there will be low-rank terms.
     """
+    wanted = {(device, dtype) for dtype in (None, *terms_beside)} - _tried_ahead
 
     def attempt() -> None:
         with suppress(RuntimeError), torch.cuda.device(device):  # a full card: later, then
-            triton_works(device)
+            for _, dtype in wanted:
+                if triton_works(device) and dtype is not None and _takes_terms(device, dtype):
+                    low_rank_works(device, dtype)
 
-    if device.type == "cuda" and device not in _tried_ahead:
-        _tried_ahead.add(device)
+    if device.type == "cuda" and wanted:
+        _tried_ahead.update(wanted)
         Thread(target=attempt, name="majicflux-kernels", daemon=True).start()
+
+
+def _takes_terms(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows in this dtype reach our kernels of low-rank terms."""
+    found = capability(device)
+    if found is None or found < UNITS[dtype]:
+        return False
+    return dtype != torch.int8 or not kitchen_is_faster(device)
 
 
 def _works(what: str, device: torch.device, trial: Callable[[], probe.Pairs]) -> bool:

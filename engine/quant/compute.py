@@ -110,10 +110,10 @@ def _obstacle(dtype: torch.dtype, device: torch.device, forced: bool) -> str:
     if device.type != "cuda":
         return "" if forced else say("no 8-bit matrix units for {format} weights", format=name)
     found = dispatch.capability(device)
-    needed = dispatch.INT8_UNITS if dtype == torch.int8 else dispatch.FLOAT8_UNITS
+    needed = dispatch.UNITS[dtype]
     if found is None or found < needed:
         values = {"format": name, "needed": f"{needed[0]}.{needed[1]}"}
-        if dtype == FLOAT8_DTYPE and found is not None and found >= dispatch.INT8_UNITS:
+        if dtype == FLOAT8_DTYPE and found is not None and found >= dispatch.UNITS[torch.int8]:
             return say(
                 "{format} matrix units begin with compute capability {needed}, int8 rotated "
                 "weights would be faster",

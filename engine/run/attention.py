@@ -41,7 +41,7 @@ def choose_attention(dit: DiT, mode: str, dtype: torch.dtype) -> Attention:
 
 def int8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why no attention can be in int8 on `device`; "" where it can."""
-    found, needed = dispatch.capability(device), dispatch.INT8_UNITS
+    found, needed = dispatch.capability(device), dispatch.UNITS[torch.int8]
     if found is None or found < needed:
         return say(
             "{format} matrix units begin with compute capability {needed}",

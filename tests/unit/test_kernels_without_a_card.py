@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from threading import Event, Timer
+from threading import enumerate as enumerate_threads
 
 import pytest
 import torch
@@ -143,17 +144,18 @@ def test_the_kernels_of_low_rank_terms_say_what_float64_says() -> None:
 
 
 TRIALS = """
+from itertools import islice
 import torch
 from majicflux.engine.kernels import probe
 trials = list(probe.fused(torch.device("cpu"), False))
 for dtype in (torch.int8, torch.float8_e4m3fn):
-    trials.append(next(probe.low_rank(torch.device("cpu"), dtype)))
+    trials += islice(probe.low_rank(torch.device("cpu"), dtype), 2)
 print(len(trials), all(probe.same(*trial) for trial in trials))
 """
 
 
 def test_the_trials_find_the_kernels_right() -> None:
-    assert interpreted(TRIALS) == "11 True\n"
+    assert interpreted(TRIALS) == "13 True\n"
 
 
 def test_a_kernel_that_fails_its_trial_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +211,28 @@ def test_kernels_are_tried_while_something_else_is_done(monkeypatch) -> None:
     assert dispatch.triton_works(device)
     dispatch.try_ahead(device)
     assert len(trials) == 2, "of which the second takes a kernel's shorter way"
+
+
+@pytest.mark.parametrize(
+    ("card", "kitchen", "tried"),
+    [((9, 0), False, {torch.int8, torch.float8_e4m3fn}), ((8, 6), False, {torch.int8}),
+     ((8, 9), True, {torch.float8_e4m3fn})],
+)  # fmt: skip
+def test_kernels_of_low_rank_terms_are_tried_ahead_where_rows_reach_them(
+    monkeypatch, card: tuple[int, int], kitchen: bool, tried: set[torch.dtype]
+) -> None:
+    found = set()
+    monkeypatch.setattr(dispatch, "_tried_ahead", set())
+    monkeypatch.setattr(dispatch, "capability", lambda _: card)
+    monkeypatch.setattr(dispatch, "triton_works", lambda _: True)
+    monkeypatch.setattr(dispatch, "kitchen_is_faster", lambda _: kitchen)
+    monkeypatch.setattr(dispatch, "low_rank_works", lambda _, dtype: found.add(dtype))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    before = {*enumerate_threads()}
+    dispatch.try_ahead(torch.device("cuda", 0), [torch.int8, torch.float8_e4m3fn])
+    for thread in {*enumerate_threads()} - before:
+        thread.join(30)
+    assert found == tried
 
 
 def test_row_scales_are_taken_only_where_the_product_is_right(monkeypatch) -> None:

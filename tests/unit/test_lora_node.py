@@ -24,6 +24,7 @@ from lora_dialects import (
     written,
 )
 from majicflux.cli import main
+from majicflux.engine.kernels import dispatch
 from majicflux.engine.run.pipeline import Pipeline, encode_prompts, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import current, standalone
@@ -150,6 +151,21 @@ def test_a_picture_changes_with_it_and_not_the_handle_that_it_stands_beside(weig
     opposite = latents(added(weights[0], "style.safetensors", -1.0), weights)
     assert not torch.equal(opposite, changed)
     assert not torch.equal(opposite, before)
+
+
+def test_its_kernels_are_tried_while_it_is_read(put: Put, monkeypatch) -> None:
+    """A LoRA added to a transformer that is there: nothing else is waited for."""
+    wanted = []
+    monkeypatch.setattr(dispatch, "try_ahead", lambda _, beside=(): wanted.append({*beside}))
+    for precision, dtypes in (
+        ("bfloat16", set()),
+        ("float8_e4m3fn", {torch.float8_e4m3fn}),
+        ("int8 rotated", {torch.int8}),
+    ):
+        dit = DiTLoader.execute("majicflus_v134.safetensors", precision, False).args[0]
+        wanted.clear()
+        added(dit, put(kohya([QKV])), 1.0)
+        assert wanted[0] == dtypes
 
 
 def test_two_of_them_are_the_sum_whatever_their_order(weights, put: Put) -> None:
