@@ -10,12 +10,23 @@ from ..engine.flux.geometry import ClipGeometry, FluxGeometry
 from ..messages import later
 from .lora_changes import BIAS, FACTORS, NORM, Change, Layer
 from .lora_models import FLUX_LORA, MORE_BLOCKS, lora_of_another_model
-from .lora_names import Found, Target, completed, find, in_first_block, names_of, of_t5, role_of
+from .lora_names import (
+    OTHER,
+    Found,
+    Target,
+    completed,
+    find,
+    in_first_block,
+    names_of,
+    of_t5,
+    role_of,
+)
 from .recognise import is_lora, kind_of, not_wanted
 from .safetensors_file import ModelFileError, SafetensorsFile
 from .tensor_sources import sources_of
 
 PEFT = "lora_adapter_metadata"  # how the file was trained
+TOLD_ELSEWHERE = (".comfy_quant", ".reshape_weight")  # by other tensors of the layer
 
 # Why a tensor is not used.
 IN_T5 = later("T5")
@@ -112,9 +123,11 @@ class _Reading:
         beside = {part.scale_name for part in self.parts.values()}
         layers: dict[str, dict[str, str]] = defaultdict(dict)
         for name in self.parts:
-            layer, role, _adapter = role_of(name)
-            if name in beside or name.endswith(".comfy_quant"):
+            layer, role = role_of(name)
+            if name in beside or name.endswith(TOLD_ELSEWHERE):
                 continue
+            if role == OTHER:  # of which a method has several
+                role = name
             if role in layers[layer]:
                 self.unused[TWICE].append(name)
             else:
@@ -136,8 +149,9 @@ class _Reading:
         return None
 
     def _changes(self, target: Target, roles: dict[str, str], layer: str) -> Iterator[Change]:
-        if "other" in roles:
-            self.unused[NO_SUCH_METHOD] += roles.values()
+        others = [name for role, name in roles.items() if role == name]
+        if others:
+            self.unused[NO_SUCH_METHOD] += dict.fromkeys([*others, *roles.values()])
             return
         used: set[str] = set()
         parts = {role: self.parts[name] for role, name in roles.items()}
@@ -166,5 +180,10 @@ class _Reading:
                 "{name}. Choose a LoRA, LoHa or LoKr.",
                 file=self.path.name,
                 name=self.unused[NO_SUCH_METHOD][0],
+            )
+        if self.unused[IN_T5]:
+            return ModelFileError(
+                "{file} changes T5 alone, which MajicFlux does not adapt. Choose another file.",
+                file=self.path.name,
             )
         return not_wanted(self.path, names, None, FLUX_LORA)

@@ -34,10 +34,11 @@ PREFIXES = {
 BLOCK = re.compile(r"(?<=blocks[._])\d{1,6}(?=[._])")
 T5_PREFIXES = ("lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoder_3.", "text_encoders.t5",
                "t5xxl.")  # fmt: skip
+OTHER = "other"  # a part of a method that we do not know
 # The last parts of a tensor's name -> what it is of the layer. Of PEFT's, the name of the adapter
 # may stand before the last part.
 ROLES = {
-    "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "other",
+    "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": OTHER,
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A": "down", "lora_B": "up",
     "lora.down.weight": "down", "lora.up.weight": "up",
     "lora_linear_layer.down.weight": "down", "lora_linear_layer.up.weight": "up",
@@ -48,14 +49,14 @@ ROLES = {
     "lora_magnitude_vector.weight": "magnitude",
     "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b",
     "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
-    "hada_t1": "other", "hada_t2": "other",
+    "hada_t1": OTHER, "hada_t2": OTHER,
     "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
     "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
-    "lokr_t1": "other", "lokr_t2": "other",
+    "lokr_t1": OTHER, "lokr_t2": OTHER,
     "diff": "diff", "w_norm": "diff", "diff_b": "bias", "b_norm": "bias",
     "set_weight": "set", "scale": "norm", "weight": "norm",
-    "oft_blocks": "other", "oft_diag": "other", "oft_R.weight": "other", "rescale": "other",
-    "a1.weight": "other", "a2.weight": "other", "b1.weight": "other", "b2.weight": "other",
+    "oft_blocks": OTHER, "oft_diag": OTHER, "oft_R.weight": OTHER, "rescale": OTHER,
+    "a1.weight": OTHER, "a2.weight": OTHER, "b1.weight": OTHER, "b2.weight": OTHER,
 }  # fmt: skip
 NAMED_ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector")
 MOST_PARTS = 3  # of a tensor's name that are its role
@@ -83,22 +84,17 @@ class Found(NamedTuple):
     dialect: str
 
 
-def role_of(name: str) -> tuple[str, str, str]:
-    """Of a tensor's name: that of the layer, what it is of it, and the name of the adapter.
-
-    The role is "" where it is none that we know.
-    """
+def role_of(name: str) -> tuple[str, str]:
+    """Of a tensor's name: that of the layer, and what it is of it, "" where we do not know."""
     parts = name.split(".")
     for count in range(min(MOST_PARTS, len(parts) - 1), 0, -1):
         layer, last = ".".join(parts[:-count]), parts[-count:]
+        if count == 3 and last[0] in NAMED_ADAPTERS:
+            del last[1]
         role = ROLES.get(".".join(last))
         if role is not None:
-            return layer, role, ""
-        if count == 3 and last[0] in NAMED_ADAPTERS:
-            role = ROLES.get(f"{last[0]}.{last[2]}")
-            if role is not None:
-                return layer, role, last[1]
-    return name, "", ""
+            return layer, role
+    return name, ""
 
 
 def of_t5(layer: str) -> bool:
@@ -111,7 +107,8 @@ def find(layer: str, names: Mapping[str, Found]) -> Found | None:
         return None
     written_by, rest = "", layer
     while True:
-        found = names.get(plain(rest))
+        alike = plain(rest)
+        found = names.get(alike) or names.get(alike.removesuffix("_lora"))
         if found is not None:
             return found._replace(dialect=written_by or found.dialect)
         prefix = next((p for p in PREFIXES if rest.startswith(p)), None)
@@ -138,8 +135,7 @@ def completed(g: FluxGeometry) -> FluxGeometry:
 
 def plain(layer: str) -> str:
     """The name with what trainers write differently made alike."""
-    alike = layer.replace(".", "_").replace("processor_", "").rstrip("_")
-    return alike.removesuffix("_lora") if "_attn_" in alike else alike
+    return layer.replace(".", "_").replace("processor_", "").rstrip("_")
 
 
 @lru_cache(8)

@@ -125,9 +125,9 @@ QUANTISATIONS = (
     _quantised("block-wise float8", ".weight_scale_inv"),
 )  # fmt: skip
 LORA = Kind(
-    (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", "_lora1.",
+    (".lora_A", ".lora_B", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", "_lora1.",
      "_lora2.", "_lora.up.", "_lora.down.", "lora_unet_", "lora_transformer_", "lora_te",
-     ".lokr_w", ".hada_w", ".oft_blocks"),
+     "lycoris_", ".lokr_w", ".hada_w", ".oft_blocks", ".diff_b", ".set_weight"),
     later("a LoRA"),
     later("It belongs in models/loras and is applied to a transformer, not loaded as one."),
 )  # fmt: skip

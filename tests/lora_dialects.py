@@ -21,6 +21,7 @@ AB = (".lora_A.weight", ".lora_B.weight")
 DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
 OLD = (".lora.down.weight", ".lora.up.weight")
+OLDEST = ("_lora.down.weight", "_lora.up.weight")
 
 H = DIT.hidden
 LAYERS = {
@@ -123,6 +124,7 @@ def dialects(factors: Factors) -> dict[str, Tensors]:
         "Diffusers": written(apart, "transformer.", alphas=False),
         "Diffusers, alphas": written(apart, "transformer."),
         "Diffusers, old": written(apart, "transformer.", OLD, alphas=False),
+        "Diffusers, oldest": written(apart, "transformer.", OLDEST, alphas=False),
         "Diffusers, bare": written(apart),
         "ai-toolkit": written(factors, "diffusion_model.", alphas=False),
         "OneTrainer": written(apart, "lora_transformer_", DOWN_UP, underscores=True),

@@ -40,6 +40,7 @@ from majicflux.loaders.bake import changes_of
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.lora import describe_lora, load_lora
 from majicflux.loaders.lora_file import inspect_lora
+from majicflux.loaders.recognise import is_lora
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.loaders.tensor_sources import Sources
 
@@ -118,6 +119,7 @@ def test_more_blocks_than_flux1_has_are_another_models(saved: Save) -> None:
         ("something.else", "is not a LoRA for Flux.1: none of its 1 tensors"),
         ("lora_unet_nothing.lora_down.weight", "is not a LoRA for Flux.1: none of its 1 tensors"),
         (f"{PROJ}.oft_blocks", f"does not know, as in {PROJ}.oft_blocks"),
+        ("lora_te3_encoder_block_0_layer_1_DenseReluDense_wo.lora_up.weight", "changes T5 alone"),
         (f"{PROJ}.lora_A.weight", f"is incomplete: {PROJ}.up is missing"),
         (f"{PROJ}.hada_w1_a", f"is incomplete: {PROJ}.hada_w1_b is missing"),
         (f"{PROJ}.lokr_w1", f"is incomplete: {PROJ}.lokr_w2_a is missing"),
@@ -125,6 +127,36 @@ def test_more_blocks_than_flux1_has_are_another_models(saved: Save) -> None:
 )
 def test_files_with_nothing_for_the_model(saved: Save, name: str, said: str) -> None:
     assert said in refused(saved({name: torch.zeros(4, H)}))
+
+
+GLORA = [f"{PROJ}.{part}.weight" for part in ("a1", "a2", "b1", "b2")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        GLORA,
+        [f"{PROJ}.{part}" for part in ("oft_blocks", "alpha", "rescale")],
+        [f"{PROJ}.{part}.weight" for part in ("lora_mid", "lora_up", "lora_down")],
+    ],
+    ids=["GLoRA", "OFT", "of convolutions"],
+)
+def test_a_method_that_is_not_known_is_told_as_a_whole(saved: Save, names: list[str]) -> None:
+    """By a name that is of no other method, and beside what is known."""
+    strange = {name: torch.zeros(4, 4) for name in names}
+    assert f"a method that MajicFlux does not know, as in {names[0]}." in refused(saved(strange))
+    report = load_lora(saved(strange | written(random_factors([QKV]))), DIT, CLIP).report
+    ((reason, unused),) = report.unused.items()
+    assert reason == "a method that MajicFlux does not know"
+    assert {*unused} == {*names}
+
+
+@pytest.mark.parametrize(
+    "name", [f"{PROJ}.lora_A", f"diffusion_model.{PROJ}.diff_b", f"{PROJ}.set_weight",
+             "lycoris_transformer_blocks_0_attn_to_q.diff"],
+)  # fmt: skip
+def test_a_lora_without_the_usual_names_is_one(name: str) -> None:
+    assert is_lora([name])
 
 
 @pytest.mark.parametrize(
@@ -149,8 +181,10 @@ def test_a_shape_that_does_not_fit(saved: Save, changes: dict, said: str) -> Non
 
 
 def test_a_control_lora_fits_models_that_take_a_picture_alone_or_none(saved: Save) -> None:
-    path = saved(control_lora())
+    told = {"img_in.reshape_weight": torch.tensor([H, 128])}  # as ComfyUI would write it
+    path = saved(control_lora() | told)
     assert describe_lora(path).takes_picture
+    assert not describe_lora(path).unused
     for channels, beside_noise in ((64, True), (128, False)):
         lora = load_lora(path, replace(DIT, in_channels=channels), CLIP)
         assert lora.report.takes_picture == beside_noise

@@ -28,8 +28,8 @@ from majicflux.loaders import demo_models
 from majicflux.loaders.lora import load_lora
 
 pytestmark = pytest.mark.usefixtures("comfy")
-READ = ["kohya", "Diffusers", "Diffusers, alphas", "Diffusers, old", "Diffusers, bare",
-        "ai-toolkit", "OneTrainer", "LyCORIS"]  # fmt: skip
+READ = ["kohya", "Diffusers", "Diffusers, alphas", "Diffusers, old", "Diffusers, oldest",
+        "Diffusers, bare", "ai-toolkit", "OneTrainer", "LyCORIS"]  # fmt: skip
 XLABS = [f"double_blocks.1.{s}_attn.{part}" for s in ("img", "txt") for part in ("qkv", "proj")]
 
 
