@@ -64,7 +64,10 @@ class TwoPicturesError(EngineError):
 
 
 class ReusedStepError(EngineError):
-    fact = later("Step {step} cannot be reused in a run of {steps}: the first is always computed.")
+    fact = later(
+        "Step {step} cannot be reused in a run of {steps}: they are 0 to {last}, and 0 is always "
+        "computed."
+    )
 
 
 class ReuseWithHeunError(EngineError):

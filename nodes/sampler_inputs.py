@@ -2,6 +2,8 @@
 
 import logging
 import random
+import re
+import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -232,15 +234,13 @@ def generation_request(
 
 
 def _steps(text: str) -> tuple[int, ...]:
-    """The numbers in a text, between spaces or commas."""
-    numbers = text.replace(",", " ").split()
+    """The numbers in a text, between spaces or commas, those of Chinese keyboards too."""
+    numbers = re.sub("[,;、]", " ", unicodedata.normalize("NFKC", text)).split()
     for number in numbers:
-        if not (number.isascii() and number.isdigit()):
+        if not re.fullmatch(r"[0-9]{1,9}", number):
             raise MajicFluxError(
-                say(
-                    "reused_steps takes numbers of steps, such as 6 8 10, not {value!r}.",
-                    value=brief(number),
-                )
+                "reused_steps takes numbers of steps, such as 6 8 10, not {value!r}.",
+                value=brief(number),
             )
     return tuple(map(int, numbers))
 

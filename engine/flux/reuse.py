@@ -32,7 +32,7 @@ class Reuse:
         if self.chosen is not None:
             for step in self.chosen:
                 if not 0 < step < steps:
-                    raise ReusedStepError(step=step, steps=steps)
+                    raise ReusedStepError(step=step, steps=steps, last=steps - 1)
             return [step not in self.chosen for step in range(steps)]
         first = max(WARM_UP, round(WARM_UP_SHARE * steps))
         return [None if first <= step < steps - 1 else True for step in range(steps)]

@@ -86,6 +86,8 @@ class GenerationRequest:
             raise errors.TwoPicturesError
         if self.reuse is not None and self.solver is heun:
             raise errors.ReuseWithHeunError
+        if self.reuse is not None:
+            self.reuse.decisions(self.passes)  # before anything is encoded for them
 
     @property
     def pictures(self) -> int:

@@ -228,14 +228,15 @@ class DenoiseStage:
 
     def _course(self, levels: Sequence[float]) -> Course:
         """The passes at these noise levels. What was found while other controls acted is not taken
-        again, unless the user chose so."""
+        again, nor continued along a line, unless the user chose so."""
         acting = [[control.acts_at(level) for control in self.controls] for level in levels]
         decisions = (
             [True] * len(levels) if self.reuse is None else self.reuse.decisions(len(levels))
         )
         for number, (before, now) in enumerate(pairwise(acting), 1):
-            if before != now and decisions[number] is None:
-                decisions[number] = True
+            if before != now:
+                two = slice(number, number + 2)
+                decisions[two] = [each is not False for each in decisions[two]]
         return Course(decisions, visits(self.dit, self.controls, levels))
 
     def _with_pictures(

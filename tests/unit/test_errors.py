@@ -49,9 +49,9 @@ SENTENCES: list[tuple[type[EngineError], dict[str, Any], str]] = [
     ),
     (
         errors.ReusedStepError,
-        {"step": 0, "steps": 4},
-        "Step 0 cannot be reused in a run of 4: the first is always computed. Change reused_steps, "
-        "or set reuse to off.",
+        {"step": 0, "steps": 4, "last": 3},
+        "Step 0 cannot be reused in a run of 4: they are 0 to 3, and 0 is always computed. Change "
+        "reused_steps, or set reuse to off.",
     ),
     (
         errors.ReuseWithHeunError,

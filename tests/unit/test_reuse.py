@@ -30,6 +30,7 @@ from majicflux.engine.quant.formats import FLOAT32, uniform
 from majicflux.engine.run.pipeline import Pipeline, denoise
 from majicflux.engine.run.report import Report
 from majicflux.engine.run.request import GenerationRequest
+from majicflux.engine.sampling.schedules import diffsynth_sigmas, some_steps
 from majicflux.engine.sampling.solvers import SOLVERS
 from majicflux.loaders.controlnet import load_control_net
 from majicflux.loaders.flux_dit import load_flux_dit
@@ -104,6 +105,14 @@ def test_chosen_steps_are_those_and_no_others() -> None:
     for wrong in (0, 5, 70):
         with pytest.raises(ReusedStepError, match=f"Step {wrong} cannot be reused in a run of 5"):
             Reuse(chosen=(wrong,)).decisions(5)
+
+
+def test_a_step_that_is_not_in_the_run_is_refused_before_it_begins() -> None:
+    whole = request(Reuse(chosen=(9,)))
+    with pytest.raises(ReusedStepError, match="Step 9 cannot be reused in a run of 8"):
+        replace(whole, schedule=some_steps(diffsynth_sigmas, 0, 8))
+    with pytest.raises(ReusedStepError):
+        request(Reuse(chosen=(9,)), steps=9)
 
 
 def test_the_time_of_chosen_steps_is_known_beforehand() -> None:
@@ -421,7 +430,8 @@ def test_a_control_net_is_left_out_with_the_blocks_that_it_tells(make, folder, w
         assert all(entered.count(block) == expected for block in each)
 
 
-def test_a_step_where_a_control_begins_or_ends_is_computed(make, folder) -> None:
+def test_two_steps_are_computed_from_where_a_control_begins_or_ends(make, folder) -> None:
+    """A line through one step with it and one without would lead astray."""
     always = Reuse(threshold=1e9, in_a_row=99)
     _, report = with_control(make(name="lite"), control(folder), always)
     assert reused(report) == (4, 5, 6, 7, 8)
@@ -430,4 +440,4 @@ def test_a_step_where_a_control_begins_or_ends_is_computed(make, folder) -> None
     ends = next(n for n, level in enumerate(levels) if not shown.acts_at(level))
     assert 4 < ends < 9
     _, report = with_control(make(name="lite"), shown, always)
-    assert reused(report) == tuple(n for n in range(4, 9) if n != ends)
+    assert reused(report) == tuple(n for n in range(4, 9) if n not in (ends, ends + 1))

@@ -27,6 +27,7 @@ from majicflux.nodes.encode_image import EncodeImage
 from majicflux.nodes.encode_prompt import EncodePrompt
 from majicflux.nodes.pipeline import PipelineNode
 from majicflux.nodes.sample import SIZES, Sample
+from majicflux.nodes.sampler_inputs import _steps
 from majicflux.nodes.translate import Translate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,6 +125,11 @@ def test_steps_are_reused_as_the_node_says(pipeline: Pipeline) -> None:
     assert torch.equal(apart, found)
 
 
+@pytest.mark.parametrize("text", ["3 2 12", "3,2;12", "３，２、１２", "\u30003 2 2\t12 3\n"])
+def test_chosen_steps_are_read_from_any_keyboard_in_any_order(text: str) -> None:
+    assert {*_steps(text)} == {2, 3, 12}
+
+
 def test_the_report_says_which_steps_were_reused(pipeline: Pipeline, monkeypatch) -> None:
     monkeypatch.setattr(host, "node_text", lambda lines, **_: "\n".join(lines))
     said = output(pipeline, steps=6, reuse="chosen", reused_steps="2 3").ui
@@ -134,10 +140,14 @@ def test_the_report_says_which_steps_were_reused(pipeline: Pipeline, monkeypatch
     ("inputs", "said"),
     [
         ({"reused_steps": "2 x"}, "reused_steps takes numbers of steps, such as 6 8 10, not 'x'."),
+        (
+            {"reused_steps": "6" * 5000},
+            "reused_steps takes numbers of steps, such as 6 8 10, not 'str'.",
+        ),
         ({"reused_steps": "-1"}, "reused_steps takes numbers of steps, such as 6 8 10, not '-1'."),
         (
-            {"reused_steps": "0"},
-            "Step 0 cannot be reused in a run of 2: the first is always computed. "
+            {"reused_steps": "2"},
+            "Step 2 cannot be reused in a run of 2: they are 0 to 1, and 0 is always computed. "
             "Change reused_steps, or set reuse to off.",
         ),
         (
