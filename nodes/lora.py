@@ -62,6 +62,7 @@ class LoRA(FileNode):
                     min=-4.0,
                     max=4.0,
                     step=0.05,
+                    round=0.001,  # Hyper-SD's LoRAs want 0.125
                     tooltip="How much of it. 0: none. Below 0: the opposite of what it learnt.",
                 ),
                 TextEncodersHandle.Input(

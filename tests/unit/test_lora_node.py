@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,6 +187,14 @@ def test_a_strength_that_the_schema_does_not_allow(weights, put: Put, strength: 
     file = put(kohya([QKV]))
     with pytest.raises(MajicFluxError, match=r"^strength must be (-4.0 to 4.0|a number), not "):
         LoRA.execute(weights[0], file, strength)
+
+
+def test_the_canvas_keeps_a_strength_of_an_eighth() -> None:
+    """It rounds to `round`, or to the digits of `step` where there is none."""
+    (strength,) = (i for i in LoRA.define_schema().inputs if i.id == "strength")
+    options = strength.as_dict()
+    digits = options.get("round") or 10 ** math.floor(math.log10(options["step"]))
+    assert round(0.125 / digits) * digits == pytest.approx(0.125)
 
 
 def test_the_part_for_clip(weights, put: Put, said: list[str]) -> None:
