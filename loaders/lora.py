@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,28 +59,13 @@ def load_lora(
     values = read_tensors(chain(*kept.values()), dtype, progress)
     terms: dict[str, tuple[LowRankTerm, ...]] = {}
     of_text: dict[str, tuple[LowRankTerm, ...]] = {}
-    biases: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
-    magnitudes: dict[str, Tensor] = {}
     for layer, changes in kept.items():
-        target = changes[0].target
-        found = [*_terms(lora, changes, values, dtype)]
+        found = _joined([*_terms(lora, changes, values, dtype)])
         if found:
-            (of_text if target.of_text else terms)[layer] = _joined(found)
-        for change in changes:
-            rows = slice(change.target.first, change.target.first + change.target.columns)
-            if change.method == NORM:
-                norms[layer] = values[change.tensors[NORM].name].flatten()
-            elif change.method == BIAS:
-                bias = biases.setdefault(layer, torch.zeros(target.outputs, dtype=torch.float32))
-                bias[rows] += _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
-            if change.magnitude is not None:
-                none = torch.full((target.outputs,), math.nan, dtype=torch.float32)
-                whole = magnitudes.setdefault(layer, none)
-                whole[rows] = _vector(change, change.magnitude, values)
+            (of_text if changes[0].target.of_text else terms)[layer] = found
     report = _report(lora)
     log.info(report)
-    return Adapter(terms, biases, norms, magnitudes, report, of_text)
+    return Adapter(terms, *_vectors(lora, chain(*kept.values()), values), report, of_text)
 
 
 def describe_lora(path: Path) -> AdapterReport | None:
@@ -254,6 +240,28 @@ def _joined(terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, ...]:
         else:
             joined.append(replace(term, down=down))
     return tuple(joined)
+
+
+def _vectors(
+    lora: LoraFile, changes: Iterable[Change], values: Mapping[str, "Tensor"]
+) -> "tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]":
+    """Biases, norms and magnitudes, as an `Adapter` has them."""
+    biases: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
+    for change in changes:
+        target = change.target
+        new = partial(torch.full, (target.outputs,), dtype=torch.float32)
+        rows = slice(target.first, target.first + target.columns)
+        if change.method == NORM:
+            norms[target.layer] = values[change.tensors[NORM].name].flatten()
+        elif change.method == BIAS:
+            added = _vector(change, change.tensors[BIAS], values) * scale_of(lora, change)
+            biases.setdefault(target.layer, new(fill_value=0.0))[rows] += added
+        if change.magnitude is not None:
+            magnitude = magnitudes.setdefault(target.layer, new(fill_value=math.nan))
+            magnitude[rows] = _vector(change, change.magnitude, values)
+    return biases, norms, magnitudes
 
 
 def _vector(change: Change, part: Part, values: Mapping[str, "Tensor"]) -> "Tensor":
