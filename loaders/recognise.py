@@ -139,11 +139,17 @@ CONTROL_NETS = (
     Kind(("controlnet_blocks.0.linear.",), later("Mistoline's ControlNet"), OTHER_CONTROL_NET),
     Kind(("pos_embed_input.weight", "input_hint_block."),
          later("a ControlNet of XLabs, which looks at pixels"), OTHER_CONTROL_NET),
-    Kind((".img_mod.", ".img_mlp.net.", "control_img_in."), later("a ControlNet for Qwen-Image"),
+    Kind((".img_mod.", ".img_mlp.net.", "control_blocks.0."), later("a ControlNet for Qwen-Image"),
          OTHER_CONTROL_NET),
     Kind(("pos_embed_input.proj.", "pos_embed.proj."),
          later("a ControlNet for Stable Diffusion 3"), OTHER_CONTROL_NET),
 )  # fmt: skip
+# Of those that have nothing of ours: Flux.2's, Z-Image's and so on.
+ANOTHER_CONTROL_NET = Kind(
+    ("controlnet_", "control_img_in.", "control_layers."),
+    later("a ControlNet for another model"),
+    OTHER_CONTROL_NET,
+)
 INFUSENET = Kind(
     (),
     later("InfuseNet of InfiniteYou, which needs a face model that runs code when opened"),
@@ -212,7 +218,7 @@ def expecting_control_net(path: Path, names: Collection[str]) -> Iterator[None]:
     """The same for a control net, which is a part of no checkpoint."""
     other = _first(CONTROL_NETS, names)
     if other is None and not _shown([CONTROL_NET], names):
-        other = kind_of(names)
+        other = _first([ANOTHER_CONTROL_NET], names) or kind_of(names)
     if other is not None or not _shown([CONTROL_NET], names):
         raise not_wanted(path, names, other, CONTROL_NET)
     with _told_as(path, names, QUANTISATIONS, CONTROL_NET):

@@ -166,6 +166,7 @@ def tiny(*names: str) -> Tensors:
     return {name: torch.zeros(2, 2) for name in names}
 
 
+OF_ANOTHER = "is a ControlNet for another model, not a .* Flux.1. MajicFlux runs those for Flux.1"
 REFUSED = {
     "cut": (
         lambda net: without(net, "blocks.1.norm1.linear.weight"),
@@ -182,6 +183,7 @@ REFUSED = {
         lambda net: net | {"transformer_blocks.0.attn.norm_q.weight": torch.zeros(64)},
         "attention heads of 64 in a width of 256",
     ),
+    "a VAE": (lambda _: tiny("decoder.mid.block_1.conv1.weight"), "is a VAE, not a ControlNet"),
     "shape": (
         lambda net: net | {"controlnet_blocks.0.weight": torch.zeros(8, 8)},
         r"controlnet_blocks.0.weight has the shape \[8, 8\] where \[256, 256\] follows",
@@ -213,6 +215,24 @@ REFUSED = {
         lambda net: net | tiny("transformer_blocks.0.img_mod.1.weight"),
         "is a ControlNet for Qwen-Image",
     ),
+    "Qwen-Image, of Fun": (
+        lambda _: tiny("control_blocks.0.after_proj.weight", "control_img_in.weight"),
+        "is a ControlNet for Qwen-Image",
+    ),
+    "Qwen-Image, of DiffSynth": (
+        lambda _: tiny("controlnet_blocks.0.y_rms.weight", "img_in.weight"),
+        OF_ANOTHER,
+    ),
+    "Flux.2": (
+        lambda _: tiny("control_transformer_blocks.0.after_proj.weight", "control_img_in.weight"),
+        OF_ANOTHER,
+    ),
+    "Z-Image": (
+        lambda _: tiny("control_layers.0.adaLN_modulation.0.weight",
+                       "control_all_x_embedder.2-1.weight", "control_noise_refiner.0.x.weight"),
+        OF_ANOTHER,
+    ),
+    "Wan": (lambda _: tiny("controlnet_patch_embedding.weight"), OF_ANOTHER),
     "SDXL": (
         lambda _: tiny("controlnet_cond_embedding.conv_in.weight", "add_embedding.linear_1.bias"),
         "is a ControlNet for SDXL or Stable Diffusion",
