@@ -34,6 +34,10 @@ class FluxGeometry:
         return self.hidden // HEAD_DIM
 
     @property
+    def blocks(self) -> int:
+        return self.double_blocks + self.single_blocks
+
+    @property
     def takes_picture(self) -> bool:
         """As further channels: a fill, depth or canny model."""
         return self.in_channels >= 2 * OF_LATENTS

@@ -63,12 +63,12 @@ class Course:
         """The weights that all blocks but the first need in a pass."""
         return [weights for block in self._visits[number][1:] for weights in block]
 
-    @property
-    def passes(self) -> float:
-        """How long they take at most, in passes that are computed."""
+    def seconds(self, computed: Sequence[float]) -> float:
+        """How long they take at most. computed: how long each takes where it is computed."""
+        passes = zip(computed, self._visits, self.decisions, strict=True)
         return sum(
-            1 / len(visits) if computed is False else 1.0
-            for visits, computed in zip(self._visits, self.decisions, strict=True)
+            seconds / len(visits) if decision is False else seconds
+            for seconds, visits, decision in passes
         )
 
     @property

@@ -221,7 +221,7 @@ def step_seconds(
     if profile.copy_rate is None or profile.product_rate is None or profile.attention_rate is None:
         return None
     tokens, width = workload.tokens, geometry.hidden
-    blocks = sum(each.double_blocks + each.single_blocks for each in (geometry, *controls))
+    blocks = sum(each.blocks for each in (geometry, *controls))
     passes = workload.batch_size * workload.prompts
     products = 2 * 12 * width**2 * blocks * tokens * passes
     attention = 4 * width * tokens**2 * blocks * passes

@@ -1,7 +1,7 @@
 """The stages of a run: each plans itself, and runs itself in the memory that it planned."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -169,9 +169,9 @@ class DenoiseStage:
         cfg is 1; hints: of each control, what it shows as latents in model space."""
         dit, compute = self.dit, self.compute
         device, module, modules = dit.patcher.device, dit.weights.module, self._modules
-        course = self._course(levels_of_passes(inputs.solver, inputs.sigmas))
-        seconds = run.plan.seconds
-        predicted = None if seconds is None else seconds * course.passes
+        levels = levels_of_passes(inputs.solver, inputs.sigmas)
+        course, seconds = self._course(levels), run.plan.seconds
+        predicted = None if seconds is None else course.seconds(self._seconds(levels, seconds))
         with run.memory_of(self, predicted) as (plan, chunking):
             order = [*visits_once(dit, self.controls), *course.ahead()]
             given = (device, run.before_block, plan.ring, chunking)
@@ -238,6 +238,16 @@ class DenoiseStage:
                 two = slice(number, number + 2)
                 decisions[two] = [each is not False for each in decisions[two]]
         return Course(decisions, visits(self.dit, self.controls, levels))
+
+    def _seconds(self, levels: Sequence[float], most: float) -> list[float]:
+        """Of the passes at these noise levels, by the blocks that run in each. most: with those of
+        all control nets."""
+
+        def blocks(controls: Iterable[Control]) -> int:
+            return sum(g.blocks for g in (self.dit.geometry, *(c.net.geometry for c in controls)))
+
+        acting = ([c for c in self.controls if c.acts_at(level)] for level in levels)
+        return [most * blocks(controls) / blocks(self.controls) for controls in acting]
 
     def _with_pictures(
         self,

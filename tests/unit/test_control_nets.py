@@ -25,9 +25,13 @@ from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.offload.prefetch import PrefetchRing
 from majicflux.engine.offload.weight_block import WeightBlock
+from majicflux.engine.plan.denoising import step_seconds
+from majicflux.engine.plan.device import DeviceProfile
 from majicflux.engine.quant.compute import ComputePrecision, choose_compute
 from majicflux.engine.quant.formats import FLOAT32, PRECISIONS, Precision, uniform
+from majicflux.engine.run import stages
 from majicflux.engine.run.pipeline import Pipeline
+from majicflux.engine.run.pipeline_run import OnStage, ignore_stage
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.engine.sampling.solvers import euler, heun, levels_of_passes
 from majicflux.loaders.controlnet import load_control_net
@@ -84,11 +88,13 @@ class Made:
         net = ControlNet(weights, patcher, geometry, self.precision)
         return Control(net, picture(48, 64), **options)
 
-    def painted(self, *controls: Control, **changes: Any) -> Tensor:
+    def painted(
+        self, *controls: Control, on_stage: OnStage = ignore_stage, **changes: Any
+    ) -> Tensor:
         """By controls whose pictures have been encoded."""
         request = requested(*controls, **changes)
         stage = self.pipeline.denoise_with(request.acting)
-        self.run = self.pipeline.start(request.workload, [stage], lambda: None)
+        self.run = self.pipeline.start(request.workload, [stage], lambda: None, on_stage)
         given = (request.sampler_inputs(None), [PROMPT] * len(request.prompts), 3.5)
         hints = [encoded(control) for control in request.acting]
         with torch.inference_mode():
@@ -226,6 +232,24 @@ def test_weights_come_in_the_order_that_is_expected(make, monkeypatch, solver) -
         due = lockstep(LITE, control.net.geometry)
         of_pass = sum(len(control.net.visits(numbers)) for numbers in due)
         assert sum(block in own for block in entered) == len(acting) * of_pass
+
+
+def test_the_seconds_of_a_run_are_those_of_the_nets_that_act_in_each_pass(
+    make, monkeypatch
+) -> None:
+    made, told = make(), []
+    card = DeviceProfile(copy_rate=1e9, product_rate=1e9, attention_rate=1e9)
+    monkeypatch.setattr(stages, "measured_profile", lambda *_: card)
+    early, late = made.control("Union", end=0.4), made.control(start=0.6)
+    made.painted(early, late, steps=5, on_stage=lambda *stage: told.append(stage))
+    request, plan = requested(early, late, steps=5), made.run.plan
+    levels = levels_of_passes(request.solver, request.sigmas)
+    acting = [[c.net.geometry for c in (early, late) if c.acts_at(level)] for level in levels]
+    assert [len(nets) for nets in acting] == [1, 1, 0, 1, 1]
+    given = (plan.stages[0], LITE, request.workload, card)
+    expected = sum(step_seconds(*given, nets) for nets in acting)
+    assert told == [("denoising", pytest.approx(expected))]
+    assert expected < 4.5 * plan.seconds
 
 
 def test_another_seed_moves_no_weights_that_are_needed_once(make) -> None:

@@ -117,7 +117,7 @@ def test_a_step_that_is_not_in_the_run_is_refused_before_it_begins() -> None:
 
 def test_the_time_of_chosen_steps_is_known_beforehand() -> None:
     """That of the first of two blocks; where it is not known, a step is thought to be computed."""
-    assert Course([True, False, None, True], [[[], []]] * 4).passes == 3.5
+    assert Course([True, False, None, True], [[[], []]] * 4).seconds([2, 2, 2, 4]) == 9
 
 
 def test_heun_is_refused() -> None:
