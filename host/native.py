@@ -23,6 +23,12 @@ HONOURED = (
     "reference_latents",
     "reference_latents_method",
 )  # of a CONDITIONING
+# What to do about others.
+REMOVE = later("Remove the node that adds it, or sample with KSampler.")
+INSTEAD = {
+    "control": later("Remove Apply ControlNet, and connect the Majic node ControlNet to control."),
+    "attention_mask": later("Choose multiply as the strength type of Apply Style Model."),
+}
 RATIO = "downscale_ratio_spacial"  # pixels for each of an empty latent; spelled as ComfyUI does
 
 
@@ -53,9 +59,10 @@ def from_conditioning(
     if unknown:
         raise MajicFluxError(
             "The CONDITIONING of {name} carries {unknown}, which Majic nodes cannot honour. "
-            "Remove the node that adds it, or sample with KSampler.",
+            "{advice}",
             name=name,
             unknown=", ".join(sorted(unknown)),
+            advice=say(next((INSTEAD[key] for key in unknown if key in INSTEAD), REMOVE)),
         )
     pooled = options.get("pooled_output")
     if pooled is None:
@@ -211,7 +218,7 @@ def from_image(image: Tensor) -> Tensor:
     for name, side in (("Height", whole.shape[1]), ("Width", whole.shape[2])):
         if side < STEP:
             require_size(name, side)
-    return cropped(whole, *whole.shape[1:3])
+    return cropped(whole)
 
 
 def from_whole_image(image: Tensor) -> Tensor:
@@ -226,7 +233,8 @@ def from_whole_image(image: Tensor) -> Tensor:
 
 
 def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
-    """Float32 [n, rows, columns] on the CPU, cropped as the image that it belongs to.
+    """Float32 [n, rows, columns] on the CPU, scaled and cropped as the image that it belongs to
+    where that loses its edges.
 
     Raises MajicFluxError when it is no mask.
     """
@@ -238,17 +246,16 @@ def from_mask(mask: Tensor, image: Tensor | None) -> Tensor:
         )
     require_finite("mask", mask)
     mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
-    return mask if image is None else cropped(mask, *image.shape[1:3])
+    if image is None or cropped(image).shape == image.shape:
+        return mask
+    size = tuple(image.shape[1:3])
+    return cropped(torch.nn.functional.interpolate(mask[:, None], size, mode="bilinear")[:, 0])
 
 
-def cropped(values: Tensor, height: int, width: int) -> Tensor:
-    """The middle of values [n, height, width, ...], with sides that are multiples of 16.
-
-    Values of another size are of something else, and left as they are.
-    """
+def cropped(values: Tensor) -> Tensor:
+    """The middle of values [n, height, width, ...], with sides that are multiples of 16."""
+    height, width = values.shape[1:3]
     rows, columns = (side // STEP * STEP for side in (height, width))
-    if values.shape[1:3] != (height, width) or not rows or not columns:
-        return values
     top, left = (height - rows) // 2, (width - columns) // 2
     return values[:, top : top + rows, left : left + columns]
 

@@ -139,10 +139,10 @@ class ControlNetNode(FileNode):
         painted = None if mask is None else native.from_mask(mask, None)
         progress = host.loading_progress(cls.hidden.unique_id)
         net = _loaded(file, PRECISIONS[weight_precision], keep_prepared, progress)
-        said = _said(net.geometry, mode, painted is not None)
+        said = _said(net.geometry, mode, painted, start, end)
         number = MODES.index(mode)
         added = Control(net, picture, painted, number, strength, start, end)
-        return io.NodeOutput((*control, added), ui=host.node_text([net.weights.report, said]))
+        return io.NodeOutput((*control, added), ui=host.node_text([net.weights.report, *said]))
 
 
 def _loaded(
@@ -163,19 +163,23 @@ def _loaded(
     return shared(load, model_folders.state_of(path), precision, prepared)
 
 
-def _said(geometry: ControlGeometry, mode: str, masked: bool) -> str:
-    """What the net makes of mode and mask. Raises MajicFluxError for a mode that it has not."""
-    if geometry.modes:
-        if MODES.index(mode) >= geometry.modes:
-            raise MajicFluxError(
-                "This ControlNet has {count} modes, and {mode} is not among them. Choose "
-                "another mode.",
-                count=geometry.modes,
-                mode=mode,
-            )
-        return say("mode: {mode}", mode=mode)
-    if geometry.inpaints and not masked:
-        return say("An inpainting net without a mask leaves all as it is: connect mask.")
-    if masked and not geometry.inpaints:
-        return say("The mask is not used: this is no inpainting net.")
-    return ""
+def _said(
+    geometry: ControlGeometry, mode: str, painted: "Tensor | None", start: float, end: float
+) -> list[str]:
+    """What the net makes of its inputs. Raises MajicFluxError for a mode that it has not."""
+    if geometry.modes and MODES.index(mode) >= geometry.modes:
+        raise MajicFluxError(
+            "This ControlNet has {count} modes, and {mode} is not among them. Choose another mode.",
+            count=geometry.modes,
+            mode=mode,
+        )
+    lines = [say("mode: {mode}", mode=mode)] if geometry.modes else []
+    if geometry.inpaints and (painted is None or not painted.any()):
+        lines.append(
+            say("An inpainting net without a mask, or with an empty one, leaves all as it is.")
+        )
+    if painted is not None and not geometry.inpaints:
+        lines.append(say("The mask is not used: this is no inpainting net."))
+    if start > end:
+        lines.append(say("The net never acts, because start lies behind end."))
+    return lines

@@ -220,6 +220,11 @@ class Sample(Node):
         )
         encoded = []
         if reference is not None:
+            if request.prompt_pictures[0]:
+                raise MajicFluxError(
+                    "positive brings pictures of its own, and reference too. Disconnect one of the "
+                    "two."
+                )
             given, encoded = _encoded(cls, pipeline, reference)
             request = replace(request, reference=given)
         callbacks = run_ui.sampling_callbacks(cls, pipeline, request)

@@ -8,7 +8,7 @@ from torch import Tensor
 from file_layouts import Tensors, to_diffusers
 from majicflux.benchmarks.random_models import DIT, random_tensors
 from majicflux.engine.flux.geometry import ControlGeometry, FluxGeometry
-from majicflux.loaders.layouts import control_net_layout, flux_dit_layout
+from majicflux.loaders.layouts import Layout, control_net_layout, flux_dit_layout
 
 # With as many blocks as FLUX.1-dev, which control nets are spread over.
 WHOLE = replace(DIT, hidden=128, double_blocks=19, single_blocks=38)
@@ -36,7 +36,17 @@ def transformer_tensors(geometry: FluxGeometry = WHOLE, dtype=torch.float32) -> 
 
 def control_net_tensors(geometry: ControlGeometry, seed: int = 1, dtype=torch.float32) -> Tensors:
     """In Diffusers' layout."""
-    tensors = random_tensors(control_net_layout(geometry), seed, dtype)
+    return _in_diffusers_layout(random_tensors(control_net_layout(geometry), seed, dtype))
+
+
+def published_layout(geometry: ControlGeometry) -> Layout:
+    """Names and shapes in a file of such a net."""
+    layout = control_net_layout(geometry)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in layout.items()}
+    return {name: tuple(t.shape) for name, t in _in_diffusers_layout(tensors).items()}
+
+
+def _in_diffusers_layout(tensors: Tensors) -> Tensors:
     extra = {name: tensor for name, tensor in tensors.items() if name.startswith("controlnet_")}
     return to_diffusers({n: t for n, t in tensors.items() if n not in extra}) | extra
 

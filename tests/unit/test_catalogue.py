@@ -22,17 +22,32 @@ from majicflux.downloads.catalogue import (
     FILL,
     GROUPS,
     HUGGINGFACE,
+    INPAINTING_NET,
     KNOWN_FILES,
     KONTEXT_BF16,
     KONTEXT_FLOAT8,
     MAJICFLUS_BF16,
     MAJICFLUS_FLOAT8,
     T5_XXL,
+    UNION_PRO,
+    UNION_PRO_2,
     KnownFile,
 )
-from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.geometry import (
+    ClipGeometry,
+    ControlGeometry,
+    FluxGeometry,
+    T5Geometry,
+)
 from majicflux.loaders import demo_models
-from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
+from majicflux.loaders.layouts import (
+    Layout,
+    clip_layout,
+    control_net_layout,
+    flux_dit_layout,
+    t5_layout,
+    vae_layout,
+)
 
 MOST_HEADER_BYTES = 200_000
 
@@ -44,6 +59,7 @@ def elements(layout: Layout) -> int:
 FLUX = elements(flux_dit_layout(FluxGeometry()))
 FLUX_VECTORS = sum(s[0] for s in flux_dit_layout(FluxGeometry()).values() if len(s) == 1)
 T5 = t5_layout(T5Geometry())
+UNION = ControlGeometry(single_blocks=10, modes=10)
 CONTROL_LORA = 2 * sum(map(math.prod, control_lora_layout(FluxGeometry(), 128).values()))
 EMBEDDING_TWICE = {**T5, "encoder.embed_tokens.weight": T5["shared.weight"]}
 
@@ -61,6 +77,8 @@ EMBEDDING_TWICE = {**T5, "encoder.embed_tokens.weight": T5["shared.weight"]}
         (CANNY, 2 * elements(flux_dit_layout(FluxGeometry(in_channels=128)))),
         (DEPTH_LORA, CONTROL_LORA),
         (CANNY_LORA, CONTROL_LORA),
+        (UNION_PRO_2, 2 * elements(control_net_layout(ControlGeometry(double_blocks=6)))),
+        (UNION_PRO, 2 * elements(control_net_layout(UNION))),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -72,6 +90,8 @@ def test_the_least_size_of_a_bf16_file_is_that_of_its_tensors() -> None:
     assert MAJICFLUS_BF16.least_size == 2 * FLUX
     of_depth = flux_dit_layout(FluxGeometry(in_channels=128))
     assert DEPTH.least_size == 2 * elements(of_depth)
+    inpainting = control_net_layout(ControlGeometry(double_blocks=6, hint_channels=68))
+    assert INPAINTING_NET.least_size == 2 * elements(inpainting)
 
 
 def test_every_file_has_the_name_that_workflows_and_readmes_use() -> None:

@@ -114,19 +114,26 @@ def test_two_that_are_chained_both_act_and_share_the_weights_of_one_file(pipelin
     assert control(file, strength=0.1)[0].net is first.net, "nothing is loaded again"
 
 
-def test_what_mask_and_mode_mean_is_said(put, said: list[str]) -> None:
-    mask = torch.ones(1, 70, 90)
-    control(net_file(put), mask=mask)
-    assert said[-1] == "The mask is not used: this is no inpainting net."
-    assert said[-2].startswith("Union-Pro 2.0.safetensors: ControlNet for Flux.1, 5 + 0 blocks of")
+def test_what_the_net_makes_of_its_inputs_is_said(put, said: list[str]) -> None:
+    mask, unused = torch.ones(1, 70, 90), "The mask is not used: this is no inpainting net."
+
+    def lines(file: str, **inputs: Any) -> list[str]:
+        said.clear()
+        control(file, **inputs)
+        report, *others = said
+        assert report.startswith(f"{file}: ControlNet for Flux.1, 5 + ")
+        return others
+
+    assert lines(net_file(put), mask=mask) == [unused]
     inpainting = net_file(put, "inpainting")
-    control(inpainting)
-    assert said[-1] == "An inpainting net without a mask leaves all as it is: connect mask."
-    control(inpainting, mask=mask)
-    assert said[-1] == ""
+    for nothing in ({}, {"mask": torch.zeros(1, 64, 64)}):
+        (line,) = lines(inpainting, **nothing)
+        assert "without a mask, or with an empty one, leaves all as it is" in line
+    assert lines(inpainting, mask=mask) == []
     union = net_file(put, "Union", modes=4)
-    control(union, mode="blur")
-    assert said[-1] == "mode: blur"
+    assert lines(union, mode="blur", start=0.5, end=0.5) == ["mode: blur"]
+    never = "The net never acts, because start lies behind end."
+    assert lines(union, mode="blur", mask=mask, start=0.6, end=0.5) == ["mode: blur", unused, never]
     with pytest.raises(ValueError, match="has 4 modes, and pose is not among them"):
         control(union, mode="pose")
 

@@ -224,6 +224,13 @@ def test_a_fill_model_takes_no_reference(make) -> None:
         Sample.execute(make(384), "a cat", 0, 2, 3.5, 64, 48, 1, reference=torch.ones(1, 48, 64, 3))
 
 
+def test_a_reference_is_not_passed_over_for_that_of_a_conditioning(make) -> None:
+    pipeline = make(64)
+    given = {"positive": conditioning(**references((6, 8))), "reference": torch.ones(1, 48, 64, 3)}
+    with pytest.raises(ValueError, match="positive brings pictures of its own, and reference too"):
+        Sample.execute(pipeline, "", 0, 2, 3.5, 64, 48, 1, **given)
+
+
 def test_a_control_lora_asks_for_a_picture(make) -> None:
     pipeline = make(CONTROL)
     with pytest.raises(EngineError, match=r"takes 128 channels, .* control LoRA: it needs a pic"):
@@ -260,7 +267,7 @@ def test_a_fill_model_asks_for_a_picture(make, given: dict[str, Any]) -> None:
          "places its references by index_timestep_zero"),
         (128, {"concat_latent_image": torch.zeros(1, 4, 6, 8)}, "has concat_latent_image of the"),
         (384, {"concat_mask": torch.full((1, 1, 6, 8), torch.inf)}, "NaN or infinity"),
-        (64, {"attention_mask": torch.ones(1, 5, 5)}, "carries attention_mask, which"),
+        (64, {"attention_mask": torch.ones(1, 5, 5)}, "carries attention_mask, .* Choose multiply"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(channels, given: dict[str, Any], words: str) -> None:

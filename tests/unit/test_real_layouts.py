@@ -2,14 +2,22 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from control_nets import published_layout
 
 from file_layouts import sparse_file
-from majicflux.engine.flux.geometry import ClipGeometry, FluxGeometry, T5Geometry
+from majicflux.engine.flux.geometry import (
+    ClipGeometry,
+    ControlGeometry,
+    FluxGeometry,
+    T5Geometry,
+)
 from majicflux.engine.quant.formats import INT8_ROTATED, PRECISIONS
+from majicflux.loaders.controlnet import inspect_control_net
 from majicflux.loaders.flux_dit import inspect_flux_dit
 from majicflux.loaders.layouts import Layout, clip_layout, flux_dit_layout, t5_layout, vae_layout
 from majicflux.loaders.text_encoders import inspect_clip, inspect_t5
@@ -18,6 +26,8 @@ from majicflux.loaders.vae import inspect_vae
 FLUX_DEV = flux_dit_layout(FluxGeometry())
 FLUX_FILL = flux_dit_layout(FluxGeometry(in_channels=384))
 FLUX_DEPTH = FLUX_DEV | {"img_in.weight": (3072, 128)}  # and canny
+UNION = ControlGeometry(single_blocks=10, modes=10)
+INPAINTING = ControlGeometry(double_blocks=6, hint_channels=68)
 MAJICFLUS = {f"model.diffusion_model.{name}": shape for name, shape in FLUX_DEV.items()}
 
 
@@ -36,8 +46,14 @@ def key_hash(layout: Layout) -> str:
         (clip_layout(ClipGeometry()), "94eefa3dac9cec93cb1ebaf1747d7b78", 196),
         (t5_layout(T5Geometry()), "22540b49eaedbc2f2784b2091a234c7c", 219),
         (vae_layout(), "21ea55f476dfc4fd135587abb59dfe5d", 244),
+        (published_layout(UNION), "78d18b9101345ff695f312e7e62538c0", 349),
+        (published_layout(INPAINTING), "52357cb26250681367488a8954c271e8", 222),
+        (published_layout(ControlGeometry()), "b001c89139b5f053c715fe772362dd2a", 188),
     ],
-    ids=["majicflus_v134", "flux1-dev", "flux1-fill-dev", "clip_l", "t5xxl", "ae"],
+    ids=[
+        *("majicflus_v134", "flux1-dev", "flux1-fill-dev", "clip_l", "t5xxl", "ae"),
+        *("Controlnet-Union-alpha", "Controlnet-Inpainting-Beta", "Controlnet-Upscaler"),
+    ],
 )
 def test_layouts_are_those_of_the_real_files(layout, expected, tensors) -> None:
     from diffsynth.configs.model_configs import MODEL_CONFIGS
@@ -63,6 +79,12 @@ def test_full_size_models_that_take_a_picture_are_recognised(tmp_path, layout, c
     geometry, _ = inspect_flux_dit(sparse_file(tmp_path / "dit.safetensors", layout))
     assert geometry == FluxGeometry(in_channels=channels)
     assert (geometry.takes_picture, geometry.takes_mask) == (True, channels == 384)
+
+
+@pytest.mark.parametrize("in_file", [UNION, INPAINTING, ControlGeometry(double_blocks=6)])
+def test_full_size_control_nets_are_recognised_by_what_is_used(tmp_path, in_file) -> None:
+    geometry, _ = inspect_control_net(sparse_file(tmp_path / "net", published_layout(in_file)))
+    assert geometry == replace(in_file, double_blocks=5)
 
 
 def test_full_size_encoders_and_vae_are_recognised(tmp_path: Path) -> None:

@@ -508,7 +508,11 @@ def conditioning(tokens: Any = (1, 5, 8), pooled: Any = (1, 4), **options: Any) 
     [
         ([], "0 entries"),
         (conditioning() * 2, "2 entries"),
-        (conditioning(area=(1, 2, 3, 4)), "carries area"),
+        (conditioning(area=(1, 2, 3, 4)), "carries area.* Remove the node that adds it, or sample"),
+        (
+            conditioning(control=object(), control_apply_to_uncond=True),
+            "carries control, control_apply_to_uncond, .* connect the Majic node ControlNet",
+        ),
         (conditioning(hooks=object(), start_percent=0.1), "carries hooks, start_percent"),
         (conditioning(tokens=(1, 5, 7)), r"tokens of shape \(1, 5, 7\)"),
         (conditioning(tokens=(2, 5, 8)), "tokens of shape"),
@@ -576,6 +580,15 @@ def test_a_picture_smaller_than_any_that_flux_paints_is_refused(pipeline: Pipeli
 def test_what_is_no_mask_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="MASK has the shape"):
         native.from_mask(torch.ones(shape), None)
+
+
+def test_a_mask_of_another_size_loses_the_edges_that_its_image_loses() -> None:
+    """It is scaled to the whole image, as ComfyUI's InpaintModelConditioning does."""
+    image, mask = picture(70, 86), torch.rand(2, 35, 31)
+    whole = torch.nn.functional.interpolate(mask[:, None], (70, 86), mode="bilinear")[:, 0]
+    assert torch.equal(native.from_mask(mask, image), whole[:, 3:67, 3:83])
+    assert torch.equal(native.from_mask(whole, image), whole[:, 3:67, 3:83])
+    assert torch.equal(native.from_mask(mask, picture(64, 80)), mask), "nothing is lost"
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 6, 8), (1, 16, 1, 6, 8), (16, 6, 8), (0, 16, 6, 8)])
