@@ -1,5 +1,6 @@
 """Control nets through ComfyUI's own code and ours, beside its Flux and ours, in float32."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from majicflux.benchmarks.random_models import CLIP, T5
 from majicflux.engine.flux.conditioning import conditions_of
 from majicflux.engine.flux.controlnet import Control, ControlNet
 from majicflux.engine.flux.lockstep import ControlTokens, Lockstep
+from majicflux.engine.flux.picture_conditions import PictureConditions, picture_tokens
 from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.latents import to_model_space
@@ -78,13 +80,18 @@ class BothModels:
         patcher: Any = None
         return theirs, ControlNet(weights, patcher, geometry, uniform(FLOAT32))
 
-    def expected(self, latents: Tensor, sigma: float, *controls: Given) -> Tensor:
+    def expected(
+        self, latents: Tensor, sigma: float, *controls: Given, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
 
         import nodes
 
         vae = SimpleNamespace(encode=encoded, spacial_compression_encode=lambda: 8)
-        conditioning: Any = [[PROMPT.tokens, {"pooled_output": PROMPT.pooled, "guidance": 3.5}]]
+        given = {"pooled_output": PROMPT.pooled, "guidance": 3.5}
+        if references:
+            given["reference_latents"] = references
+        conditioning: Any = [[PROMPT.tokens, given]]
         for each in controls:
             net = self.nets(each.name, each.seed)[0].copy()
             net.set_extra_arg("control_type", [each.mode] if FILES[each.name].modes else [])
@@ -115,9 +122,14 @@ class BothModels:
         clean = self.theirs.apply_model(latents, at, control=told, **conds)
         return (latents - clean) / sigma
 
-    def found(self, latents: Tensor, sigma: float, *controls: Given) -> Tensor:
+    def found(
+        self, latents: Tensor, sigma: float, *controls: Given, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         told = (3.5, FLOAT, latents.device, FLOAT, torch.tensor([sigma]))
         (prompt,) = conditions_of(self.ours, [PROMPT], *told)
+        seen = PictureConditions(references=tuple(map(to_model_space, references)))
+        pictures = picture_tokens(seen, WHOLE, latents.shape, None, lambda x: x)
+        prompt = replace(prompt, pictures=pictures)
         given = []
         for each in controls:
             net = self.nets(each.name, each.seed)[1]
@@ -175,6 +187,19 @@ def test_control_nets(both: BothModels, used: str, batch: int) -> None:
     found = both.found(latents, 0.8, *USED[used])
     assert relative(found, expected) <= 1e-5
     assert relative(both.found(latents, 0.8), expected) > 0.01, "it is told something"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_beside_references_they_tell_the_painted_picture_alone(
+    both: BothModels, batch: int
+) -> None:
+    latents, references = randn(batch, 16, ROWS, COLUMNS), [randn(1, 16, 8, 4), randn(2, 16, 5, 10)]
+    controls = USED["two"]
+    expected = both.expected(latents, 0.8, *controls, references=references)
+    assert relative(both.found(latents, 0.8, *controls, references=references), expected) <= 1e-5
+    assert relative(both.found(latents, 0.8, *controls), expected) > 0.01
+    assert relative(both.found(latents, 0.8, references=references), expected) > 0.01
 
 
 @torch.no_grad()

@@ -104,3 +104,13 @@ def test_the_samples_of_comfyuis_own_nodes(comfy, small_graph: Graph, strengths,
     plain, _ = painted(comfy, graph_of(small_graph))
     assert difference(ours, theirs) <= 1e-4
     assert difference(plain, theirs) > 0.02
+
+
+def test_what_their_nodes_give_is_refused_with_advice(comfy, small_graph: Graph) -> None:
+    graph = graph_of(small_graph, 0.8)
+    graph["ours"]["inputs"]["positive"] = [f"their {NAMES[0]}", 0]
+    del graph["shown too"]
+    kind, data = comfy.run(comfy.executor(), graph)[-1]
+    assert kind == "execution_error"
+    assert "carries control, control_apply_to_uncond, which" in data["exception_message"]
+    assert "connect the Majic node ControlNet to control." in data["exception_message"]
