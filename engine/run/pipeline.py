@@ -255,9 +255,9 @@ def _embedded(
 def _hints(
     pipeline: Pipeline, run: PipelineRun, request: GenerationRequest, stage: DenoiseStage
 ) -> list[Tensor]:
-    """Latents of what each control of the stage shows its net."""
+    """Latents of what each control of the stage shows its net, for as many as are painted."""
     shown = [control.shown(request.height, request.width) for control in stage.controls]
-    return [pipeline.encode.run(run, pictures) for pictures in shown]
+    return [pipeline.encode.run(run, pictures[: request.pictures]) for pictures in shown]
 
 
 def _with_picture_to_fill(

@@ -16,6 +16,7 @@ from majicflux.benchmarks.random_models import DIT
 from majicflux.downloads import model_folders
 from majicflux.engine.errors import EngineError
 from majicflux.engine.flux.geometry import ControlGeometry
+from majicflux.engine.flux.vae import VAE
 from majicflux.engine.quant.formats import PRECISIONS
 from majicflux.host import current, standalone
 from majicflux.loaders.controlnet import inspect_control_net, load_control_net
@@ -101,6 +102,22 @@ def test_sample_and_denoise_are_steered_by_the_same_picture(pipeline, put: Put) 
     assert relative(again, found) < 1e-5
     other = sampled(pipeline, control=control(file, picture(70, 90, seed=1)))
     assert relative(other, found) > 1e-3
+
+
+def test_of_a_batch_of_images_those_are_encoded_that_are_seen(
+    pipeline, put: Put, monkeypatch
+) -> None:
+    encode, encoded = VAE.encode, []
+
+    def watched(vae: VAE, pictures: Tensor, *given: Any) -> Any:
+        encoded.append(len(pictures))
+        return encode(vae, pictures, *given)
+
+    monkeypatch.setattr(VAE, "encode", watched)
+    file, images = net_file(put), picture(70, 90, 3)
+    found = sampled(pipeline, control=control(file, images))
+    assert torch.equal(found, sampled(pipeline, control=control(file, images[:1])))
+    assert encoded == [1, 1]
 
 
 def test_two_that_are_chained_both_act_and_share_the_weights_of_one_file(pipeline, put) -> None:

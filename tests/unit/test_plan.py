@@ -580,6 +580,11 @@ def test_control_nets_of_two_prompts_and_a_batch_are_planned(
     assert_planned(name, Workload(512, 768, 2, 20, prompts=2), card, controls=CONTROLS["two"])
 
 
+def test_a_reference_and_a_control_net_add_up_in_the_plan(as_cuda, fused) -> None:
+    job, given = Workload(512, 512, steps=1), {"references": ((64, 64),), "controls": (PRO_2,)}
+    assert_planned("float8", job, "fused", **given)
+
+
 def test_fewer_references_are_advised_where_there_are_any() -> None:
     phase = StagePlan("denoise", None, 0, 0, 0, 0, 0, 0, 0, smallest=3 * GB)
     plan = Plan(Workload(64, 48, reference_tokens=12), 2 * GB, (phase,), None)
