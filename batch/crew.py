@@ -114,8 +114,8 @@ class Crew:
         for worker in came:
             thread = Thread(target=self._work, args=(worker,), daemon=True)
             self._workers.append(worker)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)  # not before: what never began cannot be joined
 
     def _work(self, worker: Worker) -> None:
         try:
@@ -159,9 +159,12 @@ class Crew:
                 return
 
     def _graphs(self, jobs: Sequence[Job], worker: Worker) -> list[tuple[Job, Graph]]:
-        """Those that can be made; what is wrong with the others is their outcome."""
+        """Those that can be made; what is wrong with the others is their outcome. Raises WorkerLost
+        once stopped, for a translation takes seconds."""
         found = []
         for job in jobs:
+            if self._stopped:
+                raise WorkerLost
             try:
                 found.append((job, self._graph_of(job)))
             except MajicFluxError as error:

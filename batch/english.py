@@ -43,5 +43,6 @@ class English:
     def _english_of(self, prompt: str) -> str:
         if prompt not in self._known:  # else nobody waits for the one that is being translated
             with self._turn:
-                self._known[prompt] = self._translate(prompt)
+                if prompt not in self._known:  # which that one may have been
+                    self._known[prompt] = self._translate(prompt)
         return self._known[prompt]

@@ -78,8 +78,9 @@ class WorkerProcess:
 
     def stop(self) -> None:
         self._stopped = True
-        if self._process is not None:
-            self._process.kill()
+        process = self._process  # once, for its own thread may end it meanwhile
+        if process is not None:
+            process.kill()
 
     def _start(self) -> None:
         for _ in range(MOST_STARTS):
@@ -102,6 +103,9 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             text=True,
             env=_environment(self._number),
+            # Ctrl+C is not for it: while it still imports it would die of that, and say so.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         if self._stopped:
             self._process.kill()

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -97,7 +96,6 @@ def _keep_step(steps: "list[Tensor]", latents: "Tensor") -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the driver too, which ends us
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     replies, lines = _own_stdout(), _lines()
     painter = Painter(json.loads(next(lines)))

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from threading import Event, Thread
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image
 
 from majicflux.batch import Batch, BatchError, crew, driver
 from majicflux.batch.crew import HAND, Crew
+from majicflux.batch.english import English
 from majicflux.batch.jobs import Job, make_jobs
 from majicflux.batch.manifest import NAME, Manifest
 from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
@@ -367,6 +369,75 @@ def test_ctrl_c_ends_a_batch_at_once(graph: Path, rows: Save, models: Path, tmp_
     left = Batch(many, graph, tmp_path / "out", workers=1)
     left._manifest.close()
     assert len(left.waiting) == 50 - len(painted) < 50
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
+    """One whose process answers that it is there, and no more."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nread setup; echo '{\"card\": \"CPU\"}'; read job\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    worker = WorkerProcess({}, None)
+    assert worker.start()
+    yield worker
+    worker.end()
+
+
+def test_ctrl_c_does_not_reach_a_worker(worker: WorkerProcess) -> None:
+    """One that was still importing said where it was, below the batch's own word."""
+    assert os.getpgid(worker._process.pid) != os.getpgid(0)
+
+
+def test_a_worker_is_stopped_while_its_thread_ends_it(worker: WorkerProcess) -> None:
+    class EndsMeanwhile(WorkerProcess):
+        @property
+        def _process(self) -> subprocess.Popen | None:
+            return self.asked.pop()
+
+        @_process.setter
+        def _process(self, process: subprocess.Popen | None) -> None:
+            self.asked = [None, process]
+
+    ending = EndsMeanwhile({}, None)
+    ending._process = worker._process
+    ending.stop()
+    assert worker._process.wait(1) == -signal.SIGKILL
+
+
+def test_a_batch_that_is_stopped_makes_no_more_graphs(forty: list[Job]) -> None:
+    """Their prompts may have to be translated, which takes seconds."""
+    made: list[Job] = []
+    begun = Event()
+
+    def graph_of(job: Job) -> dict:
+        made.append(job)
+        begun.set()
+        time.sleep(0.02)
+        return {}
+
+    painting = Crew(forty, graph_of, Agency(Hired({}, "only")))
+    painting._hire()
+    begun.wait()
+    painting.stop()
+    assert len(made) < HAND
+
+
+def test_a_prompt_is_translated_once_though_two_wait_for_it() -> None:
+    asked: list[str] = []
+
+    def translate(prompt: str) -> str:
+        asked.append(prompt)
+        time.sleep(0.02)
+        return "a cat"
+
+    english = English(translate)
+    threads = [Thread(target=english._english_of, args=("猫",)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == ["猫"]
 
 
 def test_the_command_says_what_was_painted_and_what_was_not(
