@@ -22,8 +22,10 @@ from .rows import BatchError, Row
 
 SEED = "seed"
 SEED_STEP = 1000  # between two rows, which leaves seeds for so many repetitions
-LONGEST_ID = 100
-GOOD_ID = re.compile(rf"(?!\s)[\w -]{{1,{LONGEST_ID}}}(?<!\s)")
+LONGEST_ID = 100  # characters
+LONGEST_ID_BYTES = 200  # of the 255 that a file may be called by, with what is added
+GOOD_ID = re.compile(r"(?!\s)[\w -]+(?<!\s)")
+DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)  # on Windows
 
 NodeClasses = Mapping[str, type[ComfyNode]]
 
@@ -71,14 +73,25 @@ def make_jobs(
 
 
 def _require_inputs(rows: Sequence[Row], graph: Graph) -> None:
+    """Raises BatchError for a column that names none, or the one that another names."""
+    columns: dict[Any, str] = {}
     for name in dict.fromkeys(name for row in rows for name in row.values):
-        if input_named(graph, name) is None or is_linked(graph, name):
+        place = input_named(graph, name)
+        if place is None or is_linked(graph, name):
             raise BatchError(
                 say(
                     "The column {name} is no input of the graph that can be set. Give id, or "
                     "NODE.INPUT with one of {inputs}.",
                     name=name,
                     inputs=", ".join(settable(graph)),
+                )
+            )
+        if (first := columns.setdefault(place, name)) != name:
+            raise BatchError(
+                say(
+                    "The columns {first} and {second} are the same input. Leave one of them.",
+                    first=first,
+                    second=name,
                 )
             )
 
@@ -120,14 +133,16 @@ def _id(row: Row) -> str:
     """Raises BatchError when no file can have this name on every system."""
     if row.id is None:
         return f"{row.number:05d}"
-    if not GOOD_ID.fullmatch(row.id):
+    widest = max(len(letter.encode(errors="replace")) for letter in row.id or " ")
+    most = min(LONGEST_ID, LONGEST_ID_BYTES // widest)
+    if not GOOD_ID.fullmatch(row.id) or DEVICE.fullmatch(row.id) or len(row.id) > most:
         raise BatchError(
             say(
                 "Row {row}: the id {id} cannot name a file. Use at most {most} letters, digits, "
                 "hyphens, underscores and spaces.",
                 row=row.number + 1,
                 id=row.id,
-                most=LONGEST_ID,
+                most=most,
             )
         )
     return row.id

@@ -26,6 +26,7 @@ from majicflux.batch.crew import HAND, Crew
 from majicflux.batch.english import English
 from majicflux.batch.jobs import Job, make_jobs
 from majicflux.batch.manifest import NAME, Manifest
+from majicflux.batch.pictures import latents_name
 from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
 from majicflux.batch.rows import read_rows
 from majicflux.batch.worker import answer
@@ -140,6 +141,13 @@ def test_seeds_are_a_thousand_apart_unless_given_and_one_apart_when_repeated(
         ("id\na\na-2\n", "Rows 1 and 2 would both be named a-2. "),
         ("id\n../a\n", "Row 1: the id ../a cannot name a file. "),
         ("id,prompt\n a\tb,x\n", "Row 1: the id a\tb cannot name a file. "),
+        ("id\nCon\n", "Row 1: the id Con cannot name a file. "),
+        ("id\nlpt9\n", "Row 1: the id lpt9 cannot name a file. "),
+        ("id\n.\n", "Row 1: the id . cannot name a file. "),
+        ("id\na.\n", "Row 1: the id a. cannot name a file. "),
+        (f"id\n{67 * '猫'}\n", f"Row 1: the id {67 * '猫'} cannot name a file. Use at most 66 "),
+        (f"id\n{101 * 'a'}\n", f"Row 1: the id {101 * 'a'} cannot name a file. Use at most 100 "),
+        ("prompt,5.prompt\n,\nx,y\n", "The columns prompt and 5.prompt are the same input. "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_columns_and_names_is_said_before_anything_is_painted(
@@ -148,6 +156,14 @@ def test_what_is_wrong_with_columns_and_names_is_said_before_anything_is_painted
     with pytest.raises(BatchError) as refused:
         jobs_of(rows(table), graph, repeat=2)
     assert str(refused.value).startswith(said)
+
+
+def test_the_longest_names_and_those_like_names_of_devices_can_be_files(
+    graph: Path, rows: Save, tmp_path: Path
+) -> None:
+    ids = [66 * "猫", 50 * "𠀀", 100 * "a", "console", "com", "con-2"]
+    for job in jobs_of(rows("".join(f"{id}\n" for id in ["id", *ids])), graph, repeat=2):
+        (tmp_path / latents_name(f"{job.id}-1000000")).touch()
 
 
 def test_a_key_is_of_all_that_a_picture_comes_from(
@@ -207,6 +223,51 @@ def test_half_a_line_is_cut_off_and_the_last_line_of_a_key_counts(tmp_path: Path
     manifest.close()
 
 
+def test_a_picture_that_another_row_painted_over_is_gone(tmp_path: Path) -> None:
+    """A row that was changed and then set back; on some disks A.png is a.png."""
+    manifest = Manifest(tmp_path)
+    (tmp_path / "a.png").touch()
+    manifest.add({"key": "before", "pictures": {"a.png": "1"}, "error": None})
+    manifest.add({"key": "failed", "pictures": {}, "error": "no"})
+    assert manifest.record("before") is not None
+    manifest.add({"key": "after", "pictures": {"A.png": "2"}, "error": None})
+    manifest.close()
+    manifest = Manifest(tmp_path)
+    assert manifest.record("before") is None
+    manifest.add({"key": "before", "pictures": {"a.png": "1"}, "error": None})
+    assert manifest.record("before") is not None
+    assert manifest.record("after") is None
+    manifest.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="which has it")
+def test_windows_holds_a_manifest_by_a_byte_that_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    class Msvcrt:
+        LK_NBLCK = 2
+
+        def locking(self, file: int, mode: int, count: int) -> None:
+            assert os.lseek(file, 0, os.SEEK_CUR) > 2**29
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PermissionError(errno.EACCES, "Permission denied") from error
+
+    monkeypatch.setattr("majicflux.batch.manifest.msvcrt", Msvcrt(), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    first = Manifest(tmp_path)
+    first.add({"key": "a", "pictures": {}, "error": None})
+    with pytest.raises(BatchError, match="Another batch is painting into"):
+        Manifest(tmp_path)
+    first.close()
+    second = Manifest(tmp_path)
+    assert second.record("a") is not None
+    second.close()
+
+
 def test_where_nothing_can_be_written_a_batch_does_not_begin(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BatchError, match=r"manifest\.jsonl cannot be written: "):
@@ -214,7 +275,7 @@ def test_where_nothing_can_be_written_a_batch_does_not_begin(tmp_path: Path) -> 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / NAME).symlink_to("/dev/full")
     manifest = Manifest.__new__(Manifest)
-    manifest.path, manifest._records = tmp_path / "full" / NAME, {}
+    manifest.path, manifest._records, manifest._painter = tmp_path / "full" / NAME, {}, {}
     manifest._file = manifest.path.open("wb", buffering=0)
     with pytest.raises(BatchError, match="cannot be written: No space left on device"):
         manifest.add({"key": "a", "pictures": {}, "error": None})
