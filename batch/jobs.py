@@ -66,7 +66,7 @@ def make_jobs(
     schemas_of(graph, classes)
     _require_inputs(rows, graph)
     base = json.dumps(graph)
-    given = (graph, base, classes, translator)
+    given = (graph, base, classes, _States(graph, classes, translator))
     jobs = [_job(row, turn, *given) for row in rows for turn in range(repeat)]
     _require_different(jobs)
     return jobs
@@ -112,20 +112,43 @@ def _require_different(jobs: Sequence[Job]) -> None:
             )
 
 
+class _States:
+    """What pictures come from besides graphs: the state of files, and who translates.
+
+    Nodes that are as in the graph, as most are in each row, are asked once: with many rows, to look
+    for their files took most of the time.
+    """
+
+    def __init__(self, graph: Graph, classes: NodeClasses, translator: Any):
+        self._graph, self._classes = graph, classes
+        self._known: dict[str, Any] = {}
+        self._translator = [] if translator is None else [translator]
+
+    def of(self, filled: Graph) -> list[Any]:
+        """Raises MajicFluxError for a file that is not there."""
+        return [self._of_node(key, node) for key, node in filled.items()] + self._translator
+
+    def _of_node(self, key: str, node: dict[str, Any]) -> Any:
+        if node != self._graph[key]:
+            return fingerprint(node, self._classes)
+        if key not in self._known:
+            self._known[key] = fingerprint(node, self._classes)
+        return self._known[key]
+
+
 def _job(
-    row: Row, turn: int, graph: Graph, base: str, classes: NodeClasses, translator: Any
+    row: Row, turn: int, graph: Graph, base: str, classes: NodeClasses, states: _States
 ) -> Job:
     id = _id(row) + (f"-{turn + 1}" if turn else "")
     values = {name: value for name, value in row.values.items() if not _is_seed(name)}
     values |= {name: _seed(row, turn, graph, name) for name in _seeds(graph)}
-    problem, states = None, []
+    problem, found = None, []
     try:
         filled = _filled(base, values, classes, row.number)
-        states = [fingerprint(node, classes) for node in filled.values()]
-        states += [] if translator is None else [translator]
+        found = states.of(filled)
     except MajicFluxError as error:
         problem = str(error)
-    text = json.dumps([id, graph, values, states], sort_keys=True)
+    text = json.dumps([id, graph, values, found], sort_keys=True)
     return Job(id, row.number, values, sha256(text.encode()).hexdigest()[:24], problem)
 
 

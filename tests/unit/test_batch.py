@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from majicflux.batch import Batch, BatchError, crew, driver
+from majicflux.batch import Batch, BatchError, crew, driver, jobs
 from majicflux.batch.crew import HAND, Crew
 from majicflux.batch.english import English
 from majicflux.batch.jobs import Job, make_jobs
@@ -187,6 +187,26 @@ def test_a_key_is_of_all_that_a_picture_comes_from(
     graph.write_text(json.dumps(nodes))
     Image.new("RGB", (32, 32)).save(tmp_path / "example.png")
     assert key() != first
+
+
+def test_files_that_all_rows_share_are_looked_for_once(
+    graph: Path, rows: Save, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of the time of 10,000 rows went there."""
+    asked: list[str] = []
+
+    def fingerprint(node: dict, classes: dict) -> object:
+        asked.append(node["class_type"])
+        return own(node, classes)
+
+    own = jobs.fingerprint
+    monkeypatch.setattr(jobs, "fingerprint", fingerprint)
+    shutil.copy(API / "image_to_image.json", graph)
+    for name in "abc":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    jobs_of(rows("5.image\na.png\nb.png\nc.png\n"), graph)
+    assert asked.count("LoadImage") == 3
+    assert asked.count("MajicFluxDiTLoader") == asked.count("MajicFluxVAELoader") == 1
 
 
 def test_a_picture_that_is_missing_is_the_problem_of_its_row(
