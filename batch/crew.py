@@ -1,9 +1,10 @@
 """Hands out the jobs of a batch to workers, and takes them back from those that are lost."""
 
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Condition, Thread
 from typing import Protocol
@@ -15,7 +16,7 @@ from .process import MachineRefused, Message, WorkerLost
 
 log = logging.getLogger("majicflux")
 
-MOST_TRIES = 3  # of a job whose worker ended
+MOST_TRIES = 3  # of a job whose worker ended, or had no memory for it
 HAND = 16  # jobs that a worker takes at most: their prompts are encoded together
 LISTEN_SECONDS = 0.5  # Windows hears Ctrl+C between two waits only
 HIRE_SECONDS = 2.0  # after which a machine that came is seen
@@ -30,10 +31,8 @@ class Worker(Protocol):
     card: str
 
     def start(self) -> bool:
-        """Have it ready to paint, if it is not; False: it never will be, for its machine is gone.
-
-        Raises WorkerLost once stopped, or BatchError when it cannot be started.
-        """
+        """Have it ready to paint, if it is not; False: it never will be. Raises WorkerLost once
+        stopped."""
         ...
 
     def paint(self, id: str, graph: Graph, coming: Sequence[Graph]) -> Message:
@@ -69,7 +68,8 @@ class Crew:
     def __init__(self, jobs: Sequence[Job], graph_of: Callable[[Job], Graph], staff: Staff):
         self._waiting = deque(jobs)
         self._open = len(jobs)  # that have no outcome yet
-        self._lost = dict.fromkeys((job.id for job in jobs), 0)  # workers, by the job they painted
+        self._failed: dict[str, list[Worker]] = defaultdict(list)  # by the job they failed with
+        self._ready: set[Worker] = set()  # those that have started
         self._graph_of, self._staff = graph_of, staff
         self._changed = Condition()  # guards all of the above
         self._stopped = False
@@ -98,7 +98,7 @@ class Crew:
     def _next_outcome(self) -> Outcome:
         waited = HIRE_SECONDS
         while True:
-            if waited >= HIRE_SECONDS:
+            if waited >= HIRE_SECONDS or not self._working():
                 self._hire()
                 waited = 0.0
             with suppress(Empty):
@@ -107,7 +107,7 @@ class Crew:
 
     def _hire(self) -> None:
         """Have the workers begin that have come since."""
-        working = sum(thread.is_alive() for thread in self._threads)
+        working = self._working()
         came = self._staff.newcomers(self._open - working)
         if not came and not working and self._outcomes.empty():
             self._staff.require_hope()
@@ -117,9 +117,12 @@ class Crew:
             thread.start()
             self._threads.append(thread)  # not before: what never began cannot be joined
 
+    def _working(self) -> int:
+        return sum(thread.is_alive() for thread in self._threads)
+
     def _work(self, worker: Worker) -> None:
         try:
-            while worker.start() and (jobs := self._take()):
+            while worker.start() and (jobs := self._take(worker)):
                 self._paint(jobs, worker)
         except WorkerLost:
             pass
@@ -127,19 +130,33 @@ class Crew:
             self._outcomes.put(error)
         finally:
             worker.end()
+            self._leave(worker)
 
-    def _take(self) -> list[Job]:
+    def _leave(self, worker: Worker) -> None:
+        with self._changed:
+            self._ready.discard(worker)
+            self._changed.notify_all()
+
+    def _take(self, worker: Worker) -> list[Job]:
         """The next jobs for a worker, fewer towards the end so that all end together; none when
         all are done. Waits while those of others may come back."""
         with self._changed:
-            while not self._stopped and not self._waiting and self._open:
+            self._ready.add(worker)
+            while not self._stopped and self._open:
+                count = min(max(len(self._waiting) // (2 * len(self._workers)), 1), HAND)
+                good = (job for job in self._waiting if self._is_for(worker, job))
+                if jobs := [*islice(good, count)]:
+                    for job in jobs:
+                        self._waiting.remove(job)
+                    return jobs
                 self._changed.wait()
-            if self._stopped:
-                return []
-            count = len(self._waiting) // (2 * len(self._workers))
-            return [
-                self._waiting.popleft() for _ in range(min(max(count, 1), HAND, len(self._waiting)))
-            ]
+            return []
+
+    def _is_for(self, worker: Worker, job: Job) -> bool:
+        """Not where it failed with that job and others have not: a card that is full or broken
+        would be through with all jobs before the cards that paint."""
+        failed = self._failed.get(job.id, ())
+        return worker not in failed or self._ready.issubset(failed)
 
     def _paint(self, jobs: Sequence[Job], worker: Worker) -> None:
         """Paint them one by one, as far as the worker lasts. Raises WorkerLost once stopped."""
@@ -153,7 +170,9 @@ class Crew:
                 self._give_back(left, not isinstance(error, MachineRefused), worker)
                 return
             graphs.pop(0)
-            self._done(job, answer, worker)
+            again = answer.get("elsewhere") or answer.get("last")
+            if not (again and self._passed_on(job, worker)):
+                self._done(job, answer, worker)
             if answer.get("last"):
                 self._give_back([job for job, _ in graphs], False, worker)
                 return
@@ -171,17 +190,29 @@ class Crew:
                 self._done(job, {"problem": str(error)}, worker)
         return found
 
+    def _passed_on(self, job: Job, worker: Worker) -> bool:
+        """Give a job that failed to another worker, if there is one that has not tried it."""
+        with self._changed:
+            failed = [*self._failed[job.id], worker]
+            if len(failed) == MOST_TRIES or self._ready.issubset(failed):
+                return False
+            self._failed[job.id] = failed
+            self._waiting.appendleft(job)
+            self._changed.notify_all()
+            return True
+
     def _give_back(self, jobs: Sequence[Job], counts: bool, worker: Worker) -> None:
-        """For other workers. counts: whether the first job may be why the worker is lost."""
+        """For other workers, as this one has ended. counts: whether the first job may be why."""
+        self._leave(worker)
         with self._changed:
             if self._stopped:
                 raise WorkerLost
             lost = jobs[0] if jobs and counts else None
             if lost is not None:
-                self._lost[lost.id] += 1
-                tries = self._lost[lost.id]
+                self._failed[lost.id].append(worker)
+                tries = len(self._failed[lost.id])
                 log.warning("The worker that painted %s has ended (try %d).", lost.id, tries)
-            ended = lost is not None and self._lost[lost.id] == MOST_TRIES
+            ended = lost is not None and len(self._failed[lost.id]) == MOST_TRIES
             self._waiting.extendleft(reversed(jobs[1:] if ended else jobs))
             self._changed.notify_all()
         if lost is not None and ended:
@@ -190,7 +221,7 @@ class Crew:
 
     def _done(self, job: Job, answer: Message, worker: Worker, tries: int | None = None) -> None:
         told = {"host": worker.machine, "card": worker.card}
-        tries = tries or self._lost[job.id] + 1
+        tries = tries or len(self._failed.get(job.id, ())) + 1
         with self._changed:
             self._open -= 1
             self._changed.notify_all()

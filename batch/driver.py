@@ -103,7 +103,8 @@ class Batch:
             for job in self.waiting:
                 if job.problem is not None:
                     yield self._written(job, {"problem": job.problem, **NOBODY})
-            yield from self._painted([job for job in self.waiting if job.problem is None], parts)
+            if jobs := [job for job in self.waiting if job.problem is None]:
+                yield from self._painted(jobs, parts)
         finally:
             shutil.rmtree(parts, ignore_errors=True)
             self._manifest.close()

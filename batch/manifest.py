@@ -10,11 +10,6 @@ from typing import Any
 from ..messages import say
 from .rows import BatchError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 NAME = "manifest.jsonl"
 BEYOND = 2**30  # where the byte is that Windows locks, which nobody could read
 
@@ -73,9 +68,13 @@ class Manifest:
         """Until the file is closed, or its process ends in whatever way."""
         try:
             if sys.platform == "win32":
+                import msvcrt
+
                 self._file.seek(BEYOND)
                 msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
+                import fcntl
+
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self._file.close()

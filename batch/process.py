@@ -2,6 +2,7 @@
 has ended."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 from ..host.graph import Graph
 from ..messages import say
 from .rows import BatchError
+
+log = logging.getLogger("majicflux")
 
 MOST_STARTS = 3  # of a process that ends before it can paint
 
@@ -34,10 +37,12 @@ class LocalStaff:
         self._workers = [WorkerProcess(setup, card) for card in cards]
 
     def newcomers(self, wanted: int) -> "list[WorkerProcess]":
-        workers, self._workers = self._workers[:wanted], []
-        return workers
+        wanted = max(wanted, 0)
+        came, self._workers = self._workers[:wanted], self._workers[wanted:]
+        return came
 
-    def require_hope(self) -> None: ...
+    def require_hope(self) -> None:
+        raise BatchError(say("A worker ended before it painted anything; above is what it said."))
 
     def close(self) -> None: ...
 
@@ -53,10 +58,21 @@ class WorkerProcess:
         self.machine, self.card = platform.node(), ""
 
     def start(self) -> bool:
-        """Raises BatchError when it ends before it can paint, time after time."""
-        if self._process is None:
-            self._start()
-        return True
+        """False when it ends before it can paint, time after time; others may fare better."""
+        if self._process is not None:
+            return True
+        for _ in range(MOST_STARTS):
+            try:
+                name = self._started()
+            except WorkerLost:
+                self.end()
+                if self._stopped:
+                    raise
+                continue
+            self.card = name if self._number is None else f"{self._number}: {name}"
+            return True
+        log.warning("A worker ended as it started, %d times: it paints no more.", MOST_STARTS)
+        return False
 
     def paint(self, id: str, graph: Graph, coming: Sequence[Graph]) -> Message:
         try:
@@ -81,19 +97,6 @@ class WorkerProcess:
         process = self._process  # once, for its own thread may end it meanwhile
         if process is not None:
             process.kill()
-
-    def _start(self) -> None:
-        for _ in range(MOST_STARTS):
-            try:
-                name = self._started()
-            except WorkerLost:
-                self.end()
-                if self._stopped:
-                    raise
-                continue
-            self.card = name if self._number is None else f"{self._number}: {name}"
-            return
-        raise BatchError(say("A worker ended before it painted anything; above is what it said."))
 
     def _started(self) -> str:
         """Returns the name of what it computes on. Raises WorkerLost."""

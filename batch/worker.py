@@ -19,17 +19,20 @@ from tempfile import mkdtemp
 from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..engine.errors import OutOfVramError, TooLittleVramError
 from ..host import provenance, standalone
 from ..host.graph import Graph, Kept, run_graph
 from ..host.image_nodes import image_nodes
 from ..host.schema import ComfyNode
-from ..messages import MajicFluxError
+from ..messages import MajicFluxError, say
 from ..nodes import NODES
 from .coming import prompts_to_come
 from .pictures import FATAL, finish, latents_name, picture_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CPU = "CPU"  # among the names of cards
 
 Message = dict[str, Any]
 
@@ -99,7 +102,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     replies, lines = _own_stdout(), _lines()
     painter = Painter(json.loads(next(lines)))
-    _reply(replies, {"card": card_name()})
+    _reply(replies, {"card": _own_card()})
     for line in lines:
         job = json.loads(line)
         message = answer(painter, **job)
@@ -109,10 +112,12 @@ def main() -> None:
 
 
 def answer(painter: Painter, id: str, graph: Graph, coming: Sequence[Graph] = ()) -> Message:
-    """What `painter` returns, or the problem: whether it is fatal to the batch, and the last that
-    this process should try."""
+    """What `painter` returns, or the problem: whether it is fatal to the batch, whether the picture
+    may succeed `elsewhere`, and whether it is the last that this process should try."""
     try:
         return painter.paint(id, graph, coming)
+    except (OutOfVramError, TooLittleVramError) as error:  # others have the card too, or it is less
+        return {"problem": str(error), "fatal": False, "elsewhere": True}
     except (MajicFluxError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         return {"problem": str(error), "fatal": getattr(cause, "errno", None) in FATAL}
@@ -151,7 +156,16 @@ def card_name() -> str:
     import torch
 
     device = standalone.compute_device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
+
+
+def _own_card() -> str:
+    """The same for a worker that was given a card, or none. Ends it where that card is lost: it
+    would paint for hours on the CPU, and other bits."""
+    name, given = card_name(), os.environ["CUDA_VISIBLE_DEVICES"]
+    if given and name == CPU:
+        sys.exit(say("PyTorch does not find the card {card}.", card=given))
+    return name
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from filelock import FileLock
 from PIL import Image
 
 from majicflux.batch import Batch, BatchError, crew, driver, jobs
+from majicflux.batch import worker as worker_module
 from majicflux.batch.crew import HAND, Crew
 from majicflux.batch.english import English
 from majicflux.batch.jobs import Job, make_jobs
@@ -29,8 +30,9 @@ from majicflux.batch.manifest import NAME, Manifest
 from majicflux.batch.pictures import latents_name
 from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
 from majicflux.batch.rows import read_rows
-from majicflux.batch.worker import answer
+from majicflux.batch.worker import _own_card, answer
 from majicflux.cli import main
+from majicflux.engine.errors import OutOfVramError
 from majicflux.host import standalone
 from majicflux.host.image_nodes import image_nodes
 from majicflux.loaders.demo_models import DIT_FILE
@@ -276,7 +278,7 @@ def test_windows_holds_a_manifest_by_a_byte_that_nobody_reads(
             except BlockingIOError as error:
                 raise PermissionError(errno.EACCES, "Permission denied") from error
 
-    monkeypatch.setattr("majicflux.batch.manifest.msvcrt", Msvcrt(), raising=False)
+    monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt())
     monkeypatch.setattr(sys, "platform", "win32")
     first = Manifest(tmp_path)
     first.add({"key": "a", "pictures": {}, "error": None})
@@ -456,7 +458,7 @@ def test_ctrl_c_ends_a_batch_at_once(graph: Path, rows: Save, models: Path, tmp_
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
     """One whose process answers that it is there, and no more."""
     program = tmp_path / "program"
-    program.write_text("#!/bin/sh\nread setup; echo '{\"card\": \"CPU\"}'; read job\n")
+    program.write_text('#!/bin/sh\nread setup; echo \'{"card": "CPU"}\'; read job\n')
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     worker = WorkerProcess({}, None)
@@ -673,6 +675,58 @@ def test_workers_that_cannot_start_are_told(
     assert records(tmp_path / "out") == []
 
 
+def test_a_worker_that_cannot_start_leaves_the_rows_to_others(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(worker: WorkerProcess) -> str:
+        if worker._number == 0:
+            raise WorkerLost
+        return "a card"
+
+    monkeypatch.setattr(driver, "_cards", lambda *_: [0, 1])
+    monkeypatch.setattr(WorkerProcess, "_started", started)
+    monkeypatch.setattr(WorkerProcess, "_ask", lambda *_: {"seconds": 1.0})
+    for table in ("id\na\n", "id\nb\nc\nd\n"):
+        painted = [*Batch(rows(table), graph, tmp_path / "out")]
+        assert {(record["card"], record["error"]) for record in painted} == {("1: a card", None)}
+
+
+def test_a_batch_without_workers_ends(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BatchError):
+        list(Batch(rows("id\na\n"), graph, tmp_path / "out", workers=0))
+
+
+def test_a_worker_that_has_lost_its_card_paints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU it would paint for hours, and other bits."""
+    monkeypatch.setattr(worker_module, "card_name", lambda: "CPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(SystemExit, match=r"^PyTorch does not find the card 3\.$"):
+        _own_card()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _own_card() == "CPU"
+
+
+def test_a_picture_that_no_memory_is_left_for_may_succeed_elsewhere() -> None:
+    class Crowded:
+        def paint(self, id: str, graph: object, coming: object) -> dict:
+            raise OutOfVramError(phase="denoising", smallest=7.0)
+
+    told = answer(Crowded(), "a", {})
+    assert told["elsewhere"]
+    assert told["problem"].startswith("The card ran out of memory")
+
+
+def test_a_batch_that_is_done_asks_for_no_worker(
+    graph: Path, rows: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "Cluster", None)
+    given = (rows("id,steps\na,many\n"), graph, tmp_path / "out")
+    assert [record["tries"] for record in Batch(*given, ray="192.168.1.10:6379")] == [0]
+    assert list(Batch(*given, ray="192.168.1.10:6379")) == []
+
+
 def test_a_worker_that_ends_as_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = iter(["", "", "a card"])
 
@@ -750,6 +804,54 @@ def test_jobs_of_a_lost_worker_are_painted_by_one_that_comes_later(
     assert sorted(int(id) for ids in painted.values() for id in ids) == [*range(40)]
     assert [len(painted[name]) for name in ("first", "second", "third")] == [5, 7, 28]
     assert sorted(tries for _, tries in found)[-3:] == [1, 2, 2]
+
+
+class Full(Hired):
+    """A worker whose card others have filled."""
+
+    def paint(self, id: str, graph: object, coming: list) -> dict:
+        self.painted.setdefault(self.name, []).append(id)
+        return {"problem": f"{self.name} is full", "elsewhere": True}
+
+
+class Broken(Full):
+    """One that ends whatever it paints."""
+
+    def paint(self, id: str, graph: object, coming: list) -> dict:
+        super().paint(id, graph, coming)
+        raise WorkerLost
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tries", "problem"),
+    [
+        ((Full,), 1, "0 is full"),
+        ((Full, Full), 2, "{last} is full"),
+        ((Full,) * 5, 3, "{last} is full"),
+        ((Full, Full, Hired), None, None),
+        ((Broken, Hired), None, None),
+        ((Full, Broken, Hired), None, None),
+    ],
+)
+def test_what_a_full_or_broken_card_cannot_paint_is_tried_on_others(
+    forty: list[Job], kinds: tuple[type[Hired], ...], tries: int | None, problem: str | None
+) -> None:
+    painted: dict[str, list[str]] = {}
+    workers = [kind(painted, str(number)) for number, kind in enumerate(kinds)]
+    some = forty[:10]
+    painting = Crew(some, lambda _: {}, Agency())
+    painting._workers.extend(workers)
+    painting._ready.update(workers)
+    threads = [Thread(target=painting._work, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    found = [painting._outcomes.get() for _ in some]
+    for thread in threads:
+        thread.join()
+    for job, told in found:
+        names = [name for name, ids in painted.items() if job.id in ids]
+        assert told["tries"] == len(names) == (tries or told["tries"]) <= 3
+        assert told.get("problem") in [problem and problem.format(last=name) for name in names]
 
 
 def test_a_batch_ends_when_nobody_is_left(forty: list[Job]) -> None:
