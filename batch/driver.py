@@ -177,7 +177,7 @@ def _cards(gpus: Sequence[int] | None, workers: int | None) -> list[int | None]:
     if gpus is None:
         return [*range(count)] or [None]
     for card in gpus:
-        if card >= count:
+        if not 0 <= card < count:
             raise BatchError(
                 say(
                     "There is no card {card}: this machine has {count}, counted from 0.",

@@ -34,8 +34,11 @@ def of_models(graph: Graph, classes: NodeClasses) -> Identity:
 
     It is told by its length and by samples: to read all of it would take minutes.
     """
-    states = [fingerprint(node, classes) for node in graph.values()]
-    return {Path(path).name: _sampled(path, *state) for path, *state in _files(states)}
+    found: Identity = {}
+    for path, *state in _files([fingerprint(node, classes) for node in graph.values()]):
+        name = Path(path).name  # which files in two folders may have
+        found[name] = found.get(name, "") + _sampled(path, *state)
+    return found
 
 
 def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

@@ -65,6 +65,10 @@ def _of_text(path: Path, text: str) -> Iterator[dict[str, Any]]:
 def _of_csv(path: Path, text: str) -> Iterator[dict[str, Any]]:
     lines = csv.DictReader(StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
+        names = [*filter(None, lines.fieldnames or ())]
+        if twice := [name for name in names if names.count(name) > 1]:
+            problem = say("two columns are called {name}", name=twice[0])
+            raise _bad_line(path, lines.line_num, problem)
         for row in lines:
             if None in row:
                 raise _bad_line(path, lines.line_num, say("it has more values than the header"))

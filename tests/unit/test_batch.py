@@ -106,6 +106,7 @@ def test_csv_jsonl_and_text_give_the_same_rows(rows: Save) -> None:
         ("a.csv", b"prompt\n", "a.csv has no rows."),
         ("a.csv", "提示词".encode("gbk"), "a.csv is not in UTF-8"),
         ("a.csv", b"prompt\na,b\n", "line 2, cannot be read: it has more values than the header."),
+        ("a.csv", b"a,b,a\n", "line 1, cannot be read: two columns are called a."),
         ("a.csv", b'prompt\n"a\n', "cannot be read: unexpected end of data."),
         ("a.jsonl", b'{}\n{"prompt": \n', "line 2, cannot be read: "),
         ("a.jsonl", b"[1]", "line 1, cannot be read: it is no object in braces."),
@@ -893,8 +894,9 @@ def test_weights_are_prepared_by_one_process_while_others_wait(
 
 
 def test_cards_that_are_not_there_are_refused(graph: Path, rows: Save, tmp_path: Path) -> None:
-    with pytest.raises(BatchError, match="There is no card 99: this machine has"):
-        Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[99])
+    for card in (99, -1):
+        with pytest.raises(BatchError, match=f"There is no card {card}: this machine has"):
+            Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[card])
     with pytest.raises(BatchError, match="Cards are chosen with --gpus, machines with --ray"):
         Batch(rows("id\na\n"), graph, tmp_path / "out", gpus=[0], ray="local")
 

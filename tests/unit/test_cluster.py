@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -251,6 +252,14 @@ def test_what_a_machine_paints_with_is_told_apart(
     (tmp_path / "vae/ae.safetensors").write_bytes(file)
     assert differences(here, of_models(graph, classes)) == ["ae.safetensors"]
     assert differences({"a": "1", "b": "2"}, {"a": "1"}) == ["b"]
+    (tmp_path / "vae/other").mkdir()
+    shutil.copy(models / "vae/ae.safetensors", tmp_path / "vae/other")
+    one, other = (
+        {"class_type": "MajicFluxVAELoader", "inputs": {"file": file}}
+        for file in ("ae.safetensors", "other/ae.safetensors")
+    )
+    two = of_models({"0": other, "1": one}, classes)
+    assert differences(two, of_models({"1": one}, classes)) == ["ae.safetensors"]
     assert {*of_software()} >= {"majicflux", "torch", "diffsynth"}
 
 
