@@ -7,6 +7,7 @@ from threading import Event, Lock, Thread
 from ..host.graph import Graph
 from ..messages import MajicFluxError
 from ..nodes.prompts import translate_prompts
+from .process import WorkerLost
 
 Translate = Callable[[str], str]
 
@@ -21,7 +22,7 @@ class English:
         self._stopped = Event()
 
     def put_into(self, graph: Graph) -> Graph:
-        """Translate the prompts of a graph in place."""
+        """Translate the prompts of a graph in place. Raises WorkerLost once stopped."""
         translate_prompts(graph, self._english_of)
         return graph
 
@@ -32,7 +33,7 @@ class English:
             for graph in graphs:
                 if self._stopped.is_set():
                     return
-                with suppress(MajicFluxError):  # is told to whoever asks for it
+                with suppress(MajicFluxError, WorkerLost):  # is told to whoever asks for it
                     self.put_into(graph)
 
         Thread(target=translate_all, daemon=True).start()
@@ -43,6 +44,8 @@ class English:
     def _english_of(self, prompt: str) -> str:
         if prompt not in self._known:  # else nobody waits for the one that is being translated
             with self._turn:
+                if self._stopped.is_set():  # as several may have waited for their turn
+                    raise WorkerLost
                 if prompt not in self._known:  # which that one may have been
                     self._known[prompt] = self._translate(prompt)
         return self._known[prompt]

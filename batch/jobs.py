@@ -23,8 +23,8 @@ from .rows import BatchError, Row
 SEED = "seed"
 SEED_STEP = 1000  # between two rows, which leaves seeds for so many repetitions
 LONGEST_ID = 100  # characters
-LONGEST_ID_BYTES = 200  # of the 255 that a file may be called by, with what is added
-GOOD_ID = re.compile(r"(?!\s)[\w -]+(?<!\s)")
+MOST_ID_BYTES = 220  # of the 255 that a file may be called by, with what is added
+GOOD_ID = re.compile(rf"(?!\s)[\w -]{{1,{LONGEST_ID}}}(?<!\s)")
 DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)  # on Windows
 
 NodeClasses = Mapping[str, type[ComfyNode]]
@@ -156,16 +156,15 @@ def _id(row: Row) -> str:
     """Raises BatchError when no file can have this name on every system."""
     if row.id is None:
         return f"{row.number:05d}"
-    widest = max(len(letter.encode(errors="replace")) for letter in row.id or " ")
-    most = min(LONGEST_ID, LONGEST_ID_BYTES // widest)
-    if not GOOD_ID.fullmatch(row.id) or DEVICE.fullmatch(row.id) or len(row.id) > most:
+    too_wide = len(row.id.encode(errors="replace")) > MOST_ID_BYTES
+    if too_wide or not GOOD_ID.fullmatch(row.id) or DEVICE.fullmatch(row.id):
         raise BatchError(
             say(
                 "Row {row}: the id {id} cannot name a file. Use at most {most} letters, digits, "
                 "hyphens, underscores and spaces.",
                 row=row.number + 1,
                 id=row.id,
-                most=most,
+                most=MOST_ID_BYTES // 4 if too_wide else LONGEST_ID,
             )
         )
     return row.id

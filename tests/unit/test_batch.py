@@ -148,7 +148,7 @@ def test_seeds_are_a_thousand_apart_unless_given_and_one_apart_when_repeated(
         ("id\nlpt9\n", "Row 1: the id lpt9 cannot name a file. "),
         ("id\n.\n", "Row 1: the id . cannot name a file. "),
         ("id\na.\n", "Row 1: the id a. cannot name a file. "),
-        (f"id\n{67 * '猫'}\n", f"Row 1: the id {67 * '猫'} cannot name a file. Use at most 66 "),
+        (f"id\n{74 * '猫'}\n", f"Row 1: the id {74 * '猫'} cannot name a file. Use at most 55 "),
         (f"id\n{101 * 'a'}\n", f"Row 1: the id {101 * 'a'} cannot name a file. Use at most 100 "),
         ("prompt,5.prompt\n,\nx,y\n", "The columns prompt and 5.prompt are the same input. "),
     ],
@@ -164,7 +164,7 @@ def test_what_is_wrong_with_columns_and_names_is_said_before_anything_is_painted
 def test_the_longest_names_and_those_like_names_of_devices_can_be_files(
     graph: Path, rows: Save, tmp_path: Path
 ) -> None:
-    ids = [66 * "猫", 50 * "𠀀", 100 * "a", "console", "com", "con-2"]
+    ids = [73 * "猫", 55 * "𠀀", 100 * "a", 60 * "猫" + 40 * "a", "console", "com", "con-2"]
     for job in jobs_of(rows("".join(f"{id}\n" for id in ["id", *ids])), graph, repeat=2):
         (tmp_path / latents_name(f"{job.id}-1000000")).touch()
 
@@ -521,6 +521,10 @@ def test_a_prompt_is_translated_once_though_two_wait_for_it() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert asked == ["猫"]
+    english.stop()
+    with pytest.raises(WorkerLost):
+        english._english_of("雨夜")
     assert asked == ["猫"]
 
 
