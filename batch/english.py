@@ -9,6 +9,8 @@ from ..messages import MajicFluxError
 from ..nodes.prompts import translate_prompts
 from .process import WorkerLost
 
+STOP_SECONDS = 3.0
+
 Translate = Callable[[str], str]
 
 
@@ -20,6 +22,7 @@ class English:
         self._known: dict[str, str] = {}
         self._turn = Lock()
         self._stopped = Event()
+        self._ahead: Thread | None = None
 
     def put_into(self, graph: Graph) -> Graph:
         """Translate the prompts of a graph in place. Raises WorkerLost once stopped."""
@@ -36,10 +39,15 @@ class English:
                 with suppress(MajicFluxError, WorkerLost):  # is told to whoever asks for it
                     self.put_into(graph)
 
-        Thread(target=translate_all, daemon=True).start()
+        self._ahead = Thread(target=translate_all, daemon=True)
+        self._ahead.start()
 
     def stop(self) -> None:
+        """Waits for the prompt that is being translated: PyTorch ends a process whose interpreter
+        ends while another thread computes."""
         self._stopped.set()
+        if self._ahead is not None:
+            self._ahead.join(STOP_SECONDS)
 
     def _english_of(self, prompt: str) -> str:
         if prompt not in self._known:  # else nobody waits for the one that is being translated

@@ -507,6 +507,24 @@ def test_a_batch_that_is_stopped_makes_no_more_graphs(forty: list[Job]) -> None:
     assert len(made) < HAND
 
 
+def test_no_translation_goes_on_when_a_batch_has_stopped() -> None:
+    """The interpreter would end below it."""
+    begun, ended = Event(), Event()
+
+    def translate(prompt: str) -> str:
+        begun.set()
+        time.sleep(0.05)
+        ended.set()
+        return "a cat"
+
+    english = English(translate)
+    graph = {"5": {"class_type": "MajicFluxSample", "inputs": {"prompt": "猫"}}}
+    english.go_ahead([graph] * 100)
+    begun.wait()
+    english.stop()
+    assert ended.is_set()
+
+
 def test_a_prompt_is_translated_once_though_two_wait_for_it() -> None:
     asked: list[str] = []
 
