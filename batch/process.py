@@ -71,7 +71,8 @@ class WorkerProcess:
                 continue
             self.card = name if self._number is None else f"{self._number}: {name}"
             return True
-        log.warning("A worker ended as it started, %d times: it paints no more.", MOST_STARTS)
+        where = "the CPU" if self._number is None else f"card {self._number}"
+        log.warning("The worker on %s ended as it started, %d times.", where, MOST_STARTS)
         return False
 
     def paint(self, id: str, graph: Graph, coming: Sequence[Graph]) -> Message:
