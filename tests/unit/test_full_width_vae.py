@@ -7,30 +7,13 @@ from diffsynth.utils.state_dict_converters.flux_vae import (
     FluxVAEDecoderStateDictConverter,
     FluxVAEEncoderStateDictConverter,
 )
-from thin_weights import thin_tensors, thin_width
-from torch import nn
+from thin_weights import make_thin, thin_tensors
 
 from majicflux.loaders.full_width_vae import widened
 from majicflux.loaders.layouts import vae_layout
 
 DECODER = (FluxVAEDecoder, FluxVAEDecoderStateDictConverter, (1, 16, 6, 4))
 ENCODER = (FluxVAEEncoder, FluxVAEEncoderStateDictConverter, (1, 3, 48, 32))
-
-
-def make_thin(module: nn.Module) -> nn.Module:
-    """Put thin layers in the place of the full ones."""
-    for name, layer in module.named_children():
-        if isinstance(layer, nn.Conv2d):
-            ends = thin_width(layer.in_channels), thin_width(layer.out_channels)
-            setattr(module, name, nn.Conv2d(*ends, layer.kernel_size, layer.stride, layer.padding))
-        elif isinstance(layer, nn.GroupNorm):
-            width, in_a_group = thin_width(layer.num_channels), layer.num_channels // 32
-            setattr(module, name, nn.GroupNorm(width // in_a_group, width, layer.eps))
-        else:
-            make_thin(layer)
-    if hasattr(module, "head_dim"):
-        module.head_dim = thin_width(module.head_dim)
-    return module
 
 
 @pytest.mark.parametrize(("kind", "converter", "shape"), [DECODER, ENCODER])
