@@ -28,9 +28,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        known = {storage._cdata for storage in self._storages((args, kwargs))} | self._alive
+        given = {storage._cdata for storage in self._storages((args, kwargs))}
         for storage in self._storages(result):
-            if storage._cdata not in known:
+            if storage._cdata not in given and storage._cdata not in self._alive:
                 self._count(storage)
         return result
 

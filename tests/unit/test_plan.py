@@ -70,6 +70,7 @@ from majicflux.engine.sampling.schedules import diffsynth_sigmas
 from majicflux.nodes.advice import advise
 
 META = torch.device("meta")
+SOME_STEPS = 2  # of a run: the others hold no more
 FULL = FluxGeometry()
 ONE_OF_EACH = FluxGeometry(double_blocks=1, single_blocks=1)  # all blocks of a kind are alike
 Sizes = tuple[tuple[int, int], ...]  # rows and columns of latents
@@ -287,7 +288,8 @@ def denoised(
             if reuse:
                 through = reusing(through, job.steps)
             velocity = flux_velocity(*given, through)
-            sample(task, velocity, lambda _: None, META, torch.float32)
+            some = task if reuse else replace(task, sigmas=task.sigmas[: SOME_STEPS + 1])
+            sample(some, velocity, lambda _: None, META, torch.float32)
     return live.peak
 
 
@@ -616,7 +618,7 @@ def test_fewer_tokens_than_any_chunk_has_are_planned() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn unscaled"])
-@pytest.mark.parametrize("steps", [1, 1000])
+@pytest.mark.parametrize("steps", [1, 400])
 def test_conditions_hold_what_was_planned(as_cuda, precision: str, steps: int) -> None:
     """What is computed once, before the first step, of two prompts; it waits on the host."""
     module = transformer(ONE_OF_EACH, precision).module
