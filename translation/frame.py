@@ -1,7 +1,8 @@
 """The frame of a prompt: what is Chinese in it is translated, and all the rest stays as it is.
 
 The rest is English and other Latin words, numbers that stand alone, brackets and their weights,
-line breaks, quoted text (which is to be painted as it is), and LoRAs in angle brackets.
+line breaks, quoted text (which is to be painted as it is), LoRAs in angle brackets, the names of
+wildcards and embeddings, and Japanese.
 """
 
 import re
@@ -12,7 +13,11 @@ MOST_QUOTED = 300  # characters; what is longer is no quotation
 MOST_AT_ONCE = 120  # characters of a clause: what has no punctuation is cut there
 MOST_CLAUSES = 12  # of what is translated as a sentence
 
-HAN = "[\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+LETTER = (  # of Chinese, and of Japanese, which has kana between the same characters
+    "[\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u3041-\u3096\u30a1-\u30fa]"
+)
+JAPANESE = "[\u3041-\u306d\u306f-\u3096\u30a1-\u30fa]"  # kana but の, which Chinese borrows
 QUOTED = "|".join(
     [
         *(
@@ -31,16 +36,18 @@ SIGNS = f"[{re.escape(''.join(PLAIN))}]"
 SIGN_OR_QUOTED = re.compile(f"(?P<sign>{SIGNS})|{QUOTED}")
 
 # Of Chinese: digits and lone letters that touch it ("8K画质", "T恤"), and signs within names.
-WITHIN = rf"(?:{HAN}|[0-9%·《》〈〉—~]|[.-](?=[0-9])|(?<![A-Za-z])[A-Za-z](?![A-Za-z0-9]))"
+WITHIN = rf"(?:{LETTER}|[0-9%·《》〈〉—~]|[.-](?=[0-9])|(?<![A-Za-z])[A-Za-z](?![A-Za-z0-9]))"
 CLAUSE = (
-    rf"(?:[《〈]|(?<![A-Za-z0-9.])[0-9]{{0,8}}(?:\.[0-9]{{1,4}})?[A-Za-z]?(?={HAN}))?"
-    rf"{HAN}{WITHIN}{{0,{MOST_AT_ONCE}}}"
+    rf"(?:[《〈]|(?<![A-Za-z0-9.])[0-9]{{0,8}}(?:\.[0-9]{{1,4}})?[A-Za-z]?(?={LETTER}))?"
+    rf"{LETTER}{WITHIN}{{0,{MOST_AT_ONCE}}}"
 )
-KEPT = rf"{QUOTED}|:[ ]*[-+]?[0-9.]+[ ]*(?=\))|[A-Za-z][A-Za-z0-9_.'’+-]*[A-Za-z0-9]"
+NAMED = r"__(?:(?!__)[^\n]){1,100}__|embedding:[^\s,()]+"  # a wildcard, an embedding
+KEPT = rf"{QUOTED}|{NAMED}|:[ ]*[-+]?[0-9.]+[ ]*(?=\))|[A-Za-z][A-Za-z0-9_.'’+-]*[A-Za-z0-9]"
 BEFORE_A_GAP = re.compile(r"[\w)\]}>,.;:!?%”’」』\"']")
 AFTER_A_GAP = re.compile(r"[\w(\[{<“‘「『\"']|\\\(")
 ENDS = " .。!！"  # of a translation, which makes a sentence of every clause
-NO_BRACKETS = str.maketrans("", "", "()[]{}<>\\")  # of a translation: they would be weights
+NO_BRACKETS = str.maketrans("", "", "()[]{}<>\\")  # of a translation: they would be weights,
+WEIGHT = re.compile(r":(?= *[-+]?[0-9.]+$)")  # as would the end of "3:30" be, in brackets
 
 
 class Unit(Enum):
@@ -51,7 +58,8 @@ class Unit(Enum):
 
 
 def has_chinese(text: str) -> bool:
-    return re.search(HAN, text) is not None
+    """Whether anything of it is to be translated."""
+    return any(is_chinese for _, is_chinese in _pieces(plain(text), Unit.CLAUSE))
 
 
 def translated(prompt: str, translate: Callable[[Sequence[str]], Sequence[str]], unit: Unit) -> str:
@@ -66,13 +74,17 @@ def translated(prompt: str, translate: Callable[[Sequence[str]], Sequence[str]],
     english = iter(translate(chinese)) if chinese else iter(())
     found, after_translated = "", False
     for text, is_chinese in pieces:
-        text = next(english).translate(NO_BRACKETS).strip(ENDS) if is_chinese else text
+        text = _without_weights(next(english)) if is_chinese else text
         beside = is_chinese or after_translated
         if beside and BEFORE_A_GAP.match(found[-1:]) and AFTER_A_GAP.match(text):
             found += " "
         found += text
         after_translated = is_chinese
     return found
+
+
+def _without_weights(english: str) -> str:
+    return WEIGHT.sub(" ", english.translate(NO_BRACKETS).strip(ENDS))
 
 
 def plain(prompt: str) -> str:
@@ -97,7 +109,7 @@ def _pieces(prompt: str, unit: Unit) -> Iterator[tuple[str, bool]]:
             continue
         if match.start() > end:
             yield prompt[end : match.start()], False
-        yield match["chinese"], True
+        yield match["chinese"], re.search(JAPANESE, match["chinese"]) is None
         end = match.end()
     if end < len(prompt):
         yield prompt[end:], False

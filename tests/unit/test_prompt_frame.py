@@ -42,6 +42,11 @@ def word_by_word(texts: Sequence[str]) -> list[str]:
         ("猫, 1024, 狗", "cat, 1024, dog"),
         ("猫：狗　夜晚", "cat: dog night"),
         ("{猫|狗}站着", "{cat|dog} stands"),
+        ("{2$$红色|猫}站着，__颜色__、猫", "{2$$red|cat} stands, __颜色__, cat"),
+        ("embedding:麦橘, 猫，(embedding:麦橘:1.2)", "embedding:麦橘, cat, (embedding:麦橘:1.2)"),
+        ("猫🐱狗", "cat🐱dog"),
+        ("赤い猫が座っている、猫が3匹, 猫", "赤い猫が座っている, 猫が3匹, cat"),
+        ("고양이 그림, 猫", "고양이 그림, cat"),
         ("《千与千寻》风格", "Spirited Away style"),
         ("猫，", "cat,"),
         ("【雨夜】ＡＢＣ１", "[rainy night]ABC1"),
@@ -54,7 +59,14 @@ def test_the_frame_of_a_prompt_survives(prompt: str, english: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", "a cat", ' (a  cat:1.3),\r\n\tit\'s <lora:x:1> "b" \\(é\\) 1.5 ']
+    "prompt",
+    [
+        "",
+        "a cat",
+        'a sign that says "咖啡"',
+        "夜の街を歩く女の子, 고양이",
+        ' (a  cat:1.3),\r\n\tit\'s <lora:x:1> "b" \\(é\\) 1.5 ',
+    ],
 )
 def test_english_is_left_as_it_is_and_translates_nothing(prompt: str) -> None:
     assert translated(prompt, lambda _: pytest.fail("nothing is Chinese"), Unit.CLAUSE) == prompt
@@ -77,8 +89,10 @@ def test_a_sentence_is_translated_at_once_between_brackets_and_lines() -> None:
 
 def test_a_translation_brings_no_weights() -> None:
     found = translated("一只猫，狗", lambda texts: ["(c) a [cat:2]", "<dog>"], Unit.CLAUSE)
-    assert found == "c a cat:2, dog"
+    assert found == "c a cat 2, dog"
     assert weighted_segments(found) == ((found, 1.0),)
+    found = translated("(雨夜)", lambda _: ["3:30."], Unit.CLAUSE)
+    assert weighted_segments(found) == (("3 30", pytest.approx(1.1)),)
 
 
 def test_weights_are_read_as_before() -> None:
