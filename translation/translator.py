@@ -24,7 +24,7 @@ INSTRUCTION = (
     "Translate the text into English. It is part of the description of a picture. Keep every "
     "detail and add none. Answer with the translation only, in one line."
 )
-END_OF_THINKING = "</think>"
+THINKING, END_OF_THINKING = "<think>", "</think>"
 PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -127,15 +127,19 @@ def _kind(folder: Path) -> Kind:
             say("{file} does not say which model this is. Download it again.", file=config)
         ) from error
     if not isinstance(name, str) or name not in KINDS:
-        raise ModelFileError(
-            say(
-                "{folder} is a model of the kind {kind}, which does not translate here. Take "
-                "opus-mt-zh-en, or an instruction model of the Qwen2.5 or Qwen3 family.",
-                folder=folder,
-                kind=name,
-            )
-        )
+        raise _wrong_kind(folder, name)
     return KINDS[name]
+
+
+def _wrong_kind(folder: Path, kind: object) -> ModelFileError:
+    return ModelFileError(
+        say(
+            "{folder} is a model of the kind {kind}, which does not translate here. Take "
+            "opus-mt-zh-en, or an instruction model of the Qwen2.5 or Qwen3 family.",
+            folder=folder,
+            kind=kind,
+        )
+    )
 
 
 def _pickled(folder: Path, name: str) -> str:
@@ -165,6 +169,8 @@ def _marian(folder: Path, class_name: str) -> Callable[[str], str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sacremoses, which would only mend punctuation
         tokenizer: Any = MarianTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not (tokenizer.target_lang or "en").startswith("en"):  # "eng" of a pair with Chinese
+        raise _wrong_kind(folder, f"{tokenizer.source_lang} - {tokenizer.target_lang}")
     model = _model(folder, class_name, torch.float32, tokenizer)
 
     def translate(text: str) -> str:
@@ -182,18 +188,23 @@ def _qwen(folder: Path, class_name: str) -> Callable[[str], str]:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    model = _model(folder, class_name, torch.bfloat16 if fast else torch.float32, tokenizer)
 
-    def translate(text: str) -> str:
+    def question(text: str) -> str:
         asked = [
             {"role": "system", "content": INSTRUCTION},
             {"role": "user", "content": text},
         ]
-        written = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             asked, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        tokens = tokenizer(written, add_special_tokens=False, return_tensors="pt")
+
+    if question("").rstrip().endswith(THINKING):  # it would, at length, whatever is said
+        raise _wrong_kind(folder, f"{class_name} {THINKING}")
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    model = _model(folder, class_name, torch.bfloat16 if fast else torch.float32, tokenizer)
+
+    def translate(text: str) -> str:
+        tokens = tokenizer(question(text), add_special_tokens=False, return_tensors="pt")
         ids, most = tokens.input_ids, 3 * len(tokenizer(text).input_ids) + 32
         with torch.inference_mode():
             made = model.generate(

@@ -100,6 +100,14 @@ def test_weights_are_read_as_before() -> None:
     assert [weight for _, weight in weighted_segments(found)] == pytest.approx([1, 1.3, 1, 1.21])
 
 
+def test_no_text_is_longer_than_a_model_reads() -> None:
+    """Which is 512 tokens of Marian, and one a character at worst."""
+    asked: list[str] = []
+    translated("猫" * 2000, lambda texts: asked.extend(texts) or texts, Unit.CLAUSE)
+    assert "".join(asked) == "猫" * 2000
+    assert max(map(len, asked)) < 200
+
+
 @pytest.mark.parametrize(
     "text", ["1", "猫", "3猫", "猫1", "(", "（", "“", "猫,", "a", "猫 a", "《", ":1", "'"]
 )

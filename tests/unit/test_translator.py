@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import MarianMTModel
-from translators import LEARNT, write_marian, write_qwen
+from translators import CHAT, LEARNT, write_marian, write_qwen
 
 from majicflux.loaders.safetensors_file import ModelFileError
 from majicflux.translation.conversion import convert_pickled
@@ -57,6 +57,24 @@ def test_qwen_translates_whole_sentences_by_its_chat_template(family: str, tmp_p
     assert translator("雨夜，一辆红色的汽车。\n(两棵松树:1.2)") == (
         "A rainy night, a red car.\n(Two pine trees:1.2)"
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHAT.replace("<think>\n\n</think>\n\n", "<think>\n"), "the kind Qwen2.* <think>, which"),
+        ("", r"cannot be loaded \(.*chat.template"),
+    ],
+)
+def test_a_model_that_would_think_or_cannot_be_asked_is_refused(
+    tmp_path: Path, template: str, said: str
+) -> None:
+    folder = write_qwen(tmp_path / "Qwen", "qwen2", SENTENCES, steps=0)
+    (folder / "chat_template.jinja").write_text(template)
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelFileError, match=said):
+        load_translator(folder)
 
 
 def test_a_text_is_translated_once_and_english_never(
@@ -122,7 +140,10 @@ def without_a_weight(folder: Path) -> None:
 
 
 def with_config(folder: Path, **values: object) -> None:
-    path = folder / "config.json"
+    with_json(folder / "config.json", **values)
+
+
+def with_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -134,6 +155,10 @@ def with_config(folder: Path, **values: object) -> None:
         (lambda f: (f / "config.json").write_text("[1]"), "does not say which model this is"),
         (lambda f: with_config(f, model_type="llama"), "of the kind llama, .* Take opus-mt-zh-en"),
         (lambda f: with_config(f, model_type=["marian"]), "does not translate here"),
+        (
+            lambda f: with_json(f / "tokenizer_config.json", target_lang="zho"),
+            "of the kind .* - zho, which does not translate here",
+        ),
         (lambda f: (f / "source.spm").unlink(), "lacks source.spm. Download the whole folder"),
         (lambda f: (f / WEIGHTS).unlink(), f"lacks {WEIGHTS}"),
         (lambda f: (f / WEIGHTS).write_bytes(b"<html>"), "is a web page, not the model"),
