@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from ..host import standalone
 from ..host.graph import (
@@ -31,7 +32,7 @@ from .manifest import Record
 from .rows import PROMPT, BatchError, Row, read_rows
 
 PICTURES, PAIRS = "pictures", "pairs"  # folders in that of the comparison
-LONGEST_NAME = 60  # of a setting, in the names of files
+LONGEST_NAME = 40  # of a setting, in the names of files
 PRECISION = ("MajicFluxDiTLoader", "weight_precision")
 
 
@@ -49,6 +50,11 @@ class _Wanted:
     def id(self) -> str:
         assert self.row.id is not None
         return self.row.id
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What it shares with its reference."""
+        return self.number, self.seed
 
 
 class ComparedBatch:
@@ -89,9 +95,14 @@ class ComparedBatch:
         self._settings = settings
         self._labels = _labels(settings)
         rows = [Row(0, None, {})] if prompts is None else read_rows(prompts)
+        self._seed_inputs = [n for n in settable(self._graph) if n.rpartition(".")[2] == SEED]
+        self._require_settable()
+        self._require_once(rows)
         self._seeds = tuple(seeds)
         self._wanted = self._all_wanted(rows)
-        self._require_settable()
+        self._together: dict[tuple[int, int], list[_Wanted]] = {}  # the reference first
+        for wanted in self._wanted:
+            self._together.setdefault(wanted.place, []).append(wanted)
         self.batch = Batch(
             [wanted.row for wanted in self._wanted],
             self._graph,
@@ -113,11 +124,13 @@ class ComparedBatch:
         for job in self.batch.jobs:
             if job.key not in waiting:
                 self._records[job.id] = self.batch.record(job.key)
+        places = {wanted.id: wanted.place for wanted in self._wanted}
         for record in self.batch:
             self._records[record["id"]] = record
-            self._measure()  # what it can, while the cards paint
+            self._measure(places[record["id"]])  # what it can, while the cards paint
             yield record
-        self._measure()
+        for place in self._together:
+            self._measure(place)
 
     def comparison(self) -> Comparison:
         """What was found, once all is painted."""
@@ -136,16 +149,13 @@ class ComparedBatch:
 
     def _all_wanted(self, rows: Sequence[Row]) -> list[_Wanted]:
         """By settings first, so that each model is loaded once."""
-        seeds = [name for name in settable(self._graph) if name.rpartition(".")[2] == SEED]
-        if not seeds:
-            raise BatchError(say("No node of the graph has a seed that could be set."))
-        found = []
+        names, found = _file_names(self._labels), []
         for index, label in enumerate(self._labels):
             values = {name: given[index] for name, given in self._settings.items()}
             for row in rows:
                 for seed in self._seeds:
-                    id = f"{_file_name(label)}-p{row.id or row.number}-s{seed}"
-                    given = {**row.values, **values, **dict.fromkeys(seeds, seed)}
+                    id = f"{names[index]}-p{row.id or row.number}-s{seed}"
+                    given = {**row.values, **values, **dict.fromkeys(self._seed_inputs, seed)}
                     one = Row(len(found), id, given)
                     found.append(_Wanted(label, row.number, self._prompt(row), seed, one))
         return found
@@ -158,6 +168,17 @@ class ComparedBatch:
         place = input_named(self._graph, PROMPT)
         own = self._graph[place[0]]["inputs"][place[1]] if place else None
         return own if isinstance(own, str) else row.id or ""
+
+    def _require_once(self, rows: Sequence[Row]) -> None:
+        """Raise BatchError for an input that is given by two of seeds, settings and rows."""
+        if not self._seed_inputs:
+            raise BatchError(say("No node of the graph has a seed that could be set."))
+        columns = {name for row in rows for name in row.values}
+        names = (*self._seed_inputs, *self._settings, *columns)
+        counts = Counter(input_named(self._graph, name) for name in names)
+        for place, count in counts.items():
+            if place is not None and count > 1:
+                raise _twice(".".join(place))
 
     def _require_settable(self) -> None:
         """Raise GraphError for a setting that the graph cannot have."""
@@ -176,17 +197,12 @@ class ComparedBatch:
                 set_input(graph, name, values[index], self._classes, name)
             require_sound(graph, self._classes)
 
-    def _measure(self) -> None:
-        """All pairs whose two pictures are there."""
-        references = {
-            (wanted.number, wanted.seed): wanted
-            for wanted in self._wanted
-            if wanted.label == self._labels[0]
-        }
-        for wanted in self._wanted:
-            other = references[wanted.number, wanted.seed]
-            if wanted.id in self._records and other.id in self._records:
-                self._compare(other, wanted)
+    def _measure(self, place: tuple[int, int]) -> None:
+        """All pairs there whose two pictures are painted."""
+        reference, *others = self._together[place]
+        for wanted in (reference, *others):
+            if wanted.id in self._records and reference.id in self._records:
+                self._compare(reference, wanted)
 
     def _compare(self, reference: _Wanted, wanted: _Wanted) -> None:
         """Each picture of these two, one with one."""
@@ -250,19 +266,29 @@ def _labels(settings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
             )
         )
     labels = tuple(", ".join(values) for values in zip(*settings.values(), strict=True))
-    if len({*map(_file_name, labels)}) < len(labels):
+    if len({*labels}) < len(labels):
         raise BatchError(say("Two settings are the same: {settings}", settings="; ".join(labels)))
     return labels
 
 
-def _file_name(label: str) -> str:
-    """What a file of this setting is named by: letters, digits, underscores."""
-    return re.sub(r"\W+", "_", label).strip("_")[:LONGEST_NAME] or "_"
+def _file_names(labels: Sequence[str]) -> list[str]:
+    """What the files of each setting are named by: letters, digits, underscores; where two would
+    have the same name, such as 1 and -1, its digest as well."""
+    names = [re.sub(r"\W+", "_", label).strip("_")[:LONGEST_NAME] or "_" for label in labels]
+    counts = Counter(map(str.casefold, names))
+    digests = [sha256(label.encode(errors="replace")).hexdigest()[:8] for label in labels]
+    return [
+        name if counts[name.casefold()] == 1 else f"{name}_{digest}"
+        for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 def as_settings(assignments: Sequence[str]) -> dict[str, list[str]]:
-    """`NODE.INPUT=a,b,c` -> values by name. Raises BatchError for what has another form."""
-    found: dict[str, Any] = {}
+    """`NODE.INPUT=a,b,c` -> values by name.
+
+    Raises BatchError for what has another form, and for a name that is given twice.
+    """
+    found: dict[str, list[str]] = {}
     for assignment in assignments:
         name, equals, values = assignment.partition("=")
         if not (name and equals and values):
@@ -272,5 +298,17 @@ def as_settings(assignments: Sequence[str]) -> dict[str, list[str]]:
                     assignment=assignment,
                 )
             )
+        if name in found:
+            raise _twice(name)
         found[name] = [value.strip() for value in values.split(",")]
     return found
+
+
+def _twice(name: str) -> BatchError:
+    return BatchError(
+        say(
+            "{name} is given twice. Seeds are given by --seeds, any other input once: by --vary or "
+            "by a column.",
+            name=name,
+        )
+    )

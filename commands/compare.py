@@ -90,13 +90,13 @@ def _compare(options: Namespace) -> None:
         _fill_in(options)
     if options.graph is None:
         raise GraphError(say("Give the workflow by --graph, or --preset {name}.", name=PUBLISHED))
-    settings = as_settings(options.vary)
+    varied = options.vary
     if options.precision is not None:
-        settings |= as_settings([f"{precision_input(options.graph)}={options.precision}"])
+        varied = [*varied, f"{precision_input(options.graph)}={options.precision}"]
     compared = ComparedBatch(
         options.graph,
         options.out,
-        settings,
+        as_settings(varied),
         options.seeds or range(SEEDS),
         options.prompts,
         options.set,

@@ -192,6 +192,14 @@ def test_the_latents_that_are_kept_are_those_that_are_decoded(
         (["--graph=G", "--precision=bfloat16,float9"], "weight_precision must be one of: float8"),
         (["--graph=G", "--vary=1.file=majicflus_v134.safetensors,b"], "b is not in models/"),
         (["--graph=G", "--vary=cfg=1,2", "--set=nope=1"], "--set nope=1: give NODE.INPUT=VALUE"),
+        (["--graph=G", "--vary=cfg=1,2", "--vary=cfg=3,4"], "cfg is given twice."),
+        (["--graph=G", "--vary=cfg=1,2", "--vary=5.cfg=3,4"], "5.cfg is given twice."),
+        (
+            ["--graph=G", "--precision=bfloat16,int8", "--vary=1.weight_precision=bfloat16,int8"],
+            "1.weight_precision is given twice.",
+        ),
+        (["--graph=G", "--vary=seed=1,2"], "5.seed is given twice. Seeds are given by --seeds"),
+        (["--graph=G", "--vary=cfg=1,2", "--prompts=ROWS"], "5.seed is given twice."),
         (["--graph=TWO", "--precision=a,b"], "has 3 loaders of a transformer, not one: say which"),
     ],
 )
@@ -204,7 +212,10 @@ def test_a_wrong_command_is_refused_before_anything_is_painted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     two = API / "compare_precisions.json"
-    given = [a.replace("=G", f"={graph}").replace("=TWO", f"={two}") for a in arguments]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,seed\na cat,3\n")
+    files = {"G": graph, "TWO": two, "ROWS": rows}
+    given = [re.sub("=(G|TWO|ROWS)$", lambda m: f"={files[m[1]]}", a) for a in arguments]
     out = tmp_path / "out"
     assert main(["compare", *given, "--out", str(out), "--models", str(models)]) == 1
     assert said in capsys.readouterr().err
@@ -240,6 +251,16 @@ def test_every_setting_prompt_and_seed_is_painted_and_models_change_seldom(
     assert {n: last["5"]["inputs"][n] for n in ("prompt", "seed", "guidance", "cfg")} == {
         "prompt": "a dog", "seed": 5, "guidance": 4.0, "cfg": 2.0,
     }  # fmt: skip
+
+
+def test_settings_whose_names_are_alike_have_files_of_their_own(
+    graph: Path, models: Path, tmp_path: Path
+) -> None:
+    long = "a long description " * 5
+    settings = as_settings([f"prompt=-1,1,{long}by day,{long}by night"])
+    jobs = planned(models, graph, tmp_path / "out", settings, [0]).batch.jobs
+    assert len({job.id.casefold() for job in jobs}) == 4
+    assert all(re.fullmatch(r"\w{1,50}-p0-s0", job.id) for job in jobs)
 
 
 def test_the_published_comparison_is_one_command(

@@ -122,6 +122,8 @@ def test_the_latents_error_is_that_of_float64_at_each_pass(tmp_path: Path) -> No
     assert latent_errors(one, one) == [0, 0, 0]
     assert latent_errors(one, short) == [0], "the last passes"
     assert latent_errors(one, small) == []
+    save_file({**others, "001": others["001"] * torch.inf}, other)
+    assert math.isfinite(sum(latent_errors(one, other))), "what left the range of float16"
 
 
 def test_crops_are_where_the_error_is_largest() -> None:
