@@ -82,7 +82,7 @@ def _summary(comparison: Comparison) -> str:
         cells = [_spread(comparison.spread(label, metric), metric) for metric in metrics]
         alarm = ' class="alarm"' if comparison.changed(label) else ""
         changed = f"<td{alarm}>{escape(changed_of(comparison, label))}</td>"
-        rows.append(f"<tr><th>{key}</th>{''.join(cells)}{changed}</tr>")
+        rows.append(f'<tr><th class="keyed">{key}</th>{"".join(cells)}{changed}</tr>')
     return _sheet([escape(say("Setting")), *heads, escape(say("other composition"))], rows)
 
 
@@ -99,7 +99,10 @@ def _spread(found: Spread | None, metric: str) -> str:
         return "<td>–</td>"
     mean, deviation, worst = map(METRICS[metric].shown, (found.mean, found.deviation, found.worst))
     told = escape(say("worst {worst}", worst=worst))
-    return f"<td>{mean}<small>± {deviation}</small><small>{told}</small></td>"
+    return (
+        f"<td>{mean}<small>± {deviation}</small>"
+        f'<small title="{escape(found.worst_id)}">{told}</small></td>'
+    )
 
 
 def _hue(comparison: Comparison, label: str) -> str:
@@ -206,7 +209,8 @@ def _article(comparison: Comparison, pair: Pair, rank: int) -> str:
     crops = [_crop(both, names, crop, n) for n, crop in enumerate(pair.crops, start=1)]
     return (
         f'<article id="{escape(pair.id)}"><header><h3>{key}{rank}. {escape(pair.label)}</h3>'
-        f'<span class="rank">{seed}</span>{badge}</header>'
+        f'<span class="rank">{seed}</span>{badge}<span class="rank">{escape(pair.id)}</span>'
+        f"</header>"
         f'<p class="prompt">{escape(pair.prompt)}</p><div class="views">'
         f'{_slider(both, names, pair.crops)}<div class="aside">{_map(error_map)}'
         f'<dl class="numbers">{_terms(shown_values(pair))}</dl></div></div>'
