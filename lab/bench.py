@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine.allocator import allocator_of
+from ..engine.errors import BudgetError
 from ..engine.flux.geometry import FluxGeometry
 from ..engine.flux.transformer import DiT, build_flux_dit
 from ..engine.offload.offloaded_module import OffloadedModule
@@ -57,7 +58,7 @@ def bench(
     side: int = 1024,
 ) -> str:
     """Markdown for an issue. budget_gb: None for what the host grants; side: of the picture, in
-    pixels. Raises BudgetError where the budget is too small."""
+    pixels."""
     geometry = geometry or FluxGeometry()
     case = random_case(geometry, side // PIXELS_PER_LATENT, device)
     obstacle = int8_obstacle(device, host.compute_dtype(device))
@@ -69,7 +70,10 @@ def bench(
     in_8_bits = [step for step in steps if step.precision != "bfloat16"]
     if in_8_bits:
         fastest = min(in_8_bits, key=lambda step: step.seconds)
-        lines.append(_in_budget(fastest, budget_gb, geometry, case, device))
+        try:
+            lines.append(_in_budget(fastest, budget_gb, geometry, case, device))
+        except BudgetError as error:
+            lines.append(str(error))
     return "\n".join(["```", *lines, "```", "", *_table(steps, side)])
 
 
@@ -132,7 +136,7 @@ def _in_budget(
     device: torch.device,
 ) -> str:
     """A run with all weights in the machine's memory, as far as they do not stay on the card:
-    predicted and measured."""
+    predicted and measured. Raises BudgetError where the budget is too small."""
     weights = build_flux_dit(geometry, PRECISIONS[chosen.precision])
     needed = weights.total_bytes + SPARE
     if psutil.virtual_memory().available < needed:

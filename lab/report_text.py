@@ -191,7 +191,7 @@ def _cell(found: Spread | None, metric: str) -> str:
 def _failures(comparison: Comparison) -> list[str]:
     if not comparison.failures:
         return []
-    lines = (f"- {id}: {problem}" for id, problem in comparison.failures.items())
+    lines = (f"- {id}: {' '.join(text.split())}" for id, text in comparison.failures.items())
     return [f"## {say('Failures')}", "\n".join(lines)]
 
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from majicflux.cli import main
+from majicflux.engine.errors import OutOfVramError
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.quant.attention import PYTORCH, Attention
 from majicflux.engine.quant.compute import ComputePrecision
@@ -91,6 +93,17 @@ def test_a_machine_with_little_ram_has_no_run(monkeypatch: pytest.MonkeyPatch) -
     said = room._in_budget(STEP, 8.0, FluxGeometry(), case, CPU)
     needed = room.build_flux_dit(FluxGeometry(), PRECISIONS["int8 rotated"]).total_bytes
     assert said == f"no run: {needed / 2**30 + 1:.0f} GB of RAM must be free for it"
+
+
+def test_a_budget_that_is_too_small_costs_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise OutOfVramError(phase="denoising", smallest=2.0)
+
+    monkeypatch.setattr(room, "_resident", lambda name, *_: [replace(STEP, precision=name)])
+    monkeypatch.setattr(room, "_in_budget", refuse)
+    said = room.bench(CPU, 1.0, geometry=SMALL, side=32)
+    assert "\nThe card ran out of memory in the phase 'denoising', which needs 2.00 GB" in said
+    assert len(ROW.findall(said)) == len(room.MEASURED)
 
 
 def test_a_step_is_the_median_of_those_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,14 @@ def test_the_node_gives_the_map_and_the_numbers_of_each_pair() -> None:
     assert one == same.removeprefix("1: ")
 
 
+def test_the_node_looks_at_colours_alone() -> None:
+    picture = images(scene(64))
+    with_alpha = torch.cat([picture, picture[..., :1]], dim=-1)
+    difference, text = Compare.execute(with_alpha, picture).args
+    assert difference.shape == picture.shape
+    assert text.startswith("FLIP 0.0000, ")
+
+
 def test_the_node_refuses_batches_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="3 pictures cannot be compared with 2 references"):
         Compare.execute(images(*[grey(0, 32)] * 2), images(*[grey(0, 32)] * 3))
