@@ -166,9 +166,9 @@ def latent_errors(reference: Path, other: Path) -> list[float]:
     from safetensors.torch import load_file
 
     steps, others = load_file(reference), load_file(other)
-    names = sorted(steps) if steps.keys() == others.keys() else []
+    names = sorted(steps, key=int) if steps.keys() == others.keys() else []
     both = [(steps[name], others[name]) for name in names]
-    both = both or [(steps[max(steps)], others[max(others)])]
+    both = both or [(steps[max(steps, key=int)], others[max(others, key=int)])]
     if any(ours.shape != theirs.shape for ours, theirs in both):
         return []
     norm = torch.linalg.vector_norm

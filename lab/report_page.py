@@ -35,6 +35,7 @@ LONGEST_SIDE = 896  # pixels, that a picture is shown with; crops are cut from t
 LONGEST_SIDE_OF_MAP = 448
 HUES = 5  # colours of settings in the template
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 52, 26  # of the chart
+MOST_LABELS = 10  # of steps, below it
 
 
 def page(comparison: Comparison) -> str:
@@ -162,7 +163,8 @@ def _axes(courses: Iterable[Sequence[float]]) -> str:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y}" y2="{y}"/>')
         text = f"{top * quarter / 4:.3g}"
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3}" text-anchor="end">{text}</text>')
-    for step in {1, *range(5, last + 1, 5), last}:
+    every = 5 * math.ceil(last / MOST_LABELS / 5)
+    for step in (1, *range(every, last - every // 2, every), last):
         x = _x(step - 1, last)
         parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{step}</text>')
     return "".join(parts)

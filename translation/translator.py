@@ -26,6 +26,7 @@ INSTRUCTION = (
 )
 THINKING, END_OF_THINKING = "<think>", "</think>"
 PICKLES = (".bin", ".pt", ".pth")
+FOLDER = "translation"  # of a models folder; translators lie in it, or one deeper, by their makers
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def _wrong_kind(folder: Path, kind: object) -> ModelFileError:
 
 
 def _pickled(folder: Path, name: str) -> str:
-    command = f'python -m majicflux.cli download translator --models "{folder.parents[1]}"'
+    place = next((each for each in folder.parents if each.name == FOLDER), folder.parent)
+    command = f'python -m majicflux.cli download translator --models "{place.parent}"'
     return say(
         "{file} is a Python pickle, which can run code when opened. Make safetensors of it once, "
         "without running any: {command} in ComfyUI's custom_nodes.",

@@ -8,6 +8,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
 
@@ -403,6 +404,15 @@ def test_json_and_markdown_have_the_same_numbers(pairs) -> None:
     assert re.search(r"\| 3 \| 0\.\d{4} \|", text)
     assert "- x: no memory" in text
     assert set(numbers["packages"]) == {"flip-evaluator", "piq", "ssimulacra2"}
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 20, 26, 50, 100, 1000])
+def test_the_numbers_of_steps_have_room_below_the_chart(steps: int) -> None:
+    drawn = report_page._axes([[0.1] * steps])
+    told = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)<', drawn)
+    places = [float(x) for x, _ in told]
+    assert (told[0][1], told[-1][1]) == ("1", str(steps))
+    assert min(b - a for a, b in pairwise(places)) > 25
 
 
 def test_a_picture_of_noise_is_embedded_as_any_other() -> None:

@@ -112,6 +112,15 @@ def test_a_pickle_is_refused_until_it_is_converted(made: Path, marian: Path, old
     assert [*convert_pickled(models)] == [], "what is there stays"
 
 
+def test_a_pickle_below_its_makers_folder_is_converted_by_the_same_command(tmp_path: Path) -> None:
+    folder = tmp_path / "translation" / "Qwen" / "Qwen3-0.6B"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    (folder / PICKLED).touch()
+    with pytest.raises(ModelFileError, match=f'translator --models "{tmp_path}" in'):
+        inspect_translator(folder)
+
+
 class Harm:
     def __reduce__(self) -> tuple[Callable, tuple]:
         return sys.exit, ("code of the pickle was run",)
