@@ -15,9 +15,9 @@ MOST_CLAUSES = 12  # of what is translated as a sentence
 
 LETTER = (  # of Chinese, and of Japanese, which has kana between the same characters
     "[\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-    "\u3041-\u3096\u30a1-\u30fa]"
+    "\u3041-\u3096\u30a1-\u30fc]"
 )
-JAPANESE = "[\u3041-\u306d\u306f-\u3096\u30a1-\u30fa]"  # kana but の, which Chinese borrows
+JAPANESE = "[\u3041-\u306d\u306f-\u3096\u30a1-\u30fa\u30fc]"  # kana but の and ・, also Chinese
 QUOTED = "|".join(
     [
         *(

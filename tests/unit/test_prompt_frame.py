@@ -13,7 +13,7 @@ WORDS = {
     "雨夜": "rainy night", "和狗": "and a dog", "女孩": "girl", "长发": "long hair", "猫": "cat",
     "狗": "dog", "8K画质": "8K quality", "2只狗": "2 dogs", "50岁的男人": "50-year-old man",
     "模型": "model", "T恤": "T-shirt", "纸": "paper", "《千与千寻》风格": "Spirited Away style",
-    "写着": "says", "的招牌": "sign", "站着": "stands",
+    "列奥纳多・达芬奇": "Leonardo da Vinci", "写着": "says", "的招牌": "sign", "站着": "stands",
 }  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def word_by_word(texts: Sequence[str]) -> list[str]:
         ("embedding:麦橘, 猫，(embedding:麦橘:1.2)", "embedding:麦橘, cat, (embedding:麦橘:1.2)"),
         ("猫🐱狗", "cat🐱dog"),
         ("赤い猫が座っている、猫が3匹, 猫", "赤い猫が座っている, 猫が3匹, cat"),
+        ("スーパー銭湯、列奥纳多・达芬奇", "スーパー銭湯, Leonardo da Vinci"),
         ("고양이 그림, 猫", "고양이 그림, cat"),
         ("《千与千寻》风格", "Spirited Away style"),
         ("猫，", "cat,"),
