@@ -139,7 +139,7 @@ def test_the_small_decoder_that_the_user_chose_makes_the_previews(
 
 
 def test_each_loader_shows_what_it_loaded(server: Server, graph: dict) -> None:
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    let_go(server, "unload_models", "free_memory")
     run = server.run(seeded(graph, 150))
     assert not run.of("execution_error")
     texts = {node: run.texts[node] for node in ("1", "2", "3")}
