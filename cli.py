@@ -9,6 +9,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from .commands import batch, bench, cache, compare, demo, doctor, download, inspect, plan, run
+from .commands.arguments import Parser
 from .messages import MajicFluxError, say
 
 # As `--help` lists them.
@@ -73,7 +74,7 @@ def _sentence(error: Exception) -> str:
     """What a user can read of an error; MajicFluxError has been written for that."""
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
-        return f"{named}{error.strerror}"
+        return f"{named}{say(error.strerror)}"
     if isinstance(error, (MajicFluxError, OSError)):
         return str(error)
     return say(
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error was"
     )
-    parser = argparse.ArgumentParser(prog="majicflux", description=__doc__, parents=[common])
+    parser = Parser(prog="majicflux", description=__doc__, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands, common)

@@ -48,7 +48,7 @@ def say(english: str, /, **values: object) -> str:
     Without values it has no fields, so that what has been said already stays as it is. An OSError
     is shown by its reason, without a number and the file again.
     """
-    values = {name: getattr(value, "strerror", None) or value for name, value in values.items()}
+    values = {name: _shown(value) for name, value in values.items()}
     try:
         text = _messages(_language())[english]
         return text.format(**values) if values else text
@@ -56,9 +56,41 @@ def say(english: str, /, **values: object) -> str:
         return english.format(**values) if values else english
 
 
+def _shown(value: object) -> object:
+    reason = getattr(value, "strerror", None)
+    return say(reason) if reason else value
+
+
 def later(english: str) -> str:
     """Marks a text that is given to `say` when it is shown; until then it is an identifier."""
     return english
+
+
+def command_line(arguments: str) -> str:
+    """A command of `majicflux`, to be run in any folder, with the Python that ComfyUI has."""
+    return f'python "{Path(__file__).parent}" {arguments}'
+
+
+# What the system says of files.
+REASONS = (
+    later("Is a directory"),
+    later("No such file or directory"),
+    later("No space left on device"),
+    later("Permission denied"),
+)
+
+
+def title(node_id: str, english: str) -> str:
+    """Of a node, as the canvas shows it in the user's language."""
+    try:
+        return _titles(_language())[node_id]["display_name"]
+    except Exception:  # anything, as in `say`
+        return english
+
+
+@cache
+def _titles(language: str) -> dict[str, dict[str, str]]:
+    return json.loads((FOLDER / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
 @cache

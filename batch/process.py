@@ -18,6 +18,11 @@ from .rows import BatchError
 log = logging.getLogger("majicflux")
 
 MOST_STARTS = 3  # of a process that ends before it can paint
+# As `-m` does, also where that looks for packages in Python's own folders alone.
+PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+AS_MODULE = f"""import runpy, sys
+sys.path.append({PACKAGES!r})
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)"""
 
 Message = dict[str, Any]
 
@@ -102,7 +107,7 @@ class WorkerProcess:
     def _started(self) -> str:
         """Returns the name of what it computes on. Raises WorkerLost."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            [sys.executable, "-c", AS_MODULE, f"{__package__}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

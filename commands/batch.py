@@ -19,7 +19,13 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
         help="paint many pictures with one workflow, on all cards; the same command goes on later",
     )
     batch.add_argument("rows", type=Path, help=".csv, .jsonl, or .txt with a prompt in each line")
-    batch.add_argument("--graph", type=Path, required=True, metavar="JSON", help="API-format JSON")
+    batch.add_argument(
+        "--graph",
+        type=Path,
+        required=True,
+        metavar="JSON",
+        help="a workflow in API format, as in workflows/api",
+    )
     batch.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="where pictures and manifest go"
     )

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..host import current as host
 from ..messages import MajicFluxError, say
-from .arguments import Commands, above_zero
+from .arguments import Commands, gigabytes
 
 
 def add_to(commands: Commands, common: ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
         "bench", parents=[common], help="measure this card in two minutes, without model files"
     )
     bench.add_argument(
-        "--vram", type=above_zero, metavar="GB", help="the budget of a run; none: what is free"
+        "--vram", type=gigabytes, metavar="GB", help="the budget of a run; none: what is free"
     )
     bench.set_defaults(command=_bench)
 

@@ -1,5 +1,6 @@
 """`majicflux cache`: the prepared weights on the disk."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 
 from ..host import standalone
@@ -23,5 +24,8 @@ def _cache(options: Namespace) -> None:
         freed = clear_cache(folder) / 1e9
         print(say("{freed:.2f} GB freed in {folder}", freed=freed, folder=folder))
         return
-    for path in cached_files(folder):
+    files = cached_files(folder)
+    if not files:
+        print(say("No prepared weights are in {folder}.", folder=folder), file=sys.stderr)
+    for path in files:
         print(f"{path.stat().st_size / 1e9:8.2f} GB  {path}")

@@ -34,7 +34,9 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
         parents=[common],
         help="measure what a precision or another setting changes in the pictures",
     )
-    compare.add_argument("--graph", type=Path, metavar="JSON", help="API-format JSON")
+    compare.add_argument(
+        "--graph", type=Path, metavar="JSON", help="a workflow in API format, as in workflows/api"
+    )
     compare.add_argument(
         "--preset",
         choices=[PUBLISHED],
@@ -72,13 +74,19 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
 def seeds(text: str) -> list[int]:
     """`0..7`, `3,5,8` or both; each once."""
     if not re.fullmatch(r"\d{1,20}(\.\.\d{1,20})?(,\d{1,20}(\.\.\d{1,20})?)*", text, re.ASCII):
-        raise ArgumentTypeError("give seeds such as 0..7 or 3,5,8")
+        raise ArgumentTypeError(say("give seeds such as 0..7 or 3,5,8"))
     found: dict[int, None] = {}
     for part in text.split(","):
         first, _, last = part.partition("..")
         low, high = int(first), int(last or first)
         if not low <= high < low + MOST_SEEDS:
-            raise ArgumentTypeError(f"{part}: at most {MOST_SEEDS} seeds, the smaller one first")
+            raise ArgumentTypeError(
+                say(
+                    "{part}: at most {most} seeds, the smaller one first",
+                    part=part,
+                    most=MOST_SEEDS,
+                )
+            )
         found.update(dict.fromkeys(range(low, high + 1)))
     return [*found]
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..host.graph import read_graph
-from ..messages import say
+from ..messages import command_line, say
 from .arguments import Commands, picture_size
 from .painting import paint
 
@@ -26,7 +26,9 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
     )
     demo.add_argument("--seed", type=int, metavar="N", help="another one, another picture")
     demo.add_argument("--size", type=picture_size, default=DEMO_SIZE, metavar="WIDTHxHEIGHT")
-    demo.add_argument("--workflow", type=Path, default=DEMO_WORKFLOW, help="API-format JSON")
+    demo.add_argument(
+        "--workflow", type=Path, default=DEMO_WORKFLOW, help="another one, in API format"
+    )
     demo.set_defaults(command=_demo)
 
     models = commands.add_parser(
@@ -49,7 +51,6 @@ def _demo(options: Namespace) -> None:
     folders = (DEMO_FOLDER / "output", DEMO_FOLDER / "input")
     for path in paint(options.workflow, graph, models, *folders):
         print(say("The picture: {path}", path=path))
-    program = Path(sys.executable).parent / "majicflux"
     print(
         "",
         say(
@@ -57,16 +58,22 @@ def _demo(options: Namespace) -> None:
             "hills, snow, the sea with boats, sun and moon. Tell it what to paint, in English or "
             "Chinese:"
         ),
-        f"  {program} demo --prompt TEXT",
+        f"  {_command('demo --prompt TEXT')}",
         "",
         say(
             "For pictures of everything else, download the real models, which take 34 GB of disk, "
             "and run the same workflow with them:"
         ),
-        f"  {program} download all --models FOLDER",
-        f"  {program} run {options.workflow} --models FOLDER",
+        f"  {_command('download all --models FOLDER')}",
+        f"  {_command(f'run {options.workflow} --models FOLDER')}",
         sep="\n",
     )
+
+
+def _command(arguments: str) -> str:
+    """To be copied: by the program that was installed with this Python, if there is one."""
+    program = shutil.which("majicflux", path=str(Path(sys.executable).parent))
+    return f"{program} {arguments}" if program else command_line(arguments)
 
 
 def _models_of_the_demo() -> Path:

@@ -1,8 +1,10 @@
 """`majicflux doctor`: what this machine has."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 
 from ..host import standalone
+from ..messages import say
 from .arguments import Commands, add_models
 
 
@@ -19,3 +21,9 @@ def _doctor(options: Namespace) -> None:
 
     standalone.models_folder = options.models
     print(diagnosis())
+    if not options.models.is_dir():
+        text = say(
+            "There is no folder {folder}. Give the models folder of ComfyUI by --models.",
+            folder=options.models.absolute(),
+        )
+        print(text, file=sys.stderr)

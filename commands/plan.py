@@ -6,14 +6,14 @@ from pathlib import Path
 
 from ..engine.quant.formats import PRECISIONS
 from ..messages import MajicFluxError, say
-from .arguments import Commands, above_zero, picture_size, positive
+from .arguments import Commands, above_zero, gigabytes, picture_size, positive
 
 
 def add_to(commands: Commands, common: ArgumentParser) -> None:
     plan = commands.add_parser(
         "plan", parents=[common], help="say what a VRAM budget allows, without a card"
     )
-    plan.add_argument("--vram", type=above_zero, metavar="GB", help="the budget; none: no limit")
+    plan.add_argument("--vram", type=gigabytes, metavar="GB", help="the budget; none: no limit")
     plan.add_argument("--size", type=picture_size, default=(1024, 1024), metavar="WIDTHxHEIGHT")
     plan.add_argument("--batch", type=positive, default=1, metavar="N", help="pictures at once")
     plan.add_argument("--steps", type=positive, default=20, metavar="N")
@@ -28,7 +28,9 @@ def add_to(commands: Commands, common: ArgumentParser) -> None:
     plan.add_argument(
         "--file", type=Path, help="a transformer, by default one of FLUX.1-dev's sizes"
     )
-    plan.add_argument("--precision", choices=PRECISIONS, default="float8_e4m3fn")
+    plan.add_argument(
+        "--precision", choices=PRECISIONS, default="float8_e4m3fn", help="of its weights"
+    )
     plan.add_argument(
         "--compute",
         choices=["8-bit", "bfloat16"],

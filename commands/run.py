@@ -14,9 +14,17 @@ from .painting import paint
 
 def add_to(commands: Commands, common: ArgumentParser) -> None:
     run = commands.add_parser("run", parents=[common], help="run an API-format workflow")
-    run.add_argument("workflow", type=Path, help="API-format JSON")
     run.add_argument(
-        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="may be repeated"
+        "workflow",
+        type=Path,
+        help="one of workflows/api, or exported by ComfyUI's Workflow > Export (API)",
+    )
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.INPUT=VALUE",
+        help="such as seed=42 or 5.prompt='a cat'; may be repeated",
     )
     add_models(run)
     run.add_argument("--output", type=Path, default=Path("output"), help="where pictures go")

@@ -7,7 +7,7 @@ from typing import Any
 from ..host import current as host
 from ..loaders.safetensors_file import ModelFileError
 from ..loaders.shards import SHARD, hidden, model_parts
-from ..messages import say
+from ..messages import command_line, say
 from .catalogue import KNOWN_FILES, SISTERS, group_of
 
 CHECKPOINTS = "checkpoints"
@@ -65,7 +65,7 @@ def _long_form(category: str, name: str) -> list[str]:
     folders = [str(path) for path in host.model_folders(category)]
     if pages and folders:
         command = download_command(category, group_of(known[0]))
-        fetch = say("Or run {command} in ComfyUI's custom_nodes.", command=command)
+        fetch = say("Or run {command} with ComfyUI's own Python.", command=command)
         pages = [say("It is published at:"), *pages, fetch]
     return [*pages, say("It was looked for in:"), *folders]
 
@@ -73,7 +73,7 @@ def _long_form(category: str, name: str) -> list[str]:
 def download_command(category: str, group: str) -> str:
     """What fetches a group of files into the host's models folder."""
     models = host.model_folders(category)[0].parent
-    return f'python -m majicflux.cli download {group} --models "{models}"'
+    return command_line(f'download {group} --models "{models}"')
 
 
 def problem(category: str, name: Any, inspect: Callable[[Path], Any]) -> str | None:

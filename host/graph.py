@@ -13,12 +13,13 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from ..messages import MajicFluxError, say
+from ..messages import MajicFluxError, say, title
 from . import standalone
 from .place import Graph
 from .schema import ComfyNode, Schema, Socket
 
 NUMBERS = {"INT": int, "FLOAT": float}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SWITCH = {"true": True, "false": False}
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = Repr()  # values in messages: no more than a line of them
@@ -174,7 +175,15 @@ def fingerprint(node: dict[str, Any], node_classes: Mapping[str, type[ComfyNode]
 def read_graph(path: Path) -> Graph:
     """Raises GraphError unless the file holds an API graph."""
     graph = read_json(path)
-    require_graph(graph)
+    try:
+        require_graph(graph)
+    except GraphError:
+        twin = path.parent / "api" / path.name  # of a template
+        if twin.is_file():
+            raise GraphError(
+                "This is not an API-format workflow. {file} is the same as one.", file=twin
+            ) from None
+        raise
     return graph
 
 
@@ -185,6 +194,12 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise GraphError("{file} cannot be opened: {reason}.", file=path, reason=error) from error
     except (ValueError, RecursionError) as error:
+        if path.suffix.lower() in PICTURES:
+            raise GraphError(
+                "{file} is a picture. Drop it onto ComfyUI's canvas, and use Workflow > Export "
+                "(API).",
+                file=path,
+            ) from error
         raise GraphError("{file} is not JSON: {error}.", file=path, error=error) from error
 
 
@@ -235,7 +250,8 @@ def _check_node(
     key: str, node: dict[str, Any], node_class: type[ComfyNode], schemas: dict[str, Schema]
 ) -> None:
     schema = schemas[key]
-    where = say("Node {key} ({name})", key=key, name=schema.display_name)
+    name = title(schema.node_id, schema.display_name)
+    where = say("Node {key} ({name})", key=key, name=name)
     validate = getattr(node_class, "validate_inputs", None)
     wanted = {} if validate is None else signature(validate).parameters
     inputs = node["inputs"]

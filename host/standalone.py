@@ -53,8 +53,16 @@ __all__ = [
 TRADITIONAL = re.compile("tw|hk|mo|hant|traditional|taiwan|hong")  # in the name of a Chinese locale
 MODEL_SUFFIXES = (".safetensors", ".sft")
 
+
+def _models_folder() -> Path:
+    """Of COMFYUI_PATH, of the ComfyUI that has this pack, or in the folder that one is in."""
+    pack = Path(os.path.abspath(__file__)).parents[1]
+    own = pack.parents[1] if pack.parent.name == "custom_nodes" else Path()
+    return Path(os.environ.get("COMFYUI_PATH", own), "models")
+
+
 # Where the models are, in ComfyUI's subfolders. The command line sets it.
-models_folder = Path(os.environ.get("COMFYUI_PATH", "."), "models")
+models_folder = _models_folder()
 
 # Of the machine's memory, that this process may pin; ComfyUI allows as much on every system. The
 # processes of a batch share it.

@@ -198,8 +198,8 @@ def _models() -> str:
     for kind, file in NEEDED.items():
         if kind not in usable:
             text = say(
-                "MISSING {kind}, such as {file} of {places}, in models/{folder}; `majicflux "
-                "download` fetches it",
+                "MISSING {kind}, such as {file} of {places}, in models/{folder}; "
+                "`python custom_nodes/majicflux download` fetches it",
                 kind=kind,
                 file=file.name,
                 places=" / ".join(f"{HUB_NAMES[p.hub]} {p.repository}" for p in file.places),

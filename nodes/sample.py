@@ -53,8 +53,8 @@ class Sample(Node):
             description="Paints the prompt: encodes it, removes the noise step by step, decodes.",
             search_aliases=found_by(
                 "majicflux, ksampler, sampler, text to image, txt2img, image to image",
-                "img2img, inpaint, generate",
-                "采样, 采样器, 文生图, 图生图, 局部重绘, 生成图片, 麦橘超然",
+                "img2img, inpaint, outpaint, fill, kontext, generate",
+                "采样, 采样器, 文生图, 图生图, 局部重绘, 扩图, 改图, 生成图片, 麦橘超然",
             ),
             inputs=[
                 PipelineHandle.Input("pipeline", tooltip="From the CPU-offload pipeline."),

@@ -119,8 +119,8 @@ def translator_of(model: str) -> "Translator":
 
 def _missing(model: str) -> str:
     return say(
-        "No translator {model} is in models/translation. Fetch {known} with {command} in ComfyUI's "
-        "custom_nodes, then press R and choose it.",
+        "No translator {model} is in models/translation. Fetch {known} with {command} and "
+        "ComfyUI's own Python, then press R and choose it.",
         model=model or TRANSLATOR,
         known=TRANSLATOR,
         command=model_folders.download_command(TRANSLATION, "translator"),

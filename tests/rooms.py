@@ -29,6 +29,7 @@ ORDER = [
     ["batch"],
     ["commands"],
     ["cli.py", "__init__.py"],
+    ["__main__.py"],
     ["tools"],
 ]
 LINE = {room: line for line, rooms in enumerate(ORDER) for room in rooms}

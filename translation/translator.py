@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loaders.safetensors_file import ModelFileError, SafetensorsFile
-from ..messages import say
+from ..messages import command_line, say
 from .frame import Unit, translated
 
 BEAMS = 2  # of Marian: the 4 that were published take twice as long
@@ -145,10 +145,10 @@ def _wrong_kind(folder: Path, kind: object) -> ModelFileError:
 
 def _pickled(folder: Path, name: str) -> str:
     place = next((each for each in folder.parents if each.name == FOLDER), folder.parent)
-    command = f'python -m majicflux.cli download translator --models "{place.parent}"'
+    command = command_line(f'download translator --models "{place.parent}"')
     return say(
         "{file} is a Python pickle, which can run code when opened. Make safetensors of it once, "
-        "without running any: {command} in ComfyUI's custom_nodes.",
+        "without running any: {command} with ComfyUI's own Python.",
         file=folder / name,
         command=command,
     )

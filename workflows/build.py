@@ -285,9 +285,7 @@ def _note(
     rows = "\n".join(map(_row, (*GROUPS[model], *GROUPS["flux-dev-parts"], *more)))
     groups = ["all"] if model == "majicflus" else [model, "flux-dev-parts"]
     groups += [name for name in GROUPS if more and GROUPS[name] == more]
-    download = "\n\n".join(
-        f"`python -m majicflux.cli download {group} --models ../models`" for group in groups
-    )
+    download = "\n\n".join(f"`python custom_nodes/majicflux download {group}`" for group in groups)
     several = len(GROUPS[model]) > 1
     either = several * "前两个文件任选其一，有哪个就用哪个。"
     either_too = (
@@ -296,7 +294,7 @@ def _note(
     why = ""
     if prompt:
         why = (
-            f"提示词请用英文：T5 读不了中文。原文：{prompt}\n\n"
+            f"提示词请用英文，模型读不了中文。原文：{prompt}\n\n"
             "要用中文写，在它前面接“翻译提示词”节点。"
             "To write in Chinese, connect translate prompt before it.\n\n"
         )
@@ -310,11 +308,13 @@ def _note(
 
 {rows}
 
-{either}放好后按 R。连不上 Hugging Face 时，在 custom_nodes 里运行：
+{either}放好后按 R。连不上 Hugging Face 时，用下面的命令下载。
+
+{either_too}Then press R. Where Hugging Face cannot be reached, use these commands.
+
+在 ComfyUI 的文件夹里运行 / Run in ComfyUI's folder:
 
 {download}
-
-{either_too}Then press R.
 """
 
 
@@ -373,7 +373,7 @@ def text_to_image(name: str = "text_to_image", budget: float = 0.0, note: str = 
     _save(template, 3, (sample, 0))
     template.note(1, note or _note(
         "文生图 / Text to image",
-        "写好提示词，运行。显存预算 0 表示由 ComfyUI 决定；显存不够时填一个 GB 数。",
+        "写好提示词，运行。显存预算 0 表示由 ComfyUI 决定；想少用一些，就填一个 GB 数。",
         "Write a prompt and run. A VRAM budget of 0 lets ComfyUI decide; type a number of GB to "
         "use less.",
         CITY_IN_CHINESE,
@@ -404,11 +404,10 @@ def text_to_image_lora() -> Template:
     _save(template, 3, (sample, 0))
     template.note(3, _note(
         "用 LoRA 的文生图 / Text to image with a LoRA",
-        "这个 LoRA 让 8 步顶 20 步，用 `download turbo` 下载。换成别的 LoRA 时把 steps 改回 20；"
+        "这个 LoRA 让 8 步顶 20 步。换成别的 LoRA 时把 steps 改回 20；"
         "要用多个，把 LoRA 节点一个接一个串起来。换强度不用重新加载。",
-        "This LoRA makes 8 steps do for 20; `download turbo` fetches it. With another one set "
-        "steps to 20 again. For several, connect one LoRA node behind the other. A new strength "
-        "loads nothing again.",
+        "This LoRA makes 8 steps do for 20. With another one set steps to 20 again. For several, "
+        "connect one LoRA node behind the other. A new strength loads nothing again.",
         CITY_IN_CHINESE,
         TURBO,
     ))  # fmt: skip
@@ -428,12 +427,12 @@ def text_to_image_translated() -> Template:
     template.note(3, _note(
         "中文提示词文生图 / Text to image from a Chinese prompt",
         "在“翻译提示词”里写中文，它在本机译成英文再交给麦橘采样，节点上显示英文。引号里的文字、"
-        "权重和英文保持原样。翻译模型用 `download translator` 下载，在 custom_nodes 里运行；"
-        "没有它时提示词仍是中文，画面不太会听它的。",
+        "权重和英文保持原样。翻译模型用 `python custom_nodes/majicflux download translator` "
+        "下载；没有它时提示词仍是中文，画面不太会听它的。",
         "Write Chinese into translate prompt: it makes English of it on this machine for sample, "
         "and shows it. Quoted text, weights and English stay as they are. Its model is fetched by "
-        "`download translator`, run in custom_nodes; without it the prompt stays in Chinese, and "
-        "the picture will follow it poorly.",
+        "`python custom_nodes/majicflux download translator`; without it the prompt stays in "
+        "Chinese, and the picture will follow it poorly.",
     ))  # fmt: skip
     return template
 

@@ -64,7 +64,7 @@ def test_without_a_translator_it_paints_and_says_what_to_fetch(
     said = run.texts[key_of(graph, "Translate")]
     assert "the picture will follow it poorly" in said
     models = server.base / "models"
-    assert f'majicflux.cli download translator --models "{models}"' in said
+    assert f'majicflux" download translator --models "{models}"' in said
 
 
 def test_a_bad_folder_is_refused_before_the_run(server: Server, folder: Path, graph: Graph) -> None:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from file_layouts import sparse_file, to_diffusers
+from majicflux import cli
+from majicflux.commands import demo
 from majicflux.engine.flux.geometry import ControlGeometry
 from majicflux.loaders import demo_models
 from majicflux.loaders.layouts import control_net_layout
@@ -69,6 +71,15 @@ def test_demo_paints_a_city_offline_and_says_that_it_is_a_toy(tmp_path: Path) ->
     assert (inputs["prompt"], inputs["seed"]) == ("一座红色的房子", 5)
 
 
+def test_the_demo_names_a_command_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert demo._command("plan") == f'python "{WORKFLOW.parents[2]}" plan'
+    (tmp_path / "majicflux").touch(0o755)
+    assert demo._command("plan") == f"{tmp_path / 'majicflux'} plan"
+
+
 def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> None:
     small = ["width=64", "height=48", "steps=2"]
 
@@ -98,6 +109,10 @@ def test_run_repeats_itself_and_takes_settings(models: Path, tmp_path: Path) -> 
         (["run", WORKFLOW, "--set", "sed=1"], "give NODE.INPUT=VALUE with one of 1.file"),
         (["run", WORKFLOW, "--set", f"1.file={'x' * 300}"], "is not in models/diffusion_models."),
         (["run", "/"], "/ cannot be opened: Is a directory"),
+        (
+            ["run", WORKFLOW.parents[1] / "text_to_image.jpg"],
+            "text_to_image.jpg is a picture. Drop",
+        ),
         (["run", "deep.json"], "deep.json is not JSON: "),
     ],
 )
@@ -186,8 +201,53 @@ def test_where_pictures_go_and_come_from_is_tried_before_models_load(
 def test_numbers_that_mean_nothing_are_refused(tmp_path: Path, option: str) -> None:
     done = majicflux(tmp_path, "plan", option)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("majicflux plan: error: argument --")
-    assert ": give a " in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("majicflux plan: error: argument --")
+    assert ": give a " in line
+    assert line.endswith(". See majicflux plan --help.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("plan --vram=ten", " plan：错误：参数 --vram：请给一个大于 0 的 GB 数，例如 7；"),
+        ("plan --precision fp8", " plan：错误：参数 --precision：没有 fp8 这一项，可选的有：floa"),
+        ("download flux", " download：错误：参数 group：没有 flux 这一项，可选的有：majicflus, "),
+        ("bench --vram", " bench：错误：参数 --vram：后面要写一个值。"),
+        ("run", " run：错误：缺少参数：workflow。"),
+        ("paint", "：错误：参数 COMMAND：没有 paint 这一项，可选的有：demo, "),
+        ("doctor here", "：错误：没有这样的参数：here。"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_told_in_a_line_of_the_users_language(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    with pytest.raises(SystemExit) as ended:
+        cli._parser().parse_args(arguments.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"majicflux{said}")
+    assert line.endswith(f"。用法见 {line.partition('：')[0]} --help。")
+
+
+@pytest.mark.parametrize("given", ["7", "7GB", "7 gb", "7g"])
+def test_a_budget_may_have_its_unit(given: str) -> None:
+    assert cli._parser().parse_args(["plan", "--vram", given]).vram == 7
+
+
+def test_the_folder_runs_where_python_looks_for_packages_elsewhere(tmp_path: Path) -> None:
+    """As ComfyUI's portable version does, here without any installed package."""
+    comfyui = tmp_path / "Comfy UI 便携版"
+    (comfyui / "custom_nodes").mkdir(parents=True)
+    pack = comfyui / "custom_nodes" / "majicflux"
+    pack.symlink_to(WORKFLOW.parents[2])
+    for folder, run in ((comfyui, "custom_nodes/majicflux"), (tmp_path, pack)):
+        command = [sys.executable, "-I", "-S", run, "cache", "list"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        kept = comfyui / "models" / "majicflux_prepared"
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr == f"No prepared weights are in {kept}.\n"
 
 
 def test_the_plan_counts_control_nets_in(tmp_path: Path) -> None:
@@ -286,14 +346,16 @@ finally:
 
 def test_a_canvas_file_is_told_from_an_api_file(models: Path, tmp_path: Path) -> None:
     canvas = WORKFLOW.parent.parent / WORKFLOW.name
-    for command in (
-        ["run", canvas, "--models", models],
-        ["run", canvas, "--models", models, "--set", "seed=1"],
-        ["demo", "--workflow", canvas],
+    own = tmp_path / "own.json"
+    shutil.copy(canvas, own)
+    for command, further in (
+        (["run", canvas, "--models", models], f"{WORKFLOW} is the same as one."),
+        (["demo", "--workflow", canvas], f"{WORKFLOW} is the same as one."),
+        (["run", own, "--set", "seed=1"], "In ComfyUI, use Workflow > Export (API)."),
     ):
         done = majicflux(tmp_path, *command)
         assert done.returncode == 1
-        assert done.stderr.startswith("error: This is not an API-format workflow.")
+        assert done.stderr == f"error: This is not an API-format workflow. {further}\n"
 
 
 def test_prepared_weights_are_listed_and_cleared(models: Path, tmp_path: Path) -> None:

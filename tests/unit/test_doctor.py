@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from majicflux import cli
 from majicflux.benchmarks import random_models
 from majicflux.downloads.catalogue import AE, CLIP_L, MAJICFLUS_BF16, T5_XXL
 from majicflux.engine.allocator import Allocator
@@ -295,6 +296,19 @@ def test_the_command_prints_it_on_any_console(models: Path, tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "a Flux.1 transformer: ????.safetensors" in parts(done.stdout)["models"]
+
+
+def test_a_folder_that_is_not_there_is_told_beside_the_diagnosis(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(standalone, "models_folder", None)
+    monkeypatch.setattr("majicflux.lab.doctor.diagnosis", lambda: "of this machine")
+    for folder, told in ((tmp_path, ""), (tmp_path / "model", f"no folder {tmp_path / 'model'}. ")):
+        assert cli.main(["doctor", "--models", str(folder)]) == 0
+        out, err = capsys.readouterr()
+        assert out == "of this machine\n"
+        assert told in err
+        assert bool(told) == bool(err)
 
 
 def test_the_version_of_the_comfyui_of_the_models_is_known(folder: Path) -> None:

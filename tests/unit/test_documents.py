@@ -2,10 +2,12 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from majicflux import cli
 from majicflux.engine.flux.geometry import ControlGeometry, FluxGeometry
 from majicflux.engine.plan import estimate
 from majicflux.engine.plan.plan import DENOISE, Plan
@@ -104,15 +106,41 @@ def test_who_writes_a_prompt_is_told_that_it_is_read_in_english(page: str) -> No
     assert not re.search("English (or|and) Chinese prompt|(中英文|中文英文)都可以", told)
 
 
+IN_ONE_HOP = (
+    "#lora", "#controlnet", "Kontext.+Fill.+Redux", "docs/sampling", "docs/settings", "docs/batch",
+    "docs/compare", "docs/from-gradio", "benchmarks/README.md", "Ray", "8 bits|8 位注意力",
+    "need not be computed|不必计算的步", "Chinese prompts|中文提示词", "2.06.+4.32.+2.12.+6.63",
+)  # fmt: skip
+NOT_THERE = ("IP-Adapter", "PuLID", "XLabs", "GGUF", "nunchaku", "NVIDIA")
+
+
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_page_one_says_what_is_not_there_and_the_sure_way_to_install_comes_first(page: str) -> None:
-    told = text(ROOT / page)
-    limits, install = (told.index(found) for found in re.findall(r"^## .+", told, re.MULTILINE)[:2])
-    for missing in ("LoRA", "ControlNet", "Fill", "Kontext", "Redux", "GGUF", "nunchaku"):
-        assert limits < told.index(missing) < install
-    by_hand = told.index("pip install -r ComfyUI/custom_nodes/majicflux/requirements.txt")
-    unreleased = re.search("need a published release|需要已经发布的版本", told)
-    assert install < by_hand < unreleased.start() < told.index("comfy node install")
+def test_page_one_begins_with_what_it_does_and_a_picture_then_the_sure_way_to_install(
+    page: str,
+) -> None:
+    opening, install, on_a_bare_machine, limits = text(ROOT / page).split("\n## ")[:4]
+    assert opening.index("DiffSynth") < opening.index("![")
+    assert all(re.search(found, opening) for found in IN_ONE_HOP)
+    assert f"](#{limits.splitlines()[0].lower().replace(' ', '-')})" in opening
+    assert all(missing in limits for missing in NOT_THERE)
+    by_hand = install.index("pip install -r custom_nodes/majicflux/requirements.txt")
+    unreleased = re.search("need a published release|需要已经发布的版本", install)
+    assert by_hand < unreleased.start() < install.index("comfy node install")
+    assert "\npython dev.py demo\npython dev.py test\n" in on_a_bare_machine
+
+
+COMMAND = re.compile(
+    r"(?:^|`)(?:\.venv/bin/|python custom_nodes/)?majicflux ([a-z][^`\n]*)", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("page", [*LINKED, *ROOT.glob("web/docs/*/*.md")], ids=names)
+def test_every_command_that_is_shown_is_one(page: Path) -> None:
+    commands = {command.__name__.rpartition(".")[2] for command in cli.COMMANDS} | {"demo-models"}
+    for shown in map(shlex.split, COMMAND.findall(text(page))):
+        assert shown[0] in commands
+        if shown[1:]:  # else it is the command's name alone
+            cli._parser().parse_args(shown)
 
 
 def test_the_changelog_begins_with_this_version() -> None:

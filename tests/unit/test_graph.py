@@ -353,7 +353,7 @@ def test_the_documented_graph_is_the_documented_one() -> None:
     assert [sample[n] for n in ("seed", "steps", "width", "height")] == [0, 20, 1024, 1024]
     nodes = read(WORKFLOWS / TEXT_TO_IMAGE.name)["nodes"]
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
-    assert "\n\n提示词请用英文：T5 读不了中文。原文：赛博朋克风格的未来城市街道,雨夜," in note
+    assert "\n\n提示词请用英文，模型读不了中文。原文：赛博朋克风格的未来城市街道,雨夜," in note
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

@@ -283,8 +283,9 @@ def test_a_missing_file_is_named_with_its_folder_and_its_pages(
     assert pages == [place.page for place in file.places]
     assert all(place.repository in place.page for place in file.places)
     group = "all" if file in GROUPS["all"] else next(n for n in GROUPS if file in GROUPS[n])
-    command = f'python -m majicflux.cli download {group} --models "{tmp_path}"'
-    assert fetch == f"Or run {command} in ComfyUI's custom_nodes."
+    pack = Path(model_files.__file__).parents[1]
+    command = f'python "{pack}" download {group} --models "{tmp_path}"'
+    assert fetch == f"Or run {command} with ComfyUI's own Python."
     assert folder == str(tmp_path / file.folder)
 
 

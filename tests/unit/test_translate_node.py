@@ -110,7 +110,7 @@ def test_without_a_model_the_text_passes_and_it_is_said(
         assert english(CHINESE, model) == CHINESE
     said = "\n".join(lines)
     assert "the picture will follow it poorly" in said
-    assert f'majicflux.cli download translator --models "{without_one}"' in said
+    assert f'majicflux" download translator --models "{without_one}"' in said
     assert " ".join(lines) in caplog.text
 
 
