@@ -242,9 +242,10 @@ def test_the_folder_runs_where_python_looks_for_packages_elsewhere(tmp_path: Pat
     (comfyui / "custom_nodes").mkdir(parents=True)
     pack = comfyui / "custom_nodes" / "majicflux"
     pack.symlink_to(WORKFLOW.parents[2])
+    environment = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
     for folder, run in ((comfyui, "custom_nodes/majicflux"), (tmp_path, pack)):
         command = [sys.executable, "-I", "-S", run, "cache", "list"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         kept = comfyui / "models" / "majicflux_prepared"
         assert (done.returncode, done.stdout) == (0, "")
         assert done.stderr == f"No prepared weights are in {kept}.\n"
