@@ -117,7 +117,7 @@ def test_a_pickle_below_its_makers_folder_is_converted_by_the_same_command(tmp_p
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "qwen3"}')
     (folder / PICKLED).touch()
-    with pytest.raises(ModelFileError, match=f'translator --models "{tmp_path}" in'):
+    with pytest.raises(ModelFileError, match=f'translator --models "{tmp_path}" with'):
         inspect_translator(folder)
 
 
