@@ -1,4 +1,4 @@
-"""Control nets through Diffusers' own models and ours, in float32."""
+"""Control nets through Diffusers' own models, DiffSynth's and ours, in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 import torch
 from control_nets import FILES, WHOLE, control_net_tensors, picture, randn, transformer_tensors
+from diffsynth.models.flux_controlnet import FluxControlNet
+from diffsynth.models.flux_dit import (
+    FluxJointTransformerBlock,
+    FluxSingleTransformerBlock,
+    TimestepEmbeddings,
+)
+from diffsynth.utils.state_dict_converters.flux_controlnet import FluxControlNetStateDictConverter
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from file_layouts import to_diffusers
 from majicflux.benchmarks.random_models import CLIP, T5
@@ -48,6 +55,46 @@ def diffusers_model(kind: Any, tensors: dict[str, Tensor], geometry: Any, **more
     return model.float().eval()
 
 
+class OfDiffSynth(FluxControlNet):
+    """With narrow layers in the place of its own, called as Diffusers' model is."""
+
+    def __init__(self, geometry: ControlGeometry, tensors: dict[str, Tensor]) -> None:
+        hidden, pooled = geometry.hidden, geometry.pooled_width
+        modes = {str(number): number for number in range(geometry.modes)}
+        with torch.device("meta"):
+            super().__init__(num_joint_blocks=0, num_single_blocks=0, mode_dict=modes)
+        self.time_embedder = TimestepEmbeddings(256, hidden)
+        self.guidance_embedder = TimestepEmbeddings(256, hidden)
+        self.pooled_text_embedder = nn.Sequential(
+            nn.Linear(pooled, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
+        self.context_embedder = nn.Linear(geometry.text_width, hidden)
+        self.x_embedder = nn.Linear(64, hidden)
+        self.controlnet_x_embedder = nn.Linear(64, hidden)
+        joint, single = range(geometry.double_blocks), range(geometry.single_blocks)
+        given = (hidden, hidden // 128)
+        self.blocks = nn.ModuleList(FluxJointTransformerBlock(*given) for _ in joint)
+        self.single_blocks = nn.ModuleList(FluxSingleTransformerBlock(*given) for _ in single)
+        self.controlnet_blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in joint)
+        self.controlnet_single_blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in single)
+        if modes:
+            self.controlnet_mode_embedder = nn.Embedding(len(modes), hidden)
+        self.load_state_dict(FluxControlNetStateDictConverter(tensors))
+
+    def forward(self, *, latents: Tensor, hint: Tensor, conditioning_scale: float, **given: Any):
+        double, single = super().forward(
+            latents,
+            hint,
+            1000 * given["timestep"],
+            given["encoder_hidden_states"],
+            given["pooled_projections"],
+            given["guidance"],
+            given["txt_ids"][None],
+            processor_id=str(MODE),
+        )
+        return [[conditioning_scale * x for x in part] for part in (double, single)]
+
+
 def expected(transformer: Any, net: Any, latents: Tensor, hint: Tensor, modes: int) -> Tensor:
     """The velocity as tokens, as Diffusers' FluxControlNetPipeline calls the two."""
     rows, columns = torch.meshgrid(
@@ -64,22 +111,28 @@ def expected(transformer: Any, net: Any, latents: Tensor, hint: Tensor, modes: i
         "txt_ids": torch.zeros(PROMPT.tokens.shape[1], 3),
         "return_dict": False,
     }
-    mode = torch.tensor([[MODE]]) if modes else None
-    double, single = net(
-        controlnet_cond=packed(hint), controlnet_mode=mode, conditioning_scale=STRENGTH, **given
-    )
+    shown: dict[str, Any] = {"latents": latents, "hint": hint}
+    if not isinstance(net, OfDiffSynth):
+        mode = torch.tensor([[MODE]]) if modes else None
+        shown = {"controlnet_cond": packed(hint), "controlnet_mode": mode}
+    double, single = net(conditioning_scale=STRENGTH, **shown, **given)
     told = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
     return transformer(**told, **given)[0]
 
 
+@pytest.mark.parametrize("theirs", ["Diffusers", "DiffSynth"])
 @pytest.mark.parametrize("name", ["Union-Pro 2.0", "Union", "upscaler"])
 @torch.no_grad()
-def test_they_say_what_diffusers_models_say(name: str, tmp_path: Path) -> None:
+def test_they_say_what_other_models_say(name: str, theirs: str, tmp_path: Path) -> None:
     geometry: ControlGeometry = FILES[name]
     tensors, of_net = transformer_tensors(), control_net_tensors(geometry)
     transformer = diffusers_model(diffusers.FluxTransformer2DModel, to_diffusers(tensors), WHOLE)
     modes = {"num_mode": geometry.modes} if geometry.modes else {}
-    net = diffusers_model(diffusers.FluxControlNetModel, of_net, geometry, **modes)
+    net = (
+        OfDiffSynth(geometry, of_net)
+        if theirs == "DiffSynth"
+        else diffusers_model(diffusers.FluxControlNetModel, of_net, geometry, **modes)
+    )
     save_file(tensors, tmp_path / "model.safetensors")
     save_file(of_net, tmp_path / "net.safetensors")
     module = load_flux_dit(tmp_path / "model.safetensors", uniform(FLOAT32))[0].module
