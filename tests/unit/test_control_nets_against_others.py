@@ -56,7 +56,7 @@ def diffusers_model(kind: Any, tensors: dict[str, Tensor], geometry: Any, **more
 
 
 class OfDiffSynth(FluxControlNet):
-    """With narrow layers in the place of its own, called as Diffusers' model is."""
+    """With narrow layers in the place of its own."""
 
     def __init__(self, geometry: ControlGeometry, tensors: dict[str, Tensor]) -> None:
         hidden, pooled = geometry.hidden, geometry.pooled_width
@@ -81,8 +81,8 @@ class OfDiffSynth(FluxControlNet):
             self.controlnet_mode_embedder = nn.Embedding(len(modes), hidden)
         self.load_state_dict(FluxControlNetStateDictConverter(tensors))
 
-    def forward(self, *, latents: Tensor, hint: Tensor, conditioning_scale: float, **given: Any):
-        double, single = super().forward(
+    def told(self, latents: Tensor, hint: Tensor, **given: Any) -> list[list[Tensor]]:
+        double, single = self(
             latents,
             hint,
             1000 * given["timestep"],
@@ -92,11 +92,12 @@ class OfDiffSynth(FluxControlNet):
             given["txt_ids"][None],
             processor_id=str(MODE),
         )
-        return [[conditioning_scale * x for x in part] for part in (double, single)]
+        return [[STRENGTH * x for x in part] for part in (double, single)]
 
 
 def expected(transformer: Any, net: Any, latents: Tensor, hint: Tensor, modes: int) -> Tensor:
-    """The velocity as tokens, as Diffusers' FluxControlNetPipeline calls the two."""
+    """The velocity as tokens, as Diffusers' FluxControlNetPipeline calls the two, the net being its
+    own or DiffSynth's."""
     rows, columns = torch.meshgrid(
         torch.arange(ROWS // 2), torch.arange(COLUMNS // 2), indexing="ij"
     )
@@ -111,11 +112,13 @@ def expected(transformer: Any, net: Any, latents: Tensor, hint: Tensor, modes: i
         "txt_ids": torch.zeros(PROMPT.tokens.shape[1], 3),
         "return_dict": False,
     }
-    shown: dict[str, Any] = {"latents": latents, "hint": hint}
-    if not isinstance(net, OfDiffSynth):
+    if isinstance(net, OfDiffSynth):
+        double, single = net.told(latents, hint, **given)
+    else:
         mode = torch.tensor([[MODE]]) if modes else None
-        shown = {"controlnet_cond": packed(hint), "controlnet_mode": mode}
-    double, single = net(conditioning_scale=STRENGTH, **shown, **given)
+        double, single = net(
+            controlnet_cond=packed(hint), controlnet_mode=mode, conditioning_scale=STRENGTH, **given
+        )
     told = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
     return transformer(**told, **given)[0]
 
