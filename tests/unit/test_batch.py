@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -21,12 +20,11 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from majicflux.batch import Batch, BatchError, crew, driver, jobs
+from majicflux.batch import Batch, BatchError, driver, jobs
 from majicflux.batch import worker as worker_module
-from majicflux.batch.crew import HAND, Crew
 from majicflux.batch.english import English
 from majicflux.batch.jobs import Job, make_jobs
-from majicflux.batch.manifest import NAME, Manifest
+from majicflux.batch.manifest import NAME
 from majicflux.batch.pictures import latents_name
 from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
 from majicflux.batch.rows import read_rows
@@ -222,88 +220,6 @@ def test_a_picture_that_is_missing_is_the_problem_of_its_row(
     assert gone.problem == f"There is no picture {tmp_path / 'gone.png'}."
 
 
-# The manifest
-
-
-def test_half_a_line_is_cut_off_and_the_last_line_of_a_key_counts(tmp_path: Path) -> None:
-    manifest = Manifest(tmp_path)
-    for problem in ("no", None):
-        manifest.add({"key": "a", "pictures": {"a.png": ""}, "error": problem})
-    manifest.close()
-    with (tmp_path / NAME).open("ab") as file:
-        file.write(b"\0\0\n" + b'{"key": "b", "pict')
-    manifest = Manifest(tmp_path)
-    manifest.add({"key": "c", "pictures": {}, "error": None})
-    manifest.close()
-    manifest = Manifest(tmp_path)
-    assert manifest.record("b") is None
-    assert manifest.record("c") is not None
-    assert manifest.record("a") is None, "its picture is gone"
-    (tmp_path / "a.png").touch()
-    assert manifest.record("a")["error"] is None
-    with pytest.raises(BatchError, match="Another batch is painting into"):
-        Manifest(tmp_path)
-    manifest.close()
-
-
-def test_a_picture_that_another_row_painted_over_is_gone(tmp_path: Path) -> None:
-    """A row that was changed and then set back; on some disks A.png is a.png."""
-    manifest = Manifest(tmp_path)
-    (tmp_path / "a.png").touch()
-    manifest.add({"key": "before", "pictures": {"a.png": "1"}, "error": None})
-    manifest.add({"key": "failed", "pictures": {}, "error": "no"})
-    assert manifest.record("before") is not None
-    manifest.add({"key": "after", "pictures": {"A.png": "2"}, "error": None})
-    manifest.close()
-    manifest = Manifest(tmp_path)
-    assert manifest.record("before") is None
-    manifest.add({"key": "before", "pictures": {"a.png": "1"}, "error": None})
-    assert manifest.record("before") is not None
-    assert manifest.record("after") is None
-    manifest.close()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="which has it")
-def test_windows_holds_a_manifest_by_a_byte_that_nobody_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fcntl
-
-    class Msvcrt:
-        LK_NBLCK = 2
-
-        def locking(self, file: int, mode: int, count: int) -> None:
-            assert os.lseek(file, 0, os.SEEK_CUR) > 2**29
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PermissionError(errno.EACCES, "Permission denied") from error
-
-    monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt())
-    monkeypatch.setattr(sys, "platform", "win32")
-    first = Manifest(tmp_path)
-    first.add({"key": "a", "pictures": {}, "error": None})
-    with pytest.raises(BatchError, match="Another batch is painting into"):
-        Manifest(tmp_path)
-    first.close()
-    second = Manifest(tmp_path)
-    assert second.record("a") is not None
-    second.close()
-
-
-def test_where_nothing_can_be_written_a_batch_does_not_begin(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(BatchError, match=r"manifest\.jsonl cannot be written: "):
-        Manifest(tmp_path / "file")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / NAME).symlink_to("/dev/full")
-    manifest = Manifest.__new__(Manifest)
-    manifest.path, manifest._records, manifest._painter = tmp_path / "full" / NAME, {}, {}
-    manifest._file = manifest.path.open("wb", buffering=0)
-    with pytest.raises(BatchError, match="cannot be written: No space left on device"):
-        manifest.add({"key": "a", "pictures": {}, "error": None})
-
-
 # Painting
 
 TABLE = """id,prompt,width,solver,steps
@@ -487,24 +403,6 @@ def test_a_worker_is_stopped_while_its_thread_ends_it(worker: WorkerProcess) -> 
     ending._process = worker._process
     ending.stop()
     assert worker._process.wait(1) == -signal.SIGKILL
-
-
-def test_a_batch_that_is_stopped_makes_no_more_graphs(forty: list[Job]) -> None:
-    """Their prompts may have to be translated, which takes seconds."""
-    made: list[Job] = []
-    begun = Event()
-
-    def graph_of(job: Job) -> dict:
-        made.append(job)
-        begun.set()
-        time.sleep(0.02)
-        return {}
-
-    painting = Crew(forty, graph_of, Agency(Hired({}, "only")))
-    painting._hire()
-    begun.wait()
-    painting.stop()
-    assert len(made) < HAND
 
 
 def test_no_translation_goes_on_when_a_batch_has_stopped() -> None:
@@ -765,130 +663,6 @@ def test_a_worker_that_ends_as_it_starts_is_started_again(monkeypatch: pytest.Mo
     assert worker.start()
     assert worker.paint("a", {}, []) == {"seconds": 1.0}
     assert worker.card == "1: a card"
-
-
-# Workers that come and go
-
-
-class Hired:
-    """A worker in this process: it paints until `lasts` jobs are done, then it is lost."""
-
-    machine, card = "a machine", "a card"
-
-    def __init__(self, painted: dict[str, list[str]], name: str, lasts: float = math.inf):
-        self.painted, self.name, self.left = painted, name, lasts
-
-    def start(self) -> bool:
-        return self.left >= 0
-
-    def paint(self, id: str, graph: object, coming: list) -> dict:
-        self.left -= 1
-        if self.left < 0:
-            raise WorkerLost
-        self.painted.setdefault(self.name, []).append(id)
-        time.sleep(0.01)
-        return {"coming": len(coming)}
-
-    def end(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-
-class Agency:
-    """Gives these workers, one more each time that it is asked."""
-
-    def __init__(self, *workers: Hired):
-        self.workers = [*workers]
-
-    def newcomers(self, wanted: int) -> list[Hired]:
-        return [self.workers.pop(0)] if self.workers and wanted > 0 else []
-
-    def require_hope(self) -> None:
-        raise BatchError("nobody is left")
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture
-def forty() -> list[Job]:
-    return [Job(str(number), number, {}, str(number)) for number in range(40)]
-
-
-def test_jobs_of_a_lost_worker_are_painted_by_one_that_comes_later(
-    forty: list[Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(crew, "HIRE_SECONDS", 0.0)
-    painted: dict[str, list[str]] = {}
-    staff = Agency(Hired(painted, "first", 5), Hired(painted, "second", 7), Hired(painted, "third"))
-    found = [
-        (job.id, answer["tries"]) for job, answer in Crew(forty, lambda _: {}, staff).outcomes()
-    ]
-    assert sorted(int(id) for id, _ in found) == [*range(40)]
-    assert sorted(int(id) for ids in painted.values() for id in ids) == [*range(40)]
-    assert [len(painted[name]) for name in ("first", "second", "third")] == [5, 7, 28]
-    assert sorted(tries for _, tries in found)[-3:] == [1, 2, 2]
-
-
-class Full(Hired):
-    """A worker whose card others have filled."""
-
-    def paint(self, id: str, graph: object, coming: list) -> dict:
-        self.painted.setdefault(self.name, []).append(id)
-        return {"problem": f"{self.name} is full", "elsewhere": True}
-
-
-class Broken(Full):
-    """One that ends whatever it paints."""
-
-    def paint(self, id: str, graph: object, coming: list) -> dict:
-        super().paint(id, graph, coming)
-        raise WorkerLost
-
-
-@pytest.mark.parametrize(
-    ("kinds", "tries", "problem"),
-    [
-        ((Full,), 1, "0 is full"),
-        ((Full, Full), 2, "{last} is full"),
-        ((Full,) * 5, 3, "{last} is full"),
-        ((Full, Full, Hired), None, None),
-        ((Broken, Hired), None, None),
-        ((Full, Broken, Hired), None, None),
-    ],
-)
-def test_what_a_full_or_broken_card_cannot_paint_is_tried_on_others(
-    forty: list[Job], kinds: tuple[type[Hired], ...], tries: int | None, problem: str | None
-) -> None:
-    painted: dict[str, list[str]] = {}
-    workers = [kind(painted, str(number)) for number, kind in enumerate(kinds)]
-    some = forty[:10]
-    painting = Crew(some, lambda _: {}, Agency())
-    painting._workers.extend(workers)
-    painting._ready.update(workers)
-    threads = [Thread(target=painting._work, args=(worker,)) for worker in workers]
-    for thread in threads:
-        thread.start()
-    found = [painting._outcomes.get() for _ in some]
-    for thread in threads:
-        thread.join()
-    for job, told in found:
-        names = [name for name, ids in painted.items() if job.id in ids]
-        assert told["tries"] == len(names) == (tries or told["tries"]) <= 3
-        assert told.get("problem") in [problem and problem.format(last=name) for name in names]
-
-
-def test_a_batch_ends_when_nobody_is_left(forty: list[Job]) -> None:
-    painting = Crew(forty, lambda _: {}, Agency(Hired({}, "first", 5)))
-    with pytest.raises(BatchError, match="nobody is left"):
-        list(painting.outcomes())
-
-
-def test_a_worker_knows_the_next_jobs_and_gets_fewer_towards_the_end(forty: list[Job]) -> None:
-    jobs = Crew(forty, lambda _: {}, Agency(Hired({}, "only"))).outcomes()
-    coming = [answer["coming"] for _, answer in jobs]
-    assert coming[:HAND] == [*range(HAND - 1, -1, -1)]
-    assert coming[HAND:][:12] == [*range(11, -1, -1)]
-    assert coming[-4:] == [0, 0, 0, 0]
 
 
 def test_weights_are_prepared_by_one_process_while_others_wait(
