@@ -103,5 +103,6 @@ def _level(kind: str):
 
 
 def _indices(sources: Iterable[str], block: str) -> set[int]:
-    pattern = re.compile(rf"{block}\.(\d+)\.")
+    # No Flux has a hundred blocks: a broken file that counts on would be looked through for ages.
+    pattern = re.compile(rf"{block}\.(\d\d?)\.")
     return {int(match[1]) for name in sources if (match := pattern.match(name))}

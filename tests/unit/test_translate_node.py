@@ -12,6 +12,7 @@ import torch
 from transformers import MarianConfig, MarianMTModel
 from translators import write_marian
 
+import majicflux
 from majicflux import cli
 from majicflux.commands.demo import DEMO_WORKFLOW
 from majicflux.downloads import download
@@ -110,7 +111,8 @@ def test_without_a_model_the_text_passes_and_it_is_said(
         assert english(CHINESE, model) == CHINESE
     said = "\n".join(lines)
     assert "the picture will follow it poorly" in said
-    assert f'majicflux" download translator --models "{without_one}"' in said
+    pack = Path(majicflux.__file__).parent
+    assert f'python "{pack}" download translator --models "{without_one}"' in said
     assert " ".join(lines) in caplog.text
 
 
