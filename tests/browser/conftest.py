@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,20 @@ def server(
     server.stop()
 
 
-@pytest.fixture
-def open_canvas(browser: Browser, server: Server, newest: bool) -> Iterator[Callable[..., Page]]:
-    """Open a workflow as the canvas does when a file is dropped on it, or none.
+def open_workflow(page: Page, workflow: dict) -> None:
+    """As the canvas does when a file is dropped on it."""
+    page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+
+
+@contextmanager
+def canvas_of(browser: Browser, server: Server, newest: bool) -> Iterator[Callable[..., Page]]:
+    """Open a canvas with a workflow, or none.
 
     nodes2: in Nodes 2.0, which is for most what they see in the newest canvas.
     """
     pages = []
 
-    def open_workflow(
+    def open_canvas(
         workflow: dict | None,
         language: str = "en-US",
         nodes2: bool = newest,
@@ -74,10 +80,16 @@ def open_canvas(browser: Browser, server: Server, newest: bool) -> Iterator[Call
         page.goto(f"http://{server.address}")
         page.wait_for_function(READY, timeout=60_000)
         if workflow is not None:
-            page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+            open_workflow(page, workflow)
         return page
 
-    yield open_workflow
+    yield open_canvas
     for page in pages:
         page.close()
     server.forget_settings()
+
+
+@pytest.fixture
+def open_canvas(browser: Browser, server: Server, newest: bool) -> Iterator[Callable[..., Page]]:
+    with canvas_of(browser, server, newest) as open_one:
+        yield open_one

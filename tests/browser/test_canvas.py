@@ -3,16 +3,16 @@
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser.conftest import READY
+from browser.conftest import READY, canvas_of, open_workflow
 from PIL import Image, ImageColor
-from playwright.sync_api import Page, Route
+from playwright.sync_api import Browser, Page, Route
 from translators import write_marian
 
 from comfyui_server import Server
@@ -37,6 +37,7 @@ SMALL = {
     "height": 64,
     "cell_width": 64,
     "cell_height": 64,
+    "feathering": 0,  # which ComfyUI does one pixel after the other
 }
 # Left, top, right and bottom of each node, its title included; in Nodes 2.0 as they are drawn.
 BOXES = """() => app.rootGraph.nodes.map(n => {
@@ -106,32 +107,40 @@ def test_a_workflow_that_the_canvas_does_not_accept_is_seen(open_canvas, spoil, 
     assert said in "\n".join(warnings_of(open_canvas(workflow)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_opens_without_a_warning_is_the_graph_of_the_queue_and_runs(
-    open_canvas, server: Server, name: str
-) -> None:
-    page = open_canvas(read(WORKFLOWS / f"{name}.json"))
-    assert warnings_of(page) == []
-    queued = page.evaluate("async () => (await app.graphToPrompt()).output")
-    for node in queued.values():
-        if "size" in node["inputs"]:
-            node["inputs"]["size"] = CUSTOM
-        if (
-            node["inputs"].get("file") == Path(DIT_FILE).name
-        ):  # that is there, in place of the other
-            node["inputs"]["file"] = MAJICFLUS_FLOAT8.name
-        node["_meta"] = {"title": node["_meta"]["title"]}  # newer canvases name the pack too
-    assert queued == read(WORKFLOWS / "api" / f"{name}.json")
-    require_no_overlap(page)
-    if name == "text_to_image":
-        return  # runs below
-    page.evaluate("workflow => app.loadGraphData(workflow)", made_small(name))
-    page.evaluate("app.canvas.ds.scale = 0.25")  # what is not on the screen loads no pictures
-    with server.real_vocabularies():
+class TestTemplates:
+    """One canvas opens them all, as from its menu: starting it takes longer than the rest."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def page(cls, browser: Browser, server: Server, newest: bool) -> Iterator[Page]:
+        with server.real_vocabularies(), canvas_of(browser, server, newest) as open_canvas:
+            yield open_canvas(None)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_it_opens_without_a_warning_is_the_graph_of_the_queue_and_runs(
+        self, page: Page, name: str
+    ) -> None:
+        open_workflow(page, read(WORKFLOWS / f"{name}.json"))
+        assert warnings_of(page) == []
+        queued = page.evaluate("async () => (await app.graphToPrompt()).output")
+        for node in queued.values():
+            if "size" in node["inputs"]:
+                node["inputs"]["size"] = CUSTOM
+            if (
+                node["inputs"].get("file") == Path(DIT_FILE).name
+            ):  # that is there, in place of the other
+                node["inputs"]["file"] = MAJICFLUS_FLOAT8.name
+            node["_meta"] = {"title": node["_meta"]["title"]}  # newer canvases name the pack too
+        assert queued == read(WORKFLOWS / "api" / f"{name}.json")
+        require_no_overlap(page)
+        if name == "text_to_image":
+            return  # runs below
+        page.evaluate("workflow => app.loadGraphData(workflow)", made_small(name))
+        page.evaluate("app.canvas.ds.scale = 0.25")  # what is not on the screen loads no pictures
         page.get_by_role("button", name="Run").first.click()
         page.wait_for_function(ALL_SHOWN, timeout=60_000)
-    assert page.locator(ERROR_BANNER).count() == 0
-    require_no_overlap(page)
+        assert page.locator(ERROR_BANNER).count() == 0
+        require_no_overlap(page)
 
 
 def press_run(page: Page) -> None:
