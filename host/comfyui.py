@@ -336,9 +336,6 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
             patchers, memory_required=working_bytes, minimum_memory_required=working_bytes
         )
 
-    def release(self, weight_bytes: int) -> None:
-        self.weights.release(weight_bytes)
-
     def available(self) -> int | None:
         if mm.is_device_cpu(self.load_device):
             return None

@@ -309,9 +309,6 @@ class StandalonePatcher:
             allocator_of(self.device).give_back()
         self.weights.keep_resident(self.device, wanted)
 
-    def release(self, weight_bytes: int) -> None:
-        self.weights.release(weight_bytes)
-
     def available(self) -> "int | None":
         if self.device.type != "cuda":
             return None
@@ -331,7 +328,7 @@ class StandalonePatcher:
             if fits >= wanted:
                 break
             if other not in kept:
-                other.release(wanted - fits)
+                other.weights.release(wanted - fits)
         return max(0, free_memory(self.device) + self.weights.resident_bytes - working_bytes)
 
 

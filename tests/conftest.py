@@ -53,9 +53,6 @@ class RecordingPatcher:
         for other, cap in beside:
             other.load(working_bytes, cap)
 
-    def release(self, weight_bytes: int) -> None:
-        self.weights.release(weight_bytes)
-
     def available(self) -> int | None:
         return None
 

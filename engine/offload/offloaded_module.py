@@ -17,6 +17,12 @@ from .weight_block import CPU, WeightBlock
 from .weight_sizes import WeightSizes, fitting, preferred
 
 Blocks = Sequence[Sequence[nn.Module]]
+_kept: "weakref.WeakSet[OffloadedModule]" = weakref.WeakSet()
+
+
+def resident_on(device: torch.device) -> "list[OffloadedModule]":
+    """All of this process with weights that stay on `device`."""
+    return [each for each in _kept if each.device == device and each.resident_bytes]
 
 
 class OffloadedModule:
@@ -64,6 +70,7 @@ class OffloadedModule:
         self._scoped = scoped
         self.anonymous = False  # whether the weights are in memory of the process, not in a file
         self._pinned: PinnedWeights | None = None
+        self.device: torch.device | None = None  # where blocks were kept last
         self.report = ""  # what was loaded, for the log and the canvas
 
     def allocate(self) -> "OffloadedModule":
@@ -146,6 +153,8 @@ class OffloadedModule:
 
         Fewer become resident when the device has less memory than that.
         """
+        self.device = device
+        _kept.add(self)
         chosen = self.fitting(budget_bytes)
         for block in {*self.all_blocks} - {*chosen}:  # leave before others come
             if block.resident:

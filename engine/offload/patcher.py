@@ -19,9 +19,6 @@ class Patcher(Protocol):
         caps.
         """
 
-    def release(self, weight_bytes: int) -> None:
-        """Move at least `weight_bytes` of resident weights back to CPU memory."""
-
     def available(self) -> int | None:
         """Bytes of the device that this component could have if all others gave way; None on a
         device whose memory is not counted."""

@@ -12,7 +12,7 @@ from ...messages import log
 from ..allocator import is_out_of_memory
 from ..errors import OutOfVramError
 from ..offload.chunking import Chunking
-from ..offload.offloaded_module import OffloadedModule
+from ..offload.offloaded_module import OffloadedModule, resident_on
 from ..offload.patcher import Patcher
 from ..offload.prefetch import BeforeBlock
 from ..offload.vram import HeldVram
@@ -85,7 +85,7 @@ class PipelineRun:
     def memory_of(
         self, stage: Stage, seconds: float | None = None
     ) -> Iterator[tuple[StagePlan, Chunking]]:
-        """Memory as planned for one stage; the other components give way as far as it takes."""
+        """Memory as planned for one stage; other weights give way as far as it takes."""
         plan = self.plan.of(stage.name)
         self.on_stage(plan.label, seconds)
         running = [stage.component, *stage.beside]
@@ -93,8 +93,10 @@ class PipelineRun:
         report = StageReport(plan.name, plan.peak)
         self.report.stages.append(report)
         start, before = time.perf_counter(), _resident(running)
-        own = [c for c in self.components if c.patcher.device == device]
-        others = [c for c in own if all(c is not each for each in running)]
+        own = [c.weights for c in self.components if c.patcher.device == device]
+        if plan.budget_bytes is not None:  # which is for what other runs have left there, too
+            own = [*dict.fromkeys([*own, *resident_on(device)])]
+        others = [weights for weights in own if all(weights is not c.weights for c in running)]
         memory, finished = None, False
         try:
             report.planned_bytes += _make_room(running, plan, others)
@@ -102,7 +104,7 @@ class PipelineRun:
             if stage.repeats and plan.ring:
                 for each in running:
                     each.patcher.pin()
-            memory = HeldVram(device, ChainMap(*(c.weights.resident_places for c in own)))
+            memory = HeldVram(device, ChainMap(*(weights.resident_places for weights in own)))
             with memory.held_to(report.planned_bytes, plan.budget_bytes):
                 relieve = partial(_relieve, running, others, memory)
                 yield plan, Chunking(plan.tokens, plan.groups, relieve, memory.make_way)
@@ -129,17 +131,19 @@ def _resident(components: Sequence[Component]) -> int:
     return sum(each.weights.resident_bytes for each in components)
 
 
-def _make_room(running: Sequence[Component], plan: StagePlan, others: Sequence[Component]) -> int:
-    """Have the host load what is planned; returns the bytes of other components that may stay."""
+def _make_room(
+    running: Sequence[Component], plan: StagePlan, others: Sequence[OffloadedModule]
+) -> int:
+    """Have the host load what is planned; returns the bytes of other weights that may stay."""
     (first, *beside), working = running, plan.values + plan.overhead + plan.ring
     if plan.budget_bytes is None:
         first.patcher.load(working, None, *((each.patcher, None) for each in beside))
         return 0
     spare, staying = max(0, plan.budget_bytes - plan.peak), 0
     for other in others:
-        other.patcher.release(max(0, other.weights.resident_bytes - spare))
-        spare -= other.weights.resident_bytes
-        staying += other.weights.resident_bytes
+        other.release(max(0, other.resident_bytes - spare))
+        spare -= other.resident_bytes
+        staying += other.resident_bytes
     cap, *caps = shares([each.weights.sizes for each in running], plan.resident)
     patchers = (each.patcher for each in beside)
     first.patcher.load(working, cap, *zip(patchers, caps, strict=True))
@@ -168,11 +172,13 @@ def _release(running: Sequence[Component], weight_bytes: float) -> int:
     return freed
 
 
-def _relieve(running: Sequence[Component], others: Sequence[Component], memory: HeldVram) -> bool:
+def _relieve(
+    running: Sequence[Component], others: Sequence[OffloadedModule], memory: HeldVram
+) -> bool:
     """Free memory for a stage that found less than was planned. False: there is none."""
     if memory.lift():
         return True
-    freed = sum(other.weights.release(float("inf")) for other in others)
+    freed = sum(other.release(float("inf")) for other in others)
     if not freed:
         largest = max(each.weights.largest_bytes for each in running)
         freed = _release(running, RELIEF_BLOCKS * largest)

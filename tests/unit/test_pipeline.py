@@ -14,6 +14,7 @@ from majicflux.engine.offload.prefetch import PrefetchRing
 from majicflux.engine.offload.vram import HeldVram
 from majicflux.engine.plan.denoising import step_seconds
 from majicflux.engine.plan.device import DeviceProfile
+from majicflux.engine.plan.plan import DENOISE
 from majicflux.engine.run import pipeline as pipeline_module
 from majicflux.engine.run import pipeline_run, stages
 from majicflux.engine.run.pipeline import Pipeline, paint
@@ -142,6 +143,30 @@ def test_components_share_the_card_only_as_far_as_the_budget_allows(
             assert working + cap <= budget
 
 
+def test_what_other_pipelines_have_left_there_gives_way(make_pipeline) -> None:
+    """As where two precisions are compared, or a run had a control net that this one has not."""
+
+    def resident(pipeline: Pipeline) -> int:
+        return sum(c.weights.resident_bytes for c in components(pipeline))
+
+    first, second = (make_pipeline(device=ACCELERATOR, budget_bytes=2 * 2**30) for _ in range(2))
+    run(first)
+    stayed = resident(first)
+    _, _, report = paint(second, REQUEST, lambda _: None, lambda: None)
+    assert resident(first) == stayed > 0, "there is room for both"
+    plan = second.plan(REQUEST.workload)
+    for stage, planned in zip(report.stages, plan.stages, strict=True):
+        assert stage.planned_bytes >= planned.peak + stayed
+    second = replace(second, budget_bytes=plan.smallest_bytes + stayed // 2)
+    (denoising,) = (s for s in second.plan(REQUEST.workload).stages if s.name == DENOISE)
+    held: list[int] = []
+    second.dit.weights.module.blocks[0].register_forward_pre_hook(
+        lambda *_: held.append(resident(first) + resident(second))
+    )
+    run(second)
+    assert max(held) + denoising.values + denoising.overhead <= second.budget_bytes
+
+
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, share: float) -> None:
     smallest = make_pipeline(device=ACCELERATOR).plan(REQUEST.workload).smallest_bytes
@@ -231,16 +256,16 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
 
     monkeypatch.setattr(pipeline_run, "HeldVram", Noted)
     for component in components(pipeline):
-        load, release = component.patcher.load, component.patcher.release
+        load, release = component.patcher.load, component.weights.release
         monkeypatch.setattr(
             component.patcher,
             "load",
             lambda *a, load=load, **k: (events.append("load"), load(*a, **k)),
         )
         monkeypatch.setattr(
-            component.patcher,
+            component.weights,
             "release",
-            lambda *a, release=release: (events.append("release"), release(*a)),
+            lambda *a, release=release: (events.append("release"), release(*a))[1],
         )
     run(pipeline)
     assert events == ["release", "release", "load", "base", "limit"] * 3
