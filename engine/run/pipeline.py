@@ -99,9 +99,10 @@ class Pipeline:
         encoders = self.checked_text_encoders
         return TextStage(encoders, [c for c in self.components if c is not encoders])
 
-    def text_with(self, coming: Sequence[str]) -> TextStage:
-        """coming: prompts of later runs, to be encoded along."""
-        return replace(self.text, coming=coming)
+    def text_with(self, coming: Sequence[str], nets: Sequence[Component] = ()) -> TextStage:
+        """coming: prompts of later runs, to be encoded along; nets: control nets of the run."""
+        text = self.text
+        return replace(text, others=[*text.others, *nets], coming=coming)
 
     @property
     def denoise(self) -> DenoiseStage:
@@ -207,7 +208,9 @@ def paint(
     stage = pipeline.denoise_with(() if request.mask_is_empty else request.acting, request.reuse)
     painting = [] if request.mask_is_empty else [stage]
     encoding = [pipeline.encode] if request.picture is not None or stage.controls else []
-    reading = [pipeline.text_with(request.coming)] if painting and request.has_texts else []
+    reading = []
+    if painting and request.has_texts:
+        reading = [pipeline.text_with(request.coming, stage.beside)]
     stages = [*reading, *encoding, *painting, pipeline.decode]
     workload = _workload(pipeline, request, preview_bytes, before_block)
     run = pipeline.start(workload, stages, before_block, on_stage)

@@ -17,7 +17,9 @@ from majicflux.downloads import model_folders
 from majicflux.engine.errors import EngineError
 from majicflux.engine.flux.geometry import ControlGeometry
 from majicflux.engine.flux.vae import VAE
+from majicflux.engine.plan.plan import TEXT, Workload
 from majicflux.engine.quant.formats import PRECISIONS
+from majicflux.engine.run.pipeline import Pipeline
 from majicflux.host import current, standalone
 from majicflux.loaders.controlnet import inspect_control_net, load_control_net
 from majicflux.loaders.flux_dit import inspect_flux_dit
@@ -102,6 +104,23 @@ def test_sample_and_denoise_are_steered_by_the_same_picture(pipeline, put: Put) 
     assert relative(again, found) < 1e-5
     other = sampled(pipeline, control=control(file, picture(70, 90, seed=1)))
     assert relative(other, found) > 1e-3
+
+
+def test_text_encoders_stay_on_the_card_only_with_room_for_the_net_too(
+    make_pipeline, put: Put, monkeypatch
+) -> None:
+    shown, accelerator = control(net_file(put)), torch.device("cpu", 0)
+    pipeline = make_pipeline(device=accelerator, dtype=torch.float32)
+    everything = sum(each.weights.travelling_bytes for each in pipeline.components)
+    text = pipeline.text.plan(Workload(64, 48), None)
+    (net,) = pipeline.denoise_with(shown).beside
+    budget = everything + text.values + text.overhead + net.weights.travelling_bytes // 2
+    plan, plans = Pipeline.plan, []
+    monkeypatch.setattr(Pipeline, "plan", lambda *a: plans.append(plan(*a)) or plans[-1])
+    for controls in ({}, {"control": shown}):
+        sampled(replace(pipeline, budget_bytes=budget), **controls)
+    without, with_net = (each.of(TEXT) for each in plans)
+    assert without.visiting == 0 < with_net.visiting
 
 
 def test_of_a_batch_of_images_those_are_encoded_that_are_seen(
