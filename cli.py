@@ -1,4 +1,4 @@
-"""`majicflux`: the same nodes and workflows without a ComfyUI server."""
+"""The command `majicflux`, of which each of `commands` is a part."""
 
 import argparse
 import logging
@@ -40,8 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Threads of PyTorch that spin while they wait take the processor from those they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, TextIOWrapper):  # a console may lack characters that are printed
-        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("majicflux").setLevel(logging.INFO)  # others would log every request
     try:
@@ -63,10 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Let Python have all three streams, and stderr take what is said whoever listens."""
+    """Let Python have all three streams, stdout print what it can of a text, and stderr take what
+    is said whoever listens."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # or a file of ours would get its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):  # a console may lack characters that are printed
+        sys.stdout.reconfigure(errors="replace")
     sys.stderr = _Unheard(sys.stderr)
 
 
@@ -89,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error was"
     )
-    parser = Parser(prog="majicflux", description=__doc__, parents=[common])
+    parser = Parser(
+        prog="majicflux",
+        description="`majicflux`: the same nodes and workflows without a ComfyUI server.",
+        parents=[common],
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands, common)

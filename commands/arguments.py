@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 from ..downloads.catalogue import TRANSLATOR
 from ..host import standalone
 from ..messages import later, say
+from .help import Help
 
 MOST = 1_000_000  # that any number of an option may be
 
@@ -23,7 +24,11 @@ Commands: TypeAlias = "_SubParsersAction[ArgumentParser]"
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong in a line of the user's language, without all that could be right."""
+    """Speaks the user's language: `--help`, and what is wrong in a line of it, without all that
+    could be right."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
         said = say(
@@ -69,7 +74,7 @@ def add_translate(parser: ArgumentParser) -> None:
         const=TRANSLATOR,
         metavar="MODEL",
         help="translate the Chinese in its prompts, with this folder in models/translation "
-        f"(without one: {TRANSLATOR})",
+        "(without one: %(const)s)",
     )
 
 

@@ -13,7 +13,7 @@ from string import Formatter
 
 import pytest
 import torch
-from rooms import FILES, ROOT
+from rooms import FILES, ROOT, room_of
 
 from majicflux import messages
 from majicflux.engine.errors import BudgetError
@@ -36,7 +36,7 @@ LANGUAGES = ["ja", "zh", "zh-TW"]
 WORD = re.compile("[A-Za-z]{3}")
 HAN_OR_KANA = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 # What must not be lost: figures, and what is typed, chosen or looked for as it stands.
-KEPT = re.compile(r"\d+(?:\.\d+)?|--\w+|[\w./-]*\w[_/]\w[\w./-]*|[\w-]*\.\w+")
+KEPT = re.compile(r"\d+(?:\.\d+)?|%\(\w+\)s|--\w+|[\w./-]*\w[_/]\w[\w./-]*|[\w-]*\.\w+")
 FOR_PROGRAMMERS = ("ArgumentTypeError", "RuntimeError", "TypeError")
 # Raised by what nobody can reach by a node, or caught and put into a message or the log.
 NEVER_SHOWN = {
@@ -64,8 +64,11 @@ def translations(language: str) -> dict[str, str]:
     return json.loads((ROOT / "locales" / language / "messages.json").read_text(encoding="utf-8"))
 
 
-def nodes() -> Iterator[ast.AST]:
+def nodes(*rooms: str) -> Iterator[ast.AST]:
+    """Of the files in these rooms, by default in all."""
     for path in FILES:
+        if rooms and room_of(path) not in rooms:
+            continue
         yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
@@ -88,6 +91,12 @@ def calls(*names: str) -> Iterator[ast.Call]:
             yield node
 
 
+def of_help_pages() -> list[ast.expr]:
+    """What `--help` shows of a command and its arguments, and gives to `say`."""
+    said = [node for node in nodes("commands", "cli.py") if isinstance(node, ast.keyword)]
+    return [word.value for word in said if word.arg in ("description", "help")]
+
+
 def fields(text: str) -> list[tuple[str | None, ...]]:
     return sorted(field[1:] for field in Formatter().parse(text) if field[1] is not None)
 
@@ -103,7 +112,7 @@ def chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_message_is_translated_and_no_other(language: str) -> None:
-    texts = [call.args[0] for call in calls("say", "later", *ERRORS)]
+    texts = [call.args[0] for call in calls("say", "later", *ERRORS)] + of_help_pages()
     said = {text.value for text in texts if isinstance(text, ast.Constant)}
     translated = translations(language)
     assert list(translated) == sorted(said)
@@ -117,7 +126,8 @@ def test_every_message_is_translated_and_no_other(language: str) -> None:
 
 
 def test_what_is_marked_is_a_literal_and_what_is_looked_up_has_its_fields() -> None:
-    assert all(type(call.args[0]) is ast.Constant for call in calls("later"))
+    marked = [call.args[0] for call in calls("later")] + of_help_pages()
+    assert all(type(text) is ast.Constant for text in marked)
     for call in calls("say", *ERRORS):
         if type(call.args[0]) is ast.Constant and all(word.arg for word in call.keywords):
             wanted = {name for name, *_ in fields(call.args[0].value)}
@@ -305,3 +315,4 @@ def test_the_command_line_speaks_chinese_on_any_console(tmp_path: Path) -> None:
     assert said(*clear, encoding="utf-8")[0] == "models/majicflux_prepared 里释放了 0.00 GB\n"
     assert said(*clear, encoding="ascii")[0] == "models/majicflux_prepared ???? 0.00 GB\n"
     assert said("run", "gone.json", encoding="utf-8")[1].startswith("错误：gone.json 无法打开：")
+    assert said("run", "--help", encoding="ascii")[0].startswith("??: majicflux run [-h] [--debug]")
