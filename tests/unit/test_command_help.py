@@ -2,11 +2,13 @@
 
 import argparse
 import re
+from pathlib import Path
 from unicodedata import category, east_asian_width
 
 import pytest
 
 from majicflux import cli
+from majicflux.host import standalone
 
 LOCALES = ("ja_JP.UTF-8", "zh_CN.UTF-8", "zh_TW.UTF-8")
 # Of English sentences; what is typed as it stands has none of them, nor has argparse's own page.
@@ -27,6 +29,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("PYTHON_COLORS", "0")
+    monkeypatch.setattr(standalone, "models_folder", Path("models"))  # a page names it
 
 
 def pages(monkeypatch: pytest.MonkeyPatch, locale: str) -> dict[str, str]:
