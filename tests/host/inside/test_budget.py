@@ -204,6 +204,30 @@ def test_two_budgets_over_one_loader_in_one_graph(comfy, graph, tight, held) -> 
     assert (found["15"] - found["5"]).abs().mean() < 0.01
 
 
+def test_one_budget_for_two_precisions_in_one_graph(comfy, graph, held) -> None:
+    """What one of them has left on the card counts for the other."""
+    for node in ("1", "4", "5", "6"):
+        graph["1" + node] = copy.deepcopy(graph[node])
+    graph["11"]["inputs"]["weight_precision"] = "int8 rotated"
+    graph["14"]["inputs"]["dit"] = ["11", 0]
+    graph["15"]["inputs"]["pipeline"] = ["14", 0]
+    graph["16"]["inputs"]["images"] = ["15", 0]
+    executor = comfy.executor()
+    found = succeed(comfy, executor, graph)
+    values = max(stage.values for stage in plan_of(comfy, found, graph).stages)
+    budget = values + sum(each.weights.travelling_bytes for each in found["4"].components)
+    for seed in (1, 2):
+        graph["14"]["inputs"]["vram_budget_gb"] = budget / GB
+        graph["15"]["inputs"]["seed"] = seed
+        held.clear()
+        found = succeed(comfy, executor, with_budget(graph, budget, seed))
+        plans = [found[node].plan(workload(comfy, graph)) for node in ("4", "14")]
+        assert [each.stage for each in held] == [*STAGES[1:]] * 2
+        for each in held:
+            values = min(plan.of(each.stage).values for plan in plans)
+            assert 0 < each.most <= budget - values
+
+
 @pytest.mark.parametrize("more_mb", [0, 20, 60])
 def test_a_budget_is_kept_with_whatever_was_resident(
     comfy, card, graph, tight, held, more_mb: int
