@@ -45,11 +45,17 @@ def kitchen_is_faster(device: torch.device) -> bool:
     It is compiled for every card since Turing with the matrix instructions of Ampere, which are
     the fastest of the consumer cards; on an H200 ours was 1.8 times as fast (benchmarks/README).
     """
-    found = capability(device)
-    if found is None or not kitchen_works(device):
+    if capability(device) is None or not kitchen_works(device):
         return False
-    newer = found[0] in (9, 10, 11)
-    return not (newer and triton_works(device) and int8_product_works(device))
+    own = has_large_units(device) and triton_works(device) and int8_product_works(device)
+    return not own
+
+
+def has_large_units(device: torch.device) -> bool:
+    """Whether the card is one of a data centre since Hopper, for whose matrix instructions our
+    products in Triton are made; they were measured on an H200."""
+    found = capability(device)
+    return found is not None and found[0] in (9, 10, 11)
 
 
 @cache
@@ -85,7 +91,16 @@ def int8_product_works(device: torch.device) -> bool:
 def low_rank_works(device: torch.device, dtype: torch.dtype) -> bool:
     """The same for our kernels of low-rank terms beside a product of rows in this dtype."""
     what = f"A low-rank term beside {str(dtype).removeprefix('torch.')} in Triton"
-    return _works(what, device, lambda: probe.low_rank(device, dtype))
+    joined = terms_join_product(device, dtype)
+    return _works(what, device, lambda: probe.low_rank(device, dtype, joined))
+
+
+def terms_join_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernel of a product, which takes in low-rank terms, serves rows in this dtype.
+
+    PyTorch's float8 product takes in none, and elsewhere is not known to be slower than ours.
+    """
+    return dtype == torch.int8 or has_large_units(device)
 
 
 @cache

@@ -19,53 +19,56 @@ ROWS_AT_ONCE = 1024  # of an int8 product without a kernel, whose sums take 4 by
 FEWEST_ROWS = 32  # of the same: cuBLAS wants more than 16
 
 
-def float8_product(
-    x: QuantizedActivations, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    values, row_scale = _flat(x)
-    if scale is None:
-        scale = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
-    if not values.is_cuda:  # the same arithmetic without the units
-        y = (values.float() @ weight.float().T).mul_(row_scale).mul_(scale)
-        y = y if bias is None else y.add_(bias.float())
-        return y.to(x.dtype).view(*x.values.shape[:-1], -1)
-    y = _result(weight, x, out)
-    flat = y.flatten(0, -2)
-    bias = None if bias is None else bias.to(y.dtype)  # unscaled files keep it in float8 too
-    if dispatch.float8_takes_row_scales(y.device):
-        row_scaled_product(values, row_scale, weight, scale, bias, flat)
-        return y
-    one = torch.ones((), dtype=torch.float32, device=y.device)
-    _scaled_mm(values, weight.T, one, one, out_dtype=flat.dtype, use_fast_accum=True, out=flat)
-    rescale_(flat, row_scale, scale, bias)
-    return y
-
-
-def int8_product(
+def product(
     x: QuantizedActivations, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
     out: Tensor | None = None, added: LowRankProduct | None = None,
 ) -> Tensor:  # fmt: skip
     """added: for rows of which `adds_low_rank` says so."""
-    assert scale is not None, "int8 weights have a scale"
     values, row_scale = _flat(x)
+    if scale is None:
+        scale = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
     y = _result(weight, x, out)
-    if dispatch.fused(values) and dispatch.int8_product_works(values.device):
+    given = values, row_scale, weight, scale, bias, y.flatten(0, -2)
+    integers = values.dtype == torch.int8
+    ours = integers and dispatch.fused(values) and dispatch.int8_product_works(values.device)
+    if ours or added is not None:  # which PyTorch's cannot take in
         from . import triton_products
 
-        given = (values, row_scale, weight, scale, bias, y.flatten(0, -2), added)
-        triton_products.int8_product(*given)
-        return y
-    assert added is None
-    for first in range(0, len(values), ROWS_AT_ONCE):
-        rows = values[first : first + ROWS_AT_ONCE]
+        triton_products.product(*given, added)
+    elif integers:
+        _int8_product(*given)
+    else:
+        _float8_product(*given)
+    return y
+
+
+def _float8_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    if not x.is_cuda:  # the same arithmetic without the units
+        y = (x.float() @ weight.float().T).mul_(x_scale).mul_(scale)
+        out.copy_(y if bias is None else y.add_(bias.float()))
+        return
+    bias = None if bias is None else bias.to(out.dtype)  # unscaled files keep it in float8 too
+    if dispatch.float8_takes_row_scales(out.device):
+        row_scaled_product(x, x_scale, weight, scale, bias, out)
+        return
+    one = torch.ones((), dtype=torch.float32, device=out.device)
+    _scaled_mm(x, weight.T, one, one, out_dtype=out.dtype, use_fast_accum=True, out=out)
+    rescale_(out, x_scale, scale, bias)
+
+
+def _int8_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        rows = x[first : first + ROWS_AT_ONCE]
         some = slice(first, first + len(rows))
         more = max(0, FEWEST_ROWS - len(rows))
         padded = F.pad(rows, (0, 0, 0, more)) if more else rows
         sums = _int_mm(padded, weight.T)[: len(rows)].float()
-        sums.mul_(row_scale[some]).mul_(scale)
-        y.flatten(0, -2)[some] = sums if bias is None else sums.add_(bias)
-    return y
+        sums.mul_(x_scale[some]).mul_(scale)
+        out[some] = sums if bias is None else sums.add_(bias)
 
 
 def has_low_rank_kernels(x: Tensor | QuantizedActivations) -> TypeGuard[QuantizedActivations]:
@@ -76,8 +79,10 @@ def has_low_rank_kernels(x: Tensor | QuantizedActivations) -> TypeGuard[Quantize
 
 
 def adds_low_rank(x: Tensor | QuantizedActivations) -> TypeGuard[QuantizedActivations]:
-    """Whether `int8_product` of these rows can add what they give in a few ranks."""
-    return has_low_rank_kernels(x) and x.values.dtype == torch.int8
+    """Whether the product of these rows can add what they give in a few ranks."""
+    if not has_low_rank_kernels(x):
+        return False
+    return dispatch.terms_join_product(x.values.device, x.values.dtype)
 
 
 def low_rank_rows(x: QuantizedActivations, down: Tensor, scale: Tensor | None) -> Tensor:

@@ -107,7 +107,7 @@ def int8_product(device: torch.device) -> Pairs:
     """Ours in Triton, with rows and columns that do not fill a tile."""
     from . import triton_products
 
-    yield _product(device, torch.int8, triton_products.int8_product)
+    yield _product(device, torch.int8, triton_products.product)
 
 
 def float8_product(device: torch.device) -> Pairs:
@@ -115,8 +115,8 @@ def float8_product(device: torch.device) -> Pairs:
     yield _product(device, FLOAT8_DTYPE, row_scaled_product)
 
 
-def low_rank(device: torch.device, dtype: torch.dtype) -> Pairs:
-    """Ours in Triton: rows of few ranks, and what adds what they give, for int8 the product.
+def low_rank(device: torch.device, dtype: torch.dtype, joined: bool) -> Pairs:
+    """Ours in Triton: rows of few ranks, and what adds what they give: if joined, the product.
 
     Ranks as of a LoRA of rank 16 beside one layer and beside three that are one product: what is
     compiled for the trial then serves.
@@ -133,8 +133,8 @@ def low_rank(device: torch.device, dtype: torch.dtype) -> Pairs:
     low, up = (x.bfloat16() for x in _random((ROWS, 3 * RANKS), (columns, RANKS)))
     first_rank = torch.tensor([0, RANKS], dtype=torch.int32)
     added = low.to(device), up.to(device), first_rank.to(device)
-    if dtype == torch.int8:
-        multiply = partial(triton_products.int8_product, added=added)
+    if joined:
+        multiply = partial(triton_products.product, added=added)
         found, right = _product(device, dtype, multiply, columns)
     else:
         right = _random((ROWS, columns))[0]

@@ -32,11 +32,11 @@ def _plus_low_rank(
 
 
 @triton.jit
-def _int8_product(
+def _product(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
     low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
     DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
-    RANKS: tl.constexpr, STEP: tl.constexpr,
+    RANKS: tl.constexpr, STEP: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows and columns, which then stay in the cache.
     program = tl.program_id(0)
@@ -46,10 +46,10 @@ def _int8_product(
     top = (first + program % (GROUP * across) % size) * SIDE
     left = program % (GROUP * across) // size * SIDE
 
-    total = tl.zeros((SIDE, SIDE), tl.int32)
+    total = tl.zeros((SIDE, SIDE), tl.int32 if INTEGERS else tl.float32)
     for deep in range(0, DEPTH, SIDE):
         x, w = x_tiles.load([top, deep]), w_tiles.load([left, deep])
-        total += tl.dot(x, w.T, out_dtype=tl.int32)
+        total = tl.dot(x, w.T, total, out_dtype=total.dtype)
 
     row, column = top + tl.arange(0, SIDE), left + tl.arange(0, SIDE)
     x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
@@ -65,19 +65,19 @@ def _int8_product(
     out_tiles.store([top, left], out.to(out_tiles.dtype))
 
 
-def int8_product(
+def product(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor,
     added: LowRankProduct | None = None,
 ) -> None:  # fmt: skip
-    """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, the sums exact in int32.
+    """out [rows, columns] = (x * x_scale) (weight * scale)^T + bias, sums of int8 exact in int32.
 
-    x: int8 [rows, depth], x_scale: float32 [rows, 1]; weight: int8 [columns, depth], scale:
-    float32 [columns]; everything contiguous, depth and columns multiples of 16.
+    x: int8 or float8 [rows, depth], x_scale: float32 [rows, 1]; weight: the same [columns, depth],
+    scale: float32 [columns]; everything contiguous, depth and columns multiples of 16.
     added: to that, before it is rounded; its ranks multiples of 16.
     """
     (rows, depth), columns = x.shape, weight.shape[0]  # `len` takes a microsecond
     if depth % 16 or columns % 16:
-        raise ValueError(f"the int8 kernel needs multiples of 16, not {columns}x{depth}")
+        raise ValueError(f"a product's kernel needs multiples of 16, not {columns}x{depth}")
     from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
 
     # The best size of those that were measured on an H200.
@@ -88,10 +88,10 @@ def int8_product(
         low, up, _ = added
         ranks, beside = up.shape[1], (*added, low.shape[1])
     start(
-        _int8_product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
+        _product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
         (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
         DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
-        RANKS=ranks, STEP=min(32, ranks & -ranks), num_warps=8,
+        RANKS=ranks, STEP=min(32, ranks & -ranks), INTEGERS=x.dtype == torch.int8, num_warps=8,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _low_rank_rows(
 
 
 def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out [rows, ranks] = (x * x_scale) (down * scale)^T, as of `int8_product`, in int8 or float8.
+    """out [rows, ranks] = (x * x_scale) (down * scale)^T, as of `product`.
 
     For some 16 to 256 ranks, with which the large tiles of a product would leave most of a card
     without work.

@@ -10,8 +10,8 @@ from ..kernels.matmul import (
     add_low_rank_,
     adds_low_rank,
     has_low_rank_kernels,
-    int8_product,
     low_rank_rows,
+    product,
 )
 from ..kernels.row_format import TILE
 from .formats import BFLOAT16
@@ -82,7 +82,7 @@ class BoundTerms:
         terms = self._of(columns)
         added = None if terms.first_ranks is None else (low, terms.up, terms.first_ranks)
         if added is not None and adds_low_rank(x):
-            return int8_product(x, *layer.matrix(columns), out, added)
+            return product(x, *layer.matrix(columns), out, added)
         y = self._changed(layer.method(layer, x, out, columns), columns)
         flat = y.flatten(0, -2)
         if added is not None and has_low_rank_kernels(x):

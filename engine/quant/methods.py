@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.libraries import kitchen_int8_product
-from ..kernels.matmul import float8_product, int8_product
+from ..kernels.matmul import product
 from ..kernels.ops import norm_modulate_quantize
 from ..kernels.row_format import LIMITS, ActivationFormat, QuantizedActivations
 from .formats import CONVERTED_AT_ONCE
@@ -74,7 +74,6 @@ class EightBit:
             assert isinstance(x, QuantizedActivations)
         elif x.scale is None:  # only rotated
             return self.otherwise(layer, x, out, columns)
-        product = int8_product if x.values.dtype == torch.int8 else float8_product
         return product(x, *layer.matrix(columns), out)
 
     def takes(self, layer: StoredLinear) -> bool:

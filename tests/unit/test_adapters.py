@@ -156,8 +156,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append("low_rank_rows")
         out.copy_((x.double() * x_scale) @ (down.double() * scale[:, None]).T)
 
-    def int8_product(x, x_scale, weight, scale, bias, out, added=None) -> None:
-        started.append("int8_product" if added is None else "int8_product with terms")
+    def product(x, x_scale, weight, scale, bias, out, added=None) -> None:
+        started.append("product" if added is None else "product with terms")
         y = (x.double() * x_scale) @ (weight.double() * scale[:, None]).T + bias
         if added is not None:
             add(y, added)
@@ -183,7 +183,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         out.copy_(stored).mul_(scale[:, None])
 
     products = SimpleNamespace(
-        low_rank_rows=low_rank_rows, int8_product=int8_product, add_low_rank_=add_low_rank_
+        low_rank_rows=low_rank_rows, product=product, add_low_rank_=add_low_rank_
     )
     fused = SimpleNamespace(dequantize=dequantize)
     for name, stand_in in (("triton_products", products), ("fused_triton", fused)):
@@ -213,10 +213,15 @@ TERMS = {  # of the LoRAs that are there at once
 
 
 @pytest.mark.parametrize("case", TERMS)
-@pytest.mark.parametrize("storage", [INT8_ROTATED, FLOAT8], ids=str)
-def test_terms_are_few_products(kernels: list[str], storage: Storage, case: str) -> None:
-    """One of the rows for all columns and LoRAs, and one that joins the int8 product or follows
-    the float8 one, whatever columns are asked for, with the same bits."""
+@pytest.mark.parametrize(
+    ("storage", "joined"), [(INT8_ROTATED, True), (FLOAT8, True), (FLOAT8, False)], ids=str
+)
+def test_terms_are_few_products(
+    kernels: list[str], monkeypatch: pytest.MonkeyPatch, storage: Storage, joined: bool, case: str
+) -> None:
+    """One of the rows for all columns and LoRAs, and one that joins the product or follows that
+    of PyTorch, whatever columns are asked for, with the same bits."""
+    monkeypatch.setattr(dispatch, "has_large_units", lambda _: joined)
     terms = TERMS[case]
     model = OneLayer(storage, 384)
     layer = model.layer
@@ -227,12 +232,11 @@ def test_terms_are_few_products(kernels: list[str], storage: Storage, case: str)
     bias = layer.bias.double()
     rows = layer.rows(x)
     without = relative(layer(rows) - bias, x.double() @ model.exact.T)
-    joined = storage is INT8_ROTATED
     with adapted(model, adapters, ["layer"], torch.float32, CPU):
         kernels.clear()
         found = layer(rows)
         assert relative(found - bias, x.double() @ weight.T) <= without * 1.01
-        added = "int8_product with terms" if joined else "add_low_rank_"
+        added = "product with terms" if joined else "add_low_rank_"
         assert kernels == ["low_rank_rows", added]
         kernels.clear()
         parts = torch.empty(3, 1, 160, 128)
@@ -259,7 +263,7 @@ def test_what_comes_before_the_terms_keeps_them_apart(kernels: list[str], reason
         kernels.clear()
         model.layer(rows)
     sums = 2 if reason == "terms within a tile" else 1
-    assert kernels == ["low_rank_rows", "int8_product", *["addmm_"] * sums]
+    assert kernels == ["low_rank_rows", "product", *["addmm_"] * sums]
 
 
 def test_a_bias_is_added_and_a_norm_replaced(make_pipeline) -> None:
@@ -396,7 +400,7 @@ def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[st
         counts.append(Counter(kernels))
     one, three = counts
     assert one == three
-    assert one["low_rank_rows"] == one["int8_product with terms"] > 0
+    assert one["low_rank_rows"] == one["product with terms"] > 0
 
 
 @pytest.mark.parametrize("name", [*LAYERS, CLIP_LAYER])

@@ -10,8 +10,8 @@ from majicflux.engine.kernels.hadamard import hadamard, rotate
 from majicflux.engine.kernels.matmul import (
     add_low_rank_,
     has_low_rank_kernels,
-    int8_product,
     low_rank_rows,
+    product,
 )
 from majicflux.engine.kernels.ops import add_gated_, norm_modulate_quantize, rms_rope_
 from majicflux.engine.kernels.row_format import LIMITS, ActivationFormat, QuantizedActivations
@@ -208,22 +208,24 @@ def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None
 
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("ranks", [16, 32, 48, 64, 96, 112, 160, 256])
-def test_few_ranks_join_the_int8_product(device, ranks: int) -> None:
+@pytest.mark.parametrize("wanted", [FORMATS[1], FORMATS[3]], ids=["int8", "float8"])
+def test_few_ranks_join_the_product(device, wanted, ranks: int) -> None:
     """Against float64, with other ranks in each tile of columns; the same bits for some rows or
     columns as for all."""
-    x = norm_modulate_quantize(random(1, 1000, WIDTH, device=device), wanted=FORMATS[1])
-    if not dispatch.triton_works(device):
+    x = norm_modulate_quantize(random(1, 1000, WIDTH, device=device), wanted=wanted)
+    if not dispatch.triton_works(device) or not dispatch.terms_join_product(device, wanted.dtype):
         pytest.skip("tested with our own kernels")
     assert has_low_rank_kernels(x)
     columns = 2 * 128 + 48
-    weight = random(columns, WIDTH, device=device, seed=1).mul(30).clamp(-127, 127).to(torch.int8)
+    weight = random(columns, WIDTH, device=device, seed=1).mul(30).clamp(-127, 127)
+    weight = weight.to(wanted.dtype)
     scale = random(columns, device=device, seed=2).float().abs() / 1000
     bias = random(columns, device=device, seed=3)
     low = random(1000, ranks + 32, device=device, seed=4)
     up = random(columns, ranks, device=device, seed=5)
     first_ranks = torch.tensor([32, 0, 16], dtype=torch.int32, device=device)
     given = weight, scale, bias
-    found = int8_product(x, *given, added=(low, up, first_ranks))[0]
+    found = product(x, *given, added=(low, up, first_ranks))[0]
     plain = (x.values[0].double() * x.scale[0]) @ (weight.double() * scale[:, None]).T + bias
     exact = plain.clone()
     for tile, first in enumerate(first_ranks.tolist()):
@@ -233,13 +235,13 @@ def test_few_ranks_join_the_int8_product(device, ranks: int) -> None:
     assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-3 * exact.std()).all()
     for rows in (slice(0, 1), slice(40, 77), slice(512, None)):
         few = QuantizedActivations(x.values[:, rows], x.scale[:, rows], x.dtype)
-        part = int8_product(few, *given, added=(low[rows].contiguous(), up, first_ranks))
+        part = product(few, *given, added=(low[rows].contiguous(), up, first_ranks))
         assert torch.equal(part[0], found[rows])
     some = slice(128, None)
     added = low, up[some], first_ranks[1:]
-    part = int8_product(x, weight[some], scale[some], bias[some], added=added)
+    part = product(x, weight[some], scale[some], bias[some], added=added)
     assert torch.equal(part[0], found[:, some])
-    assert (int8_product(x, *given)[0] - plain).norm() <= 3e-3 * plain.norm()
+    assert (product(x, *given)[0] - plain).norm() <= 3e-3 * plain.norm()
     for rows in (slice(None), slice(0, 1), slice(40, 77)):
         y = (plain - bias).bfloat16()[rows]
         exact = y.double() + of_terms[rows]

@@ -92,6 +92,7 @@ def test_the_fused_kernels_say_what_the_plain_operations_say() -> None:
 
 LOW_RANK = """
 import torch
+import itertools
 from majicflux.engine.kernels import triton_products as fused
 generator = torch.Generator().manual_seed(0)
 def drawn(*shape):
@@ -112,26 +113,27 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
         fused.low_rank_rows(*given, low)
         assert relative(low, exactly(*given)) < 1e-6, (dtype, ranks)
 first_rank = torch.tensor([32, 16], dtype=torch.int32)  # of the two tiles of columns
-for ranks in (16, 48, 64, 256):
+for ranks, dtype in itertools.product((16, 48, 64, 256), (torch.int8, torch.float8_e4m3fn)):
     low, up = drawn(200, ranks + 32), drawn(176, ranks)
     found, plain = torch.empty(200, 176), torch.empty(200, 176)
-    given = x, x_scale, weight, scale, bias
-    fused.int8_product(*given, found, (low, up, first_rank))
+    given = x.to(dtype), x_scale, weight.to(dtype), scale, bias
+    fused.product(*given, found, (low, up, first_rank))
     exact = exactly(*given[:4]) + bias
     exact[:, :128] += low[:, 32 : 32 + ranks].double() @ up[:128].double().T
     exact[:, 128:] += low[:, 16 : 16 + ranks].double() @ up[128:].double().T
-    assert relative(found, exact) < 1e-6, ranks
+    assert relative(found, exact) < 1e-6, (ranks, dtype)
     some = slice(40, 77)
     part = torch.empty(37, 176)
-    fused.int8_product(x[some], x_scale[some], *given[2:], part, (low[some], up, first_rank))
+    few = given[0][some], x_scale[some]
+    fused.product(*few, *given[2:], part, (low[some], up, first_rank))
     assert relative(part, exact[some]) < 1e-6
     last = torch.empty(200, 48)
-    columns = weight[128:], scale[128:], bias[128:]
-    fused.int8_product(x, x_scale, *columns, last, (low, up[128:], first_rank[1:]))
+    columns = given[2][128:], scale[128:], bias[128:]
+    fused.product(*given[:2], *columns, last, (low, up[128:], first_rank[1:]))
     assert relative(last, exact[:, 128:]) < 1e-6
     fused.add_low_rank_(found.copy_(bias.expand(200, 176)), (low, up, first_rank))
     assert relative(found, exact - exactly(*given[:4])) < 1e-6
-    fused.int8_product(*given, plain)
+    fused.product(*given, plain)
     assert relative(plain, exactly(*given[:4]) + bias) < 1e-6
 print("equal")
 """
@@ -149,7 +151,7 @@ import torch
 from majicflux.engine.kernels import probe
 trials = list(probe.fused(torch.device("cpu"), False))
 for dtype in (torch.int8, torch.float8_e4m3fn):
-    trials += islice(probe.low_rank(torch.device("cpu"), dtype), 2)
+    trials += islice(probe.low_rank(torch.device("cpu"), dtype, True), 2)
 print(len(trials), all(probe.same(*trial) for trial in trials))
 """
 
@@ -315,14 +317,14 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     methods = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
     for bias in (None, empty(3072)):
         if methods:
-            products.int8_product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
+            products.product(rows, scale[:64, None], weight, scale, bias, empty(64, 3072))
         fused.rescale_(empty(64, 3072), scale[:64, None], scale, bias)
     first_rank, of_rows = empty(24, dtype=torch.int32), scale[:64, None]
     ranks = [16, 48, 64, 256]
     for some in ranks:
         added = empty(64, some + 16), empty(3072, some), first_rank
         if methods:
-            products.int8_product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
+            products.product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
             products.add_low_rank_(empty(64, 3072), added)
         for dtype in (torch.int8, torch.float8_e4m3fn)[: 1 + (capability >= FLOAT8_UNITS)]:
             narrow = rows.view(dtype), of_rows, empty(some, 64, dtype=dtype), scale[:some]

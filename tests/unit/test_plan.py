@@ -57,7 +57,7 @@ from majicflux.engine.plan.plan import Plan, StagePlan, Workload
 from majicflux.engine.plan.text import plan_text
 from majicflux.engine.plan.units import GB, MB
 from majicflux.engine.plan.vae import plan_decode
-from majicflux.engine.quant import adapters, methods
+from majicflux.engine.quant import adapters
 from majicflux.engine.quant.adapters import adapted, bound_bytes
 from majicflux.engine.quant.attention import PYTORCH, Attention
 from majicflux.engine.quant.compute import ComputePrecision
@@ -164,18 +164,12 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         batch, heads, tokens, dim = q.shape
         return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
-    def float8_product(x, weight, scale, bias, out) -> Tensor:
-        matmul._flat(x)
-        if scale is None:
-            scale = torch.ones(len(weight), device=weight.device)
-        return matmul._result(weight, x, out)
-
     functional = SimpleNamespace(scaled_dot_product_attention=attention)
     monkeypatch.setattr(Chunking, "for_each", first_two)
     monkeypatch.setattr(velocity, "_rope", rope_once)
     monkeypatch.setattr(conditioning, "_on_host", lambda x: torch.empty(x.shape))
     monkeypatch.setattr(blocks, "F", functional)
-    monkeypatch.setattr(methods, "float8_product", float8_product)
+    monkeypatch.setattr(matmul, "_float8_product", lambda *_: None)
 
 
 @pytest.fixture
@@ -217,7 +211,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
         dequantize=lambda *_: None,
     )  # fmt: skip
     products = SimpleNamespace(
-        int8_product=lambda *_: None, low_rank_rows=lambda *_: None, add_low_rank_=lambda *_: None
+        product=lambda *_: None, low_rank_rows=lambda *_: None, add_low_rank_=lambda *_: None
     )
     monkeypatch.setattr(dispatch, "fused", lambda x: x.device == META)
     monkeypatch.setattr(dispatch, "int8_product_works", lambda _: True)
