@@ -78,20 +78,35 @@ def has_low_rank_kernels(x: Tensor | QuantizedActivations) -> TypeGuard[Quantize
     return dispatch.low_rank_works(x.values.device, x.values.dtype)
 
 
-def adds_low_rank(x: Tensor | QuantizedActivations) -> TypeGuard[QuantizedActivations]:
-    """Whether the product of these rows can add what they give in a few ranks."""
+def adds_low_rank(
+    x: Tensor | QuantizedActivations, weight: Tensor
+) -> TypeGuard[QuantizedActivations]:
+    """Whether the product of these rows and this weight can add what they give in a few ranks.
+
+    Of float8 only where that is faster: PyTorch's product gains on ours with the depth, and what
+    is added afterwards passes over the columns once more.
+    """
     if not has_low_rank_kernels(x):
         return False
-    return dispatch.terms_join_product(x.values.device, x.values.dtype)
+    device, dtype = x.values.device, x.values.dtype
+    deep = weight.shape[1] > weight.shape[0] and dtype != torch.int8
+    return not deep and dispatch.terms_join_product(device, dtype)
+
+
+def low_parts(ranks: int, depth: int) -> int:
+    """Of `low_rank_rows`: how many shares of the depth are summed apart, so that all of a card has
+    work."""
+    return 2 if ranks > 64 and depth > 8192 else 1
 
 
 def low_rank_rows(x: QuantizedActivations, down: Tensor, scale: Tensor | None) -> Tensor:
-    """x (down * scale)^T, [rows, ranks]."""
+    """Some parts, whose sum is x (down * scale)^T: [parts, rows, ranks]."""
     assert scale is not None, "it is quantized as the rows are"
     from . import triton_products
 
     values, row_scale = _flat(x)
-    low = values.new_empty(values.shape[0], down.shape[0], dtype=x.dtype)
+    (ranks, depth), rows = down.shape, values.shape[0]
+    low = values.new_empty(low_parts(ranks, depth), rows, ranks, dtype=x.dtype)
     triton_products.low_rank_rows(values, row_scale, down, scale, low)
     return low
 

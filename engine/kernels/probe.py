@@ -124,13 +124,13 @@ def low_rank(device: torch.device, dtype: torch.dtype, joined: bool) -> Pairs:
     from . import triton_products
 
     def few_ranks(x, x_scale, down, scale, bias, out) -> None:
-        triton_products.low_rank_rows(x, x_scale, down, scale, out)
+        triton_products.low_rank_rows(x, x_scale, down, scale, out[None])
         out += bias
 
     for ranks in (RANKS, 3 * RANKS):
         yield _product(device, dtype, few_ranks, ranks)
     columns = 2 * TILE - RANKS
-    low, up = (x.bfloat16() for x in _random((ROWS, 3 * RANKS), (columns, RANKS)))
+    low, up = (x.bfloat16() for x in _random((1, ROWS, 3 * RANKS), (columns, RANKS)))
     first_rank = torch.tensor([0, RANKS], dtype=torch.int32)
     added = low.to(device), up.to(device), first_rank.to(device)
     if joined:
@@ -140,7 +140,7 @@ def low_rank(device: torch.device, dtype: torch.dtype, joined: bool) -> Pairs:
         right = _random((ROWS, columns))[0]
         triton_products.add_low_rank_(found := right.to(device, torch.bfloat16), added)
     for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, columns))):
-        right[:, some] += low[:, first : first + RANKS].float() @ up[some].float().T
+        right[:, some] += low[0, :, first : first + RANKS].float() @ up[some].float().T
     yield found, right
 
 

@@ -15,18 +15,31 @@ MOST_RANKS = 128  # that the memory of a program has room for
 
 
 @triton.jit
+def _low(places, inside, part, PARTS: tl.constexpr):
+    """Low rows, the sum of as many parts, each `part` values after the one before."""
+    low = tl.load(places, mask=inside, other=0.0)
+    if PARTS == 2:
+        other = tl.load(places + part, mask=inside, other=0.0)
+        low = (low.to(tl.float32) + other.to(tl.float32)).to(low.dtype)
+    return low
+
+
+@triton.jit
 def _plus_low_rank(
     out, low_ptr, up_ptr, first_rank_ptr, low_row, row, column, rows, columns,
-    RANKS: tl.constexpr, STEP: tl.constexpr,
+    RANKS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`out` at these rows and columns, and what a `LowRankProduct` adds there."""
     first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
-    for first in tl.range(0, RANKS, STEP, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+    # All ranks at once, as a rule: loading some while others are multiplied takes more registers
+    # than leave room for a second program, which is what hides the waiting.
+    for first in tl.range(0, RANKS, STEP, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         rank = first + tl.arange(0, STEP)[None, :]
+        known = rank < RANKS
         of_row = low_ptr + row[:, None] * low_row + first_rank + rank
         of_column = up_ptr + column[:, None] * RANKS + rank
-        low = tl.load(of_row, mask=(row < rows)[:, None], other=0.0)
-        up = tl.load(of_column, mask=(column < columns)[:, None], other=0.0)
+        low = _low(of_row, known & (row < rows)[:, None], rows * low_row, PARTS)
+        up = tl.load(of_column, mask=known & (column < columns)[:, None], other=0.0)
         out = tl.dot(low, up.T, out, input_precision="ieee")
     return out
 
@@ -36,7 +49,7 @@ def _product(
     x_tiles, w_tiles, x_scale_ptr, w_scale_ptr, bias_ptr, out_tiles,
     low_ptr, up_ptr, first_rank_ptr, low_row, rows, columns,
     DEPTH: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
-    RANKS: tl.constexpr, STEP: tl.constexpr, INTEGERS: tl.constexpr,
+    RANKS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows and columns, which then stay in the cache.
     program = tl.program_id(0)
@@ -60,7 +73,7 @@ def _product(
     if RANKS > 0:
         out = _plus_low_rank(
             out, low_ptr, up_ptr, first_rank_ptr + left // SIDE, low_row,
-            row, column, rows, columns, RANKS, STEP,
+            row, column, rows, columns, RANKS, STEP, PARTS,
         )  # fmt: skip
     out_tiles.store([top, left], out.to(out_tiles.dtype))
 
@@ -83,24 +96,27 @@ def product(
     # The best size of those that were measured on an H200.
     tiles = (TensorDescriptor.from_tensor(t, [TILE, TILE]) for t in (x, weight, out))
     x_tiles, w_tiles, out_tiles = tiles
-    ranks, beside = 0, (None, None, None, None)
+    ranks, parts, beside = 0, 1, (None, None, None, None)
     if added is not None:
         low, up, _ = added
-        ranks, beside = up.shape[1], (*added, low.shape[1])
+        ranks, parts, beside = up.shape[1], low.shape[0], (*added, low.shape[2])
     start(
         _product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
         (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
         DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
-        RANKS=ranks, STEP=min(32, ranks & -ranks), INTEGERS=x.dtype == torch.int8, num_warps=8,
+        RANKS=ranks, STEP=min(MOST_RANKS, power_of_2(max(ranks, 16))), PARTS=parts,
+        INTEGERS=x.dtype == torch.int8, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
 def _low_rank_rows(
-    x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows, depth, ranks,
+    x_ptr, x_scale_ptr, down_ptr, scale_ptr, out_ptr, rows, depth, ranks, depth_of_part,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr,
     EVEN: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
+    begin = tl.program_id(2) * depth_of_part
+    end = min(begin + depth_of_part, depth)
     row = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     within = tl.arange(0, DEEP)[None, :]
@@ -109,29 +125,29 @@ def _low_rank_rows(
     of_down = down_ptr + tl.minimum(rank, ranks - 1)[:, None] * depth + within
     total = tl.zeros((HIGH, WIDE), tl.int32 if INTEGERS else tl.float32)
     # Few programs, each of which waits for memory: so much of it is asked for ahead.
-    for deep in tl.range(0, depth, DEEP, num_stages=AHEAD):
+    for deep in tl.range(begin, end, DEEP, num_stages=AHEAD):
         if EVEN:
             x, down = tl.load(of_x + deep), tl.load(of_down + deep)
         else:
-            inside = deep + within < depth
+            inside = deep + within < end
             x = tl.load(of_x + deep, mask=inside, other=0.0)
             down = tl.load(of_down + deep, mask=inside, other=0.0)
         total = tl.dot(x, down.T, total, out_dtype=total.dtype)
     x_scale = tl.load(x_scale_ptr + row, mask=row < rows)
     scale = tl.load(scale_ptr + rank, mask=rank < ranks)
     out = total.to(tl.float32) * x_scale[:, None] * scale[None, :]
-    place = out_ptr + row[:, None] * ranks + rank[None, :]
+    place = out_ptr + (tl.program_id(2) * rows + row)[:, None] * ranks + rank[None, :]
     inside = (row < rows)[:, None] & (rank < ranks)[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out [rows, ranks] = (x * x_scale) (down * scale)^T, as of `product`.
+    """out [parts, rows, ranks], whose sum is (x * x_scale) (down * scale)^T, as of `product`.
 
     For some 16 to 256 ranks, with which the large tiles of a product would leave most of a card
-    without work.
+    without work. Each part is the sum over a share of the depth.
     """
-    (rows, depth), ranks = x.shape, down.shape[0]
+    (rows, depth), (parts, _, ranks) = x.shape, out.shape
     # The best sizes of those that were measured on an H200 and fit into other cards' memory.
     if ranks > 64:
         high, wide, deep, ahead, warps = 128, 128, 128, 3, 8
@@ -140,8 +156,8 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
     else:
         high, wide, deep, ahead, warps = 64, power_of_2(ranks), 256, 4, 4
     start(
-        _low_rank_rows, x.device, (cdiv(rows, high), cdiv(ranks, wide), 1),
-        (x, x_scale, down, scale, out, rows, depth, ranks),
+        _low_rank_rows, x.device, (cdiv(rows, high), cdiv(ranks, wide), parts),
+        (x, x_scale, down, scale, out, rows, depth, ranks, cdiv(depth, parts * deep) * deep),
         HIGH=high, WIDE=wide, DEEP=deep, AHEAD=ahead, EVEN=depth % deep == 0,
         INTEGERS=x.dtype == torch.int8, num_warps=warps,
     )  # fmt: skip
@@ -151,6 +167,7 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
 def _add_low_rank(
     y_ptr, low_ptr, up_ptr, first_rank_ptr, low_row, up_row, first, ranks, rows, columns,
     HIGH: tl.constexpr, SIDE: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     column, rank = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.arange(0, WIDE)[None, :]
     low_ptr += tl.multiple_of(tl.load(first_rank_ptr + tl.program_id(0)), 16) + first
@@ -159,7 +176,7 @@ def _add_low_rank(
     for time in tl.range(0, TIMES, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
         row = (tl.program_id(1) * TIMES + time) * HIGH + tl.arange(0, HIGH)
         found = (row < rows)[:, None] & (rank < ranks)
-        low = tl.load(low_ptr + row[:, None] * low_row + rank, mask=found, other=0.0)
+        low = _low(low_ptr + row[:, None] * low_row + rank, found, rows * low_row, PARTS)
         place = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -175,6 +192,6 @@ def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:
         ranks = min(MOST_RANKS, up.shape[1] - first)
         start(
             _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high * times), 1),
-            (y, *added, low.shape[1], up.shape[1], first, ranks, rows, columns),
-            HIGH=high, SIDE=TILE, TIMES=times, WIDE=power_of_2(ranks),
+            (y, *added, low.shape[2], up.shape[1], first, ranks, rows, columns),
+            HIGH=high, SIDE=TILE, TIMES=times, WIDE=power_of_2(ranks), PARTS=low.shape[0],
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.hadamard import rotate
+from ..kernels.matmul import low_parts
 from ..kernels.row_format import TILE
 from .bound_terms import BoundTerms, layer_of
 from .formats import CONVERTED_AT_ONCE
@@ -91,7 +92,8 @@ def touched(adapters: Adapters) -> list[str]:
 def bound_bytes(
     module: nn.Module, adapters: Adapters, names: Sequence[str], method: LinearMethod
 ) -> tuple[int, int]:
-    """Of memory for what `adapted` makes of these, and the ranks of the layer with the most."""
+    """Of memory for what `adapted` makes of these, and the ranks, of all parts, of the layer with
+    the most."""
     nbytes, most = 0, 0
     for name in names:
         layer: Any = module.get_submodule(name)
@@ -106,7 +108,7 @@ def bound_bytes(
         if layout.downs:
             nbytes += out_features * layout.span_ranks * method.dtype.itemsize
             nbytes += 4 * -(-out_features // TILE)
-        most = max(most, layout.ranks)
+        most = max(most, layout.ranks * low_parts(layout.ranks, layer.weight.shape[1]))
     return nbytes, most
 
 

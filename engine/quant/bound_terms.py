@@ -62,13 +62,14 @@ class BoundTerms:
         return BoundTerms(down, moved(self.up), self.spans, *vectors)
 
     def low(self, layer: StoredLinear, x: Rows) -> Tensor | None:
-        """x down^T [rows, ranks] of rows of the layer, for any columns of their product."""
+        """x down^T of rows of the layer, for any columns of their product: parts of a sum, [parts,
+        rows, ranks]."""
         if self.down is None:
             return None
         if has_low_rank_kernels(x):
             return low_rank_rows(x, *self.down.matrix()[:2])
         assert layer.method is not None
-        return layer.method(self.down, x, None, ALL).flatten(0, -2)
+        return layer.method(self.down, x, None, ALL).flatten(0, -2)[None]
 
     def product(
         self, layer: StoredLinear, x: Rows, out: Tensor | None, columns: slice, low: Tensor | None
@@ -81,13 +82,14 @@ class BoundTerms:
             return self._changed(layer.method(layer, x, out, columns), columns)
         terms = self._of(columns)
         added = None if terms.first_ranks is None else (low, terms.up, terms.first_ranks)
-        if added is not None and adds_low_rank(x):
+        if added is not None and adds_low_rank(x, layer.weight):
             return product(x, *layer.matrix(columns), out, added)
         y = self._changed(layer.method(layer, x, out, columns), columns)
         flat = y.flatten(0, -2)
         if added is not None and has_low_rank_kernels(x):
             add_low_rank_(flat, added)
             return y
+        low = low[0] if len(low) == 1 else low.sum(0)
         for some, ranks, up in terms.sums:
             part = flat if some is None else flat[:, some]
             part.addmm_(low if ranks is None else low[:, ranks], up.to(y.dtype))

@@ -37,7 +37,7 @@ from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders.flux_dit import load_flux_dit
 
-WIDTH, COLUMNS = 512, 96
+WIDTH, COLUMNS = 256, 96
 REQUEST = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
 CLIP_LAYER = "clip.encoders.0.attn.to_q"
 FLOAT32 = uniform(Storage("float32"))
@@ -168,7 +168,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         add(y, added)
 
     def add(y, added) -> None:
-        low, up, first_ranks = added
+        low, up, first_ranks = added[0].sum(0), *added[1:]
         for tile, first in enumerate(first_ranks.tolist()):
             some = slice(128 * tile, min(128 * (tile + 1), len(up)))
             y[:, some] += low[:, first : first + up.shape[1]].double() @ up[some].double().T
@@ -246,6 +246,18 @@ def test_terms_are_few_products(
         assert close(torch.cat([*parts], dim=-1), found)
         few = layer.rows(x[:, 37:90])
         assert close(layer(few), found[:, 37:90])
+
+
+def test_terms_follow_a_deep_float8_product(kernels: list[str], monkeypatch) -> None:
+    """PyTorch's, which is faster than ours there."""
+    monkeypatch.setattr(dispatch, "has_large_units", lambda _: True)
+    model = OneLayer(FLOAT8, WIDTH // 2)
+    use(model.layer, True)
+    adapter = Adapter({"layer": (term(8, WIDTH // 2),)})
+    rows = model.layer.rows(torch.randn(1, 160, WIDTH))
+    with adapted(model, [(adapter, 1.0)], ["layer"], torch.float32, CPU):
+        model.layer(rows)
+    assert kernels == ["low_rank_rows", "add_low_rank_"]
 
 
 @pytest.mark.parametrize("reason", ["a gain", "a bias", "terms within a tile"])

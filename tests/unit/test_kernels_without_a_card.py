@@ -109,15 +109,17 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
     for ranks in (16, 48, 96):
         some = [t.to(dtype) if t.dtype == torch.int8 else t for t in (x, weight)]
         given = some[0], x_scale, some[1][:ranks], scale[:ranks]
-        low = torch.empty(200, ranks)
-        fused.low_rank_rows(*given, low)
-        assert relative(low, exactly(*given)) < 1e-6, (dtype, ranks)
+        for parts in (1, 2):
+            low = torch.empty(parts, 200, ranks)
+            fused.low_rank_rows(*given, low)
+            assert relative(low.sum(0), exactly(*given)) < 1e-6, (dtype, ranks, parts)
 first_rank = torch.tensor([32, 16], dtype=torch.int32)  # of the two tiles of columns
 for ranks, dtype in itertools.product((16, 48, 64, 256), (torch.int8, torch.float8_e4m3fn)):
-    low, up = drawn(200, ranks + 32), drawn(176, ranks)
+    parts = drawn(1 + (ranks > 48), 200, ranks + 32)
+    low, up = parts.sum(0), drawn(176, ranks)
     found, plain = torch.empty(200, 176), torch.empty(200, 176)
     given = x.to(dtype), x_scale, weight.to(dtype), scale, bias
-    fused.product(*given, found, (low, up, first_rank))
+    fused.product(*given, found, (parts, up, first_rank))
     exact = exactly(*given[:4]) + bias
     exact[:, :128] += low[:, 32 : 32 + ranks].double() @ up[:128].double().T
     exact[:, 128:] += low[:, 16 : 16 + ranks].double() @ up[128:].double().T
@@ -125,13 +127,13 @@ for ranks, dtype in itertools.product((16, 48, 64, 256), (torch.int8, torch.floa
     some = slice(40, 77)
     part = torch.empty(37, 176)
     few = given[0][some], x_scale[some]
-    fused.product(*few, *given[2:], part, (low[some], up, first_rank))
+    fused.product(*few, *given[2:], part, (parts[:, some].contiguous(), up, first_rank))
     assert relative(part, exact[some]) < 1e-6
     last = torch.empty(200, 48)
     columns = given[2][128:], scale[128:], bias[128:]
-    fused.product(*given[:2], *columns, last, (low, up[128:], first_rank[1:]))
+    fused.product(*given[:2], *columns, last, (parts, up[128:], first_rank[1:]))
     assert relative(last, exact[:, 128:]) < 1e-6
-    fused.add_low_rank_(found.copy_(bias.expand(200, 176)), (low, up, first_rank))
+    fused.add_low_rank_(found.copy_(bias.expand(200, 176)), (parts, up, first_rank))
     assert relative(found, exact - exactly(*given[:4])) < 1e-6
     fused.product(*given, plain)
     assert relative(plain, exactly(*given[:4]) + bias) < 1e-6
@@ -322,13 +324,14 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     first_rank, of_rows = empty(24, dtype=torch.int32), scale[:64, None]
     ranks = [16, 48, 64, 256]
     for some in ranks:
-        added = empty(64, some + 16), empty(3072, some), first_rank
+        parts = 1 + (some > 64)
+        added = empty(parts, 64, some + 16), empty(3072, some), first_rank
         if methods:
             products.product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
             products.add_low_rank_(empty(64, 3072), added)
         for dtype in (torch.int8, torch.float8_e4m3fn)[: 1 + (capability >= FLOAT8_UNITS)]:
             narrow = rows.view(dtype), of_rows, empty(some, 64, dtype=dtype), scale[:some]
-            products.low_rank_rows(*narrow, empty(64, some))
+            products.low_rank_rows(*narrow, empty(parts, 64, some))
     of_ranks = len(ranks) * (1 + 2 * methods + (capability >= FLOAT8_UNITS))
     of_ranks += methods  # 256 are added in two halves
     assert len(compiled) == 2 * len(formats) + 6 + 2 * methods + of_ranks
