@@ -23,7 +23,7 @@ import nodes
 
 from ..engine.allocator import is_out_of_memory
 from ..engine.offload.offloaded_module import OffloadedModule
-from ..engine.offload.pinned import give_back_pinned
+from ..engine.offload.pinned import give_back_host_memory
 from ..engine.sizes import PIXELS_PER_LATENT
 from ..messages import log, say
 from .place import Place
@@ -377,7 +377,7 @@ class WeightsPatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_all:
             self.weights.release(float("inf"))
             self.weights.unpin()
-            give_back_pinned()
+            give_back_host_memory()
             self.model.device = self.offload_device
         return self.model
 

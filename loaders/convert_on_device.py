@@ -71,7 +71,7 @@ class DeviceQuantizer:
     def close(self) -> None:
         """Give back the memory of the card and what is no longer used of pinned memory."""
         from ..engine.allocator import allocator_of
-        from ..engine.offload.pinned import give_back_pinned
+        from ..engine.offload.pinned import give_back_host_memory
 
         self._threads.shutdown()
         if self._cuda:
@@ -79,4 +79,4 @@ class DeviceQuantizer:
             with suppress(AttributeError):
                 torch._C._cuda_clearCublasWorkspaces()
             allocator_of(self.device).give_back()
-            give_back_pinned()
+            give_back_host_memory()

@@ -1,5 +1,6 @@
 """Weights are pinned as they travel: what travels first, as far as there is room."""
 
+import platform
 from types import SimpleNamespace
 
 import psutil
@@ -7,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from majicflux.engine.offload.pinned import RAM_LEFT, RAM_WANTED, PinnedWeights
+from majicflux.engine.offload.pinned import (
+    RAM_LEFT,
+    RAM_WANTED,
+    PinnedWeights,
+    give_back_host_memory,
+)
 
 SIZE = 1000
 RAM = 100 * SIZE
@@ -122,3 +128,15 @@ def test_all_of_it_is_given_back(homes: list[Tensor]) -> None:
     assert not host.pinned
     assert pinned.nbytes == 0
     assert pinned.known(homes[0]) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of another C library")
+def test_freed_pieces_go_back_to_the_system() -> None:
+    """Which the C library keeps, as long as anything lies behind them."""
+    pieces = [bytearray(b"x" * 2**15) for _ in range(4096)]  # too small for a mapping of their own
+    behind = bytearray(b"x" * 2**15)
+    pieces.clear()
+    before = psutil.Process().memory_info().rss
+    give_back_host_memory()
+    assert before - psutil.Process().memory_info().rss > 2**26
+    assert len(behind) == 2**15
