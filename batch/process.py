@@ -17,6 +17,7 @@ from .rows import BatchError
 
 log = logging.getLogger("majicflux")
 
+MOST_THREADS = 4  # of a worker that computes on a card; a picture took no longer than with 32
 MOST_STARTS = 3  # of a process that ends before it can paint
 # As `-m` does, also where that looks for packages in Python's own folders alone.
 PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -111,7 +112,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_environment(self._number),
+            env=_environment(self._number, self._setup["shared"]),
             # Ctrl+C is not for it: while it still imports it would die of that, and say so.
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -135,8 +136,9 @@ class WorkerProcess:
         return json.loads(line)
 
 
-def _environment(card: int | None) -> dict[str, str]:
-    """The worker's. Only its card can be seen, and bars of its own would be many at once."""
+def _environment(card: int | None, shared: int) -> dict[str, str]:
+    """That of one of so many workers of this machine. Only its card can be seen, and bars of its
+    own would be many at once."""
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if card is None:
@@ -145,4 +147,17 @@ def _environment(card: int | None) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[card]
     else:
         environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(card)}
+    if card is not None:
+        # OpenMP's threads turn in place for a while when they have nothing to do. With one for each
+        # core in each worker they take the cores from those that start kernels, and two workers
+        # are as fast as 1.3. A worker on the CPU needs them, and their number may change its bits.
+        threads = max(1, min(MOST_THREADS, _cores() // (2 * shared)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
+
+
+def _cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from .row_format import TILE, LowRankProduct
 from .triton_start import cdiv, power_of_2, start
 
-MOST_RANKS = 128  # that the memory of a program has room for
+MOST_RANKS = 128  # at once, that the memory of a program has room for
 
 
 @triton.jit
@@ -165,33 +165,41 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
 
 @triton.jit
 def _add_low_rank(
-    y_ptr, low_ptr, up_ptr, first_rank_ptr, low_row, up_row, first, ranks, rows, columns,
+    y_ptr, low_ptr, up_ptr, first_rank_ptr, low_row, ranks, rows, columns,
     HIGH: tl.constexpr, SIDE: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr,
+    SHARES: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     column, rank = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.arange(0, WIDE)[None, :]
-    low_ptr += tl.multiple_of(tl.load(first_rank_ptr + tl.program_id(0)), 16) + first
+    low_ptr += tl.multiple_of(tl.load(first_rank_ptr + tl.program_id(0)), 16)
+    of_column = up_ptr + column[:, None] * ranks + rank
     known = (column < columns)[:, None] & (rank < ranks)
-    up = tl.load(up_ptr + column[:, None] * up_row + first + rank, mask=known, other=0.0).T
-    for time in tl.range(0, TIMES, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
+    up = tl.load(of_column, mask=known, other=0.0)
+    for time in tl.range(0, TIMES, num_stages=AHEAD):  # pyright: ignore[reportGeneralTypeIssues]
         row = (tl.program_id(1) * TIMES + time) * HIGH + tl.arange(0, HIGH)
+        of_row = low_ptr + row[:, None] * low_row + rank
         found = (row < rows)[:, None] & (rank < ranks)
-        low = _low(low_ptr + row[:, None] * low_row + rank, found, rows * low_row, PARTS)
         place = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        out = tl.dot(low, up, y, input_precision="ieee")
+        low = _low(of_row, found, rows * low_row, PARTS)
+        out = tl.dot(low, up.T, y, input_precision="ieee")
+        for share in tl.static_range(1, SHARES):
+            more = rank < ranks - share * WIDE
+            low = _low(of_row + share * WIDE, found & more, rows * low_row, PARTS)
+            others = tl.load(of_column + share * WIDE, mask=known & more, other=0.0)
+            out = tl.dot(low, others.T, out, input_precision="ieee")
         tl.store(place, out.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:
-    """Add it to y [rows, columns], contiguous, rounded once for each MOST_RANKS."""
+    """Add it to y [rows, columns], contiguous, rounded once."""
     (rows, columns), (low, up, _) = y.shape, added
-    high, times = 64, 2  # the best of those that were measured on an H200
-    for first in range(0, up.shape[1], MOST_RANKS):
-        ranks = min(MOST_RANKS, up.shape[1] - first)
-        start(
-            _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high * times), 1),
-            (y, *added, low.shape[2], up.shape[1], first, ranks, rows, columns),
-            HIGH=high, SIDE=TILE, TIMES=times, WIDE=power_of_2(ranks), PARTS=low.shape[0],
-        )  # fmt: skip
+    high, times, ranks = 64, 2, up.shape[1]  # the best of those that were measured on an H200
+    wide = min(MOST_RANKS, power_of_2(ranks))
+    shares = cdiv(ranks, wide)
+    start(
+        _add_low_rank, y.device, (cdiv(columns, TILE), cdiv(rows, high * times), 1),
+        (y, *added, low.shape[2], ranks, rows, columns),
+        HIGH=high, SIDE=TILE, TIMES=times, WIDE=wide, SHARES=shares,
+        AHEAD=2 if shares == 1 else 1, PARTS=low.shape[0],
+    )  # fmt: skip

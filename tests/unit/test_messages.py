@@ -46,7 +46,7 @@ NEVER_SHOWN = {
     "its contents have changed",
     "its size is wrong",
     "the disk is too full",
-    "the int8 kernel needs multiples of 16, not x",
+    "a product's kernel needs multiples of 16, not x",
     "the weight holds an infinity or a NaN",
 }
 PLAN = Plan(
