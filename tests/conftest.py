@@ -1,5 +1,6 @@
-"""Small models in the real layouts, components without a host, and a ComfyUI process."""
+"""Small models in the real layouts, components without a host, batches, a ComfyUI process."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Save, small_graph
 from picture_models import write_picture_models
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -112,6 +114,27 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def graph(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with the graph of a batch, whose models are found."""
+    monkeypatch.setattr("majicflux.host.standalone.models_folder", models)
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(small_graph()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Save:
+    """A function that writes a file of rows."""
+
+    def save(text: str, name: str = "rows.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode("utf-8-sig" if name.endswith("csv") else "utf-8"))
         return path
 
     return save
