@@ -11,6 +11,7 @@ import torch
 from batches import Save, small_graph
 from picture_models import write_picture_models
 from safetensors.torch import load_file, save_file
+from thin_weights import narrow_vae
 from torch.nn import functional as F
 
 from comfyui_server import Server
@@ -184,6 +185,13 @@ def make_pipeline(models: Path):
         return build_pipeline(models, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines are made with a VAE of few channels. Loading and computing a full one takes most of
+    the time of tests where its width shows nothing."""
+    monkeypatch.setitem(globals(), "load_vae", lambda _, dtype: narrow_vae(dtype))
 
 
 @pytest.fixture(scope="session")

@@ -278,6 +278,7 @@ def test_what_comes_before_the_terms_keeps_them_apart(kernels: list[str], reason
     assert kernels == ["low_rank_rows", "product", *["addmm_"] * sums]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_bias_is_added_and_a_norm_replaced(make_pipeline) -> None:
     dit = make_pipeline().dit.weights.module
     name, norm = "blocks.0.attn.a_to_out", "blocks.0.attn.norm_q_a"
@@ -321,6 +322,7 @@ def stored(layer: StoredLinear) -> torch.Tensor:
     return rotate(layer.weight.double() * scale, layer.group)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_clip_adds_its_terms(make_pipeline) -> None:
     encoders = make_pipeline(dtype=torch.float32).text_encoders
     module = encoders.weights.module
@@ -368,6 +370,7 @@ def latents(pipeline: Pipeline, request: GenerationRequest = REQUEST) -> torch.T
     return paint(pipeline, request, lambda _: None, lambda: None)[1]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_picture_is_that_of_the_merged_file(
     make_pipeline, plain: Tensors, saved: Callable[..., object]
 ) -> None:
@@ -387,6 +390,7 @@ def test_a_picture_is_that_of_the_merged_file(
     assert torch.equal(latents(pipeline), before), "handles do not touch each other"
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
 def test_streamed_pictures_and_chunks_are_the_same_bits(
     make_pipeline, monkeypatch, precision: str
@@ -402,6 +406,7 @@ def test_streamed_pictures_and_chunks_are_the_same_bits(
     assert torch.equal(latents(streaming), expected)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[str]) -> None:
     pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], mode="8-bit")
     module, counts = pipeline.dit.weights.module, []
@@ -415,6 +420,7 @@ def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[st
     assert one["low_rank_rows"] == one["product with terms"] > 0
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", [*LAYERS, CLIP_LAYER])
 def test_a_shortage_while_an_adapter_comes_is_survived(
     make_pipeline, monkeypatch, name: str
@@ -446,6 +452,7 @@ def test_a_shortage_while_an_adapter_comes_is_survived(
     assert not any(layer.adapted for layer in stored_linears(pipeline.dit.weights.module))
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn", "int8 rotated"])
 def test_what_is_bound_serves_the_next_run_too(make_pipeline, monkeypatch, precision: str) -> None:
     pipeline = make_pipeline(precision=PRECISIONS[precision])
@@ -468,6 +475,7 @@ def test_what_is_bound_serves_the_next_run_too(make_pipeline, monkeypatch, preci
     assert torch.equal(latents(one), expected)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_new_strength_needs_no_conditions_where_none_depends_on_it(make_pipeline) -> None:
     pipeline = make_pipeline()
     module = pipeline.dit.weights.module
@@ -506,6 +514,7 @@ def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit:
         assert sum(tensor.nbytes for tensor in tensors) == planned
 
 
+@pytest.mark.usefixtures("narrow")
 def test_the_smallest_budget_grows_with_adapters(make_pipeline) -> None:
     pipeline = make_pipeline(device=torch.device("cpu", 0))
     adapter = adapter_of(pipeline.dit.weights.module, rank=64)

@@ -302,6 +302,7 @@ def test_a_step_is_predicted_by_the_attention_that_it_takes(
     )
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("mode", ["off", "on", "auto"])
 def test_without_a_card_the_node_says_so_and_nothing_changes(
     make_pipeline, monkeypatch: pytest.MonkeyPatch, mode: str

@@ -30,7 +30,7 @@ from majicflux.nodes.encode_prompt import EncodePrompt
 from majicflux.nodes.pipeline import PipelineNode
 from majicflux.nodes.sample import Sample
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 Put = Callable[..., str]
 
 

@@ -252,6 +252,7 @@ def test_a_report_is_shown_in_chinese_and_kept_in_english(chinese: None) -> None
     assert PLAN.as_dict()["phases"][1]["name"] == "denoising"
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_run_paints_in_chinese_as_in_english(make_pipeline, monkeypatch) -> None:
     pipeline, request = make_pipeline(), GenerationRequest("a cat", 1, 1, 3.5, 32, 32)
     expected = paint(pipeline, request, lambda _: None, lambda: None)[0]

@@ -171,6 +171,7 @@ def test_modules_with_buffers_are_refused() -> None:
         OffloadedModule(module, [])
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> None:
     """On the meta device every product of a CPU weight and a device tensor is an error."""
@@ -195,6 +196,7 @@ def test_nothing_is_left_on_the_wrong_device(make_pipeline, share: float) -> Non
     assert out.shape == (2, 16, 8, 8)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("share", "cfg"), [(0.0, 1.0), (0.4, 1.0), (0.0, 2.0)])
 def test_a_streamed_picture_equals_a_resident_one(make_pipeline, share: float, cfg: float) -> None:
     request = replace(REQUEST, cfg=cfg, negative="fog")
@@ -213,6 +215,7 @@ def test_a_streamed_picture_equals_a_resident_one(make_pipeline, share: float, c
     assert (streamed - picture).abs().max() < 0.02  # bands of rows, in bfloat16
 
 
+@pytest.mark.usefixtures("narrow")
 def test_modulation_travels_once(make_pipeline, monkeypatch) -> None:
     """Its layers are a quarter of the parameters, and depend on the step alone."""
     pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], device=ACCELERATOR)

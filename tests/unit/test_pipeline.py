@@ -34,6 +34,7 @@ def components(pipeline: Pipeline) -> list:
     return [pipeline.dit, pipeline.text_encoders, pipeline.vae]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> None:
     pipeline = make_pipeline()
     runs: list[str] = []
@@ -48,6 +49,7 @@ def test_a_new_seed_on_the_same_prompt_runs_no_text_encoder(make_pipeline) -> No
     assert runs == ["clip", "t5"] * 2
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_negative_prompt_that_is_remembered_is_not_encoded_again(make_pipeline) -> None:
     pipeline = make_pipeline()
     runs: list[str] = []
@@ -60,6 +62,7 @@ def test_a_negative_prompt_that_is_remembered_is_not_encoded_again(make_pipeline
     assert len(runs) == 3
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("phase", ["text encoders", "denoising", "VAE decode"])
 def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
     pipeline = make_pipeline()
@@ -82,6 +85,7 @@ def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
     assert finished == phases[: phases.index(phase)]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_batch_has_one_noise_per_picture_and_one_prompt(make_pipeline) -> None:
     pipeline = make_pipeline()
     batch = run(pipeline, GenerationRequest("a cat", 0, 2, 3.5, 64, 64, batch_size=2))
@@ -90,6 +94,7 @@ def test_a_batch_has_one_noise_per_picture_and_one_prompt(make_pipeline) -> None
     assert (batch[0] - run(pipeline)[0]).abs().mean() < 0.02
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_run_can_be_stopped_between_blocks_and_begun_again(make_pipeline) -> None:
     pipeline = make_pipeline()
     expected = run(pipeline)
@@ -185,6 +190,7 @@ def test_too_small_a_budget_is_refused_before_anything_moves(make_pipeline, shar
     assert pipeline.text_encoders.recall(REQUEST.prompt) is None
 
 
+@pytest.mark.usefixtures("narrow")
 def test_without_a_budget_the_host_decides(make_pipeline) -> None:
     pipeline = make_pipeline()
     phases = pipeline.plan(REQUEST.workload).stages
@@ -198,6 +204,7 @@ def test_without_a_budget_the_host_decides(make_pipeline) -> None:
         assert phase.ring == 0
 
 
+@pytest.mark.usefixtures("narrow")
 def test_working_memory_grows_with_the_picture(make_pipeline) -> None:
     pipeline = make_pipeline()
     run(pipeline)
@@ -207,6 +214,7 @@ def test_working_memory_grows_with_the_picture(make_pipeline) -> None:
         assert large > small
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("limit", [float("inf"), 10 * 2**20])
 def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
     make_pipeline, monkeypatch, limit: float
@@ -240,6 +248,7 @@ def test_the_vae_takes_the_smallest_bands_when_memory_runs_out(
     assert (found - expected).abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("narrow")
 def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monkeypatch) -> None:
     """Else what leaves is held against what comes: a limit too high, and a negative peak."""
     pipeline = make_pipeline(device=ACCELERATOR, budget_bytes=100 * 2**20)
@@ -271,6 +280,7 @@ def test_base_and_limit_come_after_the_others_have_given_way(make_pipeline, monk
     assert events == ["release", "release", "load", "base", "limit"] * 3
 
 
+@pytest.mark.usefixtures("narrow")
 def test_another_seed_needs_no_layer_that_a_run_needs_once(make_pipeline) -> None:
     """A quarter of the weights stays where it is; everything else that is changed asks for it."""
     pipeline = make_pipeline(device=ACCELERATOR)
@@ -295,6 +305,7 @@ def test_another_seed_needs_no_layer_that_a_run_needs_once(make_pipeline) -> Non
     assert torch.equal(run(pipeline, small), first)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.97])
 def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
     make_pipeline, monkeypatch, share: float
@@ -331,6 +342,7 @@ def test_a_ring_takes_no_more_than_the_weights_that_the_host_kept_away(
         assert resident + ring <= phase.resident
 
 
+@pytest.mark.usefixtures("narrow")
 def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     pipeline, told = make_pipeline(), []
     picture = torch.rand(1, 64, 64, 3)
@@ -355,6 +367,7 @@ def test_each_phase_is_told_as_it_begins(make_pipeline, monkeypatch) -> None:
     assert request.passes == 3, "of two steps, the last of which has one"
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("part", ["tokens", "pooled"])
 def test_an_embedding_of_no_numbers_is_refused_before_anything_runs(
     make_pipeline, part: str

@@ -22,7 +22,7 @@ from majicflux.engine.sampling.inputs import SamplerInputs
 from majicflux.engine.sampling.loop import sample
 from majicflux.engine.sampling.schedules import diffsynth_sigmas
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 WIDTH = 4

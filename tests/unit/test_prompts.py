@@ -17,7 +17,7 @@ from majicflux.engine.flux.prompts import (
 )
 from majicflux.engine.flux.text_encoders import TextEncoders
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 CHINESE = "赛博朋克风格的猫，屋顶上，月光"
 
 

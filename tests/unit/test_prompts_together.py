@@ -16,7 +16,7 @@ from majicflux.engine.run.request import GenerationRequest
 from majicflux.host import standalone
 from majicflux.nodes import NODES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 PROMPTS = ["a cat", "", "a (big:1.3) dog", "a" * 600, "b" * 600 + "(c:0.7)", "赛博朋克 (cat:1.1)"]
 API = Path(__file__).parents[2] / "workflows" / "api"
 REQUEST = GenerationRequest("a cat", 1, 1, 3.5, 32, 32)

@@ -263,6 +263,7 @@ def test_the_report_names_the_better_format_for_the_card(card) -> None:
     )
 
 
+@pytest.mark.usefixtures("narrow")
 def test_8_bits_can_be_had_on_a_cpu_and_need_8_bits(make_pipeline) -> None:
     module = build_flux_dit(SMALL, PRECISIONS["int8 rotated"]).module
     assert choose_compute(module, CPU, "8-bit", torch.float32).eight_bit == {torch.int8}
@@ -305,6 +306,7 @@ LEAST = {
 }
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_picture_in_each_precision(make_pipeline) -> None:
     request = GenerationRequest("a cat", seed=3, steps=4, guidance=3.5, width=128, height=128)
 

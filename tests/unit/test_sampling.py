@@ -24,7 +24,7 @@ from majicflux.engine.sampling.schedules import (
 )
 from majicflux.engine.sampling.solvers import SOLVERS, euler, heun, passes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 FLOAT = torch.float32
 REQUEST = GenerationRequest("a cat", seed=0, steps=4, guidance=3.5, width=64, height=48)
 

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import RecordingPatcher, build_pipeline
+from thin_weights import narrow_vae
 from torch import Tensor
 
 from majicflux.engine.flux.geometry import FluxGeometry
 from majicflux.engine.flux.text_encoders import TextEmbedding
+from majicflux.engine.flux.vae import VAE
 from majicflux.engine.plan.plan import Workload
 from majicflux.engine.run.pipeline import Pipeline
 from majicflux.engine.run.stages import DecodeStage
@@ -30,15 +33,14 @@ from majicflux.nodes.sample import SIZES, Sample
 from majicflux.nodes.sampler_inputs import _steps
 from majicflux.nodes.translate import Translate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 GEOMETRY = FluxGeometry(text_width=8, pooled_width=4)
 
 
 @pytest.fixture(scope="module")
 def pipeline(models) -> Pipeline:
-    from conftest import build_pipeline
-
-    return build_pipeline(models, dtype=torch.float32)
+    made, vae = build_pipeline(models, dtype=torch.float32), narrow_vae(torch.float32)
+    return replace(made, vae=VAE(vae, RecordingPatcher(vae), torch.float32))
 
 
 def output(pipeline: Pipeline, **changes: Any) -> Any:

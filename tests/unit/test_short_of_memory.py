@@ -31,7 +31,7 @@ from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.nodes.advice import advise
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 ACCELERATOR = torch.device("cpu", 0)  # another device than `cpu` to PyTorch's comparisons
 REQUEST = GenerationRequest("a cat", seed=3, steps=2, guidance=3.5, width=32, height=16)
