@@ -12,6 +12,7 @@ from batches import Save, small_graph
 from picture_models import write_picture_models
 from safetensors.torch import load_file, save_file
 from thin_weights import narrow_vae
+from torch import _int_mm  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional as F
 
 from comfyui_server import Server
@@ -20,6 +21,7 @@ from majicflux.benchmarks import random_models
 from majicflux.engine.flux.text_encoders import TextEncoders
 from majicflux.engine.flux.transformer import DiT
 from majicflux.engine.flux.vae import VAE
+from majicflux.engine.kernels import matmul
 from majicflux.engine.offload.offloaded_module import OffloadedModule
 from majicflux.engine.quant.compute import ComputePrecision, choose_compute
 from majicflux.engine.quant.formats import PRECISIONS, Precision
@@ -172,11 +174,26 @@ def bfloat16_products() -> Iterator[None]:
         yield
 
 
+def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own takes ten times as long on a processor without units for it. Whole numbers of
+    these sizes are exact in float64."""
+    on_cpu = a.device == b.device == CPU
+    return (a.double() @ b.double()).to(torch.int32) if on_cpu else _int_mm(a, b)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def int8_products() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "_int_mm", int_mm)
+        yield
+
+
 @pytest.fixture
 def products_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """For measurements of memory, which the copies in float32 take too."""
     for (module, name), product in PRODUCTS.items():
         monkeypatch.setattr(module, name, product)
+    monkeypatch.setattr(matmul, "_int_mm", _int_mm)
 
 
 @pytest.fixture

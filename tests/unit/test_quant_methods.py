@@ -3,6 +3,7 @@
 import pytest
 import torch
 from live_bytes import LiveBytes
+from torch import _int_mm  # pyright: ignore[reportPrivateImportUsage]
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from majicflux.engine.flux.geometry import FluxGeometry
@@ -180,6 +181,7 @@ def test_one_bad_moment_costs_nothing_later(monkeypatch, message: str) -> None:
     assert torch.equal(layer(layer.rows(x)), before)
 
 
+@pytest.mark.usefixtures("products_as_they_are")
 @pytest.mark.parametrize("rows", [1, 12, 16, 1024 + 12, 2 * 1024 + 1])
 def test_a_product_of_int8_takes_any_number_of_rows(monkeypatch, rows: int) -> None:
     """cuBLAS refuses 16 rows and fewer, also as the tail of many."""
@@ -286,6 +288,12 @@ def test_kitchens_product_is_left_to_cards_that_it_was_made_for(card) -> None:
     assert dispatch.kitchen_is_faster(CARD)
 
 
+def test_products_of_int8_in_the_tests_are_pytorchs() -> None:
+    a, b = (torch.randint(-127, 128, (40, 15360), dtype=torch.int8) for _ in range(2))
+    a[0] = b[0] = 127
+    assert torch.equal(matmul._int_mm(a, b.T), _int_mm(a, b.T))
+
+
 @pytest.mark.parametrize("group", [256, 0])
 def test_kitchens_product_is_ours(group: int) -> None:
     """The library that ComfyUI ships, on its plain back end, with our weights."""
@@ -306,7 +314,6 @@ LEAST = {
 }
 
 
-@pytest.mark.usefixtures("narrow")
 def test_a_picture_in_each_precision(make_pipeline) -> None:
     request = GenerationRequest("a cat", seed=3, steps=4, guidance=3.5, width=128, height=128)
 
