@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -398,6 +399,14 @@ def test_the_budget_is_in_gigabytes_and_zero_means_the_hosts() -> None:
     assert PipelineNode.execute(*parts, 2.5, "auto").args[0].budget_bytes == 2.5 * 2**30
 
 
+@pytest.fixture(scope="module")
+def loaded(models: Path) -> Iterator[tuple]:
+    """Holds them, so that whatever samples finds them loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(standalone, "models_folder", models)
+        yield handles()
+
+
 def sampled(prompt: str = "a cat", seed: int = 0, guidance: float = 3.5, steps: int = 2, **size):
     pipeline = PipelineNode.execute(*handles(), 0.0, "auto").args[0]
     width, height = size.get("width", 64), size.get("height", 48)
@@ -405,6 +414,7 @@ def sampled(prompt: str = "a cat", seed: int = 0, guidance: float = 3.5, steps: 
     return Sample.execute(pipeline, prompt, seed, steps, guidance, width, height, batch).args
 
 
+@pytest.mark.usefixtures("loaded")
 def test_image_and_latent_have_comfyuis_form() -> None:
     image, latent = sampled(batch_size=2)
     assert image.shape == (2, 48, 64, 3)
@@ -414,6 +424,7 @@ def test_image_and_latent_have_comfyuis_form() -> None:
     assert latent["samples"].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("loaded")
 def test_every_input_changes_the_picture() -> None:
     base = sampled()[0]
     assert torch.equal(sampled()[0], base)
@@ -421,10 +432,12 @@ def test_every_input_changes_the_picture() -> None:
         assert not torch.equal(sampled(**change)[0], base), change
 
 
+@pytest.mark.usefixtures("loaded")
 def test_an_empty_prompt_is_allowed() -> None:
     assert torch.isfinite(sampled(prompt="")[0]).all()
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -441,6 +454,7 @@ def test_values_that_come_over_a_link_are_checked_too(change: dict, said: str) -
         sampled(**change)
 
 
+@pytest.mark.usefixtures("loaded")
 def test_the_largest_seed_works() -> None:
     assert torch.isfinite(sampled(seed=2**64 - 1)[0]).all()
 
