@@ -101,7 +101,7 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.usefixtures("one_step_at_a_time")
+@pytest.mark.usefixtures("one_step_at_a_time", "narrow")
 def test_a_reference_is_seen_as_diffsynths_kontext_sees_it(make_pipeline) -> None:
     ours, picture = make_pipeline(), (255 * drawn(48, 80, 3)).byte().numpy()
     expected, shown = seen_by_diffsynth(ours, kontext_images=Image.fromarray(picture))
@@ -110,7 +110,7 @@ def test_a_reference_is_seen_as_diffsynths_kontext_sees_it(make_pipeline) -> Non
     assert (plain - expected).norm() > 0.01 * expected.norm()
 
 
-@pytest.mark.usefixtures("one_step_at_a_time")
+@pytest.mark.usefixtures("one_step_at_a_time", "narrow")
 def test_a_picture_is_filled_as_diffsynth_fills_it(make_pipeline, plain, saved) -> None:
     ours = make_pipeline()
     first = {"img_in.weight": (drawn(len(plain["img_in.weight"]), 384) - 0.5).bfloat16() / 10}
@@ -129,6 +129,7 @@ def test_a_picture_is_filled_as_diffsynth_fills_it(make_pipeline, plain, saved) 
     assert (seen_by_us(ours, unmasked) - expected).norm() > 0.001 * expected.norm()
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (1, 4.0)])
 def test_float32_latents_stay_closer_to_exact_arithmetic(
     make_pipeline, steps: int, guidance: float
