@@ -13,7 +13,7 @@ import pytest
 from batches import Save, records
 from filelock import FileLock
 
-from majicflux.batch import Batch, BatchError, driver
+from majicflux.batch import Batch, BatchError, driver, process
 from majicflux.batch import worker as worker_module
 from majicflux.batch.process import WorkerLost, WorkerProcess, _environment
 from majicflux.batch.worker import _own_card, answer
@@ -30,7 +30,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPr
     program.write_text('#!/bin/sh\nread setup; echo \'{"card": "CPU"}\'; read job\n')
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
-    worker = WorkerProcess({}, None)
+    worker = WorkerProcess({"shared": 1}, None)
     assert worker.start()
     yield worker
     worker.end()
@@ -170,7 +170,7 @@ def test_a_worker_that_ends_as_it_starts_is_started_again(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(WorkerProcess, "_started", started)
     monkeypatch.setattr(WorkerProcess, "_ask", lambda *_: {"seconds": 1.0})
-    worker = WorkerProcess({}, 1)
+    worker = WorkerProcess({"shared": 1}, 1)
     assert worker.start()
     assert worker.paint("a", {}, []) == {"seconds": 1.0}
     assert worker.card == "1: a card"
@@ -218,4 +218,19 @@ def test_a_worker_sees_its_card_only(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _environment(card)["CUDA_VISIBLE_DEVICES"] == seen
+    assert _environment(card, 1)["CUDA_VISIBLE_DEVICES"] == seen
+
+
+@pytest.mark.parametrize(
+    ("card", "shared", "cores", "threads"),
+    [(0, 1, 32, "4"), (1, 2, 8, "2"), (0, 8, 4, "1"), (None, 2, 32, None)],
+)
+def test_workers_on_cards_leave_each_other_the_cores(
+    monkeypatch: pytest.MonkeyPatch, card: int | None, shared: int, cores: int, threads: str | None
+) -> None:
+    """Unless the user says how many threads; on the CPU they are what computes."""
+    monkeypatch.setattr(process, "_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert _environment(card, shared).get("OMP_NUM_THREADS") == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert _environment(card, shared)["OMP_NUM_THREADS"] == "7"
