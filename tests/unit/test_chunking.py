@@ -12,8 +12,9 @@ from torch import Tensor
 
 from majicflux.engine.flux import blocks, conditioning, velocity
 from majicflux.engine.flux.blocks import TokenSequence
-from majicflux.engine.flux.conditioning import Conditions
+from majicflux.engine.flux.conditioning import Conditions, conditions_of
 from majicflux.engine.flux.geometry import FluxGeometry
+from majicflux.engine.flux.text_encoders import TextEmbedding
 from majicflux.engine.flux.transformer import build_flux_dit
 from majicflux.engine.flux.velocity import flux_velocity
 from majicflux.engine.offload.chunking import CHUNKS, GROUPS, Chunking, split
@@ -234,13 +235,35 @@ def test_a_step_whose_modulation_finds_no_room_makes_some() -> None:
 
 def test_what_cannot_be_pinned_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of it wait, and are right all the same."""
+    empty = torch.empty
 
-    def full(_: Tensor) -> Tensor:
-        raise RuntimeError("CUDA error: out of memory")
+    def full(*shape: Any, pin_memory: bool = False, **given: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*shape, **given)
 
-    monkeypatch.setattr(Tensor, "pin_memory", full)
-    x = torch.zeros(1)
-    assert conditioning._pinned(x, torch.device("cuda")) is x
+    monkeypatch.setattr(torch, "empty", full)
+    found = conditioning._host_memory((2, 1, 3), torch.bfloat16, torch.device("cuda"))
+    assert (found.shape, found.dtype, found.device) == ((2, 1, 3), torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_step_has_what_all_modulation_layers_give(dtype: torch.dtype) -> None:
+    dit, given = transformer("bfloat16"), []
+    text = TextEmbedding(torch.randn(1, 4, GEOMETRY.text_width), torch.randn(1, 64))
+    hooks = [
+        layer.register_forward_hook(lambda _, __, found: given.append(found.clone()))
+        for layer in conditioning.modulation_layers(dit)
+    ]
+    sigmas = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    with torch.inference_mode(), BFLOAT16.applied_to(dit, CPU):
+        told = conditions_of(dit, [text], 3.5, torch.bfloat16, CPU, dtype, sigmas)[0].modulation
+    for hook in hooks:
+        hook.remove()
+    assert [*told] == [1.0, 0.5, 0.25]
+    for found, expected in zip(told.values(), torch.cat(given, dim=-1), strict=True):
+        assert (found.dtype, found.shape) == (dtype, (1, *expected.shape))
+        assert torch.equal(found[0], expected)
 
 
 @pytest.mark.parametrize("tokens", [0, 256])
