@@ -116,7 +116,8 @@ def float8_product(device: torch.device) -> Pairs:
 
 
 def low_rank(device: torch.device, dtype: torch.dtype, joined: bool) -> Pairs:
-    """Ours in Triton: rows of few ranks, and what adds what they give: if joined, the product.
+    """Ours in Triton: rows of few ranks, and what adds what they give: the product, if joined, and
+    a pass after it, but for int8, which never takes one.
 
     Ranks as of a LoRA of rank 16 beside one layer and beside three that are one product: what is
     compiled for the trial then serves.
@@ -133,15 +134,17 @@ def low_rank(device: torch.device, dtype: torch.dtype, joined: bool) -> Pairs:
     low, up = (x.bfloat16() for x in _random((1, ROWS, 3 * RANKS), (columns, RANKS)))
     first_rank = torch.tensor([0, RANKS], dtype=torch.int32)
     added = low.to(device), up.to(device), first_rank.to(device)
+    of_terms = torch.empty(ROWS, columns)
+    for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, columns))):
+        of_terms[:, some] = low[0, :, first : first + RANKS].float() @ up[some].float().T
     if joined:
         multiply = partial(triton_products.product, added=added)
         found, right = _product(device, dtype, multiply, columns)
-    else:
-        right = _random((ROWS, columns))[0]
+        yield found, right + of_terms
+    if dtype != torch.int8:
+        (right,) = _random((ROWS, columns))
         triton_products.add_low_rank_(found := right.to(device, torch.bfloat16), added)
-    for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, columns))):
-        right[:, some] += low[0, :, first : first + RANKS].float() @ up[some].float().T
-    yield found, right
+        yield found, right + of_terms
 
 
 def _product(
