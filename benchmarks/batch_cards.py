@@ -1,11 +1,11 @@
 """What a batch costs on cards, beside a bare loop over the same nodes and one card.
 
-python -m benchmarks.batch_cards [--quick] [--rows N] [--models FOLDER]
+python -m benchmarks.batch_cards [--quick] [--rows N] [--models FOLDER] [--ways WAY,WAY...]
 
 Random models of full size (34 GB), 1024x1024, 20 steps. Every way of painting gives the same files,
-or the run ends: a bare loop, a batch on one card, on all cards, on all with a worker killed in the
-middle, and on a Ray cluster with a node for each card, if Ray is there. --quick: small models and
-pictures, on the CPU, as if it were two cards.
+or the run ends: a batch on one card, which comes first, a bare loop, all cards, all with a worker
+killed in the middle, and a Ray cluster with a node for each card, if Ray is there. --quick: small
+models and pictures, on the CPU, as if it were two cards.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,7 @@ SIZE = {"width": 1024, "height": 1024, "steps": 20}
 SMALL = {"width": 32, "height": 32, "steps": 1}
 OVERHEAD = 0.02  # at most, of a picture in a batch beside one in a bare loop
 GAIN = 0.95  # at least, of each card that comes
+WAYS = ("bare", "all", "killed", "ray")  # beside one card
 
 Options = dict[str, Any]  # of a batch
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--models", type=Path, help="where the models are, or are to be written")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of painting; default: %(default)s")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
     if options.bare is not None:
@@ -54,10 +56,11 @@ def main() -> None:
         return
     with TemporaryDirectory() as place:
         folder = Path(place)
-        measure(folder, options.models or folder / "models", options.rows, options.quick)
+        models = options.models or folder / "models"
+        measure(folder, models, options.rows, options.quick, options.ways.split(","))
 
 
-def measure(folder: Path, models: Path, rows: int, quick: bool) -> None:
+def measure(folder: Path, models: Path, rows: int, quick: bool, ways: Sequence[str] = WAYS) -> None:
     write_models(models, small=quick, tokenizers=True)
     graph = json.loads(GRAPH.read_text(encoding="utf-8"))
     graph["5"]["inputs"] |= SMALL if quick else SIZE
@@ -80,25 +83,34 @@ def measure(folder: Path, models: Path, rows: int, quick: bool) -> None:
             on_record(number)
         if pictures_in(folder / name) != pictures_in(folder / "one") or len(times) != rows:
             raise SystemExit(f"{name}: the pictures are not those of one card")
-        return (times[-1] - times[0]) / (rows - 1)
+        seconds = (times[-1] - times[0]) / (rows - 1)
+        print(f"{name}: {seconds:.3f} s a picture", flush=True)
+        return seconds
 
     for _ in Batch(folder / "rows.txt", folder / "graph.json", folder / "first", models=models,
                    **one_card):  # fmt: skip
         break  # the weights are prepared
-    bare = float(_said_by("--bare", folder, "--models", models))
     one = painted("one", one_card)
-    over = one / bare - 1
-    print(f"bare loop {bare:.3f} s, batch {one:.3f} s a picture: {over:+.1%} (bar {OVERHEAD:.0%})")
+    if "bare" in ways:
+        bare = float(_said_by("--bare", folder, "--models", models))
+        over = one / bare - 1
+        print(
+            f"bare loop: {bare:.3f} s a picture, batch {over:+.1%} (bar {OVERHEAD:.0%})", flush=True
+        )
     if cards == 1:
         return
-    _print_gain("all cards", one / painted("all", all_cards), cards)
+    if "all" in ways:
+        _print_gain("all cards", one / painted("all", all_cards), cards)
 
     def kill(number: int) -> None:
         if number == rows // 2:
             workers = psutil.Process().children()
             next(each for each in workers if "majicflux.batch.worker" in each.cmdline()).kill()
 
-    _print_gain("one worker killed", one / painted("killed", all_cards, kill), cards, bar=False)
+    if "killed" in ways:
+        _print_gain("one worker killed", one / painted("killed", all_cards, kill), cards, bar=False)
+    if "ray" not in ways:
+        return
     if find_spec("ray") is None:
         print("Ray is not installed: not measured")
         return
