@@ -51,16 +51,18 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="of painting; default: %(default)s")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
+    ways = options.ways.split(",")
+    if unknown := {*ways} - {*WAYS}:
+        parser.error(f"unknown ways: {', '.join(sorted(unknown))}")
     if options.bare is not None:
         print(_bare_loop(options.bare, options.models))
         return
     with TemporaryDirectory() as place:
         folder = Path(place)
-        models = options.models or folder / "models"
-        measure(folder, models, options.rows, options.quick, options.ways.split(","))
+        measure(folder, options.models or folder / "models", options.rows, options.quick, ways)
 
 
-def measure(folder: Path, models: Path, rows: int, quick: bool, ways: Sequence[str] = WAYS) -> None:
+def measure(folder: Path, models: Path, rows: int, quick: bool, ways: Sequence[str]) -> None:
     write_models(models, small=quick, tokenizers=True)
     graph = json.loads(GRAPH.read_text(encoding="utf-8"))
     graph["5"]["inputs"] |= SMALL if quick else SIZE
@@ -94,9 +96,7 @@ def measure(folder: Path, models: Path, rows: int, quick: bool, ways: Sequence[s
     if "bare" in ways:
         bare = float(_said_by("--bare", folder, "--models", models))
         over = one / bare - 1
-        print(
-            f"bare loop: {bare:.3f} s a picture, batch {over:+.1%} (bar {OVERHEAD:.0%})", flush=True
-        )
+        print(f"bare loop: {bare:.3f} s a picture, batch {over:+.1%} (bar {OVERHEAD:.0%})")
     if cards == 1:
         return
     if "all" in ways:
