@@ -134,7 +134,7 @@ def low_rank(device: torch.device, dtype: torch.dtype, joined: bool) -> Pairs:
     low, up = (x.bfloat16() for x in _random((1, ROWS, 3 * RANKS), (columns, RANKS)))
     first_rank = torch.tensor([0, RANKS], dtype=torch.int32)
     added = low.to(device), up.to(device), first_rank.to(device)
-    of_terms = torch.empty(ROWS, columns)
+    of_terms = torch.empty(ROWS, columns, dtype=torch.float32, device="cpu")
     for first, some in ((0, slice(0, TILE)), (RANKS, slice(TILE, columns))):
         of_terms[:, some] = low[0, :, first : first + RANKS].float() @ up[some].float().T
     if joined:
