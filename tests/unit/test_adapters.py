@@ -2,24 +2,30 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from adapter_terms import (
+    CLIP_LAYER,
+    COLUMNS,
+    WIDTH,
+    adapter_of,
+    delta,
+    latents,
+    relative,
+    term,
+    with_adapters,
+)
 
-from file_layouts import Tensors
-from majicflux.benchmarks import random_models
 from majicflux.engine import kernels as kernels_package
-from majicflux.engine.flux.transformer import DiT, build_flux_dit
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.kernels.hadamard import rotate
 from majicflux.engine.kernels.row_format import LIMITS
 from majicflux.engine.offload.weight_block import CPU
-from majicflux.engine.quant import adapters as adapters_module
-from majicflux.engine.quant.adapters import adapted, bound_bytes, row_gains, touched
+from majicflux.engine.quant.adapters import adapted, row_gains, touched
 from majicflux.engine.quant.compute import ComputePrecision
 from majicflux.engine.quant.formats import (
     BFLOAT16,
@@ -29,35 +35,12 @@ from majicflux.engine.quant.formats import (
     Storage,
     uniform,
 )
-from majicflux.engine.quant.linear import StoredLinear, stored_linears
-from majicflux.engine.quant.low_rank import Adapter, LowRankTerm
+from majicflux.engine.quant.linear import StoredLinear
+from majicflux.engine.quant.low_rank import Adapter
 from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
-from majicflux.engine.run.pipeline import Pipeline, paint
-from majicflux.engine.run.request import GenerationRequest
-from majicflux.loaders.flux_dit import load_flux_dit
 
-WIDTH, COLUMNS = 256, 96
-REQUEST = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
-CLIP_LAYER = "clip.encoders.0.attn.to_q"
 FLOAT32 = uniform(Storage("float32"))
-
-
-def term(
-    rank: int, columns: int = COLUMNS, width: int = WIDTH, first: int = 0, seed: int = 0
-) -> LowRankTerm:
-    generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, width, generator=generator).bfloat16()
-    up = torch.randn(columns, rank, generator=generator).bfloat16()
-    return LowRankTerm(down, up, 0.003 / rank**0.5, first)
-
-
-def delta(term: LowRankTerm, rows: int, strength: float = 1.0) -> torch.Tensor:
-    """What it adds to a weight with so many rows, in float64."""
-    added = torch.zeros(rows, term.down.shape[1], dtype=torch.float64)
-    reached = slice(term.first, term.first + len(term.up))
-    added[reached] = strength * term.scale * (term.up.double() @ term.down.double())
-    return added
 
 
 class OneLayer(torch.nn.Module):
@@ -74,10 +57,6 @@ class OneLayer(torch.nn.Module):
             quantize_rows(weight, self.layer.weight.data, self.layer.scale.data, self.layer.group)
         self.layer.bias.data.copy_(torch.randn(columns, generator=generator))
         self.exact = weight.double()
-
-
-def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 def use(layer: StoredLinear, eight_bit: bool) -> None:
@@ -340,72 +319,6 @@ def test_clip_adds_its_terms(make_pipeline) -> None:
     assert relative(plain.pooled, merged.pooled.double()) > 1e-4
 
 
-# Whole pictures
-
-LAYERS = {  # of DiffSynth's names, with those of Black Forest Labs
-    "blocks.0.attn.a_to_qkv": "double_blocks.0.img_attn.qkv",
-    "blocks.1.ff_b.2": "double_blocks.1.txt_mlp.2",
-    "single_blocks.0.to_qkv_mlp": "single_blocks.0.linear1",
-    "single_blocks.3.proj_out": "single_blocks.3.linear2",
-    "blocks.0.norm1_a.linear": "double_blocks.0.img_mod.lin",
-    "context_embedder": "txt_in",
-    "x_embedder": "img_in",
-    "final_proj_out": "final_layer.linear",
-}
-
-
-def adapter_of(module: Any, rank: int = 4, seed: int = 0) -> Adapter:
-    terms = {}
-    for number, name in enumerate(LAYERS):
-        rows, width = module.get_submodule(name).weight.shape
-        terms[name] = (term(rank, rows, width, seed=seed + number),)
-    return Adapter(terms)
-
-
-def with_adapters(pipeline: Pipeline, *adapters: tuple[Adapter, float]) -> Pipeline:
-    return replace(pipeline, dit=replace(pipeline.dit, adapters=adapters))
-
-
-def latents(pipeline: Pipeline, request: GenerationRequest = REQUEST) -> torch.Tensor:
-    return paint(pipeline, request, lambda _: None, lambda: None)[1]
-
-
-@pytest.mark.usefixtures("narrow")
-def test_a_picture_is_that_of_the_merged_file(
-    make_pipeline, plain: Tensors, saved: Callable[..., object]
-) -> None:
-    pipeline = make_pipeline(precision=FLOAT32, dtype=torch.float32)
-    adapter = adapter_of(pipeline.dit.weights.module)
-    merged = {name: tensor.float() for name, tensor in plain.items()}
-    for name, theirs in LAYERS.items():
-        weight = merged[f"{theirs}.weight"]
-        weight += delta(adapter.terms[name][0], len(weight), 0.8).float()
-    weights, geometry = load_flux_dit(saved(merged), FLOAT32)
-    dit = DiT(weights, type(pipeline.dit.patcher)(weights, CPU), geometry, FLOAT32)
-    expected = latents(replace(pipeline, dit=dit))
-    before = latents(pipeline)
-    found = latents(with_adapters(pipeline, (adapter, 0.8)))
-    assert relative(found, expected.double()) < 1e-5
-    assert relative(before, expected.double()) > 1e-3, "it says something"
-    assert torch.equal(latents(pipeline), before), "handles do not touch each other"
-
-
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("precision", ["float8_e4m3fn", "int8 rotated"])
-def test_streamed_pictures_and_chunks_are_the_same_bits(
-    make_pipeline, monkeypatch, precision: str
-) -> None:
-    options = {"precision": PRECISIONS[precision], "mode": "8-bit"}
-    pipeline = make_pipeline(**options)
-    adapter = adapter_of(pipeline.dit.weights.module)
-    expected = latents(with_adapters(pipeline, (adapter, 1.0)))
-    device = torch.device("cpu", 0)
-    streaming = with_adapters(make_pipeline(**options, device=device), (adapter, 1.0))
-    smallest = streaming.plan(REQUEST.workload).smallest_bytes
-    streaming = replace(streaming, budget_bytes=smallest)
-    assert torch.equal(latents(streaming), expected)
-
-
 @pytest.mark.usefixtures("narrow")
 def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[str]) -> None:
     pipeline = make_pipeline(precision=PRECISIONS["int8 rotated"], mode="8-bit")
@@ -418,111 +331,3 @@ def test_three_loras_are_as_many_products_as_one(make_pipeline, kernels: list[st
     one, three = counts
     assert one == three
     assert one["low_rank_rows"] == one["product with terms"] > 0
-
-
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("name", [*LAYERS, CLIP_LAYER])
-def test_a_shortage_while_an_adapter_comes_is_survived(
-    make_pipeline, monkeypatch, name: str
-) -> None:
-    """Where there is nothing to free, it is tried once more."""
-    pipeline = make_pipeline()
-    encoders = pipeline.text_encoders
-    layer: Any = encoders.weights.module.get_submodule(CLIP_LAYER)
-    of_clip = Adapter({}, text_encoder={CLIP_LAYER: (term(4, *layer.weight.shape),)})
-    encoders = replace(encoders, adapters=((of_clip, 1.0),))
-    lora = adapter_of(pipeline.dit.weights.module)
-    pipeline = with_adapters(replace(pipeline, text_encoders=encoders), (lora, 1.0))
-    expected = latents(pipeline)
-    pipeline.dit.last_conditions.forget()
-    pipeline.dit.last_terms.made_of()
-    encoders.forget()
-    where = "_on_device" if name == CLIP_LAYER else "_bound"
-    real, failures = getattr(adapters_module, where), []
-
-    def short(*given: Any) -> Any:
-        if not failures and name in (CLIP_LAYER, given[1]):
-            failures.append(name)
-            raise torch.OutOfMemoryError("simulated")
-        return real(*given)
-
-    monkeypatch.setattr(adapters_module, where, short)
-    assert torch.equal(latents(pipeline), expected)
-    assert failures == [name]
-    assert not any(layer.adapted for layer in stored_linears(pipeline.dit.weights.module))
-
-
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("precision", ["bfloat16", "float8_e4m3fn", "int8 rotated"])
-def test_what_is_bound_serves_the_next_run_too(make_pipeline, monkeypatch, precision: str) -> None:
-    pipeline = make_pipeline(precision=PRECISIONS[precision])
-    lora = adapter_of(pipeline.dit.weights.module)
-    one, other = (with_adapters(pipeline, (lora, strength)) for strength in (1.0, 0.5))
-    real, made = adapters_module._bound, []
-
-    def counted(*given: Any) -> Any:
-        made.append(given[1])
-        return real(*given)
-
-    monkeypatch.setattr(adapters_module, "_bound", counted)
-    expected = latents(one)
-    everything = set(made)
-    made.clear()
-    assert torch.equal(latents(one), expected)
-    assert not made
-    assert not torch.equal(latents(other), expected)
-    assert set(made) == everything
-    assert torch.equal(latents(one), expected)
-
-
-@pytest.mark.usefixtures("narrow")
-def test_a_new_strength_needs_no_conditions_where_none_depends_on_it(make_pipeline) -> None:
-    pipeline = make_pipeline()
-    module = pipeline.dit.weights.module
-    adapter = adapter_of(module)
-    of_steps = Adapter({n: t for n, t in adapter.terms.items() if n.startswith("single_blocks")})
-    calls: list[int] = []
-    module.time_embedder.register_forward_pre_hook(lambda *_: calls.append(1))
-    for strength in (1.0, 0.5):
-        latents(with_adapters(pipeline, (of_steps, strength)))
-    assert len(calls) == REQUEST.steps
-    for strength in (1.0, 0.5):
-        latents(with_adapters(pipeline, (adapter, strength)))
-    assert len(calls) == 3 * REQUEST.steps
-
-
-@pytest.mark.parametrize(("precision", "eight_bit"), [("bfloat16", ()), ("float8_e4m3fn", (1,))])
-def test_bytes_of_adapters_are_those_that_are_planned(precision: str, eight_bit: tuple) -> None:
-    weights = build_flux_dit(random_models.DIT, PRECISIONS[precision]).allocate()
-    compute = ComputePrecision(
-        torch.bfloat16, frozenset({torch.float8_e4m3fn}) if eight_bit else frozenset()
-    )
-    adapters = [(adapter_of(weights.module, rank), 1.0) for rank in (4, 20)]
-    of_picture = term(8, random_models.DIT.hidden, 128), term(4, random_models.DIT.hidden, 64)
-    adapters.append((Adapter({"x_embedder": of_picture}), 1.0))
-    names = touched(adapters)
-    planned, ranks = bound_bytes(
-        weights.module, adapters, names, compute.method(weights.module, CPU)
-    )
-    assert ranks == 48
-    module = weights.module
-    given = (module, adapters, names, torch.bfloat16, CPU)
-    with compute.applied_to(module, CPU), adapted(*given):
-        bound = [module.get_submodule(name).adapted for name in names]
-        tensors = [x for each in bound for x in (each.up, each.first_ranks)]
-        tensors += [weight for each in bound for weight in each.down.parameters()]
-        assert sum(tensor.nbytes for tensor in tensors) == planned
-
-
-@pytest.mark.usefixtures("narrow")
-def test_the_smallest_budget_grows_with_adapters(make_pipeline) -> None:
-    pipeline = make_pipeline(device=torch.device("cpu", 0))
-    adapter = adapter_of(pipeline.dit.weights.module, rank=64)
-    plain, more = (
-        each.denoise.plan(REQUEST.workload, None)
-        for each in (pipeline, with_adapters(pipeline, (adapter, 1.0)))
-    )
-    method = pipeline.compute.method(pipeline.dit.weights.module, CPU)
-    names = replace(pipeline.dit, adapters=((adapter, 1.0),)).adapted_always
-    nbytes, _ = bound_bytes(pipeline.dit.weights.module, [(adapter, 1.0)], names, method)
-    assert more.smallest >= plain.smallest + nbytes

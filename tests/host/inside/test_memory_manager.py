@@ -262,6 +262,20 @@ def test_unload_all_models_releases_us(comfy, manager, driver) -> None:
     assert (resident(patcher), len(driver.pinned)) == (4, 4)
 
 
+def test_freed_memory_goes_back_to_the_system_with_a_model(
+    comfy, manager, driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    host = comfy.pack("host.comfyui")
+    monkeypatch.setattr(host, "give_back_host_memory", lambda: given.append(True))
+    patcher = component(comfy, 2, 1)
+    patcher.load(100 * MB, None)
+    patcher.detach(unpatch_all=False)  # as it is used again
+    assert not given
+    manager.unload_all_models()
+    assert given == [True]
+
+
 def test_memory_is_pinned_until_the_system_refuses(comfy, manager, driver) -> None:
     driver.most = 150 * MB
     patcher = component(comfy, 4, 64)
