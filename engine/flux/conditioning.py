@@ -127,8 +127,8 @@ def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def _put(place: Tensor, x: Tensor) -> None:
-    """Copy x there, by this thread alone: a team for each of 77 small copies waits more than it
-    copies, ten times as long where other processes have teams of their own."""
+    """Copy x there by this thread alone. PyTorch would call a team of threads together for each of
+    77 small copies, and the teams of several processes take each other's cores."""
     if not x.is_meta:
         place.view(torch.uint8).numpy()[...] = x.view(torch.uint8).numpy()
 

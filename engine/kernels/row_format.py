@@ -8,7 +8,7 @@ from torch import Tensor
 EPS = 1e-6  # of every norm in Flux.1
 FLOAT8_DTYPE = torch.float8_e4m3fn
 LIMITS = {FLOAT8_DTYPE: 448.0, torch.int8: 127.0}  # largest value that is used of each format
-TILE = 128  # rows and columns of a product that a program of our int8 kernel makes
+TILE = 128  # rows and columns of a product that a program of our kernel makes
 # What is added to a product: low [1 or 2, rows, ranks], whose sum counts, times up [columns, some
 # of the ranks]^T; the first of these for each tile of columns, int32, multiples of 16.
 LowRankProduct = tuple[Tensor, Tensor, Tensor]
