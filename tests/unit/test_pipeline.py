@@ -1,9 +1,11 @@
 """Phases, budget and reuse."""
 
 import logging
+import platform
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -83,6 +85,20 @@ def test_every_phase_can_be_stopped(make_pipeline, caplog, phase: str) -> None:
     phases = ["text encoders", "denoising", "VAE decode"]
     finished = [name for name in phases if f"{name}: " in caplog.text]
     assert finished == phases[: phases.index(phase)]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of another C library")
+@pytest.mark.usefixtures("narrow")
+def test_what_was_freed_goes_back_to_the_system_with_a_run(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    run(pipeline)
+    pieces = [bytearray(b"x" * 2**15) for _ in range(8192)]  # too small for mappings of their own
+    behind = bytearray(b"x" * 2**15)
+    pieces.clear()
+    before = psutil.Process().memory_info().rss
+    run(pipeline)
+    assert before - psutil.Process().memory_info().rss > 2**26
+    assert len(behind) == 2**15
 
 
 @pytest.mark.usefixtures("narrow")
