@@ -71,6 +71,8 @@ def random_tensors(layout: Layout, seed: int, dtype: torch.dtype) -> dict[str, t
             tensor += 0.02 * torch.randn(shape, generator=generator)
         else:
             fan_in = math.prod(shape[1:])
+            # T5 divides no scores: its queries are trained to be as much smaller.
+            fan_in *= T5.head_dim if name.endswith("SelfAttention.q.weight") else 1
             tensor = torch.randn(shape, generator=generator) / math.sqrt(fan_in)
         tensors[name] = tensor.to(dtype)
     return tensors
