@@ -70,10 +70,12 @@ def random_tensors(layout: Layout, seed: int, dtype: torch.dtype) -> dict[str, t
             tensor = torch.full(shape, 1.0 if is_norm else 0.0)
             tensor += 0.02 * torch.randn(shape, generator=generator)
         else:
-            fan_in = math.prod(shape[1:])
-            # T5 divides no scores: its queries are trained to be as much smaller.
-            fan_in *= T5.head_dim if name.endswith("SelfAttention.q.weight") else 1
-            tensor = torch.randn(shape, generator=generator) / math.sqrt(fan_in)
+            deviation = 1 / math.sqrt(math.prod(shape[1:]))
+            if name == "shared.weight":  # T5's vectors, which are not normalised
+                deviation = 1.0
+            elif name.endswith("SelfAttention.q.weight"):  # T5 does not divide its scores
+                deviation /= math.sqrt(T5.head_dim)
+            tensor = deviation * torch.randn(shape, generator=generator)
         tensors[name] = tensor.to(dtype)
     return tensors
 

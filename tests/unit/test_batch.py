@@ -129,7 +129,9 @@ def begun(rows: Path, graph: Path, out: Path, models: Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # as a terminal starts it
+        # As a terminal starts it, though these tests may run where Ctrl+C is ignored.
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     next(line for line in process.stdout if ".png: " in line)

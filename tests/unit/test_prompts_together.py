@@ -76,7 +76,7 @@ def ignore(*_: object) -> None: ...
 
 def test_a_weight_that_spoils_a_later_prompt_is_told_when_that_is_painted(make_pipeline) -> None:
     pipeline = make_pipeline(dtype=torch.float32)
-    spoilt = "(e:1e38)(f:-1e38)"
+    spoilt = "(e:3e38)(f:-3e38)"
     paint(pipeline, replace(REQUEST, coming=[spoilt, "a dog"]), ignore, ignore)
     assert pipeline.text_encoders.recall("a dog") is not None
     with pytest.raises(PromptWeightError):
