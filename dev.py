@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def test(arguments: list[str]) -> int:
     beside = []
     if comfyui:
         install_canvas()
-        # A process of their own: what is in a process with ComfyUI talks to ComfyUI.
-        beside = [PYTEST, "tests/host", "tests/browser", *pytest_arguments]
+        # Processes of their own: what is in a process with ComfyUI talks to ComfyUI. And those of
+        # the canvas mostly wait.
+        beside = [[PYTEST, f"tests/{name}", *pytest_arguments] for name in ("host", "browser")]
         os.environ["COMFYUI_PATH"] = str(comfyui)
     failed = failing(checks, beside)
     for command in failed:
@@ -94,18 +96,22 @@ def test(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def failing(commands: list[list[Any]], beside: list[Any]) -> list[list[Any]]:
-    """Run the commands one after the other and, if there is one, another beside them, whose output
+def failing(commands: list[list[Any]], beside: list[list[Any]]) -> list[list[Any]]:
+    """Run the commands one after the other and, all at once, the others beside them, whose output
     comes last. Returns those that failed."""
     # Small products on several threads mostly wait, and more so where others run too.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
-    with tempfile.TemporaryFile() as output:
-        other = subprocess.Popen(beside, cwd=ROOT, stdout=output, stderr=output) if beside else None
+    with ExitStack() as stack:
+        others = []
+        for command in beside:
+            output = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+            others.append((command, process, output))
         failed = [command for command in commands if run(*command) != 0]
-        if other is not None:
-            failed += [beside] * (other.wait() != 0)
+        for command, process, output in others:
+            failed += [command] * (process.wait() != 0)
             output.seek(0)
-            print(">", *beside, flush=True)
+            print(">", *command, flush=True)
             shutil.copyfileobj(output, sys.stdout.buffer)
             sys.stdout.flush()
     return failed

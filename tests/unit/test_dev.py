@@ -57,7 +57,7 @@ def commands(dev, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(dev, "install", lambda *_: None)
     monkeypatch.setattr(dev, "run", lambda *command: ran.append([*map(str, command)]) or 0)
     monkeypatch.setattr(
-        dev, "failing", lambda commands, beside: [dev.run(*c) for c in [*commands, beside] if c][:0]
+        dev, "failing", lambda commands, beside: [dev.run(*c) for c in [*commands, *beside]][:0]
     )
     return ran
 
@@ -68,13 +68,22 @@ def python(code: str) -> list[str]:
 
 def test_the_output_of_what_runs_beside_comes_last(dev, capfd) -> None:
     dev.ROOT.mkdir(parents=True)
-    waits = "import pathlib, time\nwhile not pathlib.Path('late').exists(): time.sleep(0.01)\n"
-    others, first = python(waits + "print('other')"), python("open('late', 'w'); print('first')")
+
+    def after(name: str, code: str) -> list[str]:
+        waits = f"import pathlib, time\nwhile not pathlib.Path({name!r}).exists(): time.sleep(0.01)"
+        return python(f"{waits}\n{code}")
+
+    # Each can end only when the one before it has begun.
+    first = python("open('first', 'w'); print('first')")
+    others = [
+        after("other", "print('second')"),
+        after("first", "open('other', 'w'); print('third')"),
+    ]
     fails = python("raise SystemExit(3)")
     assert dev.failing([first, fails], others) == [fails]
     said = capfd.readouterr().out.splitlines()
-    assert said.index("first") < said.index("other")
-    assert dev.failing([first], fails) == [fails]
+    assert said.index("first") < said.index("second") < said.index("third")
+    assert dev.failing([first], [first, fails]) == [fails]
     assert dev.failing([first], []) == []
 
 
@@ -94,7 +103,7 @@ def test_what_is_absent_is_said_and_fails_where_nothing_may_be_left_out(
     assert ("NOT TESTED IN COMFYUI" in said) != comfyui
     assert ("NOT TESTED ON THE CANVAS" in said) == (chromium is None)
     if complete:
-        assert commands[-1][1:] == ["tests/host", "tests/browser", "-x"]
+        assert [c[1:] for c in commands[-2:]] == [["tests/host", "-x"], ["tests/browser", "-x"]]
 
 
 @pytest.mark.parametrize("torch", ["oldest", "usual", "newest"])
