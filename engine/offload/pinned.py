@@ -10,6 +10,8 @@ from torch import Tensor
 # Of the machine's memory: what copies of mapped weights leave to others, and what others must have
 # left for the copies not to be given back when the next run begins.
 RAM_LEFT, RAM_WANTED = 0.25, 0.1
+GROWN = 32 * 2**20  # bytes more of this process, for which its heap is trimmed
+_resident = 0  # bytes of it after that was done last, or fewer since
 
 
 class PinnedWeights:
@@ -109,9 +111,23 @@ def give_back_host_memory() -> None:
 
 def trim_heap() -> None:
     """Give back to the system what the C library keeps of all that was freed: some hundred MB in a
-    server that paints all day, and more with every size of picture. Takes 1 or 2 ms."""
+    server that paints all day, and more with every size of picture."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+def trim_grown_heap() -> None:
+    """The same once this process has grown: the next picture asks for much of it again, and gets
+    it page by page."""
+    global _resident
+    import psutil
+
+    process = psutil.Process()
+    resident = process.memory_info().rss
+    if resident > _resident + GROWN:
+        trim_heap()
+        _resident = process.memory_info().rss
+    _resident = min(_resident, resident)
 
 
 @cache

@@ -14,7 +14,7 @@ from ..errors import OutOfVramError
 from ..offload.chunking import Chunking
 from ..offload.offloaded_module import OffloadedModule, resident_on
 from ..offload.patcher import Patcher
-from ..offload.pinned import trim_heap
+from ..offload.pinned import trim_grown_heap
 from ..offload.prefetch import BeforeBlock
 from ..offload.vram import HeldVram
 from ..offload.weight_block import CPU
@@ -121,7 +121,7 @@ class PipelineRun:
             if memory is not None:
                 report.peak_bytes = memory.peak_bytes()
                 memory.give_back()  # for other programs; this one would keep it
-            trim_heap()  # likewise
+            trim_grown_heap()  # likewise
             report.seconds = time.perf_counter() - start
             if device != CPU:  # where weights are computed with at home
                 report.moved_bytes += max(0, _resident(running) - before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from majicflux.engine.offload import pinned
 from majicflux.engine.offload.pinned import (
     RAM_LEFT,
     RAM_WANTED,
@@ -17,6 +18,7 @@ from majicflux.engine.offload.pinned import (
 
 SIZE = 1000
 RAM = 100 * SIZE
+MB = 2**20
 
 
 class Host:
@@ -140,3 +142,21 @@ def test_freed_pieces_go_back_to_the_system() -> None:
     give_back_host_memory()
     assert before - psutil.Process().memory_info().rss > 2**26
     assert len(behind) == 2**15
+
+
+def test_the_heap_is_trimmed_once_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed, resident = [], 0
+
+    def trim() -> None:
+        nonlocal resident
+        trimmed.append(resident // MB)
+        resident -= 10 * MB
+
+    monkeypatch.setattr(pinned, "trim_heap", trim)
+    monkeypatch.setattr(pinned, "_resident", 0)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=resident))
+    # 300 of weights leave after 420, of which 110 come back.
+    for megabytes in (400, 390, 420, 424, 120, 150, 230):
+        resident = megabytes * MB
+        pinned.trim_grown_heap()
+    assert trimmed == [400, 424, 230]
