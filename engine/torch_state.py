@@ -29,7 +29,8 @@ def own_state() -> Iterator[None]:
     with ExitStack() as before:
         before.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":
+        # PyTorch 2.7's get_default_device() knows nothing of a `with torch.device(...)`.
+        if torch.empty(0, dtype=torch.float32).device.type != "cpu":
             before.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
