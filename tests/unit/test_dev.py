@@ -73,7 +73,7 @@ def test_the_output_of_what_runs_beside_comes_last(dev, capfd) -> None:
         waits = f"import pathlib, time\nwhile not pathlib.Path({name!r}).exists(): time.sleep(0.01)"
         return python(f"{waits}\n{code}")
 
-    # Each can end only when the one before it has begun.
+    # The second ends after the third, and that after the first: only if they run at once.
     first = python("open('first', 'w'); print('first')")
     others = [
         after("other", "print('second')"),
