@@ -95,8 +95,8 @@ def adds_low_rank(
 
 def low_parts(ranks: int, depth: int) -> int:
     """Of `low_rank_rows`: how many shares of the depth are summed apart, so that all of a card has
-    work."""
-    return 2 if ranks > 64 and depth > 8192 else 1
+    work. Many ranks give it enough."""
+    return 2 if ranks <= 64 and depth > 8192 else 1
 
 
 def low_rank_rows(x: QuantizedActivations, down: Tensor, scale: Tensor | None) -> Tensor:

@@ -11,17 +11,7 @@ from torch import Tensor
 from .row_format import TILE, LowRankProduct
 from .triton_start import cdiv, power_of_2, start
 
-MOST_RANKS = 128  # at once, that the memory of a program has room for
-
-
-@triton.jit
-def _low(places, inside, part, PARTS: tl.constexpr):
-    """Low rows, the sum of as many parts, each `part` values after the one before."""
-    low = tl.load(places, mask=inside, other=0.0)
-    if PARTS == 2:
-        other = tl.load(places + part, mask=inside, other=0.0)
-        low = (low.to(tl.float32) + other.to(tl.float32)).to(low.dtype)
-    return low
+MOST_RANKS = 128  # at once, that a program has room for
 
 
 @triton.jit
@@ -31,16 +21,18 @@ def _plus_low_rank(
 ):  # fmt: skip
     """`out` at these rows and columns, and what a `LowRankProduct` adds there."""
     first_rank = tl.multiple_of(tl.load(first_rank_ptr), 16)
-    # All ranks at once, as a rule: loading some while others are multiplied takes more registers
-    # than leave room for a second program, which is what hides the waiting.
-    for first in tl.range(0, RANKS, STEP, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-        rank = first + tl.arange(0, STEP)[None, :]
-        known = rank < RANKS
-        of_row = low_ptr + row[:, None] * low_row + first_rank + rank
-        of_column = up_ptr + column[:, None] * RANKS + rank
-        low = _low(of_row, known & (row < rows)[:, None], rows * low_row, PARTS)
-        up = tl.load(of_column, mask=known & (column < columns)[:, None], other=0.0)
-        out = tl.dot(low, up.T, out, input_precision="ieee")
+    # Few registers, or there is no room for a second program, which is what hides the waiting: so
+    # nothing is loaded while something else is multiplied, and parts are not summed before.
+    for part in tl.range(0, PARTS, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+        of_part = low_ptr + part * rows * low_row + first_rank
+        for first in tl.range(0, RANKS, STEP, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            rank = first + tl.arange(0, STEP)[None, :]
+            known = rank < RANKS
+            of_row = of_part + row[:, None] * low_row + rank
+            of_column = up_ptr + column[:, None] * RANKS + rank
+            low = tl.load(of_row, mask=known & (row < rows)[:, None], other=0.0)
+            up = tl.load(of_column, mask=known & (column < columns)[:, None], other=0.0)
+            out = tl.dot(low, up.T, out, input_precision="ieee")
     return out
 
 
@@ -103,8 +95,8 @@ def product(
     start(
         _product, x.device, (cdiv(rows, TILE) * cdiv(columns, TILE), 1, 1),
         (x_tiles, w_tiles, x_scale, scale, bias, out_tiles, *beside, rows, columns),
-        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=8,
-        RANKS=ranks, STEP=min(MOST_RANKS, power_of_2(max(ranks, 16))), PARTS=parts,
+        DEPTH=depth, BIAS=bias is not None, SIDE=TILE, GROUP=16,
+        RANKS=ranks, STEP=power_of_2(max(ranks, 16)) if ranks <= MOST_RANKS else 32, PARTS=parts,
         INTEGERS=x.dtype == torch.int8, num_warps=8,
     )  # fmt: skip
 
@@ -150,16 +142,16 @@ def low_rank_rows(x: Tensor, x_scale: Tensor, down: Tensor, scale: Tensor, out: 
     (rows, depth), (parts, _, ranks) = x.shape, out.shape
     # The best sizes of those that were measured on an H200 and fit into other cards' memory.
     if ranks > 64:
-        high, wide, deep, ahead, warps = 128, 128, 128, 3, 8
+        high, wide, deep, ahead = 64, 32, 128, 6
     elif ranks > 32:
-        high, wide, deep, ahead, warps = 64, 64, 128, 5, 4
+        high, wide, deep, ahead = 64, 64, 128, 5
     else:
-        high, wide, deep, ahead, warps = 64, power_of_2(ranks), 256, 4, 4
+        high, wide, deep, ahead = 64, power_of_2(ranks), 256, 4
     start(
         _low_rank_rows, x.device, (cdiv(rows, high), cdiv(ranks, wide), parts),
         (x, x_scale, down, scale, out, rows, depth, ranks, cdiv(depth, parts * deep) * deep),
         HIGH=high, WIDE=wide, DEEP=deep, AHEAD=ahead, EVEN=depth % deep == 0,
-        INTEGERS=x.dtype == torch.int8, num_warps=warps,
+        INTEGERS=x.dtype == torch.int8,
     )  # fmt: skip
 
 
@@ -181,14 +173,17 @@ def _add_low_rank(
         place = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        low = _low(of_row, found, rows * low_row, PARTS)
-        out = tl.dot(low, up.T, y, input_precision="ieee")
-        for share in tl.static_range(1, SHARES):
+        for share in tl.static_range(SHARES):
             more = rank < ranks - share * WIDE
-            low = _low(of_row + share * WIDE, found & more, rows * low_row, PARTS)
-            others = tl.load(of_column + share * WIDE, mask=known & more, other=0.0)
-            out = tl.dot(low, others.T, out, input_precision="ieee")
-        tl.store(place, out.to(y_ptr.dtype.element_ty), mask=inside)
+            if share == 0:
+                of_share = up
+            else:
+                of_share = tl.load(of_column + share * WIDE, mask=known & more, other=0.0)
+            for part in tl.static_range(PARTS):
+                of_part = of_row + share * WIDE + part * rows * low_row
+                low = tl.load(of_part, mask=found & more, other=0.0)
+                y = tl.dot(low, of_share.T, y, input_precision="ieee")
+        tl.store(place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def add_low_rank_(y: Tensor, added: LowRankProduct) -> None:

@@ -1,6 +1,7 @@
 """What can be said of the fused kernels without a card: in Triton's interpreter and compiler."""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from majicflux.engine.kernels import dispatch, libraries, probe
+from majicflux.engine.kernels.matmul import low_parts
 
 INTERPRETED = """
 import torch
@@ -259,9 +261,10 @@ def test_row_scales_are_taken_only_where_the_product_is_right(monkeypatch) -> No
 
 SHARED_MEMORY = 99 * 1024  # bytes that a program has on RTX 30, 40 and 50, the least of all cards
 FLOAT8_UNITS = 89  # compute capability times 10
+REGISTERS = 2**16  # of a multiprocessor, where one program of a product waits while another works
 
 
-@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize("capability", [86, 89, 90, 120])
 def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monkeypatch) -> None:
     """At the widths of Flux.1, into machine code by Triton's own assembler."""
     fused = pytest.importorskip("majicflux.engine.kernels.fused_triton")
@@ -292,6 +295,8 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
         target = GPUTarget("cuda", capability, 32)
         found = compile(source, target=target, options={"num_warps": num_warps})
         assert found.metadata.shared <= SHARED_MEMORY
+        if kernel.__name__ == "_product" and capability == 90:
+            assert registers(found.asm["cubin"]) * 32 * num_warps <= REGISTERS // 2, fixed
         compiled.append(kernel.__name__)
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -315,7 +320,7 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     scale = empty(3072, dtype=torch.float32)
     for dtype in (torch.int8, torch.float8_e4m3fn):
         fused.dequantize(empty(3072, 64, dtype=dtype), scale, empty(3072, 64))
-    rows, weight = empty(64, 64, dtype=torch.int8), empty(3072, 64, dtype=torch.int8)
+    rows, weight = empty(64, 3072, dtype=torch.int8), empty(3072, 3072, dtype=torch.int8)
     methods = find_spec("triton.tools.tensor_descriptor") is not None  # since Triton 3.4
     for bias in (None, empty(3072)):
         if methods:
@@ -324,16 +329,22 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(capability: int, monk
     first_rank, of_rows = empty(24, dtype=torch.int32), scale[:64, None]
     ranks = [16, 48, 64, 96, 256]
     for some in ranks:
-        parts = 1 + (some > 64)
+        parts = low_parts(some, 12288)
         added = empty(parts, 64, some + 16), empty(3072, some), first_rank
         if methods:
             products.product(rows, of_rows, weight, scale, None, empty(64, 3072), added)
             products.add_low_rank_(empty(64, 3072), added)
         for dtype in (torch.int8, torch.float8_e4m3fn)[: 1 + (capability >= FLOAT8_UNITS)]:
-            narrow = rows.view(dtype), of_rows, empty(some, 64, dtype=dtype), scale[:some]
+            narrow = rows.view(dtype), of_rows, empty(some, 3072, dtype=dtype), scale[:some]
             products.low_rank_rows(*narrow, empty(parts, 64, some))
     of_ranks = len(ranks) * (1 + 2 * methods + (capability >= FLOAT8_UNITS))
     assert len(compiled) == 2 * len(formats) + 6 + 2 * methods + of_ranks
+
+
+def registers(cubin: bytes) -> int:
+    """That each thread of its one kernel takes, by the attribute EIATTR_REGCOUNT."""
+    (found,) = re.findall(rb"\x04\x2f\x08\x00.{4}(.{4})", cubin, re.DOTALL)
+    return int.from_bytes(found, "little")
 
 
 def test_a_compiled_kernel_is_found_by_all_that_is_compiled_in(monkeypatch) -> None:
