@@ -37,7 +37,8 @@ def test_every_precision_is_measured_and_a_run_besides(monkeypatch: pytest.Monke
     assert said.count("```") == 2
     assert "\nno attention in int8: int8 matrix units begin" in said
     fastest = min(room.MEASURED[1:], key=seconds.__getitem__)
-    assert re.search(rf"\na run in .* GB, {fastest}: \d\.\d{{3}} s a step, predicted \?", said)
+    found = rf"\na run in .* GB, {fastest}: \d\.\d{{3}} s a step, predicted \?; .*, 0.00 of them"
+    assert re.search(found, said)
 
 
 def test_attention_in_int8_is_measured_beside_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +111,18 @@ def test_a_step_is_the_median_of_those_after_the_first(monkeypatch: pytest.Monke
     clock = iter([0, 9, 10, 11, 20, 23, 30, 32.0])
     monkeypatch.setattr("majicflux.lab.steps.time", SimpleNamespace(perf_counter=clock.__next__))
     assert seconds_of(lambda: torch.empty(0), CPU, 1, 3) == 2
+
+
+def test_a_run_is_timed_once_its_weights_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(pipeline, request, on_pass, before_block) -> None:
+        for _ in range(6):
+            on_pass(None)
+
+    clock = iter([0, 9, 18, 20, 22, 24.0])
+    monkeypatch.setattr(room, "time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(room, "denoise", run)
+    case = random_case(SMALL, 8, CPU)
+    assert "rotated: 2.000 s a step" in room._in_budget(STEP, 8.0, SMALL, case, CPU)
 
 
 def test_both_kinds_of_memory_are_copied_from(monkeypatch: pytest.MonkeyPatch) -> None:
