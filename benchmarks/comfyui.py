@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class Refused(Exception):
 
 
 class ComfyUI:
-    """`python main.py FLAGS` of the checkout `comfyui`, in the base folder `base`.
+    """`python main.py FLAGS` of the checkout `comfyui`, in the base folder `base`; with an empty page
+    for a canvas where none is installed.
 
     Raises RuntimeError with the end of its log when it does not start.
     """
@@ -45,6 +47,11 @@ class ComfyUI:
         installed.parent.mkdir(parents=True, exist_ok=True)
         installed.unlink(missing_ok=True)  # it may be of another checkout
         installed.symlink_to(ROOT, target_is_directory=True)
+        if find_spec("comfyui_frontend_package") is None and "--front-end-root" not in flags:
+            page = base / "page"
+            page.mkdir(exist_ok=True)
+            (page / "index.html").write_text("<html></html>")
+            flags = [*flags, "--front-end-root", str(page)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -11,7 +11,6 @@ random models on the CPU, where times and the card are not judged.
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 import shutil
@@ -109,11 +108,6 @@ class Bench:
             packs = self.scratch / "custom_nodes"
             packs.mkdir(exist_ok=True)
             shutil.copy(ROOT / "tests" / "small_encoders.py", packs)
-        if importlib.util.find_spec("comfyui_frontend_package") is None:
-            page = self.scratch / "page" / "index.html"
-            page.parent.mkdir(exist_ok=True)
-            page.write_text("<html></html>")
-            given += ["--front-end-root", str(page.parent)]
         return ComfyUI(self.comfyui, self.scratch, given, environment)
 
     def paint(self, session: Session, what: str, number: int = 1, budget: float = 0.0) -> Painting:
