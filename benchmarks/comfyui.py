@@ -30,8 +30,8 @@ class Refused(Exception):
 
 
 class ComfyUI:
-    """`python main.py FLAGS` of the checkout `comfyui`, in the base folder `base`; with an empty page
-    for a canvas where none is installed.
+    """`python main.py FLAGS` of the checkout `comfyui`, in the base folder `base`; its canvas is an
+    empty page where none is installed.
 
     Raises RuntimeError with the end of its log when it does not start.
     """

@@ -2,17 +2,20 @@
 
 Full-size random weights, all of them on the card, 8-bit products; the LoRAs are random and reach
 every layer of the blocks but the modulation, as most files do. Their bars are shares of the step
-without any, measured in turns in the same process. --quick runs a small transformer on the CPU,
-which only shows that the script works.
+without any, measured in turns in the same process; rows without a bar are what the card itself
+computes, which a slow host does not change. --quick runs a small transformer on the CPU, which only
+shows that the script works.
 """
 
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from majicflux.engine.flux.geometry import FluxGeometry, kind_of_layer
 from majicflux.engine.quant.adapters import Adapters, LastTerms, adapted, bound_bytes, touched
@@ -47,21 +50,23 @@ def main() -> None:
     with torch.inference_mode():
         for precision, bars in BARS.items():
             module = ours(geometry, precision, state, device)
-            seconds = in_turns(module, case, device, 1 if chosen.quick else TURNS)
+            seconds, busy = in_turns(module, case, device, 1 if chosen.quick else TURNS)
             for ranks, bar in bars.items():
                 name = f"{precision}, ranks {' + '.join(map(str, ranks))}"
                 limit = None if chosen.quick else bar * seconds[()]
                 rows.append(Row(name, seconds[ranks], "s", seconds[()], "none", bar=limit))
+                rows.append(Row(f"{name}: the card", busy[ranks], "s", busy[()], "none"))
             del module
     report(rows, chosen.check)
 
 
 def in_turns(
     module: Any, case: Case, device: torch.device, turns: int
-) -> dict[tuple[int, ...], float]:
-    """Median seconds of a step with LoRAs of each of RANKS."""
+) -> tuple[dict[tuple[int, ...], float], dict[tuple[int, ...], float]]:
+    """Median seconds of a step with LoRAs of each of RANKS, and those that the card computes."""
     compute = choose_compute(module, device, "8-bit", BFLOAT16)
     found: dict[tuple[int, ...], list[float]] = {ranks: [] for ranks in RANKS}
+    busy: dict[tuple[int, ...], float] = {}
     loras = {ranks: [(random_lora(module, rank), 0.7) for rank in ranks] for ranks in RANKS}
     terms = {ranks: LastTerms().made_of(ranks) for ranks in RANKS}  # bound once
     for ranks, adapters in loras.items():
@@ -80,7 +85,21 @@ def in_turns(
                 step()
                 wait_for(device)
                 found[ranks].append(time.perf_counter() - start)
-    return {ranks: statistics.median(seconds) for ranks, seconds in found.items()}
+                if turn == turns - 1:
+                    busy[ranks] = busy_seconds(step, device)
+    return {ranks: statistics.median(seconds) for ranks, seconds in found.items()}, busy
+
+
+def busy_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Of what a step computes, without what is between that."""
+    kind = ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA
+    with profile(activities=[kind]) as profiled:
+        step()
+        wait_for(device)
+    if device.type == "cpu":
+        return sum(event.self_cpu_time_total for event in profiled.events()) / 1e6
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(e.device_time for e in profiled.events() if e.device_type == cuda) / 1e6
 
 
 def beside(
