@@ -96,10 +96,10 @@ def busy_seconds(step: Callable[[], object], device: torch.device) -> float:
     with profile(activities=[kind]) as profiled:
         step()
         wait_for(device)
+    events, cuda = profiled.events() or (), torch.autograd.DeviceType.CUDA
     if device.type == "cpu":
-        return sum(event.self_cpu_time_total for event in profiled.events()) / 1e6
-    cuda = torch.autograd.DeviceType.CUDA
-    return sum(e.device_time for e in profiled.events() if e.device_type == cuda) / 1e6
+        return sum(event.self_cpu_time_total for event in events) / 1e6
+    return sum(event.device_time for event in events if event.device_type == cuda) / 1e6
 
 
 def beside(

@@ -173,13 +173,13 @@ def _add_low_rank(
         place = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        for share in tl.static_range(SHARES):
+        for share in tl.static_range(SHARES):  # pyright: ignore[reportGeneralTypeIssues]
             more = rank < ranks - share * WIDE
             if share == 0:
                 of_share = up
             else:
                 of_share = tl.load(of_column + share * WIDE, mask=known & more, other=0.0)
-            for part in tl.static_range(PARTS):
+            for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
                 of_part = of_row + share * WIDE + part * rows * low_row
                 low = tl.load(of_part, mask=found & more, other=0.0)
                 y = tl.dot(low, of_share.T, y, input_precision="ieee")
