@@ -35,7 +35,8 @@ import torch, transformers
 pack = nodes.NODE_CLASS_MAPPINGS["MajicFluxSample"].__module__.removesuffix(".nodes.sample")
 dit, text, vae, sizes, precision, *_ = (
     import_module(f"{pack}.engine.{name}")
-    for name in ("flux_dit", "text_encoders", "vae", "geometry", "precision", "pipeline")
+    for name in ("flux.transformer", "flux.text_encoders", "flux.vae", "flux.geometry",
+                 "quant.formats", "run.pipeline")
 )
 dit.build_flux_dit(sizes.FluxGeometry(), precision.PRECISIONS["float8_e4m3fn"])
 text.build_text_encoders(sizes.ClipGeometry(), sizes.T5Geometry(), torch.bfloat16)
