@@ -269,12 +269,12 @@ def on_card(quick: bool, scratch: Path | None) -> None:
             pipeline = Pipeline(*parts, budget and budget * GB, compute)
             for steps, chosen in ({4: (2,)} if quick else CHOSEN).items():
                 asked = GenerationRequest(prompt, 0, steps, GUIDANCE, side, side)
-                runs = []
-                for reuse in (None, *(None, Reuse(chosen=chosen)) * (1 if quick else TURNS)):
-                    given = (pipeline, replace(asked, reuse=reuse), lambda _: None, lambda: None)
-                    latents, report = denoise(*given)
-                    runs.append(report.stages[-1])
-                runs = runs[1:]  # the first one warms up
+                turns = (None, *(None, Reuse(chosen=chosen)) * (1 if quick else TURNS))
+                done = [
+                    denoise(pipeline, replace(asked, reuse=reuse), lambda _: None, lambda: None)
+                    for reuse in turns  # the first one warms up
+                ]
+                latents, runs = done[-1][0], [report.stages[-1] for _, report in done[1:]]
                 seconds, fewer = (median(each.seconds for each in runs[n::2]) for n in (0, 1))
                 whole, found = runs[-2:]
                 same = torch.equal(bits.setdefault(steps, latents), latents)
