@@ -97,7 +97,7 @@ def _measure(reader: str, source: Path, folder: Path, device: str) -> None:
     import diffsynth  # noqa: F401  the import is not what is measured
     import torch
 
-    import majicflux.engine.flux_dit  # noqa: F401
+    import majicflux.engine.flux.transformer  # noqa: F401
 
     if device != "cpu":
         torch.empty(1, device=device)

@@ -168,3 +168,7 @@ def test_what_a_benchmark_imports_from_the_pack_is_there(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("majicflux"):
             module = importlib.import_module(node.module)
             assert [a.name for a in node.names if not hasattr(module, a.name)] == []
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("majicflux"):
+                    importlib.import_module(alias.name)

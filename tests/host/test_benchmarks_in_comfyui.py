@@ -1,9 +1,12 @@
-"""The benchmark of a whole server, in its small version."""
+"""The benchmarks of ComfyUI: of a whole server in its small version, and of what it imports."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from majicflux.benchmarks import startup
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,3 +27,12 @@ def test_it_paints_with_both_sides_and_says_what_it_found(tmp_path: Path) -> Non
     ]
     assert len({p["picture"] for p in painted if Path(p["picture"]).is_file()}) == 14
     assert "| prompts of ours without a picture | 0 of 2 |" in done.stdout
+
+
+def test_imports_in_comfyui_are_timed() -> None:
+    rows = startup._import_rows(os.environ["COMFYUI_PATH"])
+    assert [row.name for row in rows] == [
+        "import of the pack in ComfyUI",
+        "imports of the first picture",
+    ]
+    assert all(row.value > 0 and row.peer > 0 for row in rows)
