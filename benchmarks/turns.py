@@ -20,7 +20,6 @@ PEER = "fp8_e4m3fn"
 # What a server may hold more of, as `Session.held` has it, in GiB.
 GROWTH = (("card", 0.1), ("resident memory", 0.1), ("of that not mapped", None))
 SLOWER = 1.1  # times as long as alone, at most
-ALONE = 3  # times two prompts, alone
 SEEING_FASTER = 1.6  # than ComfyUI, with a picture
 GRAB_GIB = 4
 LACKS_MEMORY = ("majicflux.TooLittleVramError", "majicflux.OutOfVramError")  # what it may say then
@@ -59,9 +58,9 @@ def in_turns(
     failed = 0
     for what in ("ours", PEER):
         session.free(forget=True)
-        painted = [painting for _ in range(ALONE) for painting in twice(what)]
+        painted = twice(what) + twice(what)
         failed += sum(painting.status != "success" for painting in painted)
-        alone[what] = statistics.median(painting.seconds for painting in painted[1:])
+        alone[what] = min(painting.seconds for painting in painted)
     again: dict[str, list[float]] = {what: [] for what in alone}
     early, number = (0.0, 0.0, 0.0), 0
     while number < rounds and (number < SETTLED_ROUNDS or in_time("more rounds", ROUND_SECONDS)):

@@ -10,7 +10,6 @@ from majicflux.engine.kernels.hadamard import hadamard, rotate
 from majicflux.engine.kernels.matmul import (
     add_low_rank_,
     has_low_rank_kernels,
-    low_parts,
     low_rank_rows,
     product,
 )
@@ -232,11 +231,8 @@ def test_few_ranks_join_the_product(device, wanted, ranks: int) -> None:
     for tile, first in enumerate(first_ranks.tolist()):
         some = slice(128 * tile, 128 * (tile + 1))
         exact[:, some] += low[:, first : first + ranks].double() @ up[some].double().T
-    of_terms, strays = exact - plain, 1e-3 * exact.std()
-    if wanted.dtype != torch.int8:
-        # Hopper's units keep 13 binary places of a sum (arXiv:2412.19437, 3.3.2), as this shows.
-        strays += (product(x, *given)[0] - plain).abs().max()
-    assert ((found - exact).abs() <= 2**-8 * exact.abs() + strays).all()
+    of_terms = exact - plain
+    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-3 * exact.std()).all()
     for rows in (slice(0, 1), slice(40, 77), slice(512, None)):
         few = QuantizedActivations(x.values[:, rows], x.scale[:, rows], x.dtype)
         part = product(few, *given, added=(low[None, rows], up, first_ranks))
@@ -270,7 +266,7 @@ def test_rows_of_few_ranks_are_those_of_float64(device, wanted, ranks: int, deep
     scale = random(ranks, device=device, seed=2).float().abs() / 1000
     found = low_rank_rows(x, down, scale)
     exact = (x.values[0].double() * x.scale[0]) @ (down.double() * scale[:, None]).T
-    assert len(found) == low_parts(ranks, width)
+    assert len(found) == (2 if deep and ranks <= 64 else 1)
     assert (found.double().sum(0) - exact).norm() <= 3e-3 * exact.norm()
     for rows in (slice(0, 1), slice(40, 77), slice(512, None)):
         few = QuantizedActivations(x.values[:, rows], x.scale[:, rows], x.dtype)

@@ -1,5 +1,7 @@
 """Previews by ComfyUI's TAESD: what they take of the device, and what is seen of them."""
 
+from typing import Any
+
 import pytest
 import torch
 from live_bytes import LiveBytes
@@ -40,3 +42,22 @@ def test_a_preview_takes_what_is_planned_for_it(
 
 def test_other_previews_take_nothing(comfy) -> None:
     assert comfy.pack("host.comfyui").preview_bytes(1024, 1024) == 0
+
+
+def test_a_preview_that_finds_no_memory_is_left_out(
+    comfy, small_graph: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import latent_preview
+
+    asked: list[Any] = []
+
+    class Short:
+        def decode_latent_to_preview_image(self, *given: Any) -> None:
+            asked.append(given)
+            raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: Short())
+    small_graph["5"]["inputs"]["steps"] = 8
+    kind, data = comfy.run(comfy.executor(), small_graph)[-1]
+    assert kind == "execution_success", data
+    assert len(asked) == 8

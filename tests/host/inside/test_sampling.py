@@ -368,23 +368,6 @@ def test_clip_text_encode_and_flux_guidance_before_ours(
     assert difference(mixed["samples"], alone["samples"]) <= 1e-4
 
 
-def test_a_preview_that_finds_no_memory_is_left_out(
-    comfy, base: Graph, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import latent_preview
-
-    asked: list[Any] = []
-
-    class Short:
-        def decode_latent_to_preview_image(self, *given: Any) -> None:
-            asked.append(given)
-            raise torch.OutOfMemoryError("simulated")
-
-    monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: Short())
-    outputs(comfy, base | {"ours": ours(seed=99)}, "ours")
-    assert len(asked) == 8
-
-
 REFUSED = {
     "area": node("ConditioningSetArea", conditioning=["positive", 0], width=64, height=64, x=0,
                  y=0, strength=1.0),
