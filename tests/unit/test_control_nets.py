@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from majicflux.engine.plan.denoising import step_seconds
 from majicflux.engine.plan.device import DeviceProfile
 from majicflux.engine.quant.compute import ComputePrecision, choose_compute
 from majicflux.engine.quant.formats import FLOAT32, PRECISIONS, Precision, uniform
-from majicflux.engine.run import stages
+from majicflux.engine.run import pipeline_run, stages
 from majicflux.engine.run.pipeline import Pipeline
 from majicflux.engine.run.pipeline_run import OnStage, ignore_stage
 from majicflux.engine.run.request import GenerationRequest
@@ -138,7 +139,9 @@ TWO = {"batch_size": 2, "cfg": 2.0, "negative": PROMPT}
     ("precision", "mode"),
     [*((name, "") for name in PRECISIONS), ("float8_e4m3fn", "8-bit"), ("int8 rotated", "8-bit")],
 )
-def test_streamed_is_resident_bit_for_bit(make, precision: str, mode: str, device) -> None:
+def test_streamed_is_resident_bit_for_bit(
+    make, monkeypatch, precision: str, mode: str, device
+) -> None:
     resident = make(PRECISIONS[precision], device=device, mode=mode)
     controls = chained(resident)
     expected = resident.painted(*controls, **TWO)
@@ -147,8 +150,15 @@ def test_streamed_is_resident_bit_for_bit(make, precision: str, mode: str, devic
     smallest = resident.pipeline.plan(request.workload, [stage]).smallest_bytes
     for budget in (smallest, smallest * 9 // 8):
         streamed = make(PRECISIONS[precision], device=device, mode=mode, budget_bytes=budget)
-        assert torch.equal(streamed.painted(*chained(streamed), **TWO), expected)
-        assert streamed.run.plan.stages[0].visiting
+        found = streamed.painted(*chained(streamed), **TWO)
+        plan = streamed.run.plan.stages[0]
+        assert plan.visiting
+        if device.type == "cuda":  # products of so few rows depend on how many columns there are
+            as_much = partial(pipeline_run.Chunking, plan.tokens, plan.groups)
+            with monkeypatch.context() as patch:
+                patch.setattr(pipeline_run, "Chunking", lambda *rest, made=as_much: made(*rest[2:]))
+                expected = resident.painted(*controls, **TWO)
+        assert torch.equal(found, expected)
         report = streamed.run.report.stages[0]
         assert report.moved_bytes
         assert device.type == "cpu" or 0 < report.peak_bytes <= budget

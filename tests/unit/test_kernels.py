@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import _scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
 from majicflux.engine.kernels import dispatch
 from majicflux.engine.kernels.hadamard import hadamard, rotate
@@ -206,12 +207,21 @@ def test_a_kernel_that_was_found_once_is_not_taken_for_other_arguments() -> None
             assert torch.equal(found, some.float())
 
 
+def sums_of_units(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weight^T as a card's units add it up, by PyTorch: those of float8 keep 13 binary places."""
+    if x.dtype == torch.int8:
+        return x.double() @ weight.double().T
+    one = torch.ones((), device=x.device)
+    given = x, weight.T, one, one
+    return _scaled_mm(*given, out_dtype=torch.float32, use_fast_accum=True).double()
+
+
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("ranks", [16, 32, 48, 64, 96, 112, 160, 256])
 @pytest.mark.parametrize("wanted", [FORMATS[1], FORMATS[3]], ids=["int8", "float8"])
 def test_few_ranks_join_the_product(device, wanted, ranks: int) -> None:
-    """Against float64, with other ranks in each tile of columns; the same bits for some rows or
-    columns as for all."""
+    """Against the sums of PyTorch's product and float64 for all else, with other ranks in each
+    tile of columns; the same bits for some rows or columns as for all."""
     x = norm_modulate_quantize(random(1, 1000, WIDTH, device=device), wanted=wanted)
     if not dispatch.triton_works(device) or not dispatch.terms_join_product(device, wanted.dtype):
         pytest.skip("tested with our own kernels")
@@ -226,7 +236,10 @@ def test_few_ranks_join_the_product(device, wanted, ranks: int) -> None:
     first_ranks = torch.tensor([32, 0, 16], dtype=torch.int32, device=device)
     given = weight, scale, bias
     found = product(x, *given, added=(low[None], up, first_ranks))[0]
-    plain = (x.values[0].double() * x.scale[0]) @ (weight.double() * scale[:, None]).T + bias
+    sums = sums_of_units(x.values[0], weight)
+    of_float64 = x.values[0].double() @ weight.double().T
+    assert (sums - of_float64).norm() <= 3e-3 * of_float64.norm()
+    plain = sums * x.scale[0] * scale + bias
     exact = plain.clone()
     for tile, first in enumerate(first_ranks.tolist()):
         some = slice(128 * tile, 128 * (tile + 1))
