@@ -29,7 +29,7 @@ from majicflux.engine.quant.methods import Dequantized, EightBit
 from majicflux.engine.quant.quantize import quantize_rows
 from majicflux.engine.run import pipeline_run
 from majicflux.engine.run.attention import choose_attention, int8_obstacle
-from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.pipeline import Pipeline, paint
 from majicflux.engine.run.request import GenerationRequest
 from majicflux.loaders import demo_models
 from majicflux.loaders.convert_on_device import DeviceQuantizer
@@ -102,6 +102,41 @@ def test_every_precision_paints_on_the_card_what_it_paints_on_the_cpu(
     assert (on_card - on_cpu).norm() <= 1.5 * error
 
 
+@pytest.mark.parametrize("rank", [0, 16])  # of a LoRA
+@pytest.mark.parametrize(
+    ("precision", "kitchen"),
+    [("float8_e4m3fn", False), ("int8 rotated", False), ("int8 rotated", True)],
+)
+def test_8_bits_beside_float32_are_those_of_the_cpu(
+    monkeypatch, make_pipeline, precision: str, kitchen: bool, rank: int
+) -> None:
+    """As with --force-fp32. kitchen: whether comfy-kitchen multiplies, as on other cards."""
+    if kitchen:
+        pytest.importorskip("comfy_kitchen")
+        monkeypatch.setattr(dispatch, "kitchen_is_faster", lambda device: device.type == "cuda")
+
+    def latents(device: torch.device, mode: str = "8-bit") -> torch.Tensor:
+        options = {"precision": PRECISIONS[precision], "mode": mode, "dtype": torch.float32}
+        pipeline = with_lora(make_pipeline(device=device, **options), rank)
+        return paint(pipeline, REQUEST, lambda *_: None, lambda: None)[1]
+
+    on_card, on_cpu = latents(CUDA), latents(torch.device("cpu"))
+    exact = latents(torch.device("cpu"), "float32")
+    error = (on_cpu - exact).norm() + 0.02 * exact.norm()
+    assert (on_card - on_cpu).norm() <= 1.5 * error
+
+
+def with_lora(pipeline: Pipeline, rank: int) -> Pipeline:
+    """And a random one of this rank, unless that is 0."""
+    if not rank:
+        return pipeline
+    torch.manual_seed(0)
+    lora = random_lora(pipeline.dit.weights.module, rank)
+    return dataclasses.replace(
+        pipeline, dit=dataclasses.replace(pipeline.dit, adapters=((lora, 1.0),))
+    )
+
+
 @pytest.mark.parametrize(
     ("precision", "lacking"),
     [
@@ -112,7 +147,10 @@ def test_every_precision_paints_on_the_card_what_it_paints_on_the_cpu(
         ("int8 rotated", ("triton_works", "kitchen_works")),
     ],
 )
-def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, lacking) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_product_in_8_bits_is_that_of_float64(
+    monkeypatch, precision: str, lacking, dtype: torch.dtype
+) -> None:
     for name in lacking:
         monkeypatch.setattr(dispatch, name, lambda *_: False)
     storage = PRECISIONS[precision].mlp
@@ -121,7 +159,7 @@ def test_the_product_in_8_bits_is_that_of_float64(monkeypatch, precision: str, l
     weight = torch.randn(384, 512, device=CUDA, generator=generator)
     quantize_rows(weight, layer.weight.data, layer.scale.data, layer.group)
     layer.bias.data.normal_(generator=generator)
-    x = torch.randn(1, 40, 512, device=CUDA, dtype=torch.bfloat16, generator=generator)
+    x = torch.randn(1, 40, 512, device=CUDA, dtype=dtype, generator=generator)
     plain = Dequantized([layer], CUDA, x.dtype)
     layer.method = EightBit([layer.weight.dtype], CUDA, plain)
     rows = layer.rows(x)
@@ -235,27 +273,25 @@ def test_fifty_runs_of_mixed_sizes_leave_the_card_as_they_found_it(make_pipeline
 
 def test_memory_taken_in_the_middle_of_a_run_costs_residency_only(make_pipeline, caplog) -> None:
     """By another program, which leaves the third step too little."""
-    request = dataclasses.replace(REQUEST, width=1536, height=1536, steps=5)
+    request = dataclasses.replace(REQUEST, width=2048, height=2048, steps=5)
     options = {"precision": PRECISIONS["float8_e4m3fn"], "device": CUDA, "mode": "8-bit"}
     pipeline = make_pipeline(**options)
-    reserved, taken, resident = [], ExitStack(), []
+    allocated, taken, resident = [], ExitStack(), []
 
-    def ask_anew(_: torch.Tensor | None) -> None:
-        reserved.append(torch.cuda.max_memory_reserved())  # of the whole step
-        torch.cuda.empty_cache()
+    def measure(_: torch.Tensor | None) -> None:
+        allocated.append(torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
-        reserved.append(torch.cuda.memory_reserved())
 
     def take(_: torch.Tensor | None) -> None:
         torch.cuda.empty_cache()  # or the run had no need to ask for memory again
         resident.append(pipeline.dit.weights.resident_bytes)
         if len(resident) == 2:
-            of_step = reserved[4] - reserved[3]
-            taken.enter_context(leaving_free(0.7 * of_step / GIB))
+            # What the allocator has may have holes of 20 MB, and the ring needs as much.
+            taken.enter_context(leaving_free(0.6 * allocated[2] / GIB))
         elif len(resident) == 4:
             taken.close()
 
-    expected = paint(pipeline, request, ask_anew, lambda: None)[1]
+    expected = paint(pipeline, request, measure, lambda: None)[1]
     with taken:
         latents = paint(pipeline, request, take, lambda: None)[1]
     assert torch.equal(latents, expected)
@@ -294,12 +330,7 @@ def test_the_bits_do_not_depend_on_how_much_is_computed_at_once(
     options = {"precision": PRECISIONS[precision], "device": CUDA, "mode": "8-bit"}
 
     def painted() -> torch.Tensor:
-        pipeline = make_pipeline(**options)
-        if rank:
-            torch.manual_seed(0)
-            lora = random_lora(pipeline.dit.weights.module, rank)
-            dit = dataclasses.replace(pipeline.dit, adapters=((lora, 1.0),))
-            pipeline = dataclasses.replace(pipeline, dit=dit)
+        pipeline = with_lora(make_pipeline(**options), rank)
         return paint(pipeline, request, lambda *_: None, lambda: None)[1]
 
     made, found = pipeline_run.Chunking, []

@@ -330,13 +330,15 @@ def test_a_picture_in_each_precision(make_pipeline) -> None:
 
 
 @pytest.mark.parametrize("row_scales", [True, False], ids=["row scales", "rescaled"])
-def test_a_card_adds_a_bias_that_is_kept_in_float8(monkeypatch, row_scales: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_card_adds_a_bias_that_is_kept_in_float8(monkeypatch, row_scales: bool, dtype) -> None:
     """As files without scales have it, which no product of a card takes."""
     monkeypatch.setattr(dispatch, "float8_takes_row_scales", lambda _: row_scales)
     monkeypatch.setattr(dispatch, "fused", lambda _: False)
     biases = []
 
     def scaled(x, weight, *scales, out, bias=None, **_):
+        assert bias is None or out.dtype != torch.float32  # of PyTorch's product on a card
         biases.append(bias)
 
     monkeypatch.setattr(libraries, "_scaled_mm", scaled)
@@ -349,7 +351,7 @@ def test_a_card_adds_a_bias_that_is_kept_in_float8(monkeypatch, row_scales: bool
         on_card = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in parts]
         monkeypatch.setattr(layer, "matrix", lambda _: (on_card[0], None, on_card[1]))
         values = torch.empty(1, 40, 512, device="cuda", dtype=layer.weight.dtype)
-        rows = QuantizedActivations(values, torch.ones(1, 40, 1, device="cuda"), torch.bfloat16)
+        rows = QuantizedActivations(values, torch.ones(1, 40, 1, device="cuda"), dtype)
         plain = Dequantized([layer], CPU, rows.dtype)
         EightBit([layer.weight.dtype], CPU, plain)(layer, rows, None, slice(None))
-    assert biases[-1].dtype == torch.bfloat16
+    assert biases[-1].dtype == dtype

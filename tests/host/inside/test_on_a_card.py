@@ -6,11 +6,14 @@
 import copy
 import itertools
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from majicflux.loaders import demo_models
 
 
 @pytest.fixture
@@ -34,13 +37,11 @@ def graph(small_graph: dict) -> dict[str, Any]:
     graph["2"]["inputs"]["keep_prepared"] = False
     graph["4"]["inputs"]["compute_precision"] = "bfloat16"
     graph["5"]["inputs"].update(prompt="a cat", seed=1, steps=4, width=256, height=256)
-    text = ["positive", 0]
+    text, file = ["positive", 0], Path(demo_models.DIT_FILE).name
     return graph | {
         "14": copy.deepcopy(graph["4"]),
         "positive": node("MajicFluxEncodePrompt", pipeline=["14", 0], prompt="a cat", guidance=3.5),
-        "unet": node(
-            "UNETLoader", unet_name=graph["1"]["inputs"]["file"], weight_dtype="default"
-        ),
+        "unet": node("UNETLoader", unet_name=file, weight_dtype="default"),
         "empty": node("EmptySD3LatentImage", width=256, height=256, batch_size=1),
         "stock": node(
             "KSampler", model=["unet", 0], positive=text, negative=text, latent_image=["empty", 0],
