@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -41,6 +42,7 @@ class LastConditions:
         self._made_of: list[Any] = []
         self._prompts: Sequence[TextEmbedding] = ()  # whose ids `_made_of` has: so nobody else does
         self._kept: list[Conditions] = []
+        self._unpinned = False
 
     def of(
         self,
@@ -57,7 +59,22 @@ class LastConditions:
             self._kept = [replace(each, text=_on_host(each.text)) for each in conditions]
             self._prompts, self._made_of = prompts, made_of
             return conditions
+        if self._unpinned:
+            self._unpinned = False
+            self._move(partial(_host_memory, device=device))
         return [replace(each, text=each.text.to(device)) for each in self._kept]
+
+    def unpin(self) -> None:
+        """Keep them in plain memory until they are asked for again."""
+        self._unpinned = True
+        self._move(partial(torch.empty, device=CPU))
+
+    def _move(self, new: Callable[..., Tensor]) -> None:
+        for each in self._kept:
+            places = {level: new(x.shape, dtype=x.dtype) for level, x in each.modulation.items()}
+            for level, place in places.items():
+                _put(place, each.modulation[level])
+            each.modulation = places
 
 
 def conditions_of(

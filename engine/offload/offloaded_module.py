@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from .weight_sizes import WeightSizes, fitting, preferred
 
 Blocks = Sequence[Sequence[nn.Module]]
 _kept: "weakref.WeakSet[OffloadedModule]" = weakref.WeakSet()
+
+
+class Unpins(Protocol):
+    """What may be pinned, and holds the same in plain memory afterwards."""
+
+    def unpin(self) -> None: ...
 
 
 def resident_on(device: torch.device) -> "list[OffloadedModule]":
@@ -70,6 +76,7 @@ class OffloadedModule:
         self._scoped = scoped
         self.anonymous = False  # whether the weights are in memory of the process, not in a file
         self._pinned: PinnedWeights | None = None
+        self.pinned_beside: weakref.WeakSet[Unpins] = weakref.WeakSet()  # for runs of the module
         self.device: torch.device | None = None  # where blocks were kept last
         self.report = ""  # what was loaded, for the log and the canvas
 
@@ -103,9 +110,11 @@ class OffloadedModule:
             weakref.finalize(self, self._pinned.release).atexit = False
 
     def unpin(self) -> None:
-        """Give pinned memory back to the system's free use."""
+        """Give pinned memory back to the system's free use, of what is `pinned_beside` too."""
         if self._pinned is not None:
             self._pinned.release()
+        for each in self.pinned_beside:
+            each.unpin()
 
     @property
     def pinned_bytes(self) -> int:

@@ -195,6 +195,7 @@ class DenoiseStage:
 
                 adapters = dit.adapters if net is dit and dit.adapted_once else ()
                 key = (guidance, compute, latents_dtype, adapters, *inputs.sigmas.tolist())
+                net.weights.pinned_beside.add(net.last_conditions)
                 return chunking.retry(partial(net.last_conditions.of, prompts, make, device, *key))
 
             with running as ring:

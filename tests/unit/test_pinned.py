@@ -2,12 +2,14 @@
 
 import platform
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
+from majicflux.engine.flux import conditioning
 from majicflux.engine.offload import pinned
 from majicflux.engine.offload.pinned import (
     RAM_LEFT,
@@ -15,6 +17,9 @@ from majicflux.engine.offload.pinned import (
     PinnedWeights,
     give_back_host_memory,
 )
+from majicflux.engine.run import stages
+from majicflux.engine.run.pipeline import paint
+from majicflux.engine.run.request import GenerationRequest
 
 SIZE = 1000
 RAM = 100 * SIZE
@@ -160,3 +165,36 @@ def test_the_heap_is_trimmed_once_the_process_has_grown(monkeypatch: pytest.Monk
         resident = megabytes * MB
         pinned.trim_grown_heap()
     assert trimmed == [400, 424, 230]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_what_steps_are_told_is_pinned_no_longer_than_weights(make_pipeline, monkeypatch) -> None:
+    """And again when the next picture asks for it, for which it is still there."""
+    made = []
+    memory = conditioning._host_memory
+
+    def host_memory(*given: Any, **named: Any) -> Tensor:
+        made.append(memory(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(conditioning, "_host_memory", host_memory)
+    pipeline = make_pipeline()
+    request = GenerationRequest("a cat", seed=0, steps=2, guidance=3.5, width=64, height=64)
+    expected = paint(pipeline, request, lambda _: None, lambda: None)[0]
+
+    def told() -> list[Tensor]:
+        return [x for each in pipeline.dit.last_conditions._kept for x in each.modulation.values()]
+
+    def in_what_was_made(x: Tensor) -> bool:
+        storages = [each.untyped_storage().data_ptr() for each in made]
+        return x.untyped_storage().data_ptr() in storages
+
+    before = told()
+    assert len(before) == 2
+    assert all(map(in_what_was_made, before))
+    pipeline.dit.weights.unpin()
+    assert not any(map(in_what_was_made, told()))
+    assert all(map(torch.equal, told(), before))
+    monkeypatch.setattr(stages, "conditions_of", None)  # which is not needed again
+    assert torch.equal(paint(pipeline, request, lambda _: None, lambda: None)[0], expected)
+    assert all(map(in_what_was_made, told()))
