@@ -61,13 +61,17 @@ class Painting:
         return f"{share:.2%} of the values are others, by {max(away)} of 255 at most"
 
     @property
-    def phases(self) -> list[tuple[str, float]]:
-        """Name and seconds of each phase, from the report in the picture."""
+    def report(self) -> list[dict[str, Any]]:
+        """Of each phase of ours, from the picture."""
         if self.picture is None:
             return []
         with Image.open(self.picture) as picture:
-            report = json.loads(picture.info.get("majicflux", "{}"))
-        return [(phase["name"], phase["seconds"]) for phase in report.get("phases", [])]
+            return json.loads(picture.info.get("majicflux", "{}")).get("phases", [])
+
+    @property
+    def phases(self) -> list[tuple[str, float]]:
+        """Name and seconds of each."""
+        return [(phase["name"], phase["seconds"]) for phase in self.report]
 
 
 class Session:

@@ -21,10 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from majicflux.dev import find_comfyui
 
 from . import flux_graphs, turns
-from .card_counter import card_counter, leaving_free
+from .card_counter import GIB, card_counter, leaving_free
 from .comfyui import ROOT, ComfyUI
 from .full_size import write_control_net, write_lora, write_models
 from .painting import Painting, Session
@@ -76,7 +78,8 @@ class Bench:
 
     def note(self, painting: Painting) -> None:
         self.paintings.append(painting)
-        known = {"picture": str(painting.picture), "phases": painting.phases}
+        ram = round(psutil.virtual_memory().available / GIB, 1)  # how much is pinned depends on it
+        known = {"picture": str(painting.picture), "report": painting.report, "free RAM, GiB": ram}
         shown = dataclasses.asdict(painting) | known
         print(json.dumps(shown), flush=True)
 
