@@ -50,7 +50,7 @@ def _float8_product(
         out.copy_(y if bias is None else y.add_(bias.float()))
         return
     bias = None if bias is None else bias.to(out.dtype)  # unscaled files keep it in float8 too
-    # To float32, as with --force-fp32, PyTorch adds no bias, and scales rows on few cards.
+    # In float32, which ComfyUI has with --force-fp32, PyTorch's product takes no bias.
     if out.dtype != torch.float32 and dispatch.float8_takes_row_scales(out.device):
         row_scaled_product(x, x_scale, weight, scale, bias, out)
         return
